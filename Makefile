@@ -1,0 +1,41 @@
+# make demo    environment, install, then the main job: optimize, run, benchmark
+# make test    the whole test suite
+# make lint    ruff and mypy
+# make bench   the benchmarks behind docs/benchmarks.md
+#
+# Another environment than .venv: make VENV=/path/to/venv test
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL := examples/models/fashion-sd
+
+.PHONY: venv demo test lint bench clean
+
+venv: $(VENV)/.installed
+
+# torch first and by itself: another package's requirement must not pull a newer one.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: venv
+	$(BIN)/diffopt optimize $(MODEL) --passes "unroll(steps=25),hoist,simplify,fuse" --target cpu -o fashion.engine
+	$(BIN)/diffopt run fashion.engine --prompt "ankle boot" --seed 0 -n 8 -o boots.png
+	$(BIN)/diffopt bench fashion.engine --against eager,compile
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python examples/benchmarks.py
+
+clean:
+	rm -rf build dist *.egg-info fashion.engine boots.png

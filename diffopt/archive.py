@@ -1,0 +1,246 @@
+"""The container of an engine: a zip of stored members, checksummed, written whole or not at all.
+
+Members are stored uncompressed at offsets that are a multiple of 64, so that weights are used where
+they are mapped. The first member says what the file is, which tells a truncated engine from a file
+that is none; `manifest.json` comes last and holds the SHA-256 of every other member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import DiffoptError
+
+KIND = "mimetype"
+MANIFEST = "manifest.json"
+ALIGNMENT = 64
+AGAIN = "copy it again, or build it again"
+
+Buffers = Sequence[bytes | memoryview]
+
+# The names of the safetensors format.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write(
+    path: str | os.PathLike[str],
+    kind: str,
+    manifest: Mapping[str, Any],
+    members: Mapping[str, Buffers],
+) -> None:
+    """Write a container; `path` has either all of it or what it had before.
+
+    Args:
+        path: The file.
+        kind: What the file is, as a media type.
+        manifest: JSON; the table of members with their sizes and checksums is added to it.
+        members: Each member's content in pieces, which are not copied.
+    """
+    path = Path(path)
+    table = {}
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            with zipfile.ZipFile(file, "w") as archive:
+                _add(archive, file, KIND, [kind.encode()])
+                for name, buffers in members.items():
+                    digest = _add(archive, file, name, buffers)
+                    table[name] = {"size": sum(map(len, buffers)), "sha256": digest}
+                text = json.dumps({**manifest, "members": table}, indent=1)
+                _add(archive, file, MANIFEST, [text.encode()])
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, buffers: Buffers) -> str:
+    info = zipfile.ZipInfo(name)
+    info.file_size = sum(map(len, buffers))
+    large = info.file_size >= 1 << 31  # zipfile then writes a field of 20 more bytes
+    start = file.tell() + 30 + len(name.encode()) + 4 + 20 * large
+    padding = -start % ALIGNMENT
+    info.extra = b"\x35\xd9" + padding.to_bytes(2, "little") + bytes(padding)
+    digest = hashlib.sha256()
+    with archive.open(info, "w", force_zip64=large) as member:
+        for buffer in buffers:
+            digest.update(buffer)
+            member.write(buffer)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Archive:
+    """An open container, mapped into memory.
+
+    Attributes:
+        path: The file.
+        manifest: What `manifest.json` says.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, noun: str, hint: str) -> None:
+        """Open the file at `path`, which must be of this kind.
+
+        Args:
+            path: The file.
+            kind: The media type that it must have.
+            noun: What messages call such a file: "an engine file".
+            hint: What to do about a file that is none.
+        """
+        self.path = Path(path)
+        self._noun = noun
+        other = f"{path}: not {noun}; {hint}"
+        try:
+            with open(path, "rb") as file:
+                head = file.read(512)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if head else None
+        except FileNotFoundError:
+            raise DiffoptError(f"{path}: no such file") from None
+        except IsADirectoryError:
+            raise DiffoptError(f"{path}: is a directory, not {noun}") from None
+        except OSError as error:
+            raise DiffoptError(f"{path}: cannot be read: {error.strerror}") from None
+        if self._map is None or head[:4] != b"PK\x03\x04":
+            raise DiffoptError(other)
+        self._places = self._index(head, kind, other)
+        self.manifest = self._read_manifest()
+
+    def _index(self, head: bytes, kind: str, other: str) -> dict[str, tuple[int, int]]:
+        ours = KIND.encode() in head[:64] and kind.encode() in head[:256]
+        assert self._map is not None
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                infos = archive.infolist()
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+            if not ours:
+                raise DiffoptError(other) from None
+            if self._map.rfind(b"PK\x05\x06", max(0, len(self._map) - 4096)) < 0:
+                raise DiffoptError(
+                    f"{self.path}: truncated, only {len(self._map)} bytes of it are here; {AGAIN}"
+                ) from None
+            raise self.damaged("its table of members") from None
+        if not ours and MANIFEST not in {info.filename for info in infos}:
+            raise DiffoptError(other)
+        places = {}
+        for info in infos:
+            at = info.header_offset
+            lengths = self._map[at + 26 : at + 30]
+            start = at + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+            if info.compress_type or start + info.file_size > len(self._map):
+                raise self.damaged(f"member {info.filename}")
+            places[info.filename] = start, info.file_size
+        if bytes(self._slice(places.get(KIND, (0, 0)))) != kind.encode():
+            raise DiffoptError(other)
+        return places
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                manifest = json.loads(archive.read(MANIFEST))  # zipfile checks its CRC-32
+            if not isinstance(manifest["members"], dict):
+                raise TypeError
+        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError):
+            raise self.damaged(f"member {MANIFEST}") from None
+        return dict(manifest)
+
+    def damaged(self, what: str) -> DiffoptError:
+        """Return the error that says which part of the file is damaged."""
+        return DiffoptError(f"{self.path}: {what} is damaged; {AGAIN}")
+
+    def verify(self) -> None:
+        """Compare every member with its checksum; a difference is a `DiffoptError`."""
+        table = self.manifest["members"]
+        for name in table.keys() ^ (self._places.keys() - {KIND, MANIFEST}):
+            raise self.damaged(f"member {name}")
+        for name, entry in table.items():
+            if hashlib.sha256(self.read(name)).hexdigest() != entry["sha256"]:
+                raise self.damaged(f"member {name}")
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Return the names of the members that begin with `prefix`."""
+        return [name for name in self._places if name.startswith(prefix)]
+
+    def read(self, name: str) -> memoryview:
+        """Return a member's content, mapped; writing to it does not change the file."""
+        if name not in self._places:
+            raise self.damaged(f"member {name}")
+        return self._slice(self._places[name])
+
+    def _slice(self, place: tuple[int, int]) -> memoryview:
+        assert self._map is not None
+        return memoryview(self._map)[place[0] : place[0] + place[1]]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a safetensors member, mapped."""
+        content = self.read(name)
+        length = 8 + int.from_bytes(content[:8], "little")
+        header: dict[str, Any] = json.loads(bytes(content[8:length]))
+        dtypes = {text: dtype for dtype, text in _DTYPES.items()}
+        result = {}
+        for key, entry in header.items():
+            start, end = entry["data_offsets"]
+            dtype = dtypes[entry["dtype"]]
+            flat = torch.empty(0, dtype=dtype)
+            if end > start:
+                flat = torch.frombuffer(content[length + start : length + end], dtype=dtype)
+            result[key] = flat.view(entry["shape"])
+        return result
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:
+    """Return tensors in safetensors format, in pieces that share their memory where they can.
+
+    Tensors whose size is a multiple of the alignment come first, so nearly all of them are aligned.
+    """
+    buffers = {name: _bytes(tensor) for name, tensor in tensors.items()}
+    order = sorted(
+        tensors, key=lambda n: (len(buffers[n]) % ALIGNMENT > 0, -tensors[n].element_size(), n)
+    )
+    header = {}
+    end = 0
+    for name in order:
+        start, end = end, end + len(buffers[name])
+        shape, dtype = list(tensors[name].shape), _DTYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return [len(text).to_bytes(8, "little") + text, *(buffers[name] for name in order)]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

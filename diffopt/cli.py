@@ -1,0 +1,346 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffopt.errors import DiffoptError, ToleranceError
+
+# Everything that imports torch is imported by the command that needs it: `--help` is instant.
+if TYPE_CHECKING:
+    from diffopt.program import Program
+
+app = typer.Typer(
+    name="diffopt",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "From a model to a picture:\n\n"
+        '  diffopt optimize MODEL --passes "unroll(steps=25),hoist,simplify,fuse" -o out.engine\n\n'
+        '  diffopt run out.engine --prompt "ankle boot" -o boot.png\n\n'
+        "Exit codes: 0 done, 1 a check did not hold, 2 wrong usage or input."
+    ),
+)
+
+MODEL_HELP = (
+    "A local diffusers directory, a hub id, a .program file, or package.module:function"
+    " (which returns a pipeline or a program)."
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Another argument of the pipeline's call; repeatable. A Python literal, the name of"
+        " an image (.png, .jpg) or tensor (.pt, .npy) file, or else a plain word.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and no table.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Trace with this many sampling steps.")]
+Batch = Annotated[int, typer.Option(min=1, help="How many images one call makes.")]
+Dynamic = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES", help="Numbers of the call that stay inputs, such as guidance_scale."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = importlib.metadata.version("diffopt")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"diffopt {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Compile a diffusion pipeline to one engine file, and run it."""
+
+
+@app.command(
+    epilog="diffopt trace examples/models/fashion-sd --steps 10 -o fashion.program\n\n"
+    "diffopt trace mypackage.pipelines:make --set height=256 --dynamic guidance_scale -o a.program"
+)
+def trace(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .program file to write.")],
+    settings: Settings = None,
+    steps: Steps = None,
+    batch: Batch = 1,
+    dynamic: Dynamic = "",
+) -> None:
+    """Capture a pipeline's whole call as a program file."""
+    from diffopt import cli_show as show
+
+    _expect(output, ".program")
+    with show.progress(f"tracing {model}"):
+        program = _trace(model, settings, steps, batch, dynamic)
+        program.save(output)
+    calls = len(program.calls())
+    show.stderr().print(f"wrote {output}: {len(program.components)} components, {calls} calls")
+
+
+@app.command(
+    epilog='diffopt optimize MODEL -p "unroll(steps=25),hoist,simplify,fuse" -o out.engine\n\n'
+    'diffopt optimize in.program --passes "cache(auto,budget=0.02)" --stats -o out.program\n\n'
+    "diffopt passes  lists the passes; an output named .program is not lowered to a target."
+)
+def optimize(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .engine (or .program) file to write.")
+    ],
+    passes: Annotated[
+        str, typer.Option("--passes", "-p", metavar="PASSES", help="Pipeline of passes, in order.")
+    ] = "unroll,hoist,simplify,fuse",
+    target: Annotated[str, typer.Option("--target", "-t", help="What to build for.")] = "cpu",
+    settings: Settings = None,
+    steps: Steps = None,
+    batch: Batch = 1,
+    dynamic: Dynamic = "",
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest relative error that one approximate pass may add."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what passes do at random.")] = 0,
+    timing: Annotated[bool, typer.Option("--timing", help="Show each pass's time.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show sizes, notes and reasons for rewrites not done.")
+    ] = False,
+    print_after: Annotated[
+        str, typer.Option(metavar="NAMES", help="Print the program after these passes, or 'all'.")
+    ] = "",
+    print_changed: Annotated[
+        bool, typer.Option("--print-changed", help="Print what each pass changed, as a diff.")
+    ] = False,
+    dump: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Save the program after each pass.")
+    ] = None,
+    bisect: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BOUND",
+            help="Only find the first pass after which the output is further than this relative"
+            " error from the captured program's; exit code 1 if there is one.",
+        ),
+    ] = None,
+    verify_each: Annotated[bool, typer.Option(help="Verify the program after each pass.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Trace a model, run passes over it, check each, and build one engine file."""
+    from diffopt import cli_optimize
+    from diffopt import cli_show as show
+
+    _expect(output, ".engine", ".program")
+    job = cli_optimize.Job.parse(passes, target if output.suffix == ".engine" else None)
+    with show.progress(f"tracing {model}"):
+        program = _trace(model, settings, steps, batch, dynamic)
+    if bisect is not None:
+        raise typer.Exit(cli_optimize.find_culprit(job.pipeline, program, bisect, as_json))
+    watchers = cli_optimize.watchers(job.pipeline, print_after, print_changed, dump)
+    result, records = cli_optimize.rewrite(
+        job.pipeline, program, watchers, budget=budget, verify=verify_each, seed=seed
+    )
+    cli_optimize.write(job, result, output)
+    if as_json:
+        show.print_json({"output": str(output), "passes": [asdict(record) for record in records]})
+    elif records:
+        show.records_table(records, timing=timing, stats=stats)
+    show.stderr().print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command(
+    epilog='diffopt run out.engine --prompt "ankle boot" --seed 0 -n 8 -o boots.png\n\n'
+    "diffopt run dit.engine --set class_labels=[3] -o dress.pt"
+)
+def run(
+    engine: Annotated[Path, typer.Argument(help="An .engine or .program file.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="A picture (a grid for several), or .pt, or .npy."),
+    ],
+    prompt: Annotated[str | None, typer.Option(help="What to make.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
+    number: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 1,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="How much the prompt counts.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Run an engine and write what it makes."""
+    from diffopt import cli_run
+    from diffopt import cli_show as show
+
+    arguments = _arguments(settings)
+    named = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+    arguments |= {name: value for name, value in named.items() if value is not None}
+    with show.progress(f"loading {engine}") as report:
+        made = cli_run.run(engine, arguments, seed, number, output, report)
+    show.stderr().print(f"wrote {output} ({made})")
+
+
+@app.command(
+    epilog="diffopt bench out.engine --against eager,compile\n\n"
+    "diffopt bench fast.engine --against eager,exact.engine --rounds 20 --json"
+)
+def bench(
+    engine: Annotated[Path, typer.Argument(help="An .engine file.")],
+    against: Annotated[
+        str,
+        typer.Option(
+            help="What to compare with: eager, compile, max-autotune (the original pipeline so"
+            " run or compiled), or other .engine files. eager always runs: it is the reference."
+        ),
+    ] = "eager",
+    model: Annotated[
+        str, typer.Option(help="The original MODEL; by default what the engine was made from.")
+    ] = "",
+    prompt: Annotated[str | None, typer.Option(help="The prompt to time with.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first round; the others count up.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 10,
+    warmup: Annotated[int, typer.Option(min=1, help="Calls of each before those.")] = 2,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Time an engine against the original pipeline, and compare their images."""
+    from diffopt import cli_bench
+
+    arguments = _arguments(settings) | ({} if prompt is None else {"prompt": prompt})
+    cli_bench.run(
+        engine, against.split(","), model, arguments, seed, rounds, warmup, threads, as_json
+    )
+
+
+@app.command(epilog="diffopt inspect fashion.program\n\ndiffopt inspect out.engine --json")
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help=f"An .engine file, or {MODEL_HELP}")],
+    graph: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Print this component's graph ('program': the outer)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a program or an engine consists of, and what each step calls."""
+    from diffopt import cli_inspect
+
+    program = cli_inspect.open_engine(file) if file.endswith(".engine") else _trace(file)
+    if graph is not None:
+        print(cli_inspect.graph_text(program, graph))
+    else:
+        cli_inspect.inspect(program, file, as_json)
+
+
+@app.command(epilog="diffopt verify out.engine  # exit code 1 if it is damaged")
+def verify(
+    file: Annotated[Path, typer.Argument(help="An .engine or .program file.")],
+    as_json: Json = False,
+) -> None:
+    """Check a file: checksums, graphs, types, and that it runs here."""
+    from diffopt import cli_inspect
+    from diffopt import cli_show as show
+
+    if not file.is_file():
+        raise DiffoptError(f"there is no file {file}")
+    problem = cli_inspect.problem(file)
+    if as_json:
+        show.print_json({"file": str(file), "ok": problem is None, "problem": problem})
+    elif problem is None:
+        print(f"{file}: ok")
+    else:
+        print(f"diffopt: error: {problem}", file=sys.stderr)
+    raise typer.Exit(0 if problem is None else 1)
+
+
+@app.command(epilog="diffopt passes\n\ndiffopt passes unroll")
+def passes(
+    name: Annotated[str | None, typer.Argument(help="Show this pass's options.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes, or show one with its options."""
+    from diffopt import cli_list
+
+    cli_list.passes(name, as_json)
+
+
+@app.command(epilog="diffopt targets\n\ndiffopt targets cpu")
+def targets(
+    name: Annotated[str | None, typer.Argument(help="Show this target's options.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the targets, or show one with its options."""
+    from diffopt import cli_list
+
+    cli_list.targets(name, as_json)
+
+
+def main() -> None:
+    """Run the command line; the exit code is 0, 1 (a check did not hold) or 2 (wrong input)."""
+    try:
+        code = app(prog_name="diffopt", standalone_mode=False)
+    except DiffoptError as error:
+        code = 1 if isinstance(error, ToleranceError) else 2
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
+        print(f"diffopt: error: {error}{notes}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        # A wrong option. Its class is click's or typer's own copy of it, by typer's version.
+        if not hasattr(error, "format_message"):
+            raise
+        if error.format_message():  # empty after `diffopt` alone, which prints the help
+            print(f"diffopt: error: {error.format_message()}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def _trace(
+    model: str,
+    settings: list[str] | None = None,
+    steps: int | None = None,
+    batch: int = 1,
+    dynamic: str = "",
+) -> Program:
+    from diffopt import models
+
+    return models.trace_model(model, _arguments(settings), steps, batch, dynamic)
+
+
+def _arguments(settings: list[str] | None) -> dict[str, Any]:
+    from diffopt.models import read_settings
+
+    return read_settings(settings or ())
+
+
+def _expect(output: Path, *suffixes: str) -> None:
+    if output.suffix not in suffixes:
+        wanted = " or ".join(suffixes)
+        raise DiffoptError(f"the output's name must end in {wanted}, got '{output}'")
+    if not output.parent.is_dir():
+        raise DiffoptError(f"there is no folder {output.parent} to write {output.name} into")
+
+
+if __name__ == "__main__":
+    main()

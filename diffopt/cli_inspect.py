@@ -1,0 +1,96 @@
+"""`diffopt inspect` and `diffopt verify`: what is in a file, and whether it is whole."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from diffopt import cli_show as show
+from diffopt import engine
+from diffopt import graph as g
+from diffopt.core import Record
+from diffopt.errors import DiffoptError, VerifyError
+from diffopt.program import Program
+from diffopt.spec import suggest
+
+
+def open_engine(file: str) -> Program:
+    """Return the program inside an engine file."""
+    return engine.load(file).program
+
+
+def graph_text(program: Program, name: str) -> str:
+    """Return the text of one graph: a component's, or the outer one called `program`."""
+    graphs = {"program": program.root, **program.components}
+    if name not in graphs:
+        raise DiffoptError(f"there is no component '{name}'{suggest(name, graphs)}")
+    return g.text(graphs[name])
+
+
+def inspect(program: Program, title: str, as_json: bool) -> None:
+    """Print the inputs, the components, and the calls in order."""
+    components = [_component(program, name) for name in program.components]
+    inputs = {n.name: g.type_text(n.meta["val"]) for n in g.placeholders(program.root)}
+    calls = [str(node.target) for node in program.calls()]
+    if as_json:
+        show.print_json(
+            {
+                "source": program.source,
+                "inputs": inputs,
+                "components": components,
+                "calls": calls,
+                "flops": program.flops(),
+                "bytes": g.tensor_bytes(program.weights().values()),
+                "passes": program.history,
+            }
+        )
+        return
+    columns = ["component", "calls", "nodes", "parameters", "bytes", "FLOPs a call", "FLOPs"]
+    rows = [
+        [row["name"], *map(show.count, (row[key] for key in _KEYS)), show.count(row["total"])]
+        for row in components
+    ]
+    show.table(f"{title}: {show.count(program.flops())} FLOPs a run", columns, rows)
+    show.table("inputs", ["input", "type"], [[name, kind] for name, kind in inputs.items()])
+    show.stdout().print("calls: " + ", ".join(_runs(calls)), markup=False)
+    if program.history:
+        records = [Record.from_json(row) for row in program.history]
+        show.records_table(records, timing=True, stats=False)
+
+
+_KEYS = ("calls", "nodes", "parameters", "bytes", "flops")
+
+
+def _component(program: Program, name: str) -> dict[str, Any]:
+    body = program.components[name]
+    weights = {id(tensor): tensor for _, tensor in g.named_tensors(body)}.values()
+    calls = len(program.calls(name))
+    flops = g.flops(body)
+    return {
+        "name": name,
+        "calls": calls,
+        "nodes": len(body.graph.nodes),
+        "parameters": sum(tensor.numel() for tensor in weights),
+        "bytes": g.tensor_bytes(weights),
+        "flops": flops,
+        "total": calls * flops,
+    }
+
+
+def _runs(calls: list[str]) -> list[str]:
+    """Write equal neighbours once: text_encoder, 25× unet, vae_decode."""
+    runs = [(name, len(list(group))) for name, group in groupby(calls)]
+    return [name if times == 1 else f"{times}× {name}" for name, times in runs]
+
+
+def problem(file: Path) -> str | None:
+    """Return what is wrong with a file, in one line, or None."""
+    try:
+        if file.suffix == ".program":
+            Program.load(file).verify()
+        else:
+            engine.load(file).verify()
+    except (DiffoptError, VerifyError) as error:
+        return str(error)
+    return None

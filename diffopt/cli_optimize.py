@@ -1,0 +1,87 @@
+"""`diffopt optimize`: passes with their instruments, then the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffopt import cli_show as show
+from diffopt import engine
+from diffopt.core import Instrument, Pipeline, Record
+from diffopt.errors import DiffoptError
+from diffopt.instruments import Dump, PrintAfter, PrintChanged, bisect
+from diffopt.program import Program
+from diffopt.spec import suggest
+from diffopt.target import Target, parse_target
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do to a program; made before it is traced, so that a typing error costs nothing."""
+
+    pipeline: Pipeline
+    target: Target | None
+
+    @classmethod
+    def parse(cls, passes: str, target: str | None) -> Job:
+        """Read the texts of the command line."""
+        return cls(Pipeline.parse(passes), None if target is None else parse_target(target))
+
+
+def watchers(
+    pipeline: Pipeline, print_after: str, print_changed: bool, dump: Path | None
+) -> list[Instrument]:
+    """Return the instruments that the options ask for; they write to stderr."""
+
+    def write(text: str) -> None:
+        # Wrapped or coloured, the text could not be compared with another run's.
+        show.stderr().print(text, markup=False, soft_wrap=True)
+
+    chosen: list[Instrument] = []
+    names = {step.name for step in pipeline.passes}
+    wanted = set(filter(None, print_after.split(",")))
+    for name in sorted(wanted - names - {"all"}):
+        raise DiffoptError(f"--print-after: no pass '{name}' is run{suggest(name, names)}")
+    if wanted:
+        chosen.append(PrintAfter(write, frozenset() if "all" in wanted else frozenset(wanted)))
+    if print_changed:
+        chosen.append(PrintChanged(write))
+    if dump is not None:
+        chosen.append(Dump(dump))
+    return chosen
+
+
+def rewrite(
+    pipeline: Pipeline, program: Program, instruments: Sequence[Instrument], **options: Any
+) -> tuple[Program, list[Record]]:
+    """Run the passes; return the new program and the records of these passes alone."""
+    begin = len(program.history)
+    with show.progress("passes") as report:
+        result = pipeline.run(
+            program, instruments=instruments, reproducer=Path(), progress=report, **options
+        )
+    return result, [Record.from_json(row) for row in result.history[begin:]]
+
+
+def write(job: Job, program: Program, output: Path) -> None:
+    """Build the target's engine, or save the program where there is no target."""
+    if job.target is None:
+        program.save(output)
+        return
+    with show.progress(f"building for {job.target}") as report:
+        engine.build(program, job.target, output, progress=report)
+
+
+def find_culprit(pipeline: Pipeline, program: Program, bound: float, as_json: bool) -> int:
+    """Print the first pass whose output is too far from the captured program's; 1 if any is."""
+    with show.progress("bisecting"):
+        culprit, _ = bisect(pipeline, program, bound)
+    if as_json:
+        show.print_json({"bound": bound, "pass": None if culprit is None else asdict(culprit)})
+    elif culprit is None:
+        print(f"no pass brings the output further than {bound:g} from the captured program's")
+    else:
+        print(f"{culprit.text}: relative error {culprit.drift:.3g}, first above {bound:g}")
+    return 0 if culprit is None else 1

@@ -1,0 +1,53 @@
+"""`diffopt run`: an engine's images into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffopt import engine, images
+from diffopt.core import Progress
+from diffopt.errors import DiffoptError
+from diffopt.program import Program
+
+
+def load(path: Path) -> Any:
+    """Return the engine or program in a file; both are called alike."""
+    if not path.is_file():
+        raise DiffoptError(f"there is no file {path}")
+    return Program.load(path) if path.suffix == ".program" else engine.load(path)
+
+
+def traced_arguments(loaded: Any) -> dict[str, Any]:
+    """Return the plain arguments of the call that an engine or program was traced with."""
+    program = loaded if isinstance(loaded, Program) else loaded._outer
+    return dict(program.host.call)
+
+
+def spread(loaded: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Repeat what was traced as a list, one item an image, and is given once."""
+    traced = traced_arguments(loaded)
+    return {
+        name: [value] * len(traced[name])
+        if isinstance(traced.get(name), list) and not isinstance(value, list)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def run(
+    file: Path, arguments: Mapping[str, Any], seed: int, number: int, output: Path, report: Progress
+) -> str:
+    """Make `number` images, one seed after another, and write them; return how many of what."""
+    kind = images.output_type(output)  # before the engine is loaded: a wrong name costs nothing
+    loaded = load(file)
+    results: list[Any] = []
+    made = 0
+    while made < number:
+        report(f"image {made + 1} of {number}", made / number)
+        result = loaded(**spread(loaded, arguments), seed=seed + made, output_type=kind)
+        results.append(images.first_output(result))
+        made += len(results[-1])
+    written = images.save(results, output, number)
+    return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

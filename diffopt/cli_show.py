@@ -1,0 +1,122 @@
+"""What the command line prints: tables and JSON on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from diffopt.core import Progress as Report
+from diffopt.core import Record, Size
+
+WIDTH = 140  # of tables that do not go to a terminal: a file has no edge to wrap at
+
+
+def stdout() -> Console:
+    """Return the console for results."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+
+
+def stderr() -> Console:
+    """Return the console for everything else."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress(first: str) -> Iterator[Report]:
+    """Show on stderr what is being done; gives a function of a text and the fraction done."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = stderr()
+    quiet = not console.is_terminal  # a log has no use for a bar
+    with Progress(*columns, console=console, transient=True, disable=quiet) as display:
+        task = display.add_task(first, total=None)
+
+        def report(what: str, fraction: float | None = None) -> None:
+            total = None if fraction is None else 1.0
+            # Square brackets are markup to rich, and common in what passes report.
+            text = what.replace("[", r"\[")
+            display.update(task, description=text, total=total, completed=fraction or 0.0)
+
+        yield report
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; infinities, which JSON lacks, become null."""
+    print(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; the first column is a name, the others are numbers or short texts."""
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(cell.replace("[", r"\[") for cell in row))
+    stdout().print(grid)
+
+
+def count(number: float) -> str:
+    """Write a number shortly: 950, 17.8 M, 5.92 G."""
+    for unit in ("", " k", " M", " G", " T"):
+        if abs(number) < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+def records_table(records: Sequence[Record], *, timing: bool, stats: bool) -> None:
+    """Print what each pass did."""
+    columns = ["pass", "changed", "promise", "max abs", "relative", "since capture"]
+    columns += ["seconds"] if timing else []
+    columns += ["nodes", "parameters", "FLOPs"] if stats else []
+    table("passes", columns, [_record_row(record, timing, stats) for record in records])
+    if stats:
+        for record in records:
+            _print_details(record)
+
+
+def _record_row(record: Record, timing: bool, stats: bool) -> list[str]:
+    exact = "exact, rounding" if record.tolerance else "exact"
+    promise = exact if record.exact else "approximate"
+    row = [record.text, "yes" if record.changed else "no", promise]
+    row += [f"{value:.3g}" for value in (record.max_abs, record.relative, record.drift)]
+    row += [f"{record.seconds:.2f}"] if timing else []
+    return row + (_sizes(record.before, record.after) if stats else [])
+
+
+def _sizes(before: Size, after: Size) -> list[str]:
+    pairs = [
+        (before.nodes, after.nodes),
+        (before.parameters, after.parameters),
+        (before.flops, after.flops),
+    ]
+    return [count(old) if old == new else f"{count(old)} → {count(new)}" for old, new in pairs]
+
+
+def _print_details(record: Record) -> None:
+    console = stdout()
+    if record.tolerance:
+        console.print(f"{record.text}: allowed {record.tolerance}", markup=False)
+    for key, value in record.notes.items():
+        console.print(f"{record.text}: {key} = {value}", markup=False)
+    reasons = Counter(text.partition(": ")[2] for text in record.skipped)
+    for reason, times in reasons.most_common():
+        console.print(f"{record.text}: not rewritten {times}×: {reason}", markup=False)

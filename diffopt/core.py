@@ -1,0 +1,321 @@
+"""Passes, and pipelines of them that are checked with numbers after every step."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, fx
+
+import diffopt.passes
+from diffopt import graph, spec
+from diffopt.check import State, difference, enforce_bounds
+from diffopt.errors import DiffoptError, ToleranceError
+from diffopt.spec import option
+
+if TYPE_CHECKING:
+    from diffopt.program import Program
+
+__all__ = ["Context", "Pass", "Pipeline", "Record", "Size", "find_pass", "option", "pass_names"]
+
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rewrite a program in place; subclass it in `passes/<name>.py`.
+
+    A subclass is a frozen dataclass whose fields, made with `option`, are its options. The
+    pipeline works on a clone, checks the result, and works out by itself what changed.
+    """
+
+    name: ClassVar[str] = "pass"
+    exact: ClassVar[bool] = True
+    atol: ClassVar[float] = 0.0
+    rtol: ClassVar[float] = 0.0
+    tolerance_reason: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:
+            cls.name = cls.__module__.rpartition(".")[2].replace("_", "-")
+        if (cls.atol or cls.rtol) and not cls.tolerance_reason:
+            raise TypeError(f"{cls.__name__} has a tolerance and no tolerance_reason")
+
+    def is_exact(self) -> bool:
+        """Say whether the result must equal the program before; may depend on the options."""
+        return self.exact
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Rewrite `program` in place."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return spec.unparse(self.name, self)
+
+
+@dataclass
+class Context:
+    """Give a pass what it needs beside the program, and collect what it has to say.
+
+    Attributes:
+        inputs: Flat inputs of the program to calibrate and measure on.
+        seed: Seed of everything random that a pass does.
+        report: Called with what is being done and the fraction done, if known.
+        skipped: Reasons for what was not rewritten.
+        notes: What the pass found out, JSON-able; shown with `--stats`.
+    """
+
+    inputs: Sequence[Tensor] = ()
+    seed: int = 0
+    report: Progress = lambda what, fraction: None
+    skipped: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def skip(self, where: fx.Node | str, reason: str) -> None:
+        """Record why the rewrite was not done at `where`."""
+        self.skipped.append(f"{where}: {reason}")
+
+    def note(self, key: str, value: Any) -> None:
+        """Record a fact about this run of the pass."""
+        self.notes[key] = value
+
+    def progress(self, what: str, fraction: float | None = None) -> None:
+        """Tell the user what is being done and, if known, which fraction of it is done."""
+        self.report(what, fraction)
+
+    def generator(self) -> torch.Generator:
+        """Return a random generator that gives the same numbers in every run."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Count what a program consists of."""
+
+    nodes: int
+    parameters: int
+    bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, program: Program) -> Size:
+        """Count the nodes of all graphs, distinct weights and their bytes, and FLOPs of a run."""
+        weights = program.weights().values()
+        return cls(
+            nodes=sum(len(gm.graph.nodes) for gm in [program.root, *program.components.values()]),
+            parameters=sum(tensor.numel() for tensor in weights),
+            bytes=graph.tensor_bytes(weights),
+            flops=program.flops(),
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """Say what one run of a pass did; programs and engines keep it as provenance.
+
+    Attributes:
+        text: The pass as pipeline text.
+        changed: Whether the program differs at all from the one before.
+        exact: Whether the pass promised an equal result.
+        seconds: Time that the pass took, without the checks.
+        max_abs: Largest absolute difference of any output from the program before.
+        relative: Norm of that difference over the norm of the outputs before.
+        drift: The same as `relative` against the program that the pipeline began with.
+        skipped: Reasons for what was not rewritten, as "where: reason".
+        notes: What the pass found out.
+        before: Size of the program before.
+        after: Size of the program after.
+        tolerance: "" for bitwise, else the stated bound and its reason.
+    """
+
+    text: str
+    changed: bool
+    exact: bool
+    seconds: float
+    max_abs: float
+    relative: float
+    drift: float
+    skipped: list[str]
+    notes: dict[str, Any]
+    before: Size
+    after: Size
+    tolerance: str = ""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Record:
+        """Return what one entry of `Program.history` says."""
+        sizes = {key: Size(**values[key]) for key in ("before", "after")}
+        return cls(**{**values, **sizes})
+
+
+class Instrument(Protocol):
+    """Watch a pipeline at work; both methods may read the program and must not change it."""
+
+    def before(self, step: Pass, program: Program) -> None:
+        """Look at the program that `step` is about to get."""
+
+    def after(self, step: Pass, program: Program, record: Record) -> None:
+        """Look at the checked program that `step` made."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Run passes one after the other, each on a clone and each checked."""
+
+    passes: tuple[Pass, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Read pipeline text such as `unroll(steps=20),hoist,fuse`."""
+        return cls(tuple(_bind(call, text) for call in spec.parse(text)))
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.passes))
+
+    def run(
+        self,
+        program: Program,
+        *,
+        instruments: Sequence[Instrument] = (),
+        budget: float | None = None,
+        verify: bool = True,
+        enforce: bool = True,
+        reproducer: Path | None = None,
+        progress: Progress | None = None,
+        seed: int = 0,
+    ) -> Program:
+        """Return the rewritten program; `program` itself is never changed.
+
+        Args:
+            program: Where to begin.
+            instruments: Watchers, called before and after every pass.
+            budget: Largest relative error that one approximate pass may add.
+            verify: Check the invariants of the IR after every pass.
+            enforce: Raise when a pass adds more error than it may; otherwise only record it.
+            reproducer: A folder for the program and the command that show a crash again.
+            progress: Called with what is being done and the fraction done, if known.
+            seed: Seed of everything random that the passes do.
+        """
+        program = program.clone()
+        program.refresh()  # so that what was dead before does not count as a change
+        first = current = State(program, Size.of(program))
+        for number, step in enumerate(self.passes):
+            if progress:
+                progress(str(step), number / len(self.passes))
+            for instrument in instruments:
+                instrument.before(step, current.program)
+            try:
+                after, record = _apply(step, current, first, seed, verify, progress)
+                if enforce:
+                    enforce_bounds(step, record, current, budget)
+            except Exception as error:
+                error.add_note(f"in pass {step.name} (number {number + 1} of {self})")
+                known = isinstance(error, DiffoptError) and not isinstance(error, ToleranceError)
+                if reproducer and not known:
+                    rest = Pipeline(self.passes[number:])
+                    error.add_note(_write_reproducer(reproducer, current.program, rest))
+                raise
+            for instrument in instruments:
+                instrument.after(step, after.program, record)
+            current = after
+        return current.program
+
+
+def _apply(
+    step: Pass, before: State, first: State, seed: int, verify: bool, progress: Progress | None
+) -> tuple[State, Record]:
+    program = before.program.clone()
+    ctx = Context(program.sample_inputs(), seed, progress or (lambda what, fraction: None))
+    started = time.perf_counter()
+    step.run(program, ctx)
+    program.refresh()
+    seconds = time.perf_counter() - started
+    if verify:
+        program.verify()
+    after = State(program, Size.of(program))
+    changed = after.fingerprint != before.fingerprint
+    if changed and verify:
+        after.verify_aliases(before)
+    if not changed:
+        after.same_as(before)
+    max_abs, relative = difference(after.outputs(), before.outputs())
+    tolerance = f"atol {step.atol:g}, rtol {step.rtol:g}: {step.tolerance_reason}"
+    record = Record(
+        text=str(step),
+        changed=changed,
+        exact=step.is_exact(),
+        seconds=seconds,
+        max_abs=max_abs,
+        relative=relative,
+        drift=difference(after.outputs(), first.outputs())[1],
+        skipped=ctx.skipped,
+        notes=ctx.notes,
+        before=before.size,
+        after=after.size,
+        tolerance=tolerance if step.is_exact() and step.tolerance_reason else "",
+    )
+    program.history.append(asdict(record))
+    return after, record
+
+
+def _write_reproducer(folder: Path, program: Program, rest: Pipeline) -> str:
+    """Save what shows the failure of the first pass of `rest` again; return how to run it."""
+    stem = folder / f"reproduce-{rest.passes[0].name}"
+    saved, script = stem.with_suffix(".program"), stem.with_suffix(".sh")
+    command = f"diffopt optimize {saved} --passes '{rest}' -o {stem}-out.program"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        program.save(saved)
+        script.write_text(f"{command}\n")
+    except Exception as error:  # the failure of the pass is what the user has to see
+        return f"no reproducer could be written: {error}"
+    return f"to see it again: {command}  (also in {script})"
+
+
+def pass_names() -> list[str]:
+    """Return the names of all passes, without importing any."""
+    return sorted(_sources())
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return the pass called `name`."""
+    sources = _sources()
+    if name not in sources:
+        raise DiffoptError(f"there is no pass '{name}'{spec.suggest(name, sources)}")
+    module, _, attribute = sources[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(found, type) and issubclass(found, Pass)) or found.name != name:
+        raise DiffoptError(f"{sources[name]} is not a Pass named '{name}'")
+    return found
+
+
+@cache
+def _sources() -> dict[str, str]:
+    """Map the name of each pass to where it is, as "module:class"."""
+    sources = {}
+    for module in pkgutil.iter_modules(diffopt.passes.__path__):
+        camel = "".join(map(str.capitalize, module.name.split("_")))
+        sources[module.name.replace("_", "-")] = f"diffopt.passes.{module.name}:{camel}"
+    for entry in entry_points(group="diffopt.passes"):
+        if sources.setdefault(entry.name, entry.value) != entry.value:
+            raise DiffoptError(
+                f"two passes are called '{entry.name}': {sources[entry.name]} and {entry.value};"
+                " uninstall or rename one"
+            )
+    return sources
+
+
+def _bind(call: spec.Call, text: str) -> Pass:
+    try:
+        cls = find_pass(call.name)
+    except DiffoptError as error:
+        raise DiffoptError(error.message, text=text, span=call.span) from None
+    return spec.bind(call, cls, text)

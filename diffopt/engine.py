@@ -1,0 +1,245 @@
+"""The engine: one file with all that a program needs to run, and the object that runs it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import archive
+from diffopt import graph as g
+from diffopt.core import Progress
+from diffopt.errors import DiffoptError
+from diffopt.program import Program
+from diffopt.runtime import Plan
+from diffopt.target import Image, Lowered, Target, parse_target
+
+FORMAT = 1
+KIND = "application/x-diffopt-engine"
+HINT = "build one with `diffopt optimize MODEL -o FILE.engine`"
+
+
+def build(
+    program: Program,
+    target: Target | str,
+    path: str | os.PathLike[str],
+    *,
+    progress: Progress = lambda what, fraction: None,
+) -> Engine:
+    """Lower `program` for `target`, write the engine to `path`, and return it loaded.
+
+    Args:
+        program: What to build.
+        target: A target, or its text such as `cpu(threads=2)`.
+        path: The file; it has the whole engine or what it had before, never a part.
+        progress: Called with what is being done and the fraction done, if known.
+    """
+    target = parse_target(target) if isinstance(target, str) else target
+    if reason := target.refuses(program):
+        raise DiffoptError(f"target {target} cannot take this program: {reason}")
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise DiffoptError(f"{path}: there is no folder {folder}")
+    if Path(path).is_dir():
+        raise DiffoptError(f"{path}: is a directory; name the engine file to write")
+    lowered = target.compile(program, progress)
+    progress("writing", None)
+    members = _members(program, lowered)
+    try:
+        archive.write(path, KIND, _manifest(program, target, lowered, members), members)
+    except OSError as error:
+        raise DiffoptError(f"{path}: cannot be written: {error.strerror}") from None
+    return load(path, verify=False)
+
+
+def _members(program: Program, lowered: Lowered) -> dict[str, archive.Buffers]:
+    data, tensors, assets = program.to_members()
+    if lowered.holds_weights:
+        used = {key for key, _, _ in data["graphs"][""]["tensors"].values()}
+        tensors = {k: t for k, t in tensors.items() if k in used or k.startswith("sample/")}
+    kernels = {f"kernels/{name}": [content] for name, content in lowered.members.items()}
+    return {
+        "program.json": [json.dumps(data).encode()],
+        **{f"assets/{name}": [content] for name, content in assets.items()},
+        **kernels,
+        "weights.safetensors": archive.pack_tensors(tensors),
+    }
+
+
+def _manifest(
+    program: Program,
+    target: Target,
+    lowered: Lowered,
+    members: Mapping[str, archive.Buffers],
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "versions": {
+            "diffopt": _version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "source": program.source,
+        "target": str(target),
+        "requires": lowered.requires,
+        "holds_weights": lowered.holds_weights,
+        "passes": ",".join(record["text"] for record in program.history),
+        "records": program.history,
+        "inputs": {n.name: g.type_text(n.meta["val"]) for n in g.placeholders(program.root)},
+        "arguments": sorted(program.host.inputs()),
+        "components": lowered.bodies,
+        "releasable": program.releasable(),
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("diffopt")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def load(
+    path: str | os.PathLike[str], *, target: Target | str | None = None, verify: bool = True
+) -> Engine:
+    """Open an engine file; whatever is wrong with it is one `DiffoptError`.
+
+    Args:
+        path: The file.
+        target: What to run it on instead of what it was built for; only `eager` can run what
+            another target has built.
+        verify: Compare every part of the file with its checksum first.
+    """
+    return Engine(path, target=target, verify=verify)
+
+
+class Engine:
+    """A program lowered for one target, ready to run.
+
+    Attributes:
+        path: The file that it is in.
+        manifest: What the file says about itself: target, passes, records, versions, members.
+        target: What runs it.
+        tensors: Weights by key. To swap in others, change them in place.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        target: Target | str | None = None,
+        verify: bool = True,
+    ) -> None:
+        self.path = Path(path)
+        self._archive = archive.Archive(path, KIND, "an engine file", HINT)
+        self.manifest = self._archive.manifest
+        self._check_format()
+        if verify:
+            self._archive.verify()
+        self.target = self._choose_target(target)
+        self.tensors = self._archive.tensors("weights.safetensors")
+        self._data: dict[str, Any] = json.loads(bytes(self._archive.read("program.json")))
+        self._outer = self._program({"": self._data["graphs"][""]})
+        self._plan = Plan(self._outer.root, self.target.load(self._image()))
+
+    def _check_format(self) -> None:
+        found = self.manifest.get("format")
+        if found != FORMAT:
+            raise DiffoptError(
+                f"{self.path}: engine format {found}, this diffopt reads {FORMAT};"
+                " build it again with this version"
+            )
+
+    def _choose_target(self, wanted: Target | str | None) -> Target:
+        text = str(self.manifest["target"])
+        target = parse_target(wanted) if isinstance(wanted, str) else wanted
+        built_for = text.partition("(")[0]
+        if target is not None and target.name not in (built_for, "eager"):
+            raise DiffoptError(
+                f"{self.path}: built for target {text}, not {target}; build it again for {target}"
+            )
+        if target is not None and target.name != built_for and self.manifest["holds_weights"]:
+            raise DiffoptError(
+                f"{self.path}: target {text} keeps the weights in its kernels, so {target} cannot"
+                " run it; build it again without that option"
+            )
+        if target is None or target.name == built_for:
+            # What it was built with, and not the options asked for now: the kernels are there.
+            target = parse_target(text)
+        if target.name == built_for and (reason := target.unfit(self.manifest["requires"])):
+            raise DiffoptError(
+                f"{self.path}: {reason}; build it again on this machine,"
+                ' or load it with target="eager"'
+            )
+        return target
+
+    def _program(self, graphs: Mapping[str, Any]) -> Program:
+        names = self._archive.names("assets/")
+        assets = {n.removeprefix("assets/"): bytes(self._archive.read(n)) for n in names}
+        return Program.from_members({**self._data, "graphs": graphs}, self.tensors, assets)
+
+    def _image(self) -> Image:
+        return Image(
+            members={
+                name.removeprefix("kernels/"): self._archive.read(name)
+                for name in self._archive.names("kernels/")
+            },
+            graphs={name: graph for name, graph in self._data["graphs"].items() if name},
+            tensors=self.tensors,
+            program=lambda: self.program,
+        )
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The program that the engine was built from, to look at or to run without a target."""
+        if self.manifest["holds_weights"]:
+            raise DiffoptError(
+                f"{self.path}: target {self.target} keeps the weights in its kernels, so its"
+                " program cannot be had; build it again without that option"
+            )
+        return self._program(self._data["graphs"])
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The flat inputs of `run` in order, each with its type."""
+        return dict(self.manifest["inputs"])
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Run the engine as the pipeline was called, and return what the pipeline returns.
+
+        Args:
+            **arguments: What the pipeline's call takes: `prompt`, `generator`, `latents`, …; `seed`
+                stands for a generator; `output_type` is "pil", "np" or "pt".
+        """
+        tensors = self.run(self._outer.prepare(**arguments))
+        return self._outer.pack(tensors, arguments.get("output_type"))
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the flat outputs for flat inputs."""
+        return self._plan.run(tensors)
+
+    def verify(self) -> None:
+        """Check the file against its checksums, and that it runs on the inputs seen at capture."""
+        self._archive.verify()
+        for index, output in enumerate(self.run(self._outer.sample_inputs())):
+            if output.is_floating_point() and not output.isfinite().all():
+                raise DiffoptError(
+                    f"{self.path}: output {index} is not finite on the sample inputs"
+                )
+
+    def __repr__(self) -> str:
+        size = sum(entry["size"] for entry in self.manifest["members"].values())
+        arguments = ", ".join(self.manifest["arguments"])
+        passes = self.manifest["passes"] or "none"
+        return (
+            f"<Engine {self.path}: target {self.manifest['target']}, passes {passes},"
+            f" {size / 1e6:.1f} MB, takes {arguments}>"
+        )

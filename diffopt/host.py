@@ -1,0 +1,457 @@
+"""Host-side preparation and packing: from the pipeline's arguments to flat tensors, and back.
+
+A program's graph takes flat tensors. How each is made of the arguments of the pipeline's call is a
+list of steps that run in order: tokenizer calls, random draws, pictures, tensors as given. They are
+plain data (JSON), so an engine can run them without the pipeline's code.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffopt.errors import DiffoptError
+
+Place = tuple[str | int, ...]
+"""Where in the call's arguments a value is: ("prompt", 0) is the first of a list of prompts."""
+
+CLEANERS = {
+    "": lambda text: text,
+    "strip": str.strip,
+    "lower": str.lower,
+    "lower-strip": lambda text: text.lower().strip(),
+}
+
+
+def find(arguments: Mapping[str, Any], place: Sequence[str | int]) -> Any:
+    """Return the value at a place of the arguments; None where the path leads nowhere."""
+    value: Any = arguments
+    for step in place:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def leaves(value: Any, place: Place = ()) -> list[tuple[Place, Any]]:
+    """Return every leaf of nested lists and dictionaries with its place."""
+    if isinstance(value, Mapping):
+        return [leaf for k, v in value.items() for leaf in leaves(v, (*place, k))]
+    if isinstance(value, (list, tuple)):
+        return [leaf for i, v in enumerate(value) for leaf in leaves(v, (*place, i))]
+    return [(place, value)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A tensor, array or list of numbers that the caller gives."""
+
+    place: Place
+    dtype: str
+
+    def run(self, call: "Call") -> list[Tensor]:
+        """Return the caller's value as a tensor."""
+        value = find(call.arguments, self.place)
+        if value is None:
+            raise DiffoptError(f"missing argument {place_text(self.place)!r}: the program was traced with it")
+        dtype = getattr(torch, self.dtype)
+        return [torch.as_tensor(value, dtype=dtype)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text made of the caller's: cleaned, then put into a template."""
+
+    place: Place
+    clean: str
+    before: str
+    after: str
+
+    def render(self, arguments: Mapping[str, Any]) -> str:
+        """Return the text."""
+        value = find(arguments, self.place)
+        if value is None and self.place[1:] == (0,):
+            value = arguments.get(str(self.place[0]))
+        if not isinstance(value, str):
+            raise DiffoptError(
+                f"{place_text(self.place)} must be a text, got {value!r}: the program was traced with one there"
+            )
+        return self.before + CLEANERS[self.clean](value) + self.after
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """A call of a tokenizer or another host-side component."""
+
+    asset: str
+    method: str
+    args: Any
+    """JSON; a text of the caller's is {"text": {...}}, a picture {"place": [...]}."""
+    keys: tuple[str, ...]
+    """Which entries of the result become inputs."""
+
+    def run(self, call: "Call") -> list[Tensor]:
+        """Call the component and return the entries that the graph takes."""
+        args, kwargs = decode_args(self.args, call.arguments)
+        result = getattr(call.component(self.asset), self.method)(*args, **kwargs)
+        return [entry(result, key) for key in self.keys]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A random draw, from the generator at a place or, without one, from the default generator."""
+
+    op: str
+    size: tuple[int, ...]
+    dtype: str
+    extra: tuple[float, ...]
+    generator: Place | None
+
+    def run(self, call: "Call") -> list[Tensor]:
+        """Draw the numbers."""
+        packet = self.op.removeprefix("aten.")
+        kwargs = {"dtype": getattr(torch, self.dtype)}
+        generator = call.generator(self.generator)
+        function = getattr(torch, packet)
+        return [function(*[int(e) for e in self.extra], self.size, generator=generator, **kwargs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """PIL images as one tensor: mode, resize, scale, layout."""
+
+    place: Place
+    """Of an image, or of a list of images, which are stacked."""
+    mode: str
+    size: tuple[int, int]
+    resample: int
+    scale: str
+    """"byte" (uint8 0…255), "unit" (float32 0…1) or "signed" (float32 -1…1)."""
+    layout: str
+    """"hwc", "chw" or "hw", with "n" in front for a batch."""
+
+    def run(self, call: "Call") -> list[Tensor]:
+        """Return the images' tensor."""
+        value = find(call.arguments, self.place)
+        pictures = value if isinstance(value, list) else [value]
+        for picture in pictures:
+            if not isinstance(picture, Image.Image):
+                kind = type(picture).__name__
+                raise DiffoptError(f"{place_text(self.place)} must be a PIL image, got {kind}")
+        return [torch.from_numpy(self.render(pictures))]
+
+    def render(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Return the images as an array in this recipe's layout."""
+        arrays = [self._one(picture) for picture in pictures]
+        return np.stack(arrays) if self.layout.startswith("n") else arrays[0]
+
+    def _one(self, image: Image.Image) -> np.ndarray:
+        if image.mode != self.mode:
+            image = image.convert(self.mode)
+        if image.size != self.size:
+            image = image.resize(self.size, resample=self.resample)
+        array = np.array(image)
+        if self.scale != "byte":
+            array = array.astype(np.float32) / 255.0
+        if self.scale == "signed":
+            array = 2.0 * array - 1.0
+        if self.layout.endswith("hw"):
+            return array if array.ndim == 2 else array[..., 0]
+        array = array if array.ndim == 3 else array[..., None]
+        return array.transpose(2, 0, 1) if self.layout.endswith("chw") else array
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number that stays an input (`dynamic=`), with the comparisons that capture relied on."""
+
+    place: Place
+    guards: tuple[tuple[str, float, bool, str], ...] = ()
+    """(comparison, other side, its result at capture, where), for example (">", 1.0, True, "…")."""
+
+    def run(self, call: "Call") -> list[Tensor]:
+        """Check the guards and return the number as a float64 scalar."""
+        value = float(find(call.arguments, self.place))
+        for symbol, other, result, where in self.guards:
+            if COMPARISONS[symbol](value, other) != result:
+                rule = f"{place_text(self.place)} {symbol} {other:g}"
+                raise DiffoptError(
+                    f"{place_text(self.place)}={value:g}: the program was traced with {rule} "
+                    f"{'true' if result else 'false'} ({where}); trace it again with this value"
+                )
+        return [torch.tensor(value, dtype=torch.float64)]
+
+
+COMPARISONS = {
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
+
+Step = Given | Processor | Draw | Picture | Number
+STEPS: dict[str, Any] = {kind.__name__: kind for kind in (Given, Processor, Draw, Picture, Number)}
+
+
+def place_text(place: Sequence[str | int]) -> str:
+    """Return a place as a user writes it: `prompt[0]`."""
+    return "".join(f"[{p}]" if isinstance(p, int) else (f".{p}" if i else p) for i, p in enumerate(place))
+
+
+@dataclasses.dataclass
+class Host:
+    """The host side of a program: steps that make its inputs, and how its outputs are packed."""
+
+    steps: list[Step]
+    """In the order in which they run; the inputs are their results, one after another."""
+    output: Any
+    """JSON: the structure that the pipeline returns; see `pack`."""
+    call: dict[str, Any]
+    """The traced arguments that are plain data: defaults of inputs, and what was bound at capture."""
+    assets: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
+    """Files of each host component, by file name."""
+    components: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """Live host components; made from `assets` when one is first needed."""
+
+    def prepare(self, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Return the flat inputs for a call with these arguments.
+
+        `seed=` stands for `generator=torch.Generator().manual_seed(seed)`, or for one generator an
+        image (seed, seed + 1, …) where the program was traced with a list of them.
+        """
+        call = Call(self, dict(arguments))
+        return [tensor for step in self.steps for tensor in step.run(call)]
+
+    def inputs(self) -> set[str]:
+        """Return the names of the arguments that a call may change."""
+        names = {"seed", "generator", "output_type"}
+        for step in self.steps:
+            if isinstance(step, Processor):
+                names.update(str(place[0]) for place in places(step.args))
+            elif isinstance(step, Draw):
+                names.update(str(part) for part in (step.generator or ())[:1])
+            else:
+                names.add(str(step.place[0]))
+        return names
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the assets as JSON."""
+        steps = [{"kind": type(step).__name__, **dataclasses.asdict(step)} for step in self.steps]
+        return {"steps": steps, "output": self.output, "call": self.call}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], assets: dict[str, dict[str, bytes]]) -> "Host":
+        """Rebuild what `to_json` wrote."""
+        steps = []
+        for row in data["steps"]:
+            fields = {k: _tuples(v) if k != "args" else v for k, v in row.items() if k != "kind"}
+            steps.append(STEPS[row["kind"]](**fields))
+        return Host(steps, data["output"], data["call"], assets)
+
+
+class Call:
+    """One call's arguments, checked against what the program was traced with."""
+
+    def __init__(self, host: Host, arguments: dict[str, Any]) -> None:
+        self.host = host
+        self.seed = arguments.pop("seed", None)
+        free = host.inputs()
+        for name, value in arguments.items():
+            if name in free:
+                continue
+            if name not in host.call:
+                known = ", ".join(sorted(free))
+                raise DiffoptError(
+                    f"{name}={_short(value)}: the program was traced without {name!r}; trace it again with "
+                    f"{name!r} among the arguments (its inputs are: {known})"
+                )
+            if not _same(host.call[name], value):
+                raise DiffoptError(
+                    f"{name}={_short(value)}: {name!r} was bound to {_short(host.call[name])} at capture; "
+                    f"trace again with this value, or with dynamic=({name!r},) if it is a number"
+                )
+        self.arguments = host.call | arguments
+        self._generators: dict[Place | None, torch.Generator] = {}
+
+    def generator(self, place: Place | None) -> torch.Generator | None:
+        """Return the generator to draw from; one object a place, so draws follow one another."""
+        given = find(self.arguments, place) if place else self.arguments.get("generator")
+        if isinstance(given, list) and len(given) == 1:
+            given = given[0]
+        if isinstance(given, torch.Generator):
+            return given
+        if self.seed is None:
+            return None
+        if place not in self._generators:
+            offset = place[1] if place and len(place) > 1 and isinstance(place[1], int) else 0
+            self._generators[place] = torch.Generator().manual_seed(int(self.seed) + offset)
+        return self._generators[place]
+
+    def component(self, name: str) -> Any:
+        """Return a live host component, made from the program's assets the first time."""
+        if name not in self.host.components:
+            self.host.components[name] = load_component(name, self.host.assets[name])
+        return self.host.components[name]
+
+
+def load_component(name: str, files: Mapping[str, bytes]) -> Any:
+    """Make a tokenizer or image processor from its files."""
+    try:
+        import transformers
+    except ImportError:
+        raise DiffoptError(
+            f"the tokenizer {name!r} needs the package transformers: pip install transformers"
+        ) from None
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in files.items():
+            path = Path(folder, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        if "tokenizer_config.json" in files:
+            return transformers.AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
+        return transformers.AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+
+
+def save_component(component: Any) -> dict[str, bytes]:
+    """Return the files that `load_component` needs; none where the component can't be saved."""
+    if not hasattr(component, "save_pretrained"):
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        component.save_pretrained(folder)
+        files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+# Arguments of a processor's call as JSON
+
+
+def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:
+    """Return call arguments from JSON with the caller's texts and pictures in place."""
+    if not isinstance(data, dict):
+        return data
+    ((kind, value),) = data.items()
+    if kind == "text":
+        return Text(tuple(value["place"]), value["clean"], value["before"], value["after"]).render(arguments)
+    if kind == "place":
+        return find(arguments, value)
+    if kind == "dict":
+        return {k: decode_args(v, arguments) for k, v in value.items()}
+    items = [decode_args(item, arguments) for item in value]
+    return tuple(items) if kind == "tuple" else items
+
+
+def places(data: Any) -> list[Sequence[str | int]]:
+    """Return the places of the caller's values in encoded arguments."""
+    if not isinstance(data, dict):
+        return []
+    ((kind, value),) = data.items()
+    if kind == "text":
+        return [value["place"]]
+    if kind == "place":
+        return [value]
+    return [p for item in (value.values() if kind == "dict" else value) for p in places(item)]
+
+
+def entry(result: Any, key: str) -> Tensor:
+    """Return one tensor of a processor's result; the key "" is the result itself."""
+    value = result if key == "" else result[key]
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(np.asarray(value))
+    return value
+
+
+# Packing
+
+
+class Output(dict[str, Any]):
+    """What a pipeline returns: entries by name, also as attributes and by position."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the output has no {name!r}, only {', '.join(self)}") from None
+
+    def __getitem__(self, key: str | int) -> Any:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
+    """Return what the pipeline returns, from flat output tensors and the structure as JSON.
+
+    Args:
+        data: The structure: {"list" | "tuple" | "dict": …}, {"class": [name, fields]}, {"value": …},
+            {"tensor": i}, or {"array" | "image": [i, index…]} for what left torch: a numpy array, or
+            an 8-bit PIL image of one; {"stack": […]} for arrays that were stacked.
+        tensors: The flat outputs.
+        output_type: "pil", "np" or "pt" for another form of the images than at capture.
+    """
+    ((kind, value),) = data.items()
+    if kind == "value":
+        return value
+    if kind == "tensor":
+        tensor = tensors[value]
+        if output_type in ("pil", "np") and _is_image(tensor):
+            return images(np.asarray(tensor.movedim(-3, -1).float()), output_type)
+        return tensor
+    if kind in ("array", "image"):
+        array = np.asarray(tensors[value[0]])[tuple(value[1:])]
+        if output_type == "pt" and array.ndim >= 3:
+            return torch.from_numpy(array).movedim(-1, -3)
+        return images(array, output_type or ("np" if kind == "array" else "pil"))
+    if kind == "stack":
+        parts = [pack(item, tensors, "np") for item in value]
+        return torch.from_numpy(np.stack(parts)) if output_type == "pt" else np.stack(parts)
+    if kind in ("list", "tuple"):
+        items = [pack(item, tensors, output_type) for item in value]
+        if output_type in ("pt", "np") and value and all("image" in item for item in value):
+            return torch.stack(items) if output_type == "pt" else np.stack(items)
+        return items if kind == "list" else tuple(items)
+    if kind == "dict":
+        return {k: pack(v, tensors, output_type) for k, v in value.items()}
+    name, fields = value
+    packed = {k: pack(v, tensors, output_type) for k, v in fields.items()}
+    module, _, qualname = name.partition(":")
+    # The pipeline's own class where its library is loaded anyway; importing it is not worth seconds.
+    kind_ = getattr(sys.modules.get(module), qualname, None)
+    return kind_(**packed) if kind_ is not None else Output(packed)
+
+
+def images(array: np.ndarray, output_type: str) -> Any:
+    """Return an array of images (…, height, width, channels) in 0…1 as PIL images, or as it is."""
+    if output_type != "pil":
+        return array
+    if array.ndim > 3:
+        return [images(item, output_type) for item in array]
+    pixels = (array * 255).round().astype("uint8")
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.ndim >= 4 and tensor.shape[-3] in (1, 3, 4) and tensor.is_floating_point()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b) if isinstance(b, (bool, int, float, str, type(None), dict)) else False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "…"

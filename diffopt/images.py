@@ -1,0 +1,91 @@
+"""Writes what a pipeline returns to a file: pictures as a grid, anything else as numbers."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffopt.errors import DiffoptError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+NUMBERS = (".pt", ".npy")
+
+
+def output_type(path: Path) -> str:
+    """Return the `output_type` of a call whose result goes to `path`."""
+    if path.suffix in PICTURES:
+        return "pil"
+    if path.suffix in NUMBERS:
+        return "pt"
+    known = ", ".join((*PICTURES, *NUMBERS))
+    raise DiffoptError(f"cannot write '{path}': the name must end in one of {known}")
+
+
+def first_output(result: Any) -> Any:
+    """Return the main entry of a result: `.images`, `.frames`, `.audios` or else the first."""
+    for name in ("images", "frames", "audios", "sample"):
+        if hasattr(result, name):
+            return getattr(result, name)
+    if isinstance(result, dict):
+        return next(iter(result.values()))
+    return result[0] if isinstance(result, list | tuple) else result
+
+
+def grid(images: Sequence[Image.Image], gap: int = 2) -> Image.Image:
+    """Return the images side by side in a rectangle that is as wide as high, or wider."""
+    if len(images) == 1:
+        return images[0]
+    side = math.sqrt(len(images))
+    whole = [n for n in range(math.ceil(side), int(2 * side) + 1) if len(images) % n == 0]
+    columns = whole[0] if whole else math.ceil(side)  # no hole in the last row where possible
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].size
+    step_x, step_y = width + gap, height + gap
+    size = (columns * step_x - gap, rows * step_y - gap)
+    sheet = Image.new(images[0].mode, size, "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * step_x, index // columns * step_y))
+    return sheet
+
+
+def save(results: Sequence[Any], path: Path, number: int) -> int:
+    """Write the first `number` items of several calls' results to one file; return how many.
+
+    The file is written whole or not at all.
+    """
+    if path.suffix in PICTURES:
+        pictures = [image for result in results for image in _pictures(result)][:number]
+        _replace(path, lambda file: grid(pictures).save(file))
+        return len(pictures)
+    tensors = torch.cat([torch.as_tensor(result) for result in results])[:number]
+    if path.suffix == ".npy":
+        _replace(path, lambda file: np.save(file, tensors.numpy()))
+    else:
+        _replace(path, lambda file: torch.save(tensors, file))
+    return len(tensors)
+
+
+def _pictures(result: Any) -> list[Image.Image]:
+    if isinstance(result, Image.Image):
+        return [result]
+    if not isinstance(result, list | tuple):
+        raise DiffoptError("this model returns no pictures; write to a .pt or .npy file")
+    return [image for item in result for image in _pictures(item)]
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write through a file beside it, so that an interrupted run leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

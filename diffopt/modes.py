@@ -1,0 +1,52 @@
+"""Where in the user's code capture is, and how to step out of capture's own modes."""
+
+import contextlib
+import dataclasses
+import linecache
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """A line of the pipeline's code."""
+
+    file: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.text}"
+
+
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(contextlib.__file__)))
+
+
+def location() -> Location:
+    """Return the innermost line that runs now and is neither torch's nor diffopt's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OWN) and not name.startswith("<"):
+            text = linecache.getline(name, frame.f_lineno).strip()
+            short = "/".join(Path(name).parts[-2:])
+            return Location(short, frame.f_lineno, text)
+        frame = frame.f_back  # type: ignore[assignment]
+    return Location("?", 0, "")
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Run outside capture's modes; exporting needs the mode stacks to itself."""
+    popped = [_pop_mode() for _ in _get_current_function_mode_stack()]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(popped):
+            _push_mode(mode)

@@ -1,0 +1,348 @@
+"""The program: a whole sampling pipeline as a two-level torch.fx graph.
+
+The root graph holds aten operators and calls of components; a component is a GraphModule with flat
+tensor arguments and a flat tuple of tensors as its result. Weights are shared by reference.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx
+
+from diffopt import graph as g
+from diffopt import host as h
+from diffopt import serialize
+from diffopt.errors import DiffoptError, VerifyError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CallSite:
+    """One call of a component in the root graph: the tag that every value of it carries."""
+
+    node: fx.Node
+    component: str
+    step: int
+    """Index of this call among the calls of the same component's family."""
+
+
+class Program:
+    """A captured sampling program.
+
+    Attributes:
+        root: The pipeline graph; its submodules are the components, its buffers the constants.
+        host: How the caller's arguments become the graph's inputs, and its outputs the result.
+        sample: The flat inputs seen at capture, on which rewrites are checked.
+        history: One record a pass that has run, oldest first, as JSON.
+        source: What it was traced from, as text.
+        resample: Capture again with other arguments; None where the pipeline is not at hand.
+    """
+
+    def __init__(
+        self,
+        root: fx.GraphModule,
+        host: h.Host,
+        sample: Sequence[Tensor],
+        *,
+        history: Sequence[Mapping[str, Any]] = (),
+        source: str = "",
+        resample: Callable[..., "Program"] | None = None,
+    ) -> None:
+        self.root = root
+        self.host = host
+        self.sample = list(sample)
+        self.history = list(history)
+        self.source = source
+        self.resample = resample
+
+    # Running
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Run the program as the pipeline was called; returns what the pipeline returns."""
+        return self.pack(self.run(self.prepare(**arguments)), arguments.get("output_type"))
+
+    def prepare(self, **arguments: Any) -> list[Tensor]:
+        """Return the flat inputs for a call with these arguments."""
+        tensors = self.host.prepare(arguments)
+        for node, tensor in zip(g.placeholders(self.root), tensors, strict=True):
+            expected = node.meta["val"]
+            if tensor.shape != expected.shape:
+                raise DiffoptError(
+                    f"input {node.name} has shape {list(tensor.shape)}; the program was traced for "
+                    f"{list(expected.shape)}: trace it again with inputs of this size"
+                )
+        return tensors
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Execute the graph on flat inputs; returns flat outputs."""
+        with torch.no_grad():
+            return tuple(self.root(*tensors))
+
+    def pack(self, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
+        """Return flat outputs as the pipeline returns them."""
+        traced = self.host.call.get("output_type")
+        return h.pack(self.host.output, tensors, output_type if output_type != traced else None)
+
+    def sample_inputs(self) -> list[Tensor]:
+        """Return the flat inputs seen at capture."""
+        return self.sample
+
+    # Looking
+
+    @property
+    def components(self) -> dict[str, fx.GraphModule]:
+        """The components that the root graph calls, by name."""
+        return {name: module for name, module in self.root._modules.items()}  # type: ignore[misc]
+
+    def calls(self, component: str | None = None) -> list[fx.Node]:
+        """Return the component calls in order: all, or one component's."""
+        nodes = self.root.graph.find_nodes(op="call_module")
+        return [n for n in self.root.graph.nodes if n in set(nodes) and component in (None, n.target)]
+
+    def call_sites(self) -> list[CallSite]:
+        """Return every component call with its step: its index among the calls of that component."""
+        counts: dict[str, int] = {}
+        sites = []
+        for node in self.calls():
+            name = str(node.target)
+            sites.append(CallSite(node, name, counts.get(name, 0)))
+            counts[name] = counts.get(name, 0) + 1
+        return sites
+
+    def weights(self) -> dict[int, Tensor]:
+        """Return every distinct weight and constant by identity."""
+        modules = [self.root, *self.components.values()]
+        return {id(t): t for gm in modules for _, t in g.named_tensors(gm)}
+
+    def flops(self) -> int:
+        """Return the floating point operations of one run."""
+        own = {name: g.flops(gm) for name, gm in self.components.items()}
+        return g.flops(self.root, own)
+
+    def releasable(self) -> list[str]:
+        """Return the weights that no component called more than once uses, as component.name.
+
+        They are read only before or after the loop, so a runtime may release them there.
+        """
+        counts: dict[str, int] = {}
+        for node in self.calls():
+            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+        loop = {id(t) for n, gm in self.components.items() if counts.get(n, 0) > 1 for _, t in g.named_tensors(gm)}
+        once = [(n, gm) for n, gm in self.components.items() if counts.get(n, 0) == 1]
+        return [f"{n}.{key}" for n, gm in once for key, t in g.named_tensors(gm) if id(t) not in loop]
+
+    def fingerprint(self) -> str:
+        """Return a hash of all graphs; weights count by identity and version."""
+        parts = [g.fingerprint(self.root), *(n + g.fingerprint(m) for n, m in sorted(self.components.items()))]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        bodies = [f"component {name}:\n{_indent(g.text(gm))}" for name, gm in self.components.items()]
+        return "\n\n".join([f"program:\n{_indent(g.text(self.root))}", *bodies])
+
+    # Changing
+
+    def clone(self) -> "Program":
+        """Return a copy whose graphs can be changed; weights are shared by reference."""
+        root = g.clone(self.root)
+        for name, gm in self.components.items():
+            root._modules[name] = g.clone(gm)
+        return Program(
+            root, self.host, self.sample, history=self.history, source=self.source, resample=self.resample
+        )
+
+    def add_component(self, name: str, body: fx.GraphModule) -> str:
+        """Add a component under a free name near `name`; return that name."""
+        base, count = name, 1
+        while hasattr(self.root, name):
+            count += 1
+            name = f"{base}_{count}"
+        self.root.add_module(name, body)
+        return name
+
+    def refresh(self) -> None:
+        """Drop what is unused and recompile every graph; a pass need not call it."""
+        g.prune_unused(self.root)
+        for gm in [*self.components.values(), self.root]:
+            g.prune_unused(gm)
+            gm.recompile()
+
+    # Checking
+
+    def verify(self) -> None:
+        """Check the invariants of the IR; a broken one is a `VerifyError`.
+
+        Graphs are well formed; values' recorded shapes and dtypes are what propagation gives; every
+        component call names a component and passes what it takes; inputs fit the host's steps.
+        """
+        for name, gm in {"program": self.root, **self.components}.items():
+            _verify_graph(name, gm, is_root=gm is self.root)
+        for node in self.calls():
+            _verify_call(node, self.components[str(node.target)])
+        takes = g.placeholders(self.root)
+        if len(self.sample) != len(takes):
+            raise VerifyError(f"program: {len(takes)} placeholders for {len(self.sample)} inputs")
+        for node, tensor in zip(takes, self.sample, strict=True):
+            _verify_type(f"program: input {node.name}", node.meta["val"], tensor)
+
+    # Saving
+
+    def to_members(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
+        """Return the program as JSON, distinct tensors by key, and asset files by path."""
+        keys: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        graphs = {}
+        for name, gm in {"": self.root, **self.components}.items():
+            table = {}
+            for attribute, tensor in g.named_tensors(gm):
+                if id(tensor) not in keys:
+                    keys[id(tensor)] = f"{name}.{attribute}" if name else attribute
+                    tensors[keys[id(tensor)]] = tensor.detach()
+                parameter = isinstance(tensor, torch.nn.Parameter)
+                table[attribute] = [keys[id(tensor)], list(tensor.stride()), parameter]
+            graphs[name] = {"nodes": serialize.graph_to_json(gm), "tensors": table}
+        tensors.update({f"sample/{i}": t.detach() for i, t in enumerate(self.sample)})
+        data = {
+            "format": FORMAT,
+            "graphs": graphs,
+            "host": self.host.to_json(),
+            "samples": len(self.sample),
+            "history": self.history,
+            "source": self.source,
+        }
+        assets = {f"{name}/{file}": b for name, fs in self.host.assets.items() for file, b in fs.items()}
+        return data, tensors, assets
+
+    @staticmethod
+    def from_members(
+        data: Mapping[str, Any], tensors: Mapping[str, Tensor], assets: Mapping[str, bytes]
+    ) -> "Program":
+        """Rebuild a program from `to_members`' pieces."""
+        shared: dict[str, Tensor] = {}
+
+        def table(graph: Mapping[str, Any]) -> dict[str, Tensor]:
+            for key, stride, parameter in graph["tensors"].values():
+                if key not in shared:
+                    tensor = _restride(tensors[key], stride)
+                    shared[key] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+            return {name: shared[key] for name, (key, _, _) in graph["tensors"].items()}
+
+        graphs = data["graphs"]
+        bodies = {
+            name: serialize.graph_from_json(graph["nodes"], name, table(graph), {})
+            for name, graph in graphs.items()
+            if name
+        }
+        root = serialize.graph_from_json(graphs[""]["nodes"], "program", table(graphs[""]), bodies)
+        files: dict[str, dict[str, bytes]] = {}
+        for path, content in assets.items():
+            component, _, file = path.partition("/")
+            files.setdefault(component, {})[file] = content
+        sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
+        host = h.Host.from_json(data["host"], files)
+        return Program(root, host, sample, history=data["history"], source=data["source"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program to one file: JSON, safetensors, assets. Atomic."""
+        data, tensors, assets = self.to_members()
+        path = Path(path)
+        members = {"program.json": json.dumps(data).encode(), "weights.safetensors": pack_tensors(tensors)}
+        members |= {f"assets/{name}": content for name, content in assets.items()}
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            try:
+                with zipfile.ZipFile(file, "w") as archive:
+                    for name, content in members.items():
+                        archive.writestr(name, content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Program":
+        """Read a program that `save` wrote; a file that is none is a `DiffoptError`."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                data = json.loads(archive.read("program.json"))
+                tensors = safetensors.torch.load(archive.read("weights.safetensors"))
+                names = [n for n in archive.namelist() if n.startswith("assets/")]
+                assets = {n.removeprefix("assets/"): archive.read(n) for n in names}
+        except FileNotFoundError:
+            raise DiffoptError(f"{os.fspath(path)}: no such file") from None
+        except IsADirectoryError:
+            raise DiffoptError(f"{os.fspath(path)}: is a directory, not a program file") from None
+        except (zipfile.BadZipFile, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise DiffoptError(
+                f"{os.fspath(path)}: not a whole program file ({error}); write it again with `diffopt trace`"
+            ) from None
+        if data["format"] != FORMAT:
+            raise DiffoptError(
+                f"{os.fspath(path)}: format {data['format']}, this diffopt reads {FORMAT}; trace the model again"
+            )
+        return Program.from_members(data, tensors, assets)
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as safetensors bytes; the values, made contiguous, without sharing storage."""
+    return safetensors.torch.save({name: t.detach().contiguous().clone() for name, t in tensors.items()})
+
+
+def _restride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return the values in another memory layout, on which a kernel's order of sums can depend."""
+    if list(tensor.stride()) == list(stride):
+        return tensor
+    if 0 in stride:
+        return tensor
+    result = torch.empty_strided(tensor.shape, tuple(stride), dtype=tensor.dtype)
+    return result.copy_(tensor)
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def _verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
+    try:
+        gm.graph.lint()
+    except Exception as error:
+        raise VerifyError(f"{name}: {error}") from error
+    for node in gm.graph.nodes:
+        where = f"{name}: {node.format_node()}"
+        if node.op == "output":
+            if not (isinstance(node.args[0], tuple) and all(isinstance(n, fx.Node) for n in node.args[0])):
+                raise VerifyError(f"{where}: the output is not a flat tuple of values")
+            continue
+        if "val" not in node.meta:
+            raise VerifyError(f"{where}: the value has no recorded type")
+        if node.op == "get_attr":
+            _verify_type(where, node.meta["val"], g.attribute(gm, str(node.target)))
+        elif node.op == "call_function":
+            _verify_type(where, node.meta["val"], g.propagate(node))
+        elif node.op == "call_module" and not is_root:
+            raise VerifyError(f"{where}: a component calls a component")
+
+
+def _verify_call(node: fx.Node, body: fx.GraphModule) -> None:
+    takes = g.placeholders(body)
+    if len(takes) != len(node.args) or node.kwargs:
+        raise VerifyError(f"program: {node.format_node()}: passes {len(node.args)} values, takes {len(takes)}")
+    for formal, actual in zip(takes, node.args, strict=True):
+        _verify_type(f"program: {node.format_node()}: {formal.name}", formal.meta["val"], actual.meta["val"])  # type: ignore[union-attr]
+    _verify_type(f"program: {node.format_node()}", node.meta["val"], tuple(n.meta["val"] for n in g.outputs(body)))
+
+
+def _verify_type(where: str, recorded: Any, actual: Any) -> None:
+    if g.type_text(recorded) != g.type_text(actual):
+        raise VerifyError(f"{where}: recorded as {g.type_text(recorded)}, is {g.type_text(actual)}")

@@ -1,0 +1,177 @@
+"""Nested Python values as tensors plus a structure that can be compared and rebuilt.
+
+torch's pytree knows registered containers only. Pipelines hand components objects of their own
+(a distribution, a key/value cache), so here any object whose attributes hold tensors is a container.
+"""
+
+import copy
+import dataclasses
+import enum
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Build = Callable[[Sequence[Any]], Any]
+
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The structure of a value: what it is without its tensors."""
+
+    key: Hashable
+    """Compares equal for values of the same structure with the same constants."""
+    build: Build
+    """Make the value again around other tensors."""
+
+
+def flatten(value: Any) -> tuple[list[Tensor], Spec]:
+    """Return a value's tensors in order, and its structure."""
+    leaves: list[Tensor] = []
+    key, build = _flatten(value, leaves, set())
+    return leaves, Spec(key, build)
+
+
+def _flatten(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[Hashable, Build]:
+    if isinstance(value, Tensor):
+        index = len(leaves)
+        leaves.append(value)
+        return "tensor", lambda tensors: tensors[index]
+    if isinstance(value, CONSTANTS):
+        return (type(value).__name__, value), lambda tensors: value
+    if id(value) in above or isinstance(value, (torch.nn.Module, torch.Generator, type)):
+        return _opaque(value)
+    above = above | {id(value)}
+    if isinstance(value, (list, tuple)):
+        return _flatten_sequence(value, leaves, above)
+    if isinstance(value, dict):
+        return _flatten_dict(value, leaves, above)
+    if callable(value) or not hasattr(value, "__dict__"):
+        return _opaque(value)
+    return _flatten_object(value, leaves, above)
+
+
+def _opaque(value: Any) -> tuple[Hashable, Build]:
+    return (type(value).__qualname__, id(value)), lambda tensors: value
+
+
+def _flatten_sequence(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[Hashable, Build]:
+    kind = type(value)
+    parts = [_flatten(item, leaves, above) for item in value]
+
+    def build(tensors: Sequence[Any]) -> Any:
+        items = [make(tensors) for _, make in parts]
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+    return (kind.__qualname__, tuple(key for key, _ in parts)), build
+
+
+def _flatten_dict(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[Hashable, Build]:
+    parts = {name: _flatten(item, leaves, above) for name, item in value.items()}
+
+    def build(tensors: Sequence[Any]) -> Any:
+        if type(value) is dict:
+            return {name: make(tensors) for name, (_, make) in parts.items()}
+        new = copy.copy(value)  # an output class: an ordered dict whose entries are attributes too
+        for name, (_, make) in parts.items():
+            new[name] = make(tensors)
+        return new
+
+    return (type(value).__qualname__, tuple((n, key) for n, (key, _) in parts.items())), build
+
+
+def _flatten_object(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[Hashable, Build]:
+    count = len(leaves)
+    parts = {name: _flatten(item, leaves, above) for name, item in vars(value).items()}
+    if len(leaves) == count:
+        return _opaque(value)
+
+    def build(tensors: Sequence[Any]) -> Any:
+        new = copy.copy(value)
+        new.__dict__.update({name: make(tensors) for name, (_, make) in parts.items()})
+        return new
+
+    return (type(value).__qualname__, tuple((n, key) for n, (key, _) in parts.items())), build
+
+
+_MODULE_INTERNALS = set(vars(torch.nn.Module())) - {"training"}
+
+
+def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield every attribute that is state of a module tree: (the dictionary that holds it, its name).
+
+    Parameters, buffers and submodules are left out. Plain objects that modules hold, such as
+    attention processors, are walked too, since pipelines keep counters and caches in them.
+    """
+    seen: set[int] = set()
+    stack: list[Any] = list(module.modules())
+    while stack:
+        owner = stack.pop()
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        store = vars(owner)
+        for name in list(store):
+            if name in _MODULE_INTERNALS or name == "forward":
+                continue
+            yield store, name
+            stack.extend(_helpers(store[name]))
+
+
+def _helpers(value: Any) -> Iterator[Any]:
+    """Yield the plain objects that an attribute holds, directly or in a list or dictionary."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _helpers(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _helpers(item)
+    elif _is_plain_object(value):
+        yield value
+
+
+def _is_plain_object(value: Any) -> bool:
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (Tensor, torch.nn.Module, type, torch.Generator))
+        and not callable(getattr(value, "__get__", None))  # functions and descriptors
+        and type(value).__module__ not in ("builtins", "types", "threading", "weakref")
+    )
+
+
+def describe(value: Any, depth: int = 4) -> Hashable:
+    """Return a hashable description of a state value that does not depend on object identity.
+
+    Tensors are described by identity and version, since their contents are weights or constants.
+    """
+    if isinstance(value, Tensor):
+        return ("tensor", id(value), value._version)
+    if isinstance(value, CONSTANTS):
+        return value if not isinstance(value, float) else repr(value)
+    if depth == 0 or isinstance(value, torch.nn.Module):
+        return type(value).__qualname__
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+        return tuple(describe(item, depth - 1) for item in items)
+    if isinstance(value, dict):
+        return tuple((str(k), describe(v, depth - 1)) for k, v in value.items())
+    name = getattr(value, "__qualname__", None)
+    return str(name) if name else type(value).__qualname__  # plain objects' attributes are walked themselves
+
+
+def fingerprint(module: torch.nn.Module) -> int:
+    """Return a hash of what a module's code can depend on, weights by identity and version.
+
+    Two calls of a module with equal fingerprints and arguments of one signature run the same graph.
+    """
+    parts: list[Hashable] = []
+    for name, child in module.named_modules():
+        hooks = len(child._forward_hooks) + len(child._forward_pre_hooks)
+        parts.append((name, type(child).__qualname__, child.training, hooks))
+        parts.extend((id(p), p._version) for p in child._parameters.values() if p is not None)
+        parts.extend((n, b is None) for n, b in child._buffers.items())
+    parts.extend((name, describe(store[name])) for store, name in attributes(module))
+    return hash(tuple(parts))

@@ -1,0 +1,1 @@
+"""Targets: hardware descriptions and lowerings, one file a family."""

@@ -1,0 +1,39 @@
+"""Runs an engine's graphs operator by operator, without compiling anything.
+
+It is the reference that other targets are compared with, and the place to look when one of them
+differs. It runs wherever torch does, and it can also open an engine that was built for another
+target, unless that target keeps the weights to itself: `diffopt.load(path, target="eager")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from diffopt.core import Progress
+from diffopt.program import Program
+from diffopt.runtime import Body
+from diffopt.target import Image, Lowered, Target
+
+
+@dataclass(frozen=True)
+class Eager(Target):
+    """Run the graphs as they are, for debugging and as the reference."""
+
+    def compile(self, program: Program, progress: Progress) -> Lowered:
+        """Return nothing: the engine's graphs and weights are all that is needed."""
+        return Lowered()
+
+    def load(self, image: Image) -> dict[str, Body]:
+        """Return the components' graphs as functions."""
+        return {name: _body(gm) for name, gm in image.program().components.items()}
+
+
+def _body(gm: fx.GraphModule) -> Body:
+    def run(tensors: list[Tensor]) -> Sequence[Tensor]:
+        outputs: Sequence[Tensor] = gm.forward(*tensors)
+        return outputs
+
+    return run

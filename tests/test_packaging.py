@@ -1,0 +1,65 @@
+"""What is installed is what is in the checkout."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TOP = ("diffopt", "passes", "targets")
+
+
+def test_listed_packages_are_the_folders_with_an_init() -> None:
+    # A package that is missing from the list is left out of the wheel without a warning.
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = {
+        str(init.parent.relative_to(ROOT)).replace("/", ".")
+        for top in TOP
+        for init in (ROOT / top).rglob("__init__.py")
+        if "diffopt/passes" not in init.as_posix() and "diffopt/targets" not in init.as_posix()
+    }
+    assert set(setuptools["package-dir"].values()) == folders
+    assert set(setuptools["packages"]) == setuptools["package-dir"].keys()
+
+
+def test_links_lead_to_the_folders() -> None:
+    for name in ("passes", "targets"):
+        link = ROOT / "diffopt" / name
+        if not link.is_symlink():
+            pytest.skip("this checkout has no symbolic links")
+        assert link.resolve() == ROOT / name
+
+
+def test_the_wheel_has_every_module(tmp_path: Path) -> None:
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignore = shutil.ignore_patterns("__pycache__", *TOP[1:])
+    shutil.copytree(ROOT / "diffopt", source / "diffopt", ignore=ignore)
+    for name in TOP[1:]:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entries,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert "diffopt = diffopt.cli:main" in archive.read(entries).decode()
+    ours = {f"diffopt/{path.name}" for path in (ROOT / "diffopt").glob("*.py")}
+    for name in TOP[1:]:
+        ours |= {f"diffopt/{name}/{path.name}" for path in (ROOT / name).glob("*.py")}
+    assert names == ours | {"diffopt/py.typed"}
+
+
+def test_the_pinned_torch_is_the_same_everywhere() -> None:
+    (pin,) = [text for text in PROJECT["project"]["dependencies"] if text.startswith("torch")]
+    assert f'"{pin}"' in (ROOT / "Makefile").read_text()
