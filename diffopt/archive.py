@@ -148,7 +148,8 @@ class Archive:
         except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
             if not ours:
                 raise DiffoptError(other) from None
-            if self._map.rfind(b"PK\x05\x06", max(0, len(self._map) - 4096)) < 0:
+            end = self._map.rfind(b"PK\x05\x06", max(0, len(self._map) - 4096))
+            if end < 0 or end + 22 > len(self._map):  # no whole end-of-directory record
                 raise DiffoptError(
                     f"{self.path}: truncated, only {len(self._map)} bytes of it are here; {AGAIN}"
                 ) from None

@@ -438,6 +438,9 @@ def _state(module: torch.nn.Module) -> list[tuple[dict[str, Any], str, Any, Any]
     for store, name in tree.attributes(module):
         value = store[name]
         rows.append((store, name, value, value.copy() if type(value) in (list, dict) else None))
+    for child in module.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):  # some libraries install hooks in the first call
+            rows.append((vars(child), name, vars(child)[name], vars(child)[name].copy()))
     return rows
 
 

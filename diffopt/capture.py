@@ -1,7 +1,6 @@
 """`diffopt.trace`: a whole pipeline call as a program."""
 
 import contextlib
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffopt import host as h
 from diffopt import recipes
 from diffopt.boundary import Boundary, Lifted
 from diffopt.errors import CaptureError
-from diffopt.program import Program
+from diffopt.program import Guards, Program
 from diffopt.recorder import Functions, Recorder
 
 
@@ -53,6 +52,16 @@ def trace(
     return _Trace(pipeline, components, dynamic, source).program(arguments)
 
 
+def trace_function(function: Callable[..., Any], *tensors: Tensor) -> Program:
+    """Capture a function of tensors; see `Program.from_function`."""
+    arguments = {f"x{index}": tensor for index, tensor in enumerate(tensors)}
+
+    def pipeline(**given: Tensor) -> Any:
+        return function(*given.values())
+
+    return trace(pipeline, components=getattr(function, "components", {}), **arguments)
+
+
 class _Trace:
     """The captures of one pipeline; exports are kept between them."""
 
@@ -86,6 +95,7 @@ class _Trace:
         output = _describe(result, recorder)
         steps, sample = final.finish(recorder)
         root = recorder.root
+        guards = _guards(recorder, steps)
         g.prune_unused(root)
         for gm in [root, *root._modules.values()]:
             gm.recompile()
@@ -97,7 +107,8 @@ class _Trace:
             {name: h.save_component(self.processors[name]) for name in used},
             {name: self.processors[name] for name in used},
         )
-        return Program(root, host, sample, source=self.source, resample=self._resample(arguments))
+        resample = self._resample(arguments)
+        return Program(root, host, sample, guards=guards, source=self.source, resample=resample)
 
     def _probe(self, scout: recipes.Sources) -> tuple[recipes.Sources, Recorder]:
         """Run with other texts, pictures and seeds; words such as "pt" are found not to be texts."""
@@ -190,6 +201,38 @@ def _same_arg(x: Any, y: Any, final: Recorder, probe: Recorder) -> bool:
     if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
         return len(x) == len(y) and all(_same_arg(i, j, final, probe) for i, j in zip(x, y, strict=True))
     return type(x) is type(y) and bool(x == y)
+
+
+def _guards(recorder: Recorder, steps: Sequence[h.Step]) -> Guards | None:
+    """Return what Python read of the caller's tensors, to be checked for new ones.
+
+    What it read of texts needs no check: the probe had other texts and ran the same operators.
+    """
+    takes = g.placeholders(recorder.root)
+    texts = [isinstance(step, h.Processor) for step in steps for _ in _results(step)]
+    texts_only = {node for node, is_text in zip(takes, texts, strict=True) if is_text}
+    body = g.new_body("guards")
+    env: dict[fx.Node, fx.Node] = {}
+    g.copy_nodes(takes, recorder.root, body, env)
+    values, expected, where = [], [], []
+    for node, value, place in recorder.reads:
+        needed = g.ancestors([node])
+        if {n for n in needed if n.op == "placeholder"} <= texts_only:
+            continue
+        g.copy_nodes([n for n in recorder.root.graph.nodes if n in needed], recorder.root, body, env)
+        values.append(env[node])
+        expected.append(value)
+        where.append(str(place))
+    if not values:
+        return None
+    body.graph.output(tuple(values))
+    g.set_outputs(body, values)
+    body.recompile()
+    return Guards(body, expected, where)
+
+
+def _results(step: h.Step) -> Sequence[str]:
+    return step.keys if isinstance(step, h.Processor) else ("",)
 
 
 # What the pipeline returns

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from diffopt import archive
 from diffopt import graph as g
+from diffopt import program as p
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from diffopt.runtime import Plan
 from diffopt.target import Image, Lowered, Target, parse_target
 
-FORMAT = 1
+FORMAT = f"1.{p.FORMAT}"
+"""Of the file, then of the program in it."""
 KIND = "application/x-diffopt-engine"
 HINT = "build one with `diffopt optimize MODEL -o FILE.engine`"
 
@@ -173,13 +175,22 @@ class Engine:
             )
         if target is None or target.name == built_for:
             # What it was built with, and not the options asked for now: the kernels are there.
-            target = parse_target(text)
+            target = self._parse_own_target(text)
         if target.name == built_for and (reason := target.unfit(self.manifest["requires"])):
             raise DiffoptError(
                 f"{self.path}: {reason}; build it again on this machine,"
                 ' or load it with target="eager"'
             )
         return target
+
+    def _parse_own_target(self, text: str) -> Target:
+        try:
+            return parse_target(text)
+        except DiffoptError as error:
+            raise DiffoptError(
+                f"{self.path}: built for target {text}, and {error.message}; install what adds it,"
+                ' or load the engine with target="eager"'
+            ) from None
 
     def _program(self, graphs: Mapping[str, Any]) -> Program:
         names = self._archive.names("assets/")

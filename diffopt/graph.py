@@ -152,6 +152,30 @@ def copy_nodes(
         env[node] = copy
 
 
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes and everything that they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes and everything that is computed from them."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
+
+
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of the graph; weights and submodules are shared by reference."""
     copy = new_body(gm._get_name())

@@ -26,7 +26,9 @@ Place = tuple[str | int, ...]
 CLEANERS = {
     "": lambda text: text,
     "strip": str.strip,
+    "rstrip": str.rstrip,
     "lower": str.lower,
+    "lower-rstrip": lambda text: text.lower().rstrip(),
     "lower-strip": lambda text: text.lower().strip(),
 }
 

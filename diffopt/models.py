@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import inspect
 import re
@@ -158,11 +159,11 @@ def call_arguments(
     With several images to a call each has a generator of its own, so that seeds count up.
     """
     parameters = inspect.signature(pipe).parameters
-    if given.keys() - parameters.keys() and not any(
-        p.kind is p.VAR_KEYWORD for p in parameters.values()
-    ):
-        (name, *_) = [name for name in given if name not in parameters]
-        raise DiffoptError(f"{_name(pipe)} has no argument '{name}'{suggest(name, parameters)}")
+    # Pipelines that also take **kwargs ignore what they do not know, and so a misspelt name.
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in given.keys() - parameters.keys():
+        if not free or difflib.get_close_matches(name, parameters):
+            raise DiffoptError(f"{_name(pipe)} has no argument '{name}'{suggest(name, parameters)}")
     generators = [torch.Generator().manual_seed(seed + index) for index in range(batch)]
     stand_ins = {
         "prompt": PROMPT if batch == 1 else [PROMPT] * batch,

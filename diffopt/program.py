@@ -36,6 +36,27 @@ class CallSite:
     """Index of this call among the calls of the same component's family."""
 
 
+@dataclasses.dataclass
+class Guards:
+    """What the pipeline's Python read of the caller's tensors at capture; new ones must give the same."""
+
+    body: fx.GraphModule
+    """From all of the program's inputs to the values that were read."""
+    expected: list[Any]
+    where: list[str]
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raise a `DiffoptError` where a value differs from the one that the program was traced with."""
+        with torch.no_grad():
+            values = self.body(*tensors)
+        for value, expected, where in zip(values, self.expected, self.where, strict=True):
+            if value.item() != expected:
+                raise DiffoptError(
+                    f"{where}: this is {value.item()} for these arguments and was {expected} at capture; "
+                    "trace the program again with arguments like these"
+                )
+
+
 class Program:
     """A captured sampling program.
 
@@ -45,6 +66,7 @@ class Program:
         sample: The flat inputs seen at capture, on which rewrites are checked.
         history: One record a pass that has run, oldest first, as JSON.
         source: What it was traced from, as text.
+        guards: What Python read of the inputs at capture; None if nothing.
         resample: Capture again with other arguments; None where the pipeline is not at hand.
     """
 
@@ -54,6 +76,7 @@ class Program:
         host: h.Host,
         sample: Sequence[Tensor],
         *,
+        guards: Guards | None = None,
         history: Sequence[Mapping[str, Any]] = (),
         source: str = "",
         resample: Callable[..., "Program"] | None = None,
@@ -61,9 +84,17 @@ class Program:
         self.root = root
         self.host = host
         self.sample = list(sample)
+        self.guards = guards
         self.history = list(history)
         self.source = source
         self.resample = resample
+
+    @staticmethod
+    def from_function(function: Callable[..., Any], *tensors: Tensor) -> "Program":
+        """Capture a function of tensors; modules in its attribute `components` become components."""
+        from diffopt.capture import trace_function  # capture makes programs, so it is above this module
+
+        return trace_function(function, *tensors)
 
     # Running
 
@@ -81,6 +112,8 @@ class Program:
                     f"input {node.name} has shape {list(tensor.shape)}; the program was traced for "
                     f"{list(expected.shape)}: trace it again with inputs of this size"
                 )
+        if self.guards:
+            self.guards.check(tensors)
         return tensors
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -158,7 +191,13 @@ class Program:
         for name, gm in self.components.items():
             root._modules[name] = g.clone(gm)
         return Program(
-            root, self.host, self.sample, history=self.history, source=self.source, resample=self.resample
+            root,
+            self.host,
+            self.sample,
+            guards=self.guards,
+            history=self.history,
+            source=self.source,
+            resample=self.resample,
         )
 
     def add_component(self, name: str, body: fx.GraphModule) -> str:
@@ -202,7 +241,10 @@ class Program:
         keys: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         graphs = {}
-        for name, gm in {"": self.root, **self.components}.items():
+        bodies = {"": self.root, **self.components}
+        if self.guards:
+            bodies["(guards)"] = self.guards.body
+        for name, gm in bodies.items():
             table = {}
             for attribute, tensor in g.named_tensors(gm):
                 if id(tensor) not in keys:
@@ -216,6 +258,7 @@ class Program:
             "format": FORMAT,
             "graphs": graphs,
             "host": self.host.to_json(),
+            "guards": [self.guards.expected, self.guards.where] if self.guards else None,
             "samples": len(self.sample),
             "history": self.history,
             "source": self.source,
@@ -243,6 +286,7 @@ class Program:
             for name, graph in graphs.items()
             if name
         }
+        guards = Guards(bodies.pop("(guards)"), *data["guards"]) if data["guards"] else None
         root = serialize.graph_from_json(graphs[""]["nodes"], "program", table(graphs[""]), bodies)
         files: dict[str, dict[str, bytes]] = {}
         for path, content in assets.items():
@@ -250,7 +294,9 @@ class Program:
             files.setdefault(component, {})[file] = content
         sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
         host = h.Host.from_json(data["host"], files)
-        return Program(root, host, sample, history=data["history"], source=data["source"])
+        return Program(
+            root, host, sample, guards=guards, history=data["history"], source=data["source"]
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to one file: JSON, safetensors, assets. Atomic."""

@@ -100,6 +100,7 @@ class Sources:
     def given(self, recorder: Recorder, tensor: Tensor, place: h.Place) -> None:
         """Make a tensor of the caller's an input."""
         node = recorder.input(_name(place), tensor)
+        recorder.known.add(node)
         dtype = str(tensor.dtype).removeprefix("torch.")
         self.steps.append((h.Given(place, dtype), [(node, tensor)]))
 
@@ -121,8 +122,6 @@ class Sources:
             out, packet = func(*args, **kwargs), {"normal_": "randn", "uniform_": "rand"}[packet]
         elif packet in _DRAWS:
             out, packet = func(*args, **kwargs), _DRAWS[packet]
-        elif not tracked and generator is None and "dropout" not in packet:
-            return func(*args, **kwargs)
         else:
             fail(f"{packet} draws random numbers in a way that can't be repeated outside", "use torch.randn or rand")
         extra = tuple(float(a) for a in args[:2] if isinstance(a, int)) if packet == "randint" else ()
@@ -246,11 +245,12 @@ class Sources:
             return
         assert self.probe is not None and self.recorder is not None
         if not self.final:
-            self.recorder.input("array", tensor)
+            self.recorder.known.add(self.recorder.input("array", tensor))
             return
         for step in _array_recipes(self.arguments, final):
             if _reproduces(step, self.arguments, final) and _reproduces(step, self.probe.arguments, probe):
                 node = self.recorder.input(_name(step.place), tensor)
+                self.recorder.known.add(node)
                 self.steps.append((step, [(node, tensor)]))
                 return
         fail(

@@ -66,7 +66,8 @@ class Recorder(TorchDispatchMode):
         self.keep: list[Tensor] = []
         self.constants: dict[Any, str] = {}
         self.escapes: list[tuple[np.ndarray, fx.Node, Location]] = []
-        self.reads: list[Location] = []
+        self.names: dict[str, int] = {}
+        self.reads: list[tuple[fx.Node, Any, Location]] = []
         self.known: set[fx.Node] = set()
         self.sources = sources
 
@@ -101,8 +102,9 @@ class Recorder(TorchDispatchMode):
     def input(self, name: str, tensor: Tensor) -> fx.Node:
         """Add a program input that the tensor holds."""
         graph = self.root.graph
+        count = self.names[name] = self.names.get(name, 0) + 1
         with graph.inserting_after(graph._root):
-            node = graph.placeholder(name)
+            node = graph.placeholder(name if count == 1 else f"{name}_{count}")
         node.meta["val"] = g.fake(tensor)
         self.bind(tensor, node)
         return node
@@ -114,7 +116,8 @@ class Recorder(TorchDispatchMode):
         else:
             name, value = "constant", tensor.detach()
             if tensor.numel() * tensor.element_size() <= _COPY_BELOW:
-                key = (tensor.dtype, tensor.shape, tensor.stride(), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.dtype != torch.bfloat16 else id(tensor))
+                content = value.reshape(-1).clone().view(torch.uint8).numpy().tobytes()
+                key = (tensor.dtype, tensor.shape, tensor.stride(), content)
                 if key in self.constants:
                     return self._get(self.constants[key])
                 value = value.clone(memory_format=torch.preserve_format)
@@ -239,7 +242,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = tree.flatten((args, kwargs))[0]
         tracked = [t for t in tensors if self.node_of(t) is not None]
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _is_random(func):
             return self.sources.draw(self, func, args, kwargs, tracked)
         if not tracked:
             return func(*args, **kwargs)
@@ -249,7 +252,7 @@ class Recorder(TorchDispatchMode):
             return out
         if func is aten._local_scalar_dense.default or torch.Tag.data_dependent_output in func.tags:
             return self._read(func, args, kwargs, tracked)
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in func.tags and not self._is_fixed_index(func, args):
             fail(
                 f"{func._schema.name.split('::')[1]}: the shape of its result depends on a traced value",
                 "use a form with a fixed shape (torch.where, a mask multiply)",
@@ -264,6 +267,13 @@ class Recorder(TorchDispatchMode):
             self.known.add(node)
         self._bind_all(out, node)
         return out
+
+    def _is_fixed_index(self, func: Any, args: Any) -> bool:
+        """Tell whether an indexing operator's result has a shape that depends on no traced value."""
+        if func is not aten.index.Tensor:
+            return False
+        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        return all(self.node_of(mask) is None for mask in masks)
 
     def _bind_all(self, out: Any, node: fx.Node) -> None:
         if isinstance(out, Tensor):
@@ -280,16 +290,33 @@ class Recorder(TorchDispatchMode):
     def _read(self, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]) -> Any:
         """Read a traced value into Python: an error, but for what the host knows beforehand."""
         if all(self.node_of(t) in self.known for t in tracked):
-            self.reads.append(location())  # the probe run finds out whether anything depends on it
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            self.reads.append((self._read_node(func, args, kwargs, out), out, location()))
+            return out
         fail(
             "Python reads a traced value here (.item(), int(), a comparison or `if` on a tensor)",
             "keep it a tensor (torch.where in place of `if`), or compute it from the arguments alone",
         )
 
+    def _read_node(self, func: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
+        """Return the node of the tensor that was read, a comparison's operator node where it is one."""
+        if func is aten._local_scalar_dense.default:
+            return self.value(args[0])
+        margs, mkwargs = self._map((args, kwargs))
+        node = self.root.graph.call_function(func, margs, mkwargs)
+        node.meta["val"] = g.fake(torch.tensor(out))
+        return node
+
     def escape(self, tensor: Tensor, array: np.ndarray) -> None:
         """Note that a traced value left torch as a numpy array."""
         self.escapes.append((array, self.value(tensor), location()))
+
+
+def _is_random(func: Any) -> bool:
+    """Tell whether an operator draws random numbers; attention and dropout are tagged so as well."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    return func._schema.name.startswith("aten::rand") or any(a.name == "generator" for a in func._schema.arguments)
 
 
 def fail(what: str, advice: str) -> NoReturn:

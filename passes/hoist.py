@@ -1,0 +1,228 @@
+"""Move work that is the same in every step into a prologue that runs once a request.
+
+Before (a component called once a step):
+
+    %unet = unet(%latents, %text, %row)        # in unet: k = linear(%text, %to_k) …
+
+After:
+
+    %once = unet_once(%text)                   # all k, v … of all layers
+    %unet = unet(%latents, %row, %k, %v)
+
+What depends on the step as well as on the request (the modulation of timestep + class) is computed for
+all steps in one batched call, and each step takes its row:
+
+    %rows = unet_steps(stack([%row0, %row1, …]), %label)
+    %unet = unet(%latents, select(%rows, 0, 0))
+
+Not rewritten when
+- a component is called once only, or all its arguments change with the loop;
+- only views would move;
+- the values of all steps would take more than `max-mb`, or their operators can't be batched.
+
+Weights that only a prologue reads can be released before the loop: `Program.releasable`.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from diffopt import graph as g
+from diffopt.boundary import import_traced
+from diffopt.core import Context, Pass, option
+from diffopt.program import Program
+from diffopt.tables import add_placeholder, as_row, frontier, take_rows
+
+aten = torch.ops.aten
+log = logging.getLogger("diffopt")
+
+
+@dataclass(frozen=True)
+class Hoist(Pass):
+    """Run what does not depend on the latents once a request, batched over steps."""
+
+    batch: bool = option(True, "also move what depends on the step, for all steps in one call")
+    max_mb: int = option(512, "leave a component alone whose values for all steps would be larger")
+
+    atol = 1e-5
+    rtol = 1e-5
+    tolerance_reason = "one matrix product over all steps sums in another order than one a step"
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Make the prologues of every component that is called more than once."""
+        for name in list(program.components):
+            calls = program.calls(name)
+            if len(calls) < 2:
+                ctx.skip(name, "is called once only")
+                continue
+            before = g.flops(program.components[name])
+            own = {id(t) for _, t in g.named_tensors(program.components[name])}
+            moved = self._once(program, name, calls, ctx)
+            if self.batch:
+                moved += self._steps(program, name, calls, ctx)
+            if not moved:
+                continue
+            body = program.components[name]
+            g.prune_unused(body)
+            left = {id(t) for _, t in g.named_tensors(body)}
+            weights = [t for i, t in program.weights().items() if i in own - left]
+            ctx.note(
+                name,
+                {
+                    "values": moved,
+                    "parameters moved": sum(t.numel() for t in weights),
+                    "FLOPs per step": [before, g.flops(body)],
+                },
+            )
+
+    def _once(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
+        """Move what depends on arguments that are the same at every call; return how many values."""
+        body = program.components[name]
+        takes = g.placeholders(body)
+        same = [i for i in range(len(takes)) if len({c.args[i] for c in calls}) == 1]
+        early = _only(body, {takes[i] for i in same})
+        values = _worth_moving(body, early, {takes[i] for i in same})
+        if not values:
+            ctx.skip(name, "nothing depends only on arguments that stay the same")
+            return 0
+        arguments = [i for i in same if takes[i] in g.ancestors(values)]
+        part = _extract(body, [takes[i] for i in arguments], values, f"{name}_once")
+        prologue = program.add_component(f"{name}_once", part)
+        with program.root.graph.inserting_before(calls[0]):
+            results = _call_component(program, prologue, [calls[0].args[i] for i in arguments])
+        for value in values:
+            taken = add_placeholder(body, "once")
+            taken.meta["val"] = value.meta["val"]
+            value.replace_all_uses_with(taken)
+        for call in calls:
+            call.args = (*call.args, *results)
+        _drop_unused_arguments(body, calls)
+        return len(values)
+
+    def _steps(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
+        """Move what depends on arguments known before the loop, for all steps; return how many values."""
+        body = program.components[name]
+        takes = g.placeholders(body)
+        loop = g.descendants(calls)
+        known = [i for i in range(len(takes)) if not any(c.args[i] in loop for c in calls)]
+        early = _only(body, {takes[i] for i in known})
+        values = [v for v in _worth_moving(body, early, {takes[i] for i in known}) if _costs(v, early)]
+        if not values:
+            return 0
+        size = len(calls) * g.tensor_bytes_of(v.meta["val"] for v in values)
+        if size > self.max_mb << 20:
+            ctx.skip(name, f"values of all steps would take {size >> 20} MB, over max-mb={self.max_mb}")
+            return 0
+        needed = g.ancestors(values)
+        arguments = [i for i in known if takes[i] in needed]
+        part = _extract(body, [takes[i] for i in arguments], values, f"{name}_steps")
+        batched = [len({c.args[i] for c in calls}) > 1 for i in arguments]
+        try:
+            rows_body = _batch(part, batched, values, len(calls), f"{name}_steps")
+        except Exception as error:  # vmap has no rule for an operator
+            ctx.skip(name, f"what depends on the step can't be batched: {str(error).splitlines()[0]}")
+            return 0
+        prologue = program.add_component(f"{name}_steps", rows_body)
+        with program.root.graph.inserting_before(calls[0]):
+            given = [
+                g.call(program.root.graph, aten.stack.default, [c.args[i] for c in calls]) if many else calls[0].args[i]
+                for i, many in zip(arguments, batched, strict=True)
+            ]
+            results = _call_component(program, prologue, given)
+        _hoist_sources(program.root, calls, arguments)
+        groups = take_rows(body, [(v, list(v.meta["val"].shape)) for v in values], "step")
+        assert len(groups) == len(results)
+        for result in results:
+            for k, call in enumerate(calls):
+                with program.root.graph.inserting_before(call):
+                    row = g.call(program.root.graph, aten.select.int, result, 0, k)
+                call.args = (*call.args, row)
+        _drop_unused_arguments(body, calls)
+        return len(values)
+
+
+def _only(body: fx.GraphModule, roots: set[fx.Node]) -> set[fx.Node]:
+    """Return the operators that depend on at least one of the roots and on no other argument."""
+    others = [n for n in g.placeholders(body) if n not in roots]
+    late = g.descendants([*others, g.output_node(body)])
+    return {n for n in g.descendants(roots) if n.op == "call_function" and n not in late}
+
+
+def _worth_moving(body: fx.GraphModule, early: set[fx.Node], roots: set[fx.Node]) -> list[fx.Node]:
+    """Return the values to hand over: those that more than views compute."""
+    return [n for n in frontier(early, body) if n.op == "call_function" and g.ancestors([n]) & roots and not _is_cheap(n)]
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    """Tell whether only views make a value of arguments and constants."""
+    from diffopt.tables import is_view
+
+    while node.op == "call_function":
+        if not is_view(node):
+            return False
+        node = node.all_input_nodes[0]
+    return True
+
+
+def _costs(value: fx.Node, early: set[fx.Node]) -> bool:
+    """Tell whether a matrix product or convolution goes into a value."""
+    return any(g.node_flops(n) for n in g.ancestors([value]) & early)
+
+
+def _extract(
+    body: fx.GraphModule, takes: list[fx.Node], values: list[fx.Node], name: str
+) -> fx.GraphModule:
+    """Return the part of a body that computes `values` from some of its arguments."""
+    part, env = g.new_body(name), dict[fx.Node, fx.Node]()
+    needed = g.ancestors(values) - set(takes)
+    g.copy_nodes([*takes, *(n for n in body.graph.nodes if n in needed)], body, part, env)
+    part.graph.output(tuple(env[v] for v in values))
+    g.set_outputs(part, [env[v] for v in values])
+    part.recompile()
+    return part
+
+
+def _batch(
+    part: fx.GraphModule, batched: list[bool], values: list[fx.Node], count: int, name: str
+) -> fx.GraphModule:
+    """Return a part that computes all steps at once; its outputs are tables, one row a step."""
+    dtypes = list(dict.fromkeys(v.meta["val"].dtype for v in values))
+
+    def one_step(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = part(*args)
+        return tuple(as_row([t for t in made if t.dtype == dtype]) for dtype in dtypes)
+
+    all_steps = torch.vmap(one_step, in_dims=tuple(0 if many else None for many in batched))
+    examples = []
+    for node, many in zip(g.placeholders(part), batched, strict=True):
+        value = node.meta["val"]
+        shape = [count, *value.shape] if many else value.shape
+        examples.append(torch.zeros(shape, dtype=value.dtype))
+    with torch.no_grad():
+        traced = make_fx(all_steps, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    return import_traced(traced, part, name)
+
+
+def _call_component(program: Program, name: str, arguments: list[object]) -> list[fx.Node]:
+    """Insert a call of a component; return its results."""
+    graph = program.root.graph
+    node = graph.call_module(name, tuple(arguments))  # type: ignore[arg-type]
+    types = [n.meta["val"] for n in g.outputs(program.components[name])]
+    node.meta["val"] = tuple(types)
+    import operator
+
+    return [g.call(graph, operator.getitem, node, i) for i in range(len(types))]
+
+
+def _drop_unused_arguments(body: fx.GraphModule, calls: list[fx.Node]) -> None:
+    """Drop the arguments of a component that it does not read any more."""
+    g.prune_unused(body)
+    takes = g.placeholders(body)
+    unused = [i for i, node in enumerate(takes) if not node.users]
+    for i in unused:
+        body.graph.erase_node(takes[i])
+    for call in calls:
+        call.args = tuple(arg for i, arg in enumerate(call.args) if i not in unused)

@@ -1,0 +1,143 @@
+"""Bind every step's constants, and fold what depends on the timestep alone into tables.
+
+Before (a component called once a step with a constant timestep):
+
+    %unet = unet(%latents, %t981)              # in unet: emb = linear(silu(linear(sinusoid(t))))
+
+After (one body for all steps; the time embedding is a row of a constant table):
+
+    %row = aten.select(%table, 0, 0)
+    %unet = unet(%latents, %row)
+
+Not rewritten when
+- no argument of a component is a constant at every call;
+- the table would be larger than `max-table-mb`.
+
+With `steps`, `scheduler` or `spacing` the pipeline is captured again with that sampler first, which is
+an approximate change.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from diffopt import graph as g
+from diffopt import sampler
+from diffopt.core import Context, Pass, option
+from diffopt.program import Program
+from diffopt.tables import as_row, first_after_arguments, frontier, take_rows
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Unroll(Pass):
+    """Bind each step's constants and fold what depends on the timestep alone."""
+
+    steps: int | None = option(None, "sample in this many steps (approximate)")
+    scheduler: str | None = option(None, "sample with this diffusers scheduler (approximate)")
+    spacing: str | None = option(None, "timestep_spacing of the scheduler (approximate)")
+    max_table_mb: int = option(256, "leave a component alone whose table would be larger")
+
+    def is_exact(self) -> bool:
+        """Another sampler is another result."""
+        return self.steps is None and self.scheduler is None and self.spacing is None
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Re-sample where asked to, then fold."""
+        if not self.is_exact():
+            sampler.resample(program, ctx, self.steps, self.scheduler, self.spacing)
+        for name in list(program.components):
+            self._fold(program, name, ctx)
+
+    def _fold(self, program: Program, name: str, ctx: Context) -> None:
+        calls, body = program.calls(name), program.components[name]
+        takes = g.placeholders(body)
+        bound = [i for i in range(len(takes)) if all(_is_constant(c.args[i]) for c in calls)]
+        if not bound:
+            ctx.skip(name, "no argument is a constant at every call")
+            return
+        values = _bound_values(body, bound)
+        rows = _evaluate(program, name, bound, values)
+        size = g.tensor_bytes(t for row in rows for t in row)
+        if size > self.max_table_mb << 20:
+            ctx.skip(name, f"the table would take {size >> 20} MB, over max-table-mb={self.max_table_mb}")
+            return
+        varying = [k for k in range(len(values)) if not all(torch.equal(r[k], rows[0][k]) for r in rows)]
+        for k in set(range(len(values))) - set(varying):
+            with body.graph.inserting_before(first_after_arguments(body)):
+                constant = g.get_attr(body, "bound", rows[0][k])
+            values[k].replace_all_uses_with(constant)
+        stored = [_one_row([row[k] for row in rows]) for k in varying]
+        shapes = [(values[k], list(s[0].shape)) for k, s in zip(varying, stored, strict=True)]
+        groups = take_rows(body, shapes, "row")
+        _drop_arguments(body, calls, bound)
+        for members in groups:
+            table = [as_row([stored[m][c] for m in members]) for c in range(len(calls))]
+            _pass_rows(program.root, calls, table, f"{name}_table")
+        ctx.note(name, {"calls": len(calls), "values in tables": len(varying), "table bytes": size})
+
+
+def _is_constant(arg: object) -> bool:
+    return isinstance(arg, fx.Node) and arg.op == "get_attr"
+
+
+def _bound_values(body: fx.GraphModule, bound: list[int]) -> list[fx.Node]:
+    """Return the values that depend on the bound arguments alone and that the rest needs."""
+    takes = g.placeholders(body)
+    late = g.descendants([*(n for i, n in enumerate(takes) if i not in bound), g.output_node(body)])
+    early = {n for n in g.descendants(takes[i] for i in bound) if n not in late}
+    early |= {n for n in g.ancestors(early) if n not in late}
+    arguments = [takes[i] for i in bound if any(u in late for u in takes[i].users)]
+    inner = {n for n in early if n.op == "call_function"}
+    return arguments + [n for n in frontier(inner, body) if g.ancestors([n]) & {takes[i] for i in bound}]
+
+
+def _evaluate(program: Program, name: str, bound: list[int], values: list[fx.Node]) -> list[list[Tensor]]:
+    """Return the values at every call; calls with the same constants share them."""
+    body = program.components[name]
+    takes = [g.placeholders(body)[i] for i in bound]
+    part, env = g.new_body(name), dict[fx.Node, fx.Node]()
+    needed = g.ancestors(values) - set(takes)
+    g.copy_nodes([*takes, *(n for n in body.graph.nodes if n in needed)], body, part, env)
+    part.graph.output(tuple(env[v] for v in values))
+    part.recompile()
+    known: dict[tuple[str, ...], list[Tensor]] = {}
+    rows = []
+    for call in program.calls(name):
+        key = tuple(str(call.args[i].target) for i in bound)  # type: ignore[union-attr]
+        if key not in known:
+            with torch.no_grad():
+                known[key] = [t.clone() for t in part(*(g.attribute(program.root, k) for k in key))]
+        rows.append(known[key])
+    return rows
+
+
+def _one_row(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors with the batch cut to one where all of its entries are equal."""
+    first = tensors[0]
+    if first.ndim < 2 or first.shape[0] == 1 or not all(torch.equal(t, t[:1].expand_as(t)) for t in tensors):
+        return tensors
+    return [t[:1] for t in tensors]
+
+
+def _drop_arguments(body: fx.GraphModule, calls: list[fx.Node], bound: list[int]) -> None:
+    takes = g.placeholders(body)
+    g.prune_unused(body)
+    for i in bound:
+        body.graph.erase_node(takes[i])
+    for call in calls:
+        call.args = tuple(arg for i, arg in enumerate(call.args) if i not in bound)
+
+
+def _pass_rows(root: fx.GraphModule, calls: list[fx.Node], rows: list[Tensor], name: str) -> None:
+    """Pass each call its row of a table of the distinct rows."""
+    index: dict[bytes, int] = {}
+    places = [index.setdefault(row.view(torch.uint8).numpy().tobytes(), len(index)) for row in rows]
+    table = torch.stack([rows[places.index(k)] for k in range(len(index))])
+    for call, place in zip(calls, places, strict=True):
+        with root.graph.inserting_before(call):
+            source = g.get_attr(root, name, table)
+            row = g.call(root.graph, aten.select.int, source, 0, place)
+        call.args = (*call.args, row)

@@ -1,0 +1,61 @@
+"""A sampling loop as small as one can be, with everything that an engine has to carry."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import diffopt
+from diffopt.program import Program
+
+
+class Denoiser(nn.Module):
+    """Predict noise from a latent and a timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.second = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.second(nn.functional.silu(self.first(x)) * t)
+
+
+class Decoder(nn.Module):
+    """Make an image in 0…1 of a latent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 3 * 4 * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x).sigmoid().view(-1, 3, 4, 4)
+
+
+class Sampler:
+    """Call the denoiser three times and decode what comes out."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.components = {
+            "unet": Denoiser().eval().requires_grad_(False),
+            "vae": Decoder().eval().requires_grad_(False),
+        }
+
+    def __call__(
+        self,
+        latents: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        steps: int = 3,
+    ) -> dict[str, Any]:
+        x = torch.randn(2, 8, generator=generator) if latents is None else latents
+        for t in torch.linspace(1.0, 0.2, steps):
+            x = x - 0.3 * self.components["unet"](x, t)
+        return {"images": self.components["vae"](x)}
+
+
+def program(**arguments: Any) -> Program:
+    """Return the sampling loop as a program that takes a seed or a generator."""
+    sampler = Sampler()
+    arguments = arguments or {"generator": torch.Generator().manual_seed(0)}
+    return diffopt.trace(sampler, source="tests.sampler:Sampler", **arguments)

@@ -1,0 +1,400 @@
+"""Kernels of AOTInductor: the same numbers, compiled once, and one clear line where they cannot be."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffopt
+from diffopt import archive, cachedir, graph
+from diffopt.engine import KIND, Engine, build, load
+from diffopt.errors import DiffoptError
+from diffopt.program import Program
+from diffopt.target import Image, parse_target
+from diffopt.targets import cpu
+from diffopt.targets.cpu import Cpu
+from tests.sampler import program
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFOPT_CACHE", str(cache))
+
+
+@pytest.fixture(scope="module")
+def captured() -> Program:
+    return program()
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[str], Path]:
+    """Return a function that builds the sampler for a target, each text once."""
+    made: dict[str, Path] = {}
+
+    def make(text: str) -> Path:
+        if text not in made:
+            made[text] = tmp_path_factory.mktemp("engines") / "x.engine"
+            build(program(), text, made[text])
+        return made[text]
+
+    return make
+
+
+def no_compiler(*args: Any, **options: Any) -> Any:
+    raise AssertionError("compiled")
+
+
+def body_of(module: nn.Module, *args: Tensor) -> Any:
+    """Return a module as the body of a component."""
+
+    def call(**inputs: Tensor) -> Any:
+        return module(*inputs.values())
+
+    inputs = {f"x{index}": tensor for index, tensor in enumerate(args)}
+    captured = diffopt.trace(call, components={"body": module}, **inputs)
+    return captured.components["body"]
+
+
+def kernel(target: Cpu, gm: Any, **options: Any) -> Callable[[list[Tensor]], Any]:
+    """Compile a body without weights and load it."""
+    members = target._compile(gm, **options)
+    nodes = [
+        {"op": node.op, "val": [None, None, node.meta["val"].stride()]}
+        for node in graph.placeholders(gm)
+    ]
+    files = {f"body.{kind}": memoryview(content) for kind, content in members.items()}
+    image = Image(files, {"body": {"nodes": nodes, "tensors": {}}}, {}, None)
+    return target.load(image)["body"]
+
+
+# What it computes
+
+
+@pytest.mark.parametrize("text", ["cpu", "cpu(freeze=true)"])
+def test_engine_gives_what_the_program_gives(
+    text: str, captured: Program, engines: Callable[[str], Path]
+) -> None:
+    opened = load(engines(text))
+    for seed in range(3):
+        # Kernels add up in another order than torch's operators.
+        expected = captured(seed=seed)["images"]
+        torch.testing.assert_close(opened(seed=seed)["images"], expected, atol=1e-6, rtol=1e-5)
+    opened.verify()
+
+
+def test_engine_says_what_it_needs_and_holds(engines: Callable[[str], Path]) -> None:
+    manifest = load(engines("cpu")).manifest
+    assert manifest["target"] == "cpu"
+    assert manifest["requires"] == cpu._requires()
+    assert not manifest["holds_weights"]
+    threads = torch.get_num_threads()
+    assert manifest["components"] == {
+        "unet": {"kernel": "unet.so", "threads": threads},
+        "vae": {"kernel": "vae.so", "threads": threads},
+    }
+    assert {"kernels/unet.so", "kernels/vae.so"} <= manifest["members"].keys()
+
+
+def test_weights_changed_in_place_are_changed_for_the_kernels(
+    captured: Program, engines: Callable[[str], Path]
+) -> None:
+    opened = load(engines("cpu"))
+    changed = Program.from_members(*captured.to_members())
+    for tensor in [opened.tensors["unet.first_bias"], changed.components["unet"].first_bias]:
+        assert isinstance(tensor, Tensor)
+        tensor.add_(1.0)
+    expected = changed(seed=0)["images"]
+    assert not torch.equal(expected, captured(seed=0)["images"])
+    torch.testing.assert_close(opened(seed=0)["images"], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_frozen_weights_are_in_the_kernels_alone(engines: Callable[[str], Path]) -> None:
+    opened = load(engines("cpu(freeze=true)"))
+    assert not [name for name in opened.tensors if name.startswith(("unet", "vae"))]
+    for use in (lambda: opened.program, lambda: load(opened.path, target="eager")):
+        with pytest.raises(DiffoptError, match=r"keeps the weights in its kernels, so"):
+            use()
+
+
+def test_the_graphs_of_an_engine_run_without_its_kernels(
+    captured: Program, engines: Callable[[str], Path]
+) -> None:
+    opened = load(engines("cpu"), target="eager")
+    assert torch.equal(opened(seed=0)["images"], captured(seed=0)["images"])
+
+
+def test_arguments_may_lie_in_memory_in_any_way(engines: Callable[[str], Path]) -> None:
+    opened = load(engines("cpu"))
+    noise = torch.randn(8, 2).t()
+    assert not noise.is_contiguous()
+    assert torch.equal(opened.run([noise])[0], opened.run([noise.contiguous()])[0])
+
+
+def test_engines_do_not_disturb_each_other(engines: Callable[[str], Path]) -> None:
+    first, second = load(engines("cpu")), load(engines("cpu"))
+    expected = first(seed=0)["images"]
+    second.tensors["unet.first_bias"].add_(1.0)
+    assert torch.equal(first(seed=0)["images"], expected)
+    assert not torch.equal(second(seed=0)["images"], expected)
+    del second
+    assert torch.equal(first(seed=0)["images"], expected)
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x.softmax(-1) * t
+
+
+def test_one_kernel_serves_a_range_of_batch_sizes() -> None:
+    module = Scaled()
+    gm = body_of(module, torch.randn(2, 5), torch.ones(2, 1))
+    batch = {0: ("batch", 1, 8)}
+    run = kernel(Cpu(), gm, dims={0: batch, 1: batch})
+    for size in (1, 3, 8):
+        x, t = torch.randn(size, 5), torch.rand(size, 1)
+        torch.testing.assert_close(run([x, t])[0], module(x, t))
+
+
+class Signal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * 0.5, n=8)
+
+
+def test_operators_that_the_compiler_hands_back_to_torch() -> None:
+    gm = body_of(Signal(), torch.randn(2, 8))
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(kernel(Cpu(), gm)([x])[0], 0.5 * x)
+
+
+# What is not done twice
+
+
+def test_a_second_build_compiles_nothing(
+    engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = engines("cpu")
+    monkeypatch.setattr(torch._inductor, "aot_compile", no_compiler)
+    seen: list[str] = []
+    again = build(program(), "cpu", tmp_path / "x", progress=lambda what, _: seen.append(what))
+    assert again.path.read_bytes() == first.read_bytes()
+    assert [what.partition(" in ")[0] for what in seen] == [
+        "compiling unet",
+        "unet: from the cache",
+        "compiling vae",
+        "vae: from the cache",
+        "writing",
+    ]
+
+
+def test_other_weights_need_no_other_kernels(
+    engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines("cpu")
+    monkeypatch.setattr(torch._inductor, "aot_compile", no_compiler)
+    changed = program()
+    for tensor in changed.weights().values():
+        tensor.mul_(0.5)
+    opened = build(changed, "cpu", tmp_path / "x")
+    expected = changed(seed=0)["images"]
+    torch.testing.assert_close(opened(seed=0)["images"], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_broken_cache_entry_is_compiled_again(
+    engines: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engines("cpu")
+    target, gm = Cpu(), program().components["unet"]
+    entry = cachedir._path(cachedir.key(target._key(gm)))
+    whole = entry.read_bytes()
+    content = bytearray(whole)
+    content[len(content) // 2] ^= 1
+    entry.write_bytes(content)
+    monkeypatch.setattr(Cpu, "_compile", lambda self, gm: {"so": b"compiled again"})
+    assert target._compile_cached(gm) == ({"so": b"compiled again"}, False)
+    assert caplog.messages == [
+        f"cache: {entry}: member so is damaged; copy it again, or build it again; compiling again"
+    ]
+    assert target._compile_cached(gm) == ({"so": b"compiled again"}, True)
+    entry.write_bytes(whole)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIFFOPT_CACHE", str(tmp_path / "file"))
+    cachedir.put("0" * 64, {"so": b""})
+    assert cachedir.get("0" * 64) is None
+    assert [message.partition(" cannot be written: ")[2] for message in caplog.messages] == [
+        "Not a directory"
+    ]
+
+
+def test_what_a_kernel_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(target: Cpu, **changes: Any) -> str:
+        gm = program().components["unet"]
+        for name, change in changes.items():
+            change(getattr(gm, name))
+        return cachedir.key(target._key(gm))
+
+    def rename(graph: Any) -> None:
+        for index, node in enumerate(graph.nodes):
+            node.name = f"n{index}"
+
+    def use_gelu(graph: Any) -> None:
+        (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.silu.default)
+        node.target = torch.ops.aten.gelu.default
+
+    plain = key(Cpu())
+    assert key(Cpu(), graph=rename) == plain
+    assert key(Cpu(), first_weight=lambda tensor: tensor.add_(1.0)) == plain
+    assert key(Cpu(), graph=use_gelu) != plain
+    assert key(Cpu(threads=3)) != plain
+    assert key(Cpu(threads=torch.get_num_threads())) == plain
+    frozen = key(Cpu(freeze=True))
+    assert frozen != plain
+    assert key(Cpu(freeze=True), first_weight=lambda tensor: tensor.add_(1.0)) != frozen
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert key(Cpu()) != plain
+
+
+def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFOPT_CACHE", "/somewhere")
+    assert cachedir.folder() == Path("/somewhere")
+    monkeypatch.delenv("DIFFOPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/else")
+    assert cachedir.folder() == Path("/else/diffopt")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cachedir.folder() == Path("/home/me/.cache/diffopt")
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "cpu(dtype=bf16)",
+            "target cpu cannot compute in bf16: it keeps the dtype of the program;"
+            " casting is for a pass to do, leave dtype=fp32\n  cpu(dtype=bf16)\n  ^^^^^^^^^^^^^^^",
+        ),
+        (
+            "cpu(max-autotune=true)",
+            "max-autotune chooses among kernels for packed weights: add freeze=true\n"
+            "  cpu(max-autotune=true)\n  ^^^^^^^^^^^^^^^^^^^^^^",
+        ),
+        (
+            "cpu(threads=-1)",
+            "threads=-1: wants 0 or more\n  cpu(threads=-1)\n  ^^^^^^^^^^^^^^^",
+        ),
+        (
+            "cpu(threads=many)",
+            "option 'threads' of cpu wants int, got 'many'\n"
+            "  cpu(threads=many)\n              ^^^^",
+        ),
+    ],
+)
+def test_wrong_options(text: str, message: str) -> None:
+    with pytest.raises(DiffoptError) as caught:
+        parse_target(text)
+    assert str(caught.value) == message
+
+
+def test_options_print_and_parse() -> None:
+    for target in (Cpu(), Cpu(freeze=True, threads=2, max_autotune=True)):
+        assert parse_target(str(target)) == target
+    assert str(Cpu(freeze=True, threads=2)) == "cpu(freeze=true,threads=2)"
+
+
+def test_no_compiler(captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_compiler", lambda: None)
+    with pytest.raises(DiffoptError) as caught:
+        build(captured, "cpu", tmp_path / "x")
+    assert str(caught.value) == (
+        "target cpu cannot take this program: it needs a C++ compiler: install g++, or name one"
+        " in $CXX"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("platform", "beos-ppc", "it was built for beos-ppc, this is {platform}"),
+        ("isa", ["amx9", "avx9"], "its kernels need amx9, avx9, which this CPU lacks"),
+        ("torch", "1.0", "its kernels need torch 1.0, this is {torch}"),
+    ],
+)
+def test_engine_of_another_machine(
+    key: str, value: Any, message: str, engines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    opened = archive.Archive(engines("cpu"), KIND, "an engine", "")
+    members = {name: [opened.read(name)] for name in opened.manifest["members"]}
+    requires = opened.manifest["requires"]
+    changed = {**opened.manifest, "requires": {**requires, key: value}}
+    archive.write(tmp_path / "x", KIND, changed, members)
+    with pytest.raises(DiffoptError) as caught:
+        load(tmp_path / "x")
+    assert str(caught.value) == (
+        f"{tmp_path}/x: {message.format(**requires)}; build it again on this machine,"
+        ' or load it with target="eager"'
+    )
+    assert isinstance(load(tmp_path / "x", target="eager"), Engine)
+
+
+# What an interruption leaves
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("out", "temp", "cache")}
+    for place in places.values():
+        place.mkdir()
+    code = (
+        "from diffopt.engine import build\n"
+        "from tests.sampler import program\n"
+        "say = lambda what, fraction: print(what, flush=True)\n"
+        f"build(program(), 'cpu', {str(places['out'] / 'x.engine')!r}, progress=say)\n"
+    )
+    environment = {
+        **os.environ,
+        "TMPDIR": str(places["temp"]),
+        "DIFFOPT_CACHE": str(places["cache"]),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "compiling unet\n"
+    deadline = time.monotonic() + 60
+    while not list(places["temp"].glob("diffopt-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)  # until the compiler has written its first file
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    for place in places.values():
+        assert list(place.iterdir()) == []
