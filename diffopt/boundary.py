@@ -7,6 +7,7 @@ the signature), adds a call node and returns placeholder values of the right sha
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import operator
 import warnings
@@ -123,6 +124,7 @@ class Boundary:
     def _wrapper(self, name: str, module: torch.nn.Module, method: str) -> Callable[..., Any]:
         original = getattr(module, method)
 
+        @functools.wraps(original)  # pipelines look at signatures
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return original(*args, **kwargs)

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -17,6 +17,7 @@ from rich.table import Table
 from diffopt.core import Progress as Report
 from diffopt.core import Record, Size
 
+TEXTS = ("kind", "summary", "type", "default", "help", "changed", "promise")
 WIDTH = 140  # of tables that do not go to a terminal: a file has no edge to wrap at
 
 
@@ -64,10 +65,11 @@ def _finite(value: Any) -> Any:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column is a name, the others are numbers or short texts."""
+    """Print a table; the first column and those in TEXTS hold text, all others numbers."""
     grid = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="right" if index else "left", overflow="fold")
+        side: Literal["left", "right"] = "left" if index == 0 or column in TEXTS else "right"
+        grid.add_column(column, justify=side, no_wrap=index == 0, overflow="fold")
     for row in rows:
         grid.add_row(*(cell.replace("[", r"\[") for cell in row))
     stdout().print(grid)

@@ -65,7 +65,8 @@ def build(
 def _members(program: Program, lowered: Lowered) -> dict[str, archive.Buffers]:
     data, tensors, assets = program.to_members()
     if lowered.holds_weights:
-        used = {key for key, _, _ in data["graphs"][""]["tensors"].values()}
+        outer = [graph for name, graph in data["graphs"].items() if not _is_component(name)]
+        used = {key for graph in outer for key, _, _ in graph["tensors"].values()}
         tensors = {k: t for k, t in tensors.items() if k in used or k.startswith("sample/")}
     kernels = {f"kernels/{name}": [content] for name, content in lowered.members.items()}
     return {
@@ -100,6 +101,11 @@ def _manifest(
         "components": lowered.bodies,
         "releasable": program.releasable(),
     }
+
+
+def _is_component(name: str) -> bool:
+    """Tell a component's graph from the outer one, called "", and from helpers in parentheses."""
+    return bool(name) and not name.startswith("(")
 
 
 def _version() -> str:
@@ -149,7 +155,8 @@ class Engine:
         self.target = self._choose_target(target)
         self.tensors = self._archive.tensors("weights.safetensors")
         self._data: dict[str, Any] = json.loads(bytes(self._archive.read("program.json")))
-        self._outer = self._program({"": self._data["graphs"][""]})
+        graphs = self._data["graphs"]
+        self._outer = self._program({n: graphs[n] for n in graphs if not _is_component(n)})
         self._plan = Plan(self._outer.root, self.target.load(self._image()))
 
     def _check_format(self) -> None:
@@ -203,7 +210,7 @@ class Engine:
                 name.removeprefix("kernels/"): self._archive.read(name)
                 for name in self._archive.names("kernels/")
             },
-            graphs={name: graph for name, graph in self._data["graphs"].items() if name},
+            graphs={n: graph for n, graph in self._data["graphs"].items() if _is_component(n)},
             tensors=self.tensors,
             program=lambda: self.program,
         )

@@ -176,6 +176,61 @@ def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def copy_inlined(
+    nodes: Iterable[fx.Node], source: fx.GraphModule, target: fx.GraphModule, env: dict[fx.Node, fx.Node]
+) -> None:
+    """Append copies of `nodes` with the components that they call written out; see `copy_nodes`."""
+    results: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            body = attribute(source, str(node.target))
+            inner = dict(zip(placeholders(body), (env[a] for a in node.args), strict=True))  # type: ignore[index]
+            copy_nodes([n for n in body.graph.nodes if n.op not in ("placeholder", "output")], body, target, inner)
+            results[node] = [inner[n] for n in outputs(body)]
+        elif node.target is operator.getitem and node.args[0] in results:
+            env[node] = results[node.args[0]][node.args[1]]  # type: ignore[index]
+        else:
+            copy_nodes([node], source, target, env)
+
+
+def sort(gm: fx.GraphModule) -> None:
+    """Put every node after what it reads; otherwise the order stays."""
+    done: set[fx.Node] = set()
+    nodes = list(gm.graph.nodes)
+    last = gm.graph._root
+    for node in nodes:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            waiting = [n for n in top.all_input_nodes if n not in done]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            if top not in done:
+                done.add(top)
+                last.append(top)
+                last = top
+
+
+def import_traced(traced: fx.GraphModule, name: str) -> fx.GraphModule:
+    """Return what `make_fx` traced as a component body; the same tensors are its weights."""
+    body = new_body(name)
+    env: dict[fx.Node, fx.Node] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            env[node] = get_attr(body, str(node.target), attribute(traced, str(node.target)))
+            continue
+        env[node] = body.graph.node_copy(node, lambda n: env[n])
+        if node.op == "output":
+            set_outputs(body, [env[n] for n in node.args[0]])
+        else:
+            env[node].meta = {"val": fake(node.meta["val"])}
+    prune_unused(body)
+    body.recompile()
+    return body
+
+
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of the graph; weights and submodules are shared by reference."""
     copy = new_body(gm._get_name())
@@ -287,5 +342,5 @@ def _may_cost(target: Any) -> bool:
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of distinct tensors."""
-    unique = {id(t): t for t in tensors}
+    unique = {id(t): t for t in tensors}  # holds them, so that no two share an id
     return sum(t.numel() * t.element_size() for t in unique.values())

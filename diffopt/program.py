@@ -7,6 +7,7 @@ tensor arguments and a flat tuple of tensors as its result. Weights are shared b
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import tempfile
 import zipfile
@@ -208,6 +209,12 @@ class Program:
             name = f"{base}_{count}"
         self.root.add_module(name, body)
         return name
+
+    def call(self, component: str, arguments: Sequence[Any]) -> list[fx.Node]:
+        """Insert a call of a component at the root graph's insertion point; return its results."""
+        node = self.root.graph.call_module(component, tuple(arguments))
+        node.meta["val"] = tuple(n.meta["val"] for n in g.outputs(self.components[component]))
+        return [g.call(self.root.graph, operator.getitem, node, i) for i in range(len(node.meta["val"]))]
 
     def refresh(self) -> None:
         """Drop what is unused and recompile every graph; a pass need not call it."""

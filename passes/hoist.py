@@ -23,7 +23,6 @@ Not rewritten when
 Weights that only a prologue reads can be released before the loop: `Program.releasable`.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +30,11 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffopt import graph as g
-from diffopt.boundary import import_traced
 from diffopt.core import Context, Pass, option
 from diffopt.program import Program
-from diffopt.tables import add_placeholder, as_row, frontier, take_rows
+from diffopt.tables import add_placeholder, as_row, frontier, is_view, take_rows
 
 aten = torch.ops.aten
-log = logging.getLogger("diffopt")
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Hoist(Pass):
         part = _extract(body, [takes[i] for i in arguments], values, f"{name}_once")
         prologue = program.add_component(f"{name}_once", part)
         with program.root.graph.inserting_before(calls[0]):
-            results = _call_component(program, prologue, [calls[0].args[i] for i in arguments])
+            results = program.call(prologue, [calls[0].args[i] for i in arguments])
         for value in values:
             taken = add_placeholder(body, "once")
             taken.meta["val"] = value.meta["val"]
@@ -106,13 +103,16 @@ class Hoist(Pass):
         """Move what depends on arguments known before the loop, for all steps; return how many values."""
         body = program.components[name]
         takes = g.placeholders(body)
-        loop = g.descendants(calls)
+        loop = g.descendants(calls) - set(calls)
+        if not any(arg in loop for call in calls for arg in call.args):
+            ctx.skip(name, "its calls do not follow one another: there is no loop to move work out of")
+            return 0
         known = [i for i in range(len(takes)) if not any(c.args[i] in loop for c in calls)]
         early = _only(body, {takes[i] for i in known})
         values = [v for v in _worth_moving(body, early, {takes[i] for i in known}) if _costs(v, early)]
         if not values:
             return 0
-        size = len(calls) * g.tensor_bytes_of(v.meta["val"] for v in values)
+        size = len(calls) * g.tensor_bytes(v.meta["val"] for v in values)
         if size > self.max_mb << 20:
             ctx.skip(name, f"values of all steps would take {size >> 20} MB, over max-mb={self.max_mb}")
             return 0
@@ -126,13 +126,13 @@ class Hoist(Pass):
             ctx.skip(name, f"what depends on the step can't be batched: {str(error).splitlines()[0]}")
             return 0
         prologue = program.add_component(f"{name}_steps", rows_body)
+        _move_before(program.root, g.ancestors(c.args[i] for c in calls for i in arguments), calls[0])
         with program.root.graph.inserting_before(calls[0]):
             given = [
                 g.call(program.root.graph, aten.stack.default, [c.args[i] for c in calls]) if many else calls[0].args[i]
                 for i, many in zip(arguments, batched, strict=True)
             ]
-            results = _call_component(program, prologue, given)
-        _hoist_sources(program.root, calls, arguments)
+            results = program.call(prologue, given)
         groups = take_rows(body, [(v, list(v.meta["val"].shape)) for v in values], "step")
         assert len(groups) == len(results)
         for result in results:
@@ -158,8 +158,6 @@ def _worth_moving(body: fx.GraphModule, early: set[fx.Node], roots: set[fx.Node]
 
 def _is_cheap(node: fx.Node) -> bool:
     """Tell whether only views make a value of arguments and constants."""
-    from diffopt.tables import is_view
-
     while node.op == "call_function":
         if not is_view(node):
             return False
@@ -203,18 +201,15 @@ def _batch(
         examples.append(torch.zeros(shape, dtype=value.dtype))
     with torch.no_grad():
         traced = make_fx(all_steps, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    return import_traced(traced, part, name)
+    return g.import_traced(traced, name)
 
 
-def _call_component(program: Program, name: str, arguments: list[object]) -> list[fx.Node]:
-    """Insert a call of a component; return its results."""
-    graph = program.root.graph
-    node = graph.call_module(name, tuple(arguments))  # type: ignore[arg-type]
-    types = [n.meta["val"] for n in g.outputs(program.components[name])]
-    node.meta["val"] = tuple(types)
-    import operator
-
-    return [g.call(graph, operator.getitem, node, i) for i in range(len(types))]
+def _move_before(root: fx.GraphModule, sources: set[fx.Node], first: fx.Node) -> None:
+    """Move what arguments are computed from before the first call; none of it depends on a call."""
+    order = {n: i for i, n in enumerate(root.graph.nodes)}
+    for node in sorted(sources, key=order.__getitem__):
+        if order[node] > order[first]:
+            first.prepend(node)
 
 
 def _drop_unused_arguments(body: fx.GraphModule, calls: list[fx.Node]) -> None:

@@ -21,8 +21,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -50,7 +52,7 @@ class Cpu(Target):
 
     dtype: str = option("fp32", "what to compute in; only fp32 so far")
     freeze: bool = option(False, "pack the weights into the kernels, instead of sharing them")
-    threads: int = option(0, "threads of one operator; 0: as many as torch uses at the build")
+    threads: int = option(0, "threads to run on, set on loading; 0: as many as torch has now")
     max_autotune: bool = option(False, "try several kernels for each matrix product; wants freeze")
 
     def __post_init__(self) -> None:
@@ -109,6 +111,8 @@ class Cpu(Target):
 
     def load(self, image: Image) -> dict[str, Body]:
         """Map the libraries into this process and give them their weights."""
+        if self.threads:
+            torch.set_num_threads(self.threads)  # for the operators that call back into torch
         return {name: self._load(name, image) for name in image.graphs}
 
     def _load(self, name: str, image: Image) -> Body:
@@ -153,18 +157,15 @@ class Cpu(Target):
             "requires": _requires(),
             "compiler": _compiler(),
             "torch": torch.__version__,
-            "lowering": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+            "lowering": _source(),
         }
 
     def _compile(self, gm: fx.GraphModule, dims: Dims | None = None) -> dict[str, bytes]:
         """Return the files of one component: the library, and what it needs of other operators."""
         arguments = tuple(_example(n.meta["val"]) for n in g.placeholders(gm))
-        if dims:
-            shapes = _dynamic_shapes(len(arguments), dims)
-            exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
-        else:
-            exported = torch.export.export(gm, arguments, strict=False)
+        shapes = _dynamic_shapes(len(arguments), dims) if dims else None
         with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, _quiet(), torch.no_grad():
+            exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
             torch._inductor.aot_compile(exported.module(), arguments, options=self._options(folder))
             found = {p.suffix[1:]: p for p in Path(folder).rglob("*") if _is_product(p)}
             return {kind: path.read_bytes() for kind, path in sorted(found.items())}
@@ -179,6 +180,7 @@ class Cpu(Target):
             "always_keep_tensor_constants": not self.freeze,
             "freezing": self.freeze,
             "max_autotune": self.max_autotune,
+            "max_autotune_report_choices_stats": False,
             # Named threads: left to itself, the compiler sizes buffers for as many as there are
             # here and then uses as many as there are where the engine runs.
             "cpp.threads": self._threads(),
@@ -270,9 +272,17 @@ def _compiler() -> str | None:
     return f"{command}: {text.stdout.partition(chr(10))[0]}"
 
 
+@cache
+def _source() -> str:
+    """Return the hash of this file, whose settings decide what comes out of the compiler."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the compiler's warnings and autotuning tables from the user's terminal."""
-    with warnings.catch_warnings():
+    from torch._inductor import select_algorithm
+
+    with warnings.catch_warnings(), mock.patch.object(select_algorithm, "PRINT_AUTOTUNE", False):
         warnings.simplefilter("ignore")
         yield

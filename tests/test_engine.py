@@ -263,7 +263,7 @@ def test_target_that_did_not_build_it(whole: Path) -> None:
 
 def test_verify_can_be_left_out(whole: Path, tmp_path: Path) -> None:
     path, content = tmp_path / "x.engine", bytearray(whole.read_bytes())
-    ((start, end),) = [p[1:] for p in places(whole) if p[0] == "weights.safetensors"]
+    (end,) = [place[2] for place in places(whole) if place[0] == "weights.safetensors"]
     content[end - 1] ^= 1
     path.write_bytes(content)
     opened = load(path, verify=False)

@@ -1,4 +1,4 @@
-"""Kernels of AOTInductor: the same numbers, compiled once, and one clear line where they cannot be."""
+"""Kernels of AOTInductor: the same numbers, compiled once, or one line that says why not."""
 
 import os
 import signal
@@ -114,7 +114,7 @@ def test_weights_changed_in_place_are_changed_for_the_kernels(
     captured: Program, engines: Callable[[str], Path]
 ) -> None:
     opened = load(engines("cpu"))
-    changed = Program.from_members(*captured.to_members())
+    changed = program()
     for tensor in [opened.tensors["unet.first_bias"], changed.components["unet"].first_bias]:
         assert isinstance(tensor, Tensor)
         tensor.add_(1.0)
@@ -296,16 +296,16 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> No
         (
             "cpu(dtype=bf16)",
             "target cpu cannot compute in bf16: it keeps the dtype of the program;"
-            " casting is for a pass to do, leave dtype=fp32\n  cpu(dtype=bf16)\n  ^^^^^^^^^^^^^^^",
+            " casting is for a pass to do, leave dtype=fp32\n  cpu(dtype=bf16)\n  ^^^",
         ),
         (
             "cpu(max-autotune=true)",
             "max-autotune chooses among kernels for packed weights: add freeze=true\n"
-            "  cpu(max-autotune=true)\n  ^^^^^^^^^^^^^^^^^^^^^^",
+            "  cpu(max-autotune=true)\n  ^^^",
         ),
         (
             "cpu(threads=-1)",
-            "threads=-1: wants 0 or more\n  cpu(threads=-1)\n  ^^^^^^^^^^^^^^^",
+            "threads=-1: wants 0 or more\n  cpu(threads=-1)\n  ^^^",
         ),
         (
             "cpu(threads=many)",

@@ -1,0 +1,123 @@
+"""Evaluates what depends on constants alone, and stores equal constants once."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+from diffopt import graph as g
+from diffopt.program import Program
+from diffopt.rewrite import graphs, is_pure, is_pure_graph, owner, replace, stored
+
+Skip = Callable[[fx.Node, str], None]
+
+
+def fold(gm: fx.GraphModule, max_bytes: int, skip: Skip) -> int:
+    """Replace nodes that depend on constants alone by their values; return how many.
+
+    Views of stored tensors stay views. So does what is larger than `max_bytes` and than the
+    constants that it is made of.
+    """
+    constant = _constant_nodes(gm)
+    needed = [n for n in constant if any(user not in constant for user in n.users)]
+    folded: dict[fx.Node, None] = {}
+    seen = set(needed)
+    while needed:
+        node = needed.pop()
+        if node.op == "get_attr" or _stays(gm, node, max_bytes, skip):
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            needed += fresh
+        else:
+            folded[node] = None
+    values: dict[fx.Node, Any] = {}
+    for node in [n for n in constant if n in folded]:
+        tensor = _evaluate(gm, node, values)
+        # A slice of a larger temporary would keep all of its memory.
+        tensor = tensor.clone() if tensor.untyped_storage().nbytes() > _bytes(tensor) else tensor
+        with gm.graph.inserting_before(node):
+            result = g.get_attr(gm, f"constant_{node.name}", tensor)
+        if "module" in node.meta:
+            result.meta["module"] = node.meta["module"]
+        replace(node, result)
+    return len(folded)
+
+
+def _constant_nodes(gm: fx.GraphModule) -> dict[fx.Node, None]:
+    """Return, in order, the nodes whose values depend on no input."""
+    constant: dict[fx.Node, None] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            body = g.attribute(gm, str(node.target))
+            pure = isinstance(body, fx.GraphModule) and is_pure_graph(body)
+        else:
+            pure = is_pure(node)
+        if pure and all(source in constant for source in node.all_input_nodes):
+            constant[node] = None
+    return constant
+
+
+def _stays(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> bool:
+    """Tell whether a constant node has to be computed at run time, from stored arguments."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor) or not is_non_overlapping_and_dense_or_false(value):
+        return True
+    size = _bytes(value)
+    if owner(node).op == "get_attr":
+        return True
+    sources = [n for n in g.ancestors([node]) if n.op == "get_attr"]
+    if size > max_bytes and size > sum(_bytes(n.meta["val"]) for n in sources):
+        skip(node, f"the constant would take {size / 2**20:.3g} MB, over max-constant-mb")
+        return True
+    return False
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """Return the value of a constant node; `values` keeps those of the nodes before it."""
+    tensor = stored(gm, node)
+    if tensor is not None:
+        return tensor.detach()
+    if node not in values:
+        for source in node.all_input_nodes:
+            values[source] = _evaluate(gm, source, values)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        with torch.no_grad():
+            if node.op == "call_module":
+                body = g.attribute(gm, str(node.target))
+                values[node] = fx.Interpreter(body).run(*args)
+            else:
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[node]
+
+
+def share_equal_constants(program: Program, keys: dict[int, tuple[Tensor, Any]]) -> int:
+    """Store constants of equal layout and bytes once; parameters stay as they are.
+
+    `keys` remembers the contents of tensors between calls.
+    """
+    first: dict[Any, Tensor] = {}
+    count = 0
+    for gm in graphs(program).values():
+        for name, tensor in list(gm._buffers.items()):
+            if tensor is None:
+                continue
+            if id(tensor) not in keys:
+                keys[id(tensor)] = tensor, _content(tensor)
+            same = first.setdefault(keys[id(tensor)][1], tensor)
+            if same is not tensor:
+                gm._buffers[name] = same
+                count += 1
+    return count
+
+
+def _content(tensor: Tensor) -> Any:
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.sha256(data.tobytes()).digest()
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), digest

@@ -1,0 +1,77 @@
+"""Do in one operator what takes several: merge linear layers, LoRA, scales and the glue of a step.
+
+Before (`linears`; then `lora` and `scales`):
+
+    %5: float32[4,8] = aten.linear(%x, %q)
+    %6: float32[4,8] = aten.linear(%x, %k)
+
+    %9: float32[4,8] = aten.add.Tensor(aten.linear(%x, %w), aten.mul.Tensor(%up, 0.5))
+
+    %9: float32[4,8] = aten.mul.Tensor(aten.linear(%x, %w), 0.5)
+
+After:
+
+    %4: float32[4,16] = aten.linear(%x, %q_merged_weight)
+    %5: (float32[4,8], float32[4,8]) = aten.split_with_sizes(%4, [8, 8], -1)
+
+    %9: float32[4,8] = aten.linear(%x, %w_folded_weight)
+
+    %9: float32[4,8] = aten.linear(%x, %w_folded_weight)
+
+With `steps`, guidance and scheduler arithmetic move into the component that they follow, so that a
+step of sampling is one call.
+
+Not rewritten when
+- a weight is also used in another way, in any component: the new weight would come on top of it;
+- a layer's result has other users than the one that would be folded into it;
+- a merged weight would be larger than `max-merged-mb`;
+- the new weights would not be finite, or (`scales`) are in half precision.
+
+The maths: x W1ᵀ | x W2ᵀ = x [W1; W2]ᵀ, and x Wᵀ + s (x Aᵀ) Bᵀ = x (W + s B A)ᵀ, and
+c (x Wᵀ + b) = x (c W)ᵀ + c b. New weights are computed in float64 and rounded once.
+"""
+
+from dataclasses import dataclass
+
+from diffopt import folding, linears, rewrite
+from diffopt.core import Context, Pass, option
+from diffopt.program import Program
+
+
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Merge linear layers of one input, LoRA, scales, and the arithmetic between steps."""
+
+    atol = 1e-5
+    rtol = 1e-4
+    tolerance_reason = (
+        "other weights are rounded and a matrix product of another size sums in another order"
+    )
+
+    linears: bool = option(True, "merge linear layers that share their input")
+    lora: bool = option(True, "merge low-rank adapters into the weights that they change")
+    scales: bool = option(True, "fold constant scales and shifts into the layers before them")
+    steps: bool = option(True, "outline a step's arithmetic together with its denoiser")
+    max_merged_mb: int = option(1024, "make no merged weight that is larger")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Fold into weights first, so that merged weights are folded ones."""
+        counts: dict[str, int] = {}
+        before = rewrite.shared_memory(program)
+        if self.lora:
+            counts["LoRA merged"] = folding.fold_all(program, folding.find_lora, ctx.skip)
+        if self.scales:
+            graphs = rewrite.graphs(program).values()
+            counts["scales combined"] = sum(map(folding.combine_scales, graphs))
+            counts["scales folded"] = folding.fold_all(program, folding.find_scale, ctx.skip)
+        if self.linears:
+            size = self.max_merged_mb << 20
+            counts["linears merged"] = linears.merge_linears(program, size, ctx.skip)
+        rewrite.separate_outputs(program, before)
+        if self.steps:
+            from diffopt.outline import outline_steps
+
+            outline_steps(program, ctx)
+        for what, count in counts.items():
+            if count:
+                ctx.note(what, count)

@@ -1,0 +1,109 @@
+"""Drop what is not needed, compute what is equal once, and evaluate what is constant.
+
+Before:
+
+    %1: float32[2,3] = aten.mul.Tensor(%x, 1.0)
+    %2: float32[2,3] = aten.exp(%1)
+    %3: float32[2,3] = aten.exp(%x)
+    %4: float32[2,3] = aten.add.Tensor(%2, %3)
+
+After:
+
+    %1: float32[2,3] = aten.exp(%x)
+    %2: float32[2,3] = aten.add.Tensor(%1, %1)
+
+Until nothing changes, in the pipeline graph and in every component: dead code; equal nodes, calls
+and components; operators that return their argument as it is; chains of views; operators on
+constants; equal constants; outputs that no call uses, and arguments that are unused, given twice or
+the same constant in every call.
+
+Not rewritten when
+- a constant would be larger than `max-constant-mb` and than what it is made of;
+- a copy keeps an output from sharing memory with an input, a weight or another output;
+- an operator is random, or writes into an argument.
+
+Results are equal bit by bit: x + 0.0 stays, since it is 0.0 where x is -0.0.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from diffopt import constants, interface, noops, rewrite
+from diffopt import graph as g
+from diffopt.core import Context, Pass, option
+from diffopt.program import Program
+
+
+@dataclass(frozen=True)
+class Simplify(Pass):
+    """Remove dead, repeated, idle and constant computation."""
+
+    max_constant_mb: int = option(4, "evaluate no constant that would be larger")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Apply all rules until none applies."""
+        before = rewrite.shared_memory(program)
+        totals: dict[str, int] = {}
+        contents: dict[int, tuple[Tensor, object]] = {}
+        reasons: dict[str, tuple[fx.Node | str, str]] = {}
+        while True:
+            reasons.clear()
+            counts = self._sweep(program, contents, reasons)
+            for what, count in counts.items():
+                totals[what] = totals.get(what, 0) + count
+            if not any(counts.values()):
+                break
+        rewrite.separate_outputs(program, before)
+        for where, reason in reasons.values():
+            ctx.skip(where, reason)
+        for what, count in totals.items():
+            if count:
+                ctx.note(what, count)
+
+    def _sweep(
+        self,
+        program: Program,
+        contents: dict[int, tuple[Tensor, object]],
+        reasons: dict[str, tuple[fx.Node | str, str]],
+    ) -> dict[str, int]:
+        """Apply every rule once; return how often each did something."""
+        counts = dict.fromkeys(["no-ops", "views", "equal nodes", "constants"], 0)
+        for name, gm in rewrite.graphs(program).items():
+
+            def skip(node: fx.Node, reason: str, name: str = name) -> None:
+                where = f"{name}.{node.name}" if name else node.name
+                reasons[where] = where, reason
+
+            g.prune_unused(gm)
+            idle, views = _drop_idle(gm, skip)
+            counts["no-ops"] += idle
+            counts["views"] += views
+            counts["constants"] += constants.fold(gm, self.max_constant_mb << 20, skip)
+            g.prune_unused(gm)
+            counts["equal nodes"] += rewrite.share_equal_nodes(gm)
+        counts["equal constants"] = constants.share_equal_constants(program, contents)
+        names = list(program.components)
+        counts["outputs"] = sum(interface.trim_outputs(program, name) for name in names)
+        counts["arguments"] = sum(interface.trim_arguments(program, name) for name in names)
+        counts["components"] = interface.merge_equal_components(program)
+        return counts
+
+
+def _drop_idle(gm: fx.GraphModule, skip: constants.Skip) -> tuple[int, int]:
+    """Drop nodes that return their argument, and views of views; return how many of each."""
+    idle = views = 0
+    for node in list(gm.graph.nodes):
+        source = noops.unchanged(gm, node)
+        if source is not None:
+            if noops.keeps_output_apart(gm, node, source):
+                skip(node, "without this copy an output would share memory")
+                continue
+            rewrite.replace(node, source)
+            idle += 1
+            continue
+        source = noops.collapse(gm, node)
+        if source is not None:
+            rewrite.replace(node, source)
+            views += 1
+    return idle, views
