@@ -15,7 +15,8 @@ from diffopt import recipes
 from diffopt.boundary import Boundary, Lifted
 from diffopt.errors import CaptureError
 from diffopt.program import Guards, Program
-from diffopt.recorder import Functions, Recorder
+from diffopt.functions import Functions
+from diffopt.recorder import Recorder
 
 
 def trace(

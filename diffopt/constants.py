@@ -15,11 +15,11 @@ from diffopt.rewrite import graphs, is_pure, is_pure_graph, owner, replace, stor
 Skip = Callable[[fx.Node, str], None]
 
 
-def fold(gm: fx.GraphModule, max_bytes: int, skip: Skip) -> int:
+def fold(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip: Skip) -> int:
     """Replace nodes that depend on constants alone by their values; return how many.
 
-    Views of stored tensors stay views. So does what is larger than `max_bytes` and than the
-    constants that it is made of.
+    Views of stored tensors stay views. The nodes of `keep` stay, and so does what is larger than
+    `max_bytes` and than the constants that it is made of.
     """
     constant = _constant_nodes(gm)
     needed = [n for n in constant if any(user not in constant for user in n.users)]
@@ -27,7 +27,7 @@ def fold(gm: fx.GraphModule, max_bytes: int, skip: Skip) -> int:
     seen = set(needed)
     while needed:
         node = needed.pop()
-        if node.op == "get_attr" or _stays(gm, node, max_bytes, skip):
+        if node.op == "get_attr" or node in keep or _stays(gm, node, max_bytes, skip):
             fresh = [n for n in node.all_input_nodes if n not in seen]
             seen.update(fresh)
             needed += fresh

@@ -213,13 +213,15 @@ def sort(gm: fx.GraphModule) -> None:
                 last = top
 
 
-def import_traced(traced: fx.GraphModule, name: str) -> fx.GraphModule:
-    """Return what `make_fx` traced as a component body; the same tensors are its weights."""
+def import_traced(traced: fx.GraphModule, source: fx.GraphModule, name: str) -> fx.GraphModule:
+    """Return what `make_fx` traced of `source` as a body; the same tensors are its weights."""
     body = new_body(name)
+    names = {id(tensor): key for key, tensor in named_tensors(source)}
     env: dict[fx.Node, fx.Node] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr":
-            env[node] = get_attr(body, str(node.target), attribute(traced, str(node.target)))
+            tensor = attribute(traced, str(node.target))
+            env[node] = get_attr(body, names.get(id(tensor), str(node.target)), tensor)
             continue
         env[node] = body.graph.node_copy(node, lambda n: env[n])
         if node.op == "output":

@@ -172,7 +172,7 @@ def _common(paths: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def _keep_outputs(program: Program, name: str, kept: list[object]) -> None:
+def _keep_outputs(program: Program, name: str, kept: Sequence[object]) -> None:
     """Give the outputs of a graph the memory layout back that they had."""
     gm = graphs(program)[name]
     outputs = g.outputs(gm)

@@ -1,4 +1,4 @@
-"""Where in the user's code capture is, and how to step out of capture's own modes."""
+"""What capture's modes share: where the user's code is, and how to step out of the modes."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,7 @@ import linecache
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -50,3 +51,11 @@ def plain() -> Iterator[None]:
     finally:
         for mode in reversed(popped):
             _push_mode(mode)
+
+
+def is_random(func: Any) -> bool:
+    """Tell whether an operator draws random numbers; attention is tagged so as well."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    name, arguments = func._schema.name, func._schema.arguments
+    return name.startswith("aten::rand") or any(a.name == "generator" for a in arguments)

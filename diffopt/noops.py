@@ -135,6 +135,10 @@ def _all(gm: fx.GraphModule, value: Any, check: Callable[[Tensor], Any]) -> bool
     if isinstance(value, (bool, int, float)):
         return bool(check(torch.tensor(value)))
     tensor = stored(gm, value)
+    if gm._modules:
+        # The pipeline's constants belong to its steps: where one happens to be neutral, dropping it
+        # would make that step unlike the others, with which it is to share a body.
+        return False
     if tensor is None or tensor.numel() == 0 or tensor.is_complex():
         return False
     # The first value settles it for almost all weights.
@@ -214,11 +218,10 @@ def _as_one(node: fx.Node, chain: list[fx.Node], source: fx.Node, value: Tensor)
     return None
 
 
-def keeps_output_apart(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool:
+def keeps_output_apart(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether `node` copies an output that would share memory with others without it."""
-    outputs = g.outputs(gm)
-    if node.target not in _COPIES or node not in outputs:
+    if node.target not in _COPIES or unchanged(gm, node) is None:
         return False
-    base = owner(source)
-    others = [n for n in outputs if n is not node]
+    base = owner(args(node)[0])
+    others = [n for n in g.outputs(gm) if n is not node]
     return base.op != "call_function" or any(owner(n) is base for n in others)

@@ -6,7 +6,7 @@ that come from outside (constants among them) become calls of one body, which ta
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import fx
 
@@ -61,30 +61,42 @@ def _anchors(program: Program) -> list[fx.Node]:
 
 def _cut(program: Program, anchors: Sequence[fx.Node]) -> list[Step]:
     """Return every step with all nodes that may belong to it."""
+    nodes = list(program.root.graph.nodes)
     number = {call: k for k, call in enumerate(anchors)}
     after: dict[fx.Node, int] = {}  # the last call that a node depends on
-    for node in program.root.graph.nodes:
-        own = number.get(node, -1)
-        after[node] = max([own, *(after[n] for n in node.all_input_nodes)])
-    prepares: dict[fx.Node, int] = {}  # the call that a node does nothing else for
-    for node in reversed(program.root.graph.nodes):
-        users = {number.get(u, prepares.get(u, -1)) for u in node.users}
-        if node.op in ("call_function", "call_module") and len(users) == 1 and node not in number:
-            (k,) = users
-            if k >= 0 and after[node] == k - 1:
-                prepares[node] = k
-    steps = []
-    for k, call in enumerate(anchors):
-        nodes = []
-        for node in program.root.graph.nodes:
-            if node.op not in ("call_function", "call_module"):
+    for node in nodes:
+        after[node] = max([number.get(node, -1), *(after[n] for n in node.all_input_nodes)])
+    place = dict(after)  # the step that a node belongs to
+    preparing = set(anchors)  # calls, and what does nothing but prepare the arguments of one
+    moved = True
+    while moved:  # what a node needs may move after it was looked at
+        moved = False
+        for node in reversed(nodes):
+            if node.op not in ("call_function", "call_module") or node in number or not node.users:
                 continue
-            follows = after[node] == k and node not in prepares
-            # Before the first call everything is preparation; what belongs to the step shows by matching.
-            if follows or prepares.get(node) == k:
-                nodes.append(node)
-        steps.append(Step(call, nodes, []))
+            users = {place[user] if user.op != "output" else len(anchors) for user in node.users}
+            later = after[node] + 1
+            if place[node] == later or users != {later} or later == len(anchors):
+                continue
+            if preparing.issuperset(node.users):
+                preparing.add(node)
+            elif not _stays_small(node, after, place):
+                continue
+            place[node] = later
+            moved = True
+    steps = [Step(call, [], []) for call in anchors]
+    for node in nodes:
+        if node.op in ("call_function", "call_module") and place[node] >= 0:
+            steps[place[node]].nodes.append(node)
     return steps
+
+
+def _stays_small(node: fx.Node, after: dict[fx.Node, int], place: dict[fx.Node, int]) -> bool:
+    """Tell whether the next step can compute a node itself from values that it gets anyway."""
+    return all(
+        n.op == "get_attr" or after[n] < after[node] or any(u is not node and place[u] > after[node] for u in n.users)
+        for n in node.all_input_nodes
+    )
 
 
 def _match(model: Step, other: Step) -> Step | None:
@@ -122,24 +134,39 @@ def _match(model: Step, other: Step) -> Step | None:
 
     if not pair(model.call, other.call):
         return None
-    for node in model.nodes:
-        if node in pairs:
-            continue
-        known = [pairs[n] for n in node.all_input_nodes if n in inside and n in pairs]
-        for candidate in [u for k in known[:1] for u in k.users if u in allowed and u not in taken]:
-            before = dict(pairs), set(taken)
-            if pair(node, candidate):
+    waiting = [n for n in model.nodes if n not in pairs]
+    while waiting:
+        for node in waiting:
+            known = [pairs[n] for n in node.all_input_nodes if n in inside and n in pairs]
+            if any(_try(pair, pairs, taken, node, u) for k in known[:1] for u in k.users if u in allowed - taken):
                 break
-            pairs.clear(), taken.clear()
-            pairs.update(before[0]), taken.update(before[1])
         else:
             return None
+        waiting = [n for n in waiting if n not in pairs]
     nodes = [pairs[n] for n in model.nodes]
     outside = [pairs[n] for n in _outside(model.nodes)]
     # A value from outside that depends on the step would have to be both before and after its call.
     if g.ancestors(outside) & set(nodes):
         return None
     return Step(other.call, nodes, outside)
+
+
+def _try(
+    pair: Callable[[fx.Node, fx.Node], bool],
+    pairs: dict[fx.Node, fx.Node],
+    taken: set[fx.Node],
+    node: fx.Node,
+    candidate: fx.Node,
+) -> bool:
+    """Match two nodes; where they differ, forget what was matched on the way."""
+    before = dict(pairs), set(taken)
+    if pair(node, candidate):
+        return True
+    pairs.clear()
+    pairs.update(before[0])
+    taken.clear()
+    taken.update(before[1])
+    return False
 
 
 def _outside(nodes: Iterable[fx.Node]) -> list[fx.Node]:

@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from diffopt import host as h
 from diffopt.errors import CaptureError
 from diffopt.modes import location
-from diffopt.recorder import Recorder, Scalar, fail
+from diffopt.functions import Scalar
+from diffopt.recorder import Recorder, fail
 
 # Methods by which pipelines turn texts and pictures into tensors.
 _PROCESSING = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")

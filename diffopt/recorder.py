@@ -1,24 +1,24 @@
 """Record what depends on a program's inputs, operator by operator.
 
-`Recorder` sees aten operators, `Functions` what never reaches the dispatcher (numpy, dynamic numbers).
 Operators on values that depend on no input run for real; their results are constants when used.
+Writes in place become functional: a written storage has one current value, of which every tensor
+that shares it is a view.
 """
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt import graph as g
 from diffopt import tree
 from diffopt.errors import CaptureError
-from diffopt.modes import Location, location, plain
+from diffopt.modes import Location, is_random, location
 
 aten = torch.ops.aten
 
@@ -116,7 +116,7 @@ class Recorder(TorchDispatchMode):
         else:
             name, value = "constant", tensor.detach()
             if tensor.numel() * tensor.element_size() <= _COPY_BELOW:
-                content = value.reshape(-1).clone().view(torch.uint8).numpy().tobytes()
+                content = bytes(torch.empty(value.shape, dtype=value.dtype).copy_(value).untyped_storage())
                 key = (tensor.dtype, tensor.shape, tensor.stride(), content)
                 if key in self.constants:
                     return self._get(self.constants[key])
@@ -242,7 +242,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = tree.flatten((args, kwargs))[0]
         tracked = [t for t in tensors if self.node_of(t) is not None]
-        if _is_random(func):
+        if is_random(func):
             return self.sources.draw(self, func, args, kwargs, tracked)
         if not tracked:
             return func(*args, **kwargs)
@@ -312,13 +312,6 @@ class Recorder(TorchDispatchMode):
         self.escapes.append((array, self.value(tensor), location()))
 
 
-def _is_random(func: Any) -> bool:
-    """Tell whether an operator draws random numbers; attention and dropout are tagged so as well."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    return func._schema.name.startswith("aten::rand") or any(a.name == "generator" for a in func._schema.arguments)
-
-
 def fail(what: str, advice: str) -> NoReturn:
     raise CaptureError(f"{location()}: {what}; {advice}")
 
@@ -355,140 +348,3 @@ def _slice_of(
     start, step = (offset - base.offset) // unit, stride[dim] // unit
     end = start + (size[dim] - 1) * step + 1
     return (dim, start, end, step) if step > 0 and end <= base.size[dim] else None
-
-
-class Scalar(float):
-    """A number that stays an input: arithmetic on it is recorded, comparisons become guards."""
-
-    recorder: Recorder
-    node: fx.Node
-    place: tuple[str | int, ...]
-    guards: list[tuple[str, float, bool, str]] | None
-    tensor: Tensor
-
-    @staticmethod
-    def make(recorder: Recorder, tensor: Tensor, source: "list[tuple[str, float, bool, str]] | None") -> "Scalar":
-        """Return the number that a traced 0-d float64 tensor holds."""
-        with plain():
-            scalar = Scalar(tensor.item())
-        scalar.recorder, scalar.tensor, scalar.guards = recorder, tensor, source
-        return scalar
-
-    def _fix(self, use: str) -> float:
-        """Bind the value: what is done with it can't be recorded."""
-        return self._guard("==", float.__float__(self), True)
-
-    def _guard(self, symbol: str, other: float, result: bool) -> Any:
-        if self.guards is None:
-            fail(
-                "Python compares or converts a number computed from a dynamic argument",
-                "compare the argument itself, or do not name it in dynamic=",
-            )
-        guard = (symbol, float(other), result, str(location()))
-        if guard[:3] not in [known[:3] for known in self.guards]:
-            self.guards.append(guard)
-        return result if symbol != "==" else float.__add__(self, 0.0)
-
-    def _arith(self, func: Callable[..., Any], *args: Any) -> Any:
-        if any(isinstance(a, Tensor) for a in args):
-            return NotImplemented
-        values = [a.tensor if isinstance(a, Scalar) else torch.tensor(float(a), dtype=torch.float64) for a in args]
-        return Scalar.make(self.recorder, func(*values), None)
-
-    def __add__(self, other: Any) -> Any: return self._arith(torch.add, self, other)  # noqa: D105, E704
-    def __radd__(self, other: Any) -> Any: return self._arith(torch.add, other, self)  # noqa: D105, E704
-    def __sub__(self, other: Any) -> Any: return self._arith(torch.sub, self, other)  # noqa: D105, E704
-    def __rsub__(self, other: Any) -> Any: return self._arith(torch.sub, other, self)  # noqa: D105, E704
-    def __mul__(self, other: Any) -> Any: return self._arith(torch.mul, self, other)  # noqa: D105, E704
-    def __rmul__(self, other: Any) -> Any: return self._arith(torch.mul, other, self)  # noqa: D105, E704
-    def __truediv__(self, other: Any) -> Any: return self._arith(torch.div, self, other)  # noqa: D105, E704
-    def __rtruediv__(self, other: Any) -> Any: return self._arith(torch.div, other, self)  # noqa: D105, E704
-    def __neg__(self) -> Any: return self._arith(torch.neg, self)  # noqa: D105, E704
-
-    def _compare(self, symbol: str, other: Any, result: bool) -> Any:
-        if not isinstance(other, (int, float)) or isinstance(other, Scalar):
-            return NotImplemented
-        self._guard(symbol, float(other), result)
-        return result
-
-    def __gt__(self, o: Any) -> Any: return self._compare(">", o, float.__gt__(self, o))  # noqa: D105, E704
-    def __ge__(self, o: Any) -> Any: return self._compare(">=", o, float.__ge__(self, o))  # noqa: D105, E704
-    def __lt__(self, o: Any) -> Any: return self._compare("<", o, float.__lt__(self, o))  # noqa: D105, E704
-    def __le__(self, o: Any) -> Any: return self._compare("<=", o, float.__le__(self, o))  # noqa: D105, E704
-    def __eq__(self, o: Any) -> Any: return self._compare("==", o, float.__eq__(self, o))  # noqa: D105, E704
-    def __ne__(self, o: Any) -> Any: return self._compare("!=", o, float.__ne__(self, o))  # noqa: D105, E704
-    def __bool__(self) -> bool: return bool(self._compare("!=", 0.0, float.__ne__(self, 0.0)))  # noqa: D105, E704
-    def __float__(self) -> float: return self._fix("float()")  # noqa: D105, E704
-    def __int__(self) -> int: return int(self._fix("int()"))  # noqa: D105, E704
-    def __round__(self, n: Any = None) -> Any: return round(self._fix("round()"), n)  # noqa: D105, E704
-    __hash__ = float.__hash__
-
-
-_READS = {"numpy", "__array__", "tolist"}
-
-
-class Functions(TorchFunctionMode):
-    """See what the dispatcher does not: numpy conversions, dynamic numbers, tensors of arguments."""
-
-    def __init__(self, recorder: Recorder, sources: Sources) -> None:
-        super().__init__()
-        self.recorder, self.sources = recorder, sources
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Intercept one torch function."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _READS and args and isinstance(args[0], Tensor):
-            return self._leave(name, func, args, kwargs)
-        if name in ("tensor", "as_tensor") and args:
-            place = self.sources.place_of_list(args[0])
-            if place is not None:
-                out = func(*args, **kwargs)
-                self.sources.given(self.recorder, out, place)
-                return out
-        if any(isinstance(a, Scalar) for a in _flat((args, kwargs))):
-            return self._with_scalars(name, func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _leave(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        node = self.recorder.node_of(args[0])
-        if node is None or node in self.recorder.known:
-            return func(*args, **kwargs)
-        if name == "tolist":
-            fail("a traced value becomes a Python list here", "keep it a tensor")
-        array = np.array(func(*args, **kwargs))
-        self.recorder.escape(args[0], array)
-        return array
-
-    def _with_scalars(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        if name in ("tensor", "as_tensor", "full", "full_like"):
-            value = args[0] if "tensor" in name else args[1]
-            scalar = value[0] if isinstance(value, list) and len(value) == 1 else value
-            if isinstance(scalar, Scalar):
-                dtype = kwargs.get("dtype") or torch.get_default_dtype()
-                shape = {"full": lambda: list(args[0]), "full_like": lambda: list(args[0].shape)}.get(
-                    name, lambda: [1] if isinstance(value, list) else []
-                )()
-                return scalar.tensor.to(dtype).expand(shape).clone()
-        args, kwargs = _swap((args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
-    else:
-        yield value
-
-
-def _swap(value: Any) -> Any:
-    if isinstance(value, Scalar):
-        return value.tensor
-    if isinstance(value, (list, tuple)):
-        return type(value)(_swap(item) for item in value)
-    if isinstance(value, dict):
-        return {k: _swap(v) for k, v in value.items()}
-    return value

@@ -4,7 +4,7 @@ Every function here keeps results equal bit by bit.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -213,12 +213,12 @@ def weight_uses(program: Program) -> dict[int, int]:
 # Equal nodes
 
 
-def share_equal_nodes(gm: fx.GraphModule) -> int:
-    """Compute what is computed twice once; return how many nodes that saved."""
+def share_equal_nodes(gm: fx.GraphModule, keep: Collection[fx.Node] = ()) -> int:
+    """Compute what is computed twice once, but for `keep`; return how many nodes that saved."""
     seen: dict[Any, fx.Node] = {}
     count = 0
     for node in list(gm.graph.nodes):
-        if node.op in ("placeholder", "output") or not (node.op == "call_module" or is_pure(node)):
+        if node in keep or not (node.op == "call_module" or is_pure(node)):
             continue
         tensor = stored(gm, node)
         what = node.target if tensor is None else id(tensor)

@@ -7,7 +7,7 @@ torch's pytree knows registered containers only. Pipelines hand components objec
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -42,7 +42,10 @@ def _flatten(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[Hashabl
         return "tensor", lambda tensors: tensors[index]
     if isinstance(value, CONSTANTS):
         return (type(value).__name__, value), lambda tensors: value
-    if id(value) in above or isinstance(value, (torch.nn.Module, torch.Generator, type)):
+    if isinstance(value, torch.Generator):
+        # Which one does not matter: what draws from it inside a component is not exported.
+        return "generator", lambda tensors: value
+    if id(value) in above or isinstance(value, (torch.nn.Module, type)):
         return _opaque(value)
     above = above | {id(value)}
     if isinstance(value, (list, tuple)):
@@ -97,11 +100,12 @@ def _flatten_object(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[
     return (type(value).__qualname__, tuple((n, key) for n, (key, _) in parts.items())), build
 
 
-_MODULE_INTERNALS = set(vars(torch.nn.Module())) - {"training"}
+_MODULE_INTERNALS = frozenset({*vars(torch.nn.Module()), "forward"} - {"training"})
+_SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
 
 
 def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield every attribute that is state of a module tree: (the dictionary that holds it, its name).
+    """Yield every attribute that is state of a module tree: (the dictionary that holds it, name).
 
     Parameters, buffers and submodules are left out. Plain objects that modules hold, such as
     attention processors, are walked too, since pipelines keep counters and caches in them.
@@ -115,20 +119,24 @@ def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
         seen.add(id(owner))
         store = vars(owner)
         for name in list(store):
-            if name in _MODULE_INTERNALS or name == "forward":
+            if name in _MODULE_INTERNALS:
                 continue
+            value = store[name]  # before the caller, who may change it, has it
             yield store, name
-            stack.extend(_helpers(store[name]))
+            if type(value) not in _SIMPLE:
+                stack.extend(_helpers(value))
 
 
 def _helpers(value: Any) -> Iterator[Any]:
     """Yield the plain objects that an attribute holds, directly or in a list or dictionary."""
     if isinstance(value, dict):
         for item in value.values():
-            yield from _helpers(item)
+            if type(item) not in _SIMPLE:
+                yield from _helpers(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _helpers(item)
+            if type(item) not in _SIMPLE:
+                yield from _helpers(item)
     elif _is_plain_object(value):
         yield value
 
@@ -147,31 +155,44 @@ def describe(value: Any, depth: int = 4) -> Hashable:
 
     Tensors are described by identity and version, since their contents are weights or constants.
     """
+    kind = type(value)
+    if kind is float:
+        return repr(value)
+    if kind in _SIMPLE:
+        return value  # type: ignore[no-any-return]
     if isinstance(value, Tensor):
         return ("tensor", id(value), value._version)
-    if isinstance(value, CONSTANTS):
-        return value if not isinstance(value, float) else repr(value)
+    if isinstance(value, enum.Enum):
+        return value
     if depth == 0 or isinstance(value, torch.nn.Module):
-        return type(value).__qualname__
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        return tuple(describe(item, depth - 1) for item in items)
+        return kind.__qualname__
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=repr)
+    if isinstance(value, (list, tuple)):
+        return tuple([describe(item, depth - 1) for item in value])
     if isinstance(value, dict):
-        return tuple((str(k), describe(v, depth - 1)) for k, v in value.items())
+        return tuple([(str(k), describe(v, depth - 1)) for k, v in value.items()])
     name = getattr(value, "__qualname__", None)
-    return str(name) if name else type(value).__qualname__  # plain objects' attributes are walked themselves
+    return str(name) if name else kind.__qualname__  # plain objects' attributes are walked too
 
 
-def fingerprint(module: torch.nn.Module) -> int:
+def fingerprint(module: torch.nn.Module, skip: Set[tuple[int, str]] = frozenset()) -> int:
     """Return a hash of what a module's code can depend on, weights by identity and version.
 
     Two calls of a module with equal fingerprints and arguments of one signature run the same graph.
+
+    Args:
+        module: The module.
+        skip: Attributes to leave out, by their dictionary's identity and their name.
     """
     parts: list[Hashable] = []
-    for name, child in module.named_modules():
-        hooks = len(child._forward_hooks) + len(child._forward_pre_hooks)
-        parts.append((name, type(child).__qualname__, child.training, hooks))
-        parts.extend((id(p), p._version) for p in child._parameters.values() if p is not None)
-        parts.extend((n, b is None) for n, b in child._buffers.items())
-    parts.extend((name, describe(store[name])) for store, name in attributes(module))
+    for child in module.modules():
+        store = vars(child)
+        hooks = len(store["_forward_hooks"]) + len(store["_forward_pre_hooks"])
+        parts.append((type(child), tuple(store["_modules"]), hooks))
+        parts.extend([(id(p), p._version) for p in store["_parameters"].values() if p is not None])
+        parts.extend([(n, b is None) for n, b in store["_buffers"].items()])
+    for store, name in attributes(module):
+        if not skip or (id(store), name) not in skip:
+            parts.append((name, describe(store[name])))
     return hash(tuple(parts))

@@ -53,6 +53,8 @@ def larger() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=pipe.tokenizer.model_max_length,
+        bos_token_id=pipe.tokenizer.bos_token_id,
+        eos_token_id=pipe.tokenizer.eos_token_id,
     )
     unet = UNet2DConditionModel(
         sample_size=32,

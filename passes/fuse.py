@@ -33,8 +33,9 @@ c (x Wᵀ + b) = x (c W)ᵀ + c b. New weights are computed in float64 and round
 
 from dataclasses import dataclass
 
-from diffopt import folding, linears, rewrite
+from diffopt import folding, linears, lora, rewrite, scales
 from diffopt.core import Context, Pass, option
+from diffopt.outline import outline_steps
 from diffopt.program import Program
 
 
@@ -59,18 +60,16 @@ class Fuse(Pass):
         counts: dict[str, int] = {}
         before = rewrite.shared_memory(program)
         if self.lora:
-            counts["LoRA merged"] = folding.fold_all(program, folding.find_lora, ctx.skip)
+            counts["LoRA merged"] = folding.fold_all(program, lora.find_lora, ctx.skip)
         if self.scales:
             graphs = rewrite.graphs(program).values()
-            counts["scales combined"] = sum(map(folding.combine_scales, graphs))
-            counts["scales folded"] = folding.fold_all(program, folding.find_scale, ctx.skip)
+            counts["scales combined"] = sum(map(scales.combine_scales, graphs))
+            counts["scales folded"] = folding.fold_all(program, scales.find_scale, ctx.skip)
         if self.linears:
             size = self.max_merged_mb << 20
             counts["linears merged"] = linears.merge_linears(program, size, ctx.skip)
         rewrite.separate_outputs(program, before)
         if self.steps:
-            from diffopt.outline import outline_steps
-
             outline_steps(program, ctx)
         for what, count in counts.items():
             if count:

@@ -201,7 +201,7 @@ def _batch(
         examples.append(torch.zeros(shape, dtype=value.dtype))
     with torch.no_grad():
         traced = make_fx(all_steps, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    return g.import_traced(traced, name)
+    return g.import_traced(traced, part, name)
 
 
 def _move_before(root: fx.GraphModule, sources: set[fx.Node], first: fx.Node) -> None:

@@ -76,12 +76,15 @@ class Simplify(Pass):
                 reasons[where] = where, reason
 
             g.prune_unused(gm)
-            idle, views = _drop_idle(gm, skip)
+            apart = _copies_of_outputs(gm) if gm is program.root else set()
+            for node in apart:
+                skip(node, "without this copy an output would share memory")
+            idle, views = _drop_idle(gm, apart)
             counts["no-ops"] += idle
             counts["views"] += views
-            counts["constants"] += constants.fold(gm, self.max_constant_mb << 20, skip)
+            counts["constants"] += constants.fold(gm, self.max_constant_mb << 20, apart, skip)
             g.prune_unused(gm)
-            counts["equal nodes"] += rewrite.share_equal_nodes(gm)
+            counts["equal nodes"] += rewrite.share_equal_nodes(gm, apart)
         counts["equal constants"] = constants.share_equal_constants(program, contents)
         names = list(program.components)
         counts["outputs"] = sum(interface.trim_outputs(program, name) for name in names)
@@ -90,20 +93,21 @@ class Simplify(Pass):
         return counts
 
 
-def _drop_idle(gm: fx.GraphModule, skip: constants.Skip) -> tuple[int, int]:
+def _copies_of_outputs(gm: fx.GraphModule) -> set[fx.Node]:
+    """Return the outputs that are copies without which an output would share memory."""
+    return {n for n in g.outputs(gm) if noops.keeps_output_apart(gm, n)}
+
+
+def _drop_idle(gm: fx.GraphModule, keep: set[fx.Node]) -> tuple[int, int]:
     """Drop nodes that return their argument, and views of views; return how many of each."""
     idle = views = 0
     for node in list(gm.graph.nodes):
-        source = noops.unchanged(gm, node)
-        if source is not None:
-            if noops.keeps_output_apart(gm, node, source):
-                skip(node, "without this copy an output would share memory")
-                continue
+        if node in keep:
+            continue
+        if (source := noops.unchanged(gm, node)) is not None:
             rewrite.replace(node, source)
             idle += 1
-            continue
-        source = noops.collapse(gm, node)
-        if source is not None:
+        elif (source := noops.collapse(gm, node)) is not None:
             rewrite.replace(node, source)
             views += 1
     return idle, views

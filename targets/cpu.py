@@ -15,30 +15,22 @@ import logging
 import os
 import platform
 import subprocess
-import tempfile
-import time
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
-from diffopt import cachedir, serialize
+from diffopt import aoti, cachedir, serialize
 from diffopt import graph as g
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from diffopt.runtime import Body, lay_out
 from diffopt.target import Image, Lowered, Target, option
-
-Dims = Mapping[int, Mapping[int, tuple[str, int, int]]]
-"""Dynamic dimensions: argument -> axis -> (name, smallest, largest)."""
 
 # What a compiler told to use all of this CPU may emit instructions of.
 _ISA = ("avx", "amx", "fma", "bmi", "sse4", "f16c", "sha", "vaes", "gfni", "sve", "asimd", "i8mm")
@@ -93,21 +85,40 @@ class Cpu(Target):
         return None
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
-        """Compile the components one after another, or take them from the cache."""
-        lowered = Lowered(requires=_requires(), holds_weights=self.freeze)
+        """Take the components from the cache, or compile as many at once as there are cores."""
         bodies = program.components
-        for index, (name, gm) in enumerate(bodies.items()):
-            progress(f"compiling {name}", index / len(bodies))
-            started = time.perf_counter()
-            members, cached = self._compile_cached(gm)
-            seconds = time.perf_counter() - started
-            files = {f"{name}.{kind}": content for kind, content in members.items()}
-            lowered.members |= files
-            lowered.bodies[name] = {"kernel": f"{name}.so", "threads": self._threads()}
-            how = "from the cache" if cached else "compiled"
-            log.info("%s: %s in %.1f s", name, how, seconds)
-            progress(f"{name}: {how} in {seconds:.1f} s", (index + 1) / len(bodies))
-        return lowered
+        keys = {name: cachedir.key(self._key(gm)) for name, gm in bodies.items()}
+        done: dict[str, dict[str, bytes]] = {}
+
+        def report(name: str, members: dict[str, bytes], how: str) -> None:
+            done[name] = members
+            log.info("%s: %s", name, how)
+            progress(f"{name}: {how}", len(done) / len(bodies))
+
+        missing = {}
+        for name, gm in bodies.items():
+            if (found := cachedir.get(keys[name])) is None:
+                missing[name] = gm
+            else:
+                report(name, found, "from the cache")
+        if missing:
+            progress(f"compiling {', '.join(missing)}", len(done) / len(bodies))
+        for name, members, seconds in self._compile(missing):
+            cachedir.put(keys[name], members)
+            report(name, members, f"compiled in {seconds:.1f} s")
+        return Lowered(
+            members={f"{n}.{kind}": done[n][kind] for n in bodies for kind in done[n]},
+            requires=_requires(),
+            bodies={n: {"kernel": f"{n}.so", "threads": self._threads()} for n in bodies},
+            holds_weights=self.freeze,
+        )
+
+    def _compile(
+        self, bodies: Mapping[str, fx.GraphModule]
+    ) -> Iterator[tuple[str, dict[str, bytes], float]]:
+        # Timings that choose a kernel must not be disturbed by another process.
+        processes = 1 if self.max_autotune else len(os.sched_getaffinity(0))
+        return aoti.compile_bodies(bodies, self._settings(), processes, with_weights=self.freeze)
 
     def load(self, image: Image) -> dict[str, Body]:
         """Map the libraries into this process and give them their weights."""
@@ -117,29 +128,13 @@ class Cpu(Target):
 
     def _load(self, name: str, image: Image) -> Body:
         graph = image.graphs[name]
-        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
-            for kind in ("so", "json"):
-                if f"{name}.{kind}" in image.members:
-                    Path(folder, f"body.{kind}").write_bytes(image.members[f"{name}.{kind}"])
-            runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
-        if not self.freeze:
-            wanted = runner.get_constant_names_to_original_fqns()
-            table = {key: _weight(image.tensors, graph, fqn) for key, fqn in wanted.items()}
-            runner.update_constant_buffer(table, False, True, True)
-            # The library keeps bare pointers: what they point to must live as long as it does.
-            return _Kernel(runner, _strides(graph), list(table.values()))
-        return _Kernel(runner, _strides(graph), [])
+        kinds = {kind: f"{name}.{kind}" for kind in ("so", "json")}
+        members = {k: image.members[file] for k, file in kinds.items() if file in image.members}
+        weights = None if self.freeze else _Weights(graph["tensors"], image.tensors)
+        return aoti.load(members, graph, weights)
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
-
-    def _compile_cached(self, gm: fx.GraphModule) -> tuple[dict[str, bytes], bool]:
-        key = cachedir.key(self._key(gm))
-        if (found := cachedir.get(key)) is not None:
-            return found, True
-        members = self._compile(gm)
-        cachedir.put(key, members)
-        return members, False
 
     def _key(self, gm: fx.GraphModule) -> dict[str, Any]:
         """Return all that a library depends on, as JSON."""
@@ -149,32 +144,19 @@ class Cpu(Target):
                 row.pop(key, None)
             if row["op"] == "placeholder":
                 del row["target"]
-        tensors = {name: _content(t, self.freeze) for name, t in g.named_tensors(gm)}
         return {
             "graph": rows,
-            "tensors": tensors,
-            "options": [self.freeze, self.max_autotune, self._threads()],
+            "tensors": {name: _content(t, self.freeze) for name, t in g.named_tensors(gm)},
+            "settings": self._settings(),
             "requires": _requires(),
             "compiler": _compiler(),
             "torch": torch.__version__,
             "lowering": _source(),
         }
 
-    def _compile(self, gm: fx.GraphModule, dims: Dims | None = None) -> dict[str, bytes]:
-        """Return the files of one component: the library, and what it needs of other operators."""
-        arguments = tuple(_example(n.meta["val"]) for n in g.placeholders(gm))
-        shapes = _dynamic_shapes(len(arguments), dims) if dims else None
-        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, _quiet(), torch.no_grad():
-            exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
-            torch._inductor.aot_compile(exported.module(), arguments, options=self._options(folder))
-            found = {p.suffix[1:]: p for p in Path(folder).rglob("*") if _is_product(p)}
-            return {kind: path.read_bytes() for kind, path in sorted(found.items())}
-
-    def _options(self, folder: str) -> dict[str, Any]:
-        """Return the settings of the compiler."""
-        settings = {
-            "aot_inductor.package": True,
-            "aot_inductor.output_path": folder,
+    def _settings(self) -> dict[str, Any]:
+        """Return the configuration of the compiler."""
+        return {
             "aot_inductor.package_constants_in_so": self.freeze,
             # A small weight written into the code could not be changed without compiling again.
             "always_keep_tensor_constants": not self.freeze,
@@ -187,54 +169,18 @@ class Cpu(Target):
             "aot_inductor.enable_line_tables": False,
             "aot_inductor.enable_frame_pointer": False,
         }
-        known = torch._inductor.config.get_config_copy()
-        return {key: value for key, value in settings.items() if key in known}
 
 
-class _Kernel:
-    """A loaded library, as a function of flat arguments."""
+class _Weights:
+    """A component's weights by name: the engine's, in the memory layout of the trace."""
 
-    def __init__(self, runner: Any, strides: list[tuple[int, ...]], weights: list[Tensor]) -> None:
-        self._run = runner.run
-        self._strides = strides
-        self._weights = weights
+    def __init__(self, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self._table = table
+        self._tensors = tensors
 
-    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        for index, stride in enumerate(self._strides):
-            if tensors[index].stride() != stride:
-                tensors[index] = lay_out(tensors[index], stride)
-        outputs: list[Tensor] = self._run(tensors)
-        return outputs
-
-
-def _is_product(path: Path) -> bool:
-    """Tell the library and the list of operators it calls back for from the steps to them."""
-    return path.name.endswith((".wrapper.so", ".wrapper.json"))
-
-
-def _example(value: Tensor) -> Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
-
-
-def _dynamic_shapes(count: int, dims: Dims) -> tuple[dict[int, Any], ...]:
-    made: dict[str, Any] = {}
-    for axes in dims.values():
-        for name, low, high in axes.values():
-            made.setdefault(name, torch.export.Dim(name, min=low, max=high))
-    return tuple(
-        {axis: made[name] for axis, (name, _, _) in dims.get(index, {}).items()}
-        for index in range(count)
-    )
-
-
-def _weight(tensors: Mapping[str, Tensor], graph: Mapping[str, Any], name: str) -> Tensor:
-    key, stride, _ = graph["tensors"][name]
-    return lay_out(tensors[key], tuple(stride))
-
-
-def _strides(graph: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Return the memory layout that each argument of a component was compiled for."""
-    return [tuple(row["val"][2]) for row in graph["nodes"] if row["op"] == "placeholder"]
+    def __getitem__(self, name: str) -> Tensor:
+        key, stride, _ = self._table[name]
+        return lay_out(self._tensors[key], tuple(stride))
 
 
 def _content(tensor: Tensor, by_value: bool) -> Any:
@@ -274,15 +220,5 @@ def _compiler() -> str | None:
 
 @cache
 def _source() -> str:
-    """Return the hash of this file, whose settings decide what comes out of the compiler."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the compiler's warnings and autotuning tables from the user's terminal."""
-    from torch._inductor import select_algorithm
-
-    with warnings.catch_warnings(), mock.patch.object(select_algorithm, "PRINT_AUTOTUNE", False):
-        warnings.simplefilter("ignore")
-        yield
+    """Return the hash of the lowering, which decides what comes out of the compiler."""
+    return hashlib.sha256(Path(aoti.__file__).read_bytes()).hexdigest()

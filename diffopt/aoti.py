@@ -1,0 +1,240 @@
+"""AOTInductor: components as shared libraries, made in several processes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+
+from diffopt import archive, serialize
+from diffopt import graph as g
+from diffopt.runtime import Body, lay_out
+
+Dims = Mapping[int, Mapping[int, tuple[str, int, int]]]
+"""Dynamic dimensions: argument -> axis -> (name, smallest, largest)."""
+
+Settings = Mapping[str, Any]
+"""Inductor's configuration, without where the files go."""
+
+KIND = "application/x-diffopt-job"
+_WORK = "import sys; from diffopt import aoti; aoti.work(sys.argv[1], sys.argv[2])"
+
+
+def compile_body(
+    gm: fx.GraphModule, settings: Settings, dims: Dims | None = None
+) -> dict[str, bytes]:
+    """Compile a component; return the library as "so".
+
+    Where the library calls operators that it has no entry point for, "json" says which.
+    """
+    arguments = tuple(_example(n.meta["val"]) for n in g.placeholders(gm))
+    known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, _quiet(folder):
+        options = {key: value for key, value in settings.items() if key in known}
+        options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
+        module: Any = g.clone(gm)
+        if dims:  # without them the graph is what an export would give
+            shapes = _dynamic_shapes(len(arguments), dims)
+            exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
+            module = exported.module()
+        torch._inductor.aot_compile(module, arguments, options=options)
+        files = {p.suffix[1:]: p for p in Path(folder).rglob("*") if _is_product(p)}
+        return {kind: path.read_bytes() for kind, path in sorted(files.items())}
+
+
+def compile_bodies(
+    bodies: Mapping[str, fx.GraphModule], settings: Settings, processes: int, with_weights: bool
+) -> Iterator[tuple[str, dict[str, bytes], float]]:
+    """Compile components, several at once; yield each with its seconds as it is done.
+
+    Args:
+        bodies: Components by name.
+        settings: Inductor's configuration.
+        processes: How many to compile at once; 1 compiles in this process.
+        with_weights: Whether the library depends on the weights' values.
+    """
+    left = dict(bodies)
+    if min(processes, len(left)) > 1:
+        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+            jobs = {}
+            for name, gm in left.items():
+                jobs[name] = str(Path(folder, f"{name}.job")), str(Path(folder, f"{name}.done"))
+                _write_job(jobs[name][0], gm, settings, with_weights)
+            for name, seconds in _run(jobs, processes):
+                done = Path(jobs[name][1])
+                if done.exists():  # else the process failed: compile here, and let the error show
+                    del left[name]
+                    result = archive.Archive(done, KIND, "a result", "")
+                    table = result.manifest["members"]
+                    yield name, {member: bytes(result.read(member)) for member in table}, seconds
+    for name, gm in left.items():
+        started = time.perf_counter()
+        members = compile_body(gm, settings)
+        yield name, members, time.perf_counter() - started
+
+
+def _write_job(path: str, gm: fx.GraphModule, settings: Settings, with_weights: bool) -> None:
+    tensors = dict(g.named_tensors(gm))
+    table = {
+        name: [serialize.encode_value(tensor), isinstance(tensor, torch.nn.Parameter)]
+        for name, tensor in tensors.items()
+    }
+    body = {
+        "nodes": serialize.graph_to_json(gm),
+        "tensors": table,
+        "settings": dict(settings),
+        "threads": torch.get_num_threads(),
+    }
+    weights = archive.pack_tensors(tensors if with_weights else {})
+    members: dict[str, archive.Buffers] = {"body": [json.dumps(body).encode()], "weights": weights}
+    archive.write(path, KIND, {}, members)
+
+
+def work(job: str, result: str) -> None:
+    """Do a job of `compile_bodies` in a process of its own."""
+    given = archive.Archive(job, KIND, "a job", "")
+    body = json.loads(bytes(given.read("body")))
+    weights = given.tensors("weights")
+    tensors: dict[str, Tensor] = {}
+    for name, (value, parameter) in body["tensors"].items():
+        fake = serialize.decode_value(value)
+        tensor = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
+        if name in weights:
+            tensor.copy_(weights[name])
+        tensors[name] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+    torch.set_num_threads(body["threads"])
+    gm = serialize.graph_from_json(body["nodes"], "body", tensors, {})
+    members = compile_body(gm, body["settings"])
+    archive.write(result, KIND, {}, {name: [content] for name, content in members.items()})
+
+
+def _run(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[tuple[str, float]]:
+    """Run jobs, so many at once; yield each name and its seconds. An interruption ends all."""
+    # The children find this package where this process did.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    waiting = list(jobs.items())
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                name, paths = waiting.pop(0)
+                child = subprocess.Popen(
+                    [sys.executable, "-c", _WORK, *paths],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+                running[name] = child, time.perf_counter()
+            done = [name for name, (child, _) in running.items() if child.poll() is not None]
+            for name in done:
+                yield name, time.perf_counter() - running.pop(name)[1]
+            if not done:
+                time.sleep(0.02)
+    finally:
+        for child, _ in running.values():
+            child.send_signal(signal.SIGINT)
+        for child, _ in running.values():
+            try:
+                child.wait(20)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+class Kernel:
+    """A loaded library, as a function of a component's flat arguments."""
+
+    def __init__(
+        self,
+        members: Mapping[str, bytes | memoryview],
+        strides: list[tuple[int, ...] | None],
+        weights: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Map a library into this process.
+
+        Args:
+            members: What `compile_body` returned.
+            strides: The memory layout that each argument was compiled for; None where dynamic.
+            weights: The component's weights by name; None if the library holds them.
+        """
+        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+            for kind, content in members.items():
+                Path(folder, f"body.{kind}").write_bytes(content)
+            runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
+        self._strides = strides
+        # The library keeps bare pointers: what they point to must live as long as it does.
+        self._weights: list[Tensor] = []
+        if weights is not None:
+            names = runner.get_constant_names_to_original_fqns()
+            table = {name: weights[original] for name, original in names.items()}
+            runner.update_constant_buffer(table, False, True, True)
+            self._weights = list(table.values())
+        self._run = runner.run
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run the component; `tensors` is used up."""
+        for index, stride in enumerate(self._strides):
+            if stride is None:
+                tensors[index] = tensors[index].contiguous()
+            elif tensors[index].stride() != stride:
+                tensors[index] = lay_out(tensors[index], stride)
+        return self._run(tensors)
+
+
+def load(members: Mapping[str, memoryview], graph: Mapping[str, Any], weights: Any) -> Body:
+    """Return a library as a function; `graph` is the component's, as JSON."""
+    rows = (row for row in graph["nodes"] if row["op"] == "placeholder")
+    strides: list[tuple[int, ...] | None] = [
+        tuple(row["val"][2]) if all(isinstance(s, int) for s in row["val"][2]) else None
+        for row in rows
+    ]
+    return Kernel(members, strides, weights)
+
+
+def _example(value: Tensor) -> Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
+
+
+def _dynamic_shapes(count: int, dims: Dims) -> tuple[dict[int, Any], ...]:
+    made: dict[str, Any] = {}
+    for axes in dims.values():
+        for name, low, high in axes.values():
+            made.setdefault(name, torch.export.Dim(name, min=low, max=high))
+    return tuple(
+        {axis: made[name] for axis, (name, _, _) in dims.get(index, {}).items()}
+        for index in range(count)
+    )
+
+
+def _is_product(path: Path) -> bool:
+    """Tell the library and the list of operators it calls back for from the steps to them."""
+    return path.name.endswith((".wrapper.so", ".wrapper.json"))
+
+
+@contextmanager
+def _quiet(folder: str) -> Iterator[None]:
+    """Keep what the compiler says from the terminal, and its temporary files in `folder`."""
+    from torch._inductor import select_algorithm
+
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        mock.patch.object(select_algorithm, "PRINT_AUTOTUNE", False),
+        mock.patch.dict(os.environ, TMPDIR=folder),
+    ):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,365 @@
+"""Components as graphs: a method of a module, exported with torch.export for one signature."""
+
+import dataclasses
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._export.utils import _is_preservable_cia_op
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffopt import graph as g
+from diffopt import tree
+from diffopt.errors import CaptureError
+from diffopt.modes import is_random
+
+aten = torch.ops.aten
+
+Attribute = tuple[dict[str, Any], str]
+"""An attribute of a module or helper: the dictionary that holds it, its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """An attribute that a call of a component sets."""
+
+    store: dict[str, Any]
+    name: str
+    spec: tree.Spec
+    tensors: int
+
+
+@dataclasses.dataclass
+class Body:
+    """A component exported for one signature."""
+
+    name: str
+    module: fx.GraphModule
+    result: tree.Spec
+    results: int
+    changes: list[Change]
+    written: list[int]
+    """Which arguments the call writes in place, by position; their values are the last outputs."""
+
+
+class Call(torch.nn.Module):
+    """One call of a component's method as a module of flat tensors, for export.
+
+    Args:
+        component: The module.
+        method: What to call.
+        arguments: The structure of the call's (args, kwargs).
+        count: How many tensors the arguments hold.
+        state: Attributes that hold values of earlier calls, which become arguments.
+    """
+
+    def __init__(
+        self,
+        component: torch.nn.Module,
+        method: Callable[..., Any],
+        arguments: tree.Spec,
+        count: int,
+        state: Sequence[Attribute],
+    ) -> None:
+        super().__init__()
+        self.component = component
+        self.run = method
+        self.arguments, self.count = arguments, count
+        self.state = [(store, name, *tree.flatten(store[name])) for store, name in state]
+        self.changes: list[Change] = []
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the method; returns its tensors, then those of the attributes that it set."""
+        args, kwargs = self.arguments.build(tensors)
+        start = self.count
+        for store, name, leaves, spec in self.state:
+            store[name] = spec.build(tensors[start : start + len(leaves)])
+            start += len(leaves)
+        before = {
+            (id(store), name): _snapshot(store[name])
+            for store, name in tree.attributes(self.component)
+        }
+        out = self.run(*args, **kwargs)
+        results, self.result = tree.flatten(out)
+        self.results = len(results)
+        self.changes = []
+        for store, name in tree.attributes(self.component):
+            value = store[name]
+            if before.get((id(store), name)) == _snapshot(value):
+                continue
+            changed, spec = tree.flatten(value)
+            self.changes.append(Change(store, name, spec, len(changed)))
+            results.extend(changed)
+        return tuple(results)
+
+
+def export(name: str, call: Call, inputs: Iterable[Tensor]) -> Body:
+    """Export one call of a component; leaves the component as it was."""
+    inputs = [t.detach() for t in (*inputs, *(t for row in call.state for t in row[2]))]
+    before = save_state(call.component)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(call, tuple(inputs), strict=False)
+            _refuse_random(exported.graph_module)
+            if _writes(exported.graph_module):
+                exported = exported.run_decompositions({})
+    finally:
+        restore_state(before)
+        known = {(id(store), name) for store, name, *_ in before}
+        for store, attribute in list(tree.attributes(call.component)):
+            if (id(store), attribute) not in known:
+                del store[attribute]
+    body, written = import_exported(exported, name, prefix="component.")
+    return Body(name, body, call.result, call.results, call.changes, written)
+
+
+def _operators(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if isinstance(node.target, torch._ops.OpOverload):
+                    yield node
+
+
+def _refuse_random(gm: fx.GraphModule) -> None:
+    """Refuse what draws random numbers: recorded one by one, the draws become inputs."""
+    for node in _operators(gm):
+        drops = node.target is aten.dropout.default and bool(node.args[1]) and bool(node.args[2])
+        if drops or is_random(node.target):
+            raise CaptureError(f"{g.target_name(node)} draws random numbers inside")
+
+
+def _writes(gm: fx.GraphModule) -> bool:
+    """Tell whether a graph writes in place, so that it must be made functional."""
+    return any(node.target._schema.is_mutable for node in _operators(gm))  # type: ignore[union-attr]
+
+
+def import_exported(
+    exported: torch.export.ExportedProgram, name: str, prefix: str = ""
+) -> tuple[fx.GraphModule, list[int]]:
+    """Return an exported program as a component body, weights as `get_attr` nodes.
+
+    Returns:
+        The body, and the positions of the inputs that it writes, whose new values are its last
+        outputs.
+    """
+    signature = exported.graph_signature
+    source = exported.graph_module
+    body = g.new_body(name)
+    env: dict[fx.Node, Any] = {}
+    formals = source.graph.find_nodes(op="placeholder")
+    specs = list(zip(formals, signature.input_specs, strict=True))
+    users = [node for node, spec in specs if spec.kind == InputKind.USER_INPUT]
+    for index, node in enumerate(users):
+        env[node] = body.graph.placeholder(f"arg{index}")
+        env[node].meta["val"] = g.fake(node.meta["val"])
+    for node, spec in specs:
+        if spec.kind != InputKind.USER_INPUT:
+            target = str(spec.target)
+            table: Any = exported.constants if target in exported.constants else exported.state_dict
+            env[node] = g.get_attr(body, target.removeprefix(prefix), table[target])
+    _import_nodes(source, body, env, prefix)
+    results: Any = source.graph.output_node().args[0]
+    names = [node.name for node in users]
+    outs, written, mutated = [], [], []
+    for result, out in zip(results, signature.output_specs, strict=True):
+        if out.kind == OutputKind.USER_OUTPUT:
+            outs.append(env[result])
+        elif out.kind == OutputKind.USER_INPUT_MUTATION:
+            written.append(names.index(str(out.target)))
+            mutated.append(env[result])
+        else:
+            raise CaptureError(
+                f"{name}: writes its buffer {str(out.target).removeprefix(prefix)!r} during the "
+                "call; keep it as a plain attribute, or disable the caching"
+            )
+    body.graph.output((*outs, *mutated))
+    g.set_outputs(body, [*outs, *mutated])
+    g.prune_unused(body)
+    body.recompile()
+    return body, written
+
+
+def _import_nodes(
+    source: fx.GraphModule, body: fx.GraphModule, env: dict[fx.Node, Any], prefix: str
+) -> None:
+    for node in source.graph.nodes:
+        if node in env or node.op in ("placeholder", "output"):
+            continue
+        if node.op == "get_attr":
+            value = getattr(source, str(node.target))
+            is_region = isinstance(value, fx.GraphModule)
+            env[node] = value if is_region else g.get_attr(body, str(node.target), value)
+        elif _is_region(node.target):
+            env[node] = _inline(node, body, env, prefix)
+        elif "_assert" in str(node.target) or "sym_constrain_range" in str(node.target):
+            continue
+        elif node.target is operator.getitem and isinstance(env[node.args[0]], (tuple, list)):
+            env[node] = env[node.args[0]][node.args[1]]
+        else:
+            first = len(body.graph.nodes)
+            env[node] = _import_operator(node, body, env)
+            path = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            if not path or not path[-1]:
+                continue
+            module = path[-1].removeprefix(prefix.rstrip(".")).lstrip(".")
+            added = len(body.graph.nodes) - first
+            for new, _ in zip(reversed(body.graph.nodes), range(added), strict=False):
+                new.meta["module"] = module
+
+
+def _import_operator(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+    if not _is_composite(node.target):
+        copy = body.graph.node_copy(node, lambda n: env[n])
+        copy.meta = {"val": g.fake(node.meta["val"])}
+        return copy
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+    steps = _Steps(body)
+    values = fx.map_arg((args, kwargs), steps.given)
+    with g.FAKE, torch.no_grad(), steps:
+        return steps.map(node.target(*values[0], **values[1]))  # type: ignore[operator]
+
+
+@functools.lru_cache(maxsize=None)
+def _is_composite(target: Any) -> bool:
+    """Tell whether an operator may return its argument or a view, depending on the layout.
+
+    reshape, to, contiguous, chunk, dropout …: imported as what they do here. It is the rule of
+    `ExportedProgram.run_decompositions({})`, which would trace the whole graph once more.
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return (
+        target.namespace == "aten"
+        and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key)
+        and not _is_preservable_cia_op(target)
+    )
+
+
+class _Steps(TorchDispatchMode):
+    """Add the operators that a composite operator runs to a graph."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self.body = body
+        self.nodes: dict[int, fx.Node] = {}
+        self.keep: list[Tensor] = []
+
+    def given(self, node: fx.Node) -> Any:
+        """Return a value of its own for a node: operators are followed by identity."""
+        value = node.meta["val"]
+        with g.FAKE, torch.no_grad():
+            fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        self.bind(fresh, node)
+        return fresh
+
+    def bind(self, value: Tensor, node: fx.Node) -> None:
+        self.nodes[id(value)] = node
+        self.keep.append(value)
+
+    def map(self, value: Any) -> Any:
+        """Return a nested value with the nodes of its tensors."""
+        if isinstance(value, Tensor):
+            return self.nodes[id(value)]
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.map(item) for item in value)
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Add one operator."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        nodes = self.map((args, tuple(kwargs.values())))
+        node = self.body.graph.call_function(func, nodes[0], dict(zip(kwargs, nodes[1], strict=True)))
+        node.meta["val"] = g.fake(out)
+        if isinstance(out, Tensor):
+            self.bind(out, node)
+        elif isinstance(out, (list, tuple)):
+            for index, item in enumerate(out):
+                part = self.body.graph.call_function(operator.getitem, (node, index))
+                part.meta["val"] = g.fake(item)
+                self.bind(item, part)
+        return out
+
+
+def _is_region(target: Any) -> bool:
+    """Tell whether a node runs a subgraph with gradients or autocast switched: inlined as it is."""
+    name = getattr(target, "__name__", "")
+    return name in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def _inline(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any], prefix: str) -> Any:
+    args: Any = node.args
+    if node.target.__name__ == "wrap_with_autocast" and args[2]:  # type: ignore[union-attr]
+        raise CaptureError("autocast inside a component: cast the model itself instead")
+    first = next(
+        i
+        for i, a in enumerate(args)
+        if isinstance(a, fx.Node) and isinstance(env[a], fx.GraphModule)
+    )
+    inner = env[args[first]]
+    values = [env[a] for a in args[first + 1 :]]
+    formals = inner.graph.find_nodes(op="placeholder")
+    inner_env: dict[fx.Node, Any] = dict(zip(formals, values, strict=True))
+    _import_nodes(inner, body, inner_env, prefix)
+    return fx.map_arg(inner.graph.output_node().args[0], lambda n: inner_env[n])
+
+
+# A component's state
+
+
+State = list[tuple[dict[str, Any], str, Any, Any]]
+
+
+def save_state(module: torch.nn.Module) -> State:
+    """Return every attribute of a module tree with its value and its contents, to put back later."""
+    rows: State = []
+    for store, name in tree.attributes(module):
+        value = store[name]
+        rows.append((store, name, value, value.copy() if type(value) in (list, dict) else None))
+    for child in module.modules():
+        # Some libraries install hooks in the first call.
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            store = vars(child)
+            rows.append((store, name, store[name], store[name].copy()))
+    return rows
+
+
+def restore_state(rows: State) -> None:
+    """Put back what `save_state` returned, in the same list and dictionary objects."""
+    for store, name, value, contents in rows:
+        store[name] = value
+        if contents is None or _is_same(contents, value):
+            continue
+        value.clear()
+        if isinstance(value, list):
+            value.extend(contents)
+        else:
+            value.update(contents)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Tell whether two containers hold the same objects; their tensors have no truth value."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, list):
+        return all(x is y for x, y in zip(a, b, strict=True))
+    return list(a) == list(b) and all(a[k] is b[k] for k in a)
+
+
+def _snapshot(value: Any) -> Any:
+    """Describe an attribute so that a change shows: constants by value, the rest by identity."""
+    if isinstance(value, tree.CONSTANTS):
+        return (type(value), value)
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(_snapshot(item) for item in value))
+    if isinstance(value, dict):
+        return (type(value), tuple((k, _snapshot(v)) for k, v in value.items()))
+    return id(value)
