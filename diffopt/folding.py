@@ -1,6 +1,7 @@
 """Folds of nodes into the weights of the linear layers and convolutions before them."""
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,7 @@ def _rounded(weights: Weights, like: Tensor) -> Weights:
 
 def _apply(gm: fx.GraphModule, fold: Fold, weight: Tensor, bias: Tensor | None) -> None:
     layer = fold.layer
-    stem = str(args(layer)[1].target).removesuffix("_weight").removesuffix("_folded")
+    stem = re.sub(r"_(folded_)?weight(_\d+)?$", "", str(args(layer)[1].target))
     with gm.graph.inserting_before(layer):
         given = [args(layer)[0], g.get_attr(gm, f"{stem}_folded_weight", weight)]
         given.append(None if bias is None else g.get_attr(gm, f"{stem}_folded_bias", bias))

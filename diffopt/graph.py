@@ -1,7 +1,7 @@
 """fx helpers shared by capture, passes and targets: values, printing, hashing, copying, costs.
 
-Everything here works on the two levels of a program alike. A node's `meta["val"]` is a FakeTensor of
-the process-wide mode `FAKE`, so values of graphs captured at different times can be mixed.
+Everything here works on the two levels of a program alike. A node's `meta["val"]` is a FakeTensor
+of the process-wide mode `FAKE`, so values of graphs captured at different times can be mixed.
 """
 
 import hashlib
@@ -75,7 +75,9 @@ def get_attr(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     return node
 
 
-def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+def call(
+    graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any
+) -> fx.Node:
     """Insert a `call_function` node at the current insertion point, with its value propagated.
 
     `like` gives the new node its provenance (`module`, `where`).
@@ -97,7 +99,9 @@ def propagate(node: fx.Node, gm: fx.GraphModule | None = None) -> Any:
 
 def prune_unused(gm: fx.GraphModule) -> bool:
     """Drop dead nodes, then tensors and submodules that no node names; return whether any went."""
-    changed = gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed = gm.graph.eliminate_dead_code(
+        is_impure_node=lambda n: n.op in ("placeholder", "output")
+    )
     used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
     for store in (gm._parameters, gm._buffers, gm._modules):
         for name in [name for name in store if name not in used]:
@@ -133,11 +137,14 @@ def new_body(name: str) -> fx.GraphModule:
 
 
 def copy_nodes(
-    nodes: Iterable[fx.Node], source: fx.GraphModule, target: fx.GraphModule, env: dict[fx.Node, fx.Node]
+    nodes: Iterable[fx.Node],
+    source: fx.GraphModule,
+    target: fx.GraphModule,
+    env: dict[fx.Node, fx.Node],
 ) -> None:
-    """Append copies of `nodes` (in topological order) to `target`; `env` maps old nodes to new ones.
+    """Append copies of `nodes` (in topological order) to `target`.
 
-    Nodes that `env` already maps are left out. Weights and submodules are shared by reference.
+    `env` maps old nodes to new ones, and is extended; nodes that it already maps are left out. Weights and submodules are shared by reference.
     """
     for node in nodes:
         if node in env:
@@ -177,15 +184,24 @@ def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def copy_inlined(
-    nodes: Iterable[fx.Node], source: fx.GraphModule, target: fx.GraphModule, env: dict[fx.Node, fx.Node]
+    nodes: Iterable[fx.Node],
+    source: fx.GraphModule,
+    target: fx.GraphModule,
+    env: dict[fx.Node, fx.Node],
 ) -> None:
     """Append copies of `nodes` with the components that they call written out; see `copy_nodes`."""
     results: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         if node.op == "call_module":
             body = attribute(source, str(node.target))
-            inner = dict(zip(placeholders(body), (env[a] for a in node.args), strict=True))  # type: ignore[index]
-            copy_nodes([n for n in body.graph.nodes if n.op not in ("placeholder", "output")], body, target, inner)
+            given = [env[a] for a in node.args if isinstance(a, fx.Node)]
+            inner = dict(zip(placeholders(body), given, strict=True))
+            copy_nodes(
+                [n for n in body.graph.nodes if n.op not in ("placeholder", "output")],
+                body,
+                target,
+                inner,
+            )
             results[node] = [inner[n] for n in outputs(body)]
         elif node.target is operator.getitem and node.args[0] in results:
             env[node] = results[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -235,7 +251,7 @@ def import_traced(traced: fx.GraphModule, source: fx.GraphModule, name: str) -> 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of the graph; weights and submodules are shared by reference."""
-    copy = new_body(gm._get_name())
+    copy = new_body(type(gm).__name__)
     copy._modules.update(gm._modules)
     copy._parameters.update(gm._parameters)
     copy._buffers.update(gm._buffers)
@@ -302,7 +318,7 @@ def text(gm: fx.GraphModule, constants: Callable[[Tensor], str] | None = None) -
 
 
 def identity_text(tensor: Tensor) -> str:
-    """Describe a tensor by identity and version, which tells a changed weight without reading it."""
+    """Describe a tensor by identity and version: tells a changed weight without reading it."""
     return f"#{id(tensor):x}v{tensor._version}"
 
 
@@ -312,9 +328,9 @@ def fingerprint(gm: fx.GraphModule, constants: Callable[[Tensor], str] = identit
 
 
 def flops(gm: fx.GraphModule, own: Mapping[str, int] | None = None) -> int:
-    """Return the floating point operations of one run (2 per multiply-add; matmul, conv, attention).
+    """Return the floating point operations of one run: 2 a multiply-add.
 
-    `own` gives the cost of the submodules that `gm` calls, by name.
+    Matrix products, convolutions and attention count, as in torch's own counter. `own` gives the cost of the submodules that `gm` calls, by name.
     """
     total = 0
     for node in gm.graph.nodes:
@@ -339,7 +355,10 @@ def node_flops(node: fx.Node) -> int:
 def _may_cost(target: Any) -> bool:
     """Tell whether FLOPs can come of an operator: running the counter on every node is slow."""
     name = str(target)
-    return any(word in name for word in ("mm", "linear", "conv", "attention", "matmul", "einsum", "bilinear"))
+    return any(
+        word in name
+        for word in ("mm", "linear", "conv", "attention", "matmul", "einsum", "bilinear")
+    )
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -46,7 +46,7 @@ class _Linear:
 
 
 def merge_linears(program: Program, max_bytes: int, skip: Skip) -> int:
-    """Merge linear layers of one input; return how many layers went.
+    """Merge linear layers of one input; return how many layers went, over all components.
 
     A weight that several components share is merged the same way in all of them, or not at all, so
     that none is stored twice.
@@ -73,10 +73,10 @@ def merge_linears(program: Program, max_bytes: int, skip: Skip) -> int:
     count = 0
     for group in groups.values():
         if len(group) == 1:
-            skip(str(group[0][0]), "no layer of the same input is used in the same components")
+            skip(str(group[0][0]), "no other layer of its input is used in the same places")
         for chunk in _chunks(group, max_bytes, skip):
             _merge(program, chunk)
-            count += len(chunk) - 1
+            count += (len(chunk) - 1) * len(chunk[0])
     return count
 
 

@@ -1,8 +1,10 @@
 """Outline a step: the denoiser's call and the arithmetic around it become one body.
 
-The root graph is cut at the calls of its costliest component. A step is the call, what only prepares
-its arguments, and what follows up to the next step's preparation. Steps that are equal up to the values
-that come from outside (constants among them) become calls of one body, which takes those as arguments.
+The root graph is cut at the calls of its costliest component. A step is the call, what only
+prepares its arguments, and what follows up to the next step's preparation. Steps that are equal up
+to the values
+that come from outside (constants among them) become calls of one body, which takes those as
+arguments.
 """
 
 import dataclasses
@@ -94,7 +96,9 @@ def _cut(program: Program, anchors: Sequence[fx.Node]) -> list[Step]:
 def _stays_small(node: fx.Node, after: dict[fx.Node, int], place: dict[fx.Node, int]) -> bool:
     """Tell whether the next step can compute a node itself from values that it gets anyway."""
     return all(
-        n.op == "get_attr" or after[n] < after[node] or any(u is not node and place[u] > after[node] for u in n.users)
+        n.op == "get_attr"
+        or after[n] < after[node]
+        or any(u is not node and place[u] > after[node] for u in n.users)
         for n in node.all_input_nodes
     )
 
@@ -138,7 +142,12 @@ def _match(model: Step, other: Step) -> Step | None:
     while waiting:
         for node in waiting:
             known = [pairs[n] for n in node.all_input_nodes if n in inside and n in pairs]
-            if any(_try(pair, pairs, taken, node, u) for k in known[:1] for u in k.users if u in allowed - taken):
+            if any(
+                _try(pair, pairs, taken, node, u)
+                for k in known[:1]
+                for u in k.users
+                if u in allowed - taken
+            ):
                 break
         else:
             return None
@@ -149,6 +158,16 @@ def _match(model: Step, other: Step) -> Step | None:
     if g.ancestors(outside) & set(nodes):
         return None
     return Step(other.call, nodes, outside)
+
+
+class _Outside:
+    """Tell whether a user of a value is none of some nodes."""
+
+    def __init__(self, nodes: set[fx.Node]) -> None:
+        self.nodes = nodes
+
+    def __call__(self, user: fx.Node) -> bool:
+        return user not in self.nodes
 
 
 def _try(
@@ -178,10 +197,18 @@ def _outside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 def _replace(program: Program, group: Sequence[Step], replaced: dict[fx.Node, fx.Node]) -> None:
     """Replace equal steps by calls of one body; `replaced` says which results took whose place."""
     root, model = program.root, group[0]
-    outputs = [i for i in range(len(model.nodes)) if any(set(s.nodes[i].users) - set(s.nodes) for s in group)]
+    outputs = [
+        i
+        for i in range(len(model.nodes))
+        if any(set(s.nodes[i].users) - set(s.nodes) for s in group)
+    ]
     # The getitems of a call may be outputs; the call itself, a tuple of values, is none.
     outputs = [i for i in outputs if not isinstance(model.nodes[i].meta["val"], tuple)]
-    shared = [i for i, n in enumerate(model.outside) if n.op == "get_attr" and len({s.outside[i].target for s in group}) == 1]
+    shared = [
+        i
+        for i, n in enumerate(model.outside)
+        if n.op == "get_attr" and len({s.outside[i].target for s in group}) == 1
+    ]
     passed = [i for i in range(len(model.outside)) if i not in shared]
     body, env = g.new_body("step"), dict[fx.Node, fx.Node]()
     for i in passed:
@@ -196,10 +223,12 @@ def _replace(program: Program, group: Sequence[Step], replaced: dict[fx.Node, fx
     name = program.add_component(f"{model.call.target}_step", body)
     for step in group:
         with root.graph.inserting_after(step.nodes[-1]):
-            values = program.call(name, [replaced.get(step.outside[i], step.outside[i]) for i in passed])
+            values = program.call(
+                name, [replaced.get(step.outside[i], step.outside[i]) for i in passed]
+            )
         own = set(step.nodes)
         for i, value in zip(outputs, values, strict=True):
             replaced[step.nodes[i]] = value
-            step.nodes[i].replace_all_uses_with(value, delete_user_cb=lambda user, own=own: user not in own)
+            step.nodes[i].replace_all_uses_with(value, delete_user_cb=_Outside(own))
         for node in step.nodes:  # dead now; the graph is pruned when all steps are done
             node.args, node.kwargs = (), {}

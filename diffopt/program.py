@@ -39,7 +39,7 @@ class CallSite:
 
 @dataclasses.dataclass
 class Guards:
-    """What the pipeline's Python read of the caller's tensors at capture; new ones must give the same."""
+    """What Python read of the caller's tensors at capture; new ones must give the same."""
 
     body: fx.GraphModule
     """From all of the program's inputs to the values that were read."""
@@ -47,13 +47,14 @@ class Guards:
     where: list[str]
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise a `DiffoptError` where a value differs from the one that the program was traced with."""
+        """Raise a `DiffoptError` where a value differs from the one at capture."""
         with torch.no_grad():
             values = self.body(*tensors)
         for value, expected, where in zip(values, self.expected, self.where, strict=True):
             if value.item() != expected:
                 raise DiffoptError(
-                    f"{where}: this is {value.item()} for these arguments and was {expected} at capture; "
+                    f"{where}: this is {value.item()} for these arguments and was "
+                    f"{expected} at capture; "
                     "trace the program again with arguments like these"
                 )
 
@@ -92,8 +93,9 @@ class Program:
 
     @staticmethod
     def from_function(function: Callable[..., Any], *tensors: Tensor) -> "Program":
-        """Capture a function of tensors; modules in its attribute `components` become components."""
-        from diffopt.capture import trace_function  # capture makes programs, so it is above this module
+        """Capture a function of tensors, whose attribute `components` names its modules."""
+        # Here, since capture makes programs and so is above this module.
+        from diffopt.capture import trace_function
 
         return trace_function(function, *tensors)
 
@@ -141,10 +143,12 @@ class Program:
     def calls(self, component: str | None = None) -> list[fx.Node]:
         """Return the component calls in order: all, or one component's."""
         nodes = self.root.graph.find_nodes(op="call_module")
-        return [n for n in self.root.graph.nodes if n in set(nodes) and component in (None, n.target)]
+        return [
+            n for n in self.root.graph.nodes if n in set(nodes) and component in (None, n.target)
+        ]
 
     def call_sites(self) -> list[CallSite]:
-        """Return every component call with its step: its index among the calls of that component."""
+        """Return every component call with its index among the calls of that component."""
         counts: dict[str, int] = {}
         sites = []
         for node in self.calls():
@@ -171,17 +175,29 @@ class Program:
         counts: dict[str, int] = {}
         for node in self.calls():
             counts[str(node.target)] = counts.get(str(node.target), 0) + 1
-        loop = {id(t) for n, gm in self.components.items() if counts.get(n, 0) > 1 for _, t in g.named_tensors(gm)}
+        loop = {
+            id(t)
+            for n, gm in self.components.items()
+            if counts.get(n, 0) > 1
+            for _, t in g.named_tensors(gm)
+        }
         once = [(n, gm) for n, gm in self.components.items() if counts.get(n, 0) == 1]
-        return [f"{n}.{key}" for n, gm in once for key, t in g.named_tensors(gm) if id(t) not in loop]
+        return [
+            f"{n}.{key}" for n, gm in once for key, t in g.named_tensors(gm) if id(t) not in loop
+        ]
 
     def fingerprint(self) -> str:
         """Return a hash of all graphs; weights count by identity and version."""
-        parts = [g.fingerprint(self.root), *(n + g.fingerprint(m) for n, m in sorted(self.components.items()))]
+        parts = [
+            g.fingerprint(self.root),
+            *(n + g.fingerprint(m) for n, m in sorted(self.components.items())),
+        ]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def __str__(self) -> str:
-        bodies = [f"component {name}:\n{_indent(g.text(gm))}" for name, gm in self.components.items()]
+        bodies = [
+            f"component {name}:\n{_indent(g.text(gm))}" for name, gm in self.components.items()
+        ]
         return "\n\n".join([f"program:\n{_indent(g.text(self.root))}", *bodies])
 
     # Changing
@@ -214,7 +230,9 @@ class Program:
         """Insert a call of a component at the root graph's insertion point; return its results."""
         node = self.root.graph.call_module(component, tuple(arguments))
         node.meta["val"] = tuple(n.meta["val"] for n in g.outputs(self.components[component]))
-        return [g.call(self.root.graph, operator.getitem, node, i) for i in range(len(node.meta["val"]))]
+        return [
+            g.call(self.root.graph, operator.getitem, node, i) for i in range(len(node.meta["val"]))
+        ]
 
     def refresh(self) -> None:
         """Drop what is unused and recompile every graph; a pass need not call it."""
@@ -270,7 +288,9 @@ class Program:
             "history": self.history,
             "source": self.source,
         }
-        assets = {f"{name}/{file}": b for name, fs in self.host.assets.items() for file, b in fs.items()}
+        assets = {
+            f"{name}/{file}": b for name, fs in self.host.assets.items() for file, b in fs.items()
+        }
         return data, tensors, assets
 
     @staticmethod
@@ -284,7 +304,9 @@ class Program:
             for key, stride, parameter in graph["tensors"].values():
                 if key not in shared:
                     tensor = _restride(tensors[key], stride)
-                    shared[key] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+                    shared[key] = (
+                        torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+                    )
             return {name: shared[key] for name, (key, _, _) in graph["tensors"].items()}
 
         graphs = data["graphs"]
@@ -309,7 +331,10 @@ class Program:
         """Write the program to one file: JSON, safetensors, assets. Atomic."""
         data, tensors, assets = self.to_members()
         path = Path(path)
-        members = {"program.json": json.dumps(data).encode(), "weights.safetensors": pack_tensors(tensors)}
+        members = {
+            "program.json": json.dumps(data).encode(),
+            "weights.safetensors": pack_tensors(tensors),
+        }
         members |= {f"assets/{name}": content for name, content in assets.items()}
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
             try:
@@ -338,18 +363,22 @@ class Program:
             raise DiffoptError(f"{os.fspath(path)}: is a directory, not a program file") from None
         except (zipfile.BadZipFile, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise DiffoptError(
-                f"{os.fspath(path)}: not a whole program file ({error}); write it again with `diffopt trace`"
+                f"{os.fspath(path)}: not a whole program file ({error}); write it again "
+                "with `diffopt trace`"
             ) from None
         if data["format"] != FORMAT:
             raise DiffoptError(
-                f"{os.fspath(path)}: format {data['format']}, this diffopt reads {FORMAT}; trace the model again"
+                f"{os.fspath(path)}: format {data['format']}, this diffopt reads {FORMAT}; "
+                "trace the model again"
             )
         return Program.from_members(data, tensors, assets)
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Return tensors as safetensors bytes; the values, made contiguous, without sharing storage."""
-    return safetensors.torch.save({name: t.detach().contiguous().clone() for name, t in tensors.items()})
+    return safetensors.torch.save(
+        {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+    )
 
 
 def _restride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
@@ -374,7 +403,10 @@ def _verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
     for node in gm.graph.nodes:
         where = f"{name}: {node.format_node()}"
         if node.op == "output":
-            if not (isinstance(node.args[0], tuple) and all(isinstance(n, fx.Node) for n in node.args[0])):
+            if not (
+                isinstance(node.args[0], tuple)
+                and all(isinstance(n, fx.Node) for n in node.args[0])
+            ):
                 raise VerifyError(f"{where}: the output is not a flat tuple of values")
             continue
         if "val" not in node.meta:
@@ -390,10 +422,19 @@ def _verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
 def _verify_call(node: fx.Node, body: fx.GraphModule) -> None:
     takes = g.placeholders(body)
     if len(takes) != len(node.args) or node.kwargs:
-        raise VerifyError(f"program: {node.format_node()}: passes {len(node.args)} values, takes {len(takes)}")
+        raise VerifyError(
+            f"program: {node.format_node()}: passes {len(node.args)} values, takes {len(takes)}"
+        )
     for formal, actual in zip(takes, node.args, strict=True):
-        _verify_type(f"program: {node.format_node()}: {formal.name}", formal.meta["val"], actual.meta["val"])  # type: ignore[union-attr]
-    _verify_type(f"program: {node.format_node()}", node.meta["val"], tuple(n.meta["val"] for n in g.outputs(body)))
+        assert isinstance(actual, fx.Node)
+        _verify_type(
+            f"program: {node.format_node()}: {formal.name}", formal.meta["val"], actual.meta["val"]
+        )
+    _verify_type(
+        f"program: {node.format_node()}",
+        node.meta["val"],
+        tuple(n.meta["val"] for n in g.outputs(body)),
+    )
 
 
 def _verify_type(where: str, recorded: Any, actual: Any) -> None:

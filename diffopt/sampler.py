@@ -15,18 +15,20 @@ def resample(
     """Replace a program by the same pipeline's with another sampler.
 
     Raises:
-        DiffoptError: The pipeline is not at hand, another pass has rewritten the program already, or
-            the scheduler does not exist.
+        DiffoptError: The pipeline is not at hand, another pass has rewritten the program already,
+            or the scheduler does not exist.
     """
     if program.resample is None:
         raise DiffoptError(
-            "unroll(steps=…, scheduler=…, spacing=…) samples the pipeline again, and a saved program has no "
+            "unroll(steps=…, scheduler=…, spacing=…) samples the pipeline again, and a "
+            "saved program has no "
             "pipeline: give the model itself, or trace it with these settings"
         )
     changed = [record["text"] for record in program.history if record["changed"]]
     if changed:
         raise DiffoptError(
-            f"unroll(steps=…) begins again from the pipeline and would undo {','.join(changed)}: put it first"
+            "unroll(steps=…) begins again from the pipeline and would undo "
+            f"{','.join(changed)}: put it first"
         )
     pipeline = program.resample.pipeline  # type: ignore[attr-defined]
     arguments: dict[str, Any] = {}
@@ -49,7 +51,9 @@ def _steps_argument(pipeline: Any) -> str:
     for name in ["num_inference_steps", *(n for n in names if "steps" in n)]:
         if name in names:
             return name
-    raise DiffoptError(f"unroll(steps=…): the pipeline takes no number of steps, only {', '.join(names)}")
+    raise DiffoptError(
+        f"unroll(steps=…): the pipeline takes no number of steps, only {', '.join(names)}"
+    )
 
 
 def _scheduler(pipeline: Any, name: str | None, spacing: str | None) -> Any:
@@ -62,7 +66,9 @@ def _scheduler(pipeline: Any, name: str | None, spacing: str | None) -> Any:
         known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
         full = name if name.endswith("Scheduler") else f"{name}Scheduler"
         if full not in known:
-            raise DiffoptError(f"unroll(scheduler={name}): diffusers has no {full}{suggest(full, known)}")
+            raise DiffoptError(
+                f"unroll(scheduler={name}): diffusers has no {full}{suggest(full, known)}"
+            )
         cls = getattr(diffusers, full)
     options = {"timestep_spacing": spacing} if spacing else {}
     try:

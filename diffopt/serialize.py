@@ -100,7 +100,8 @@ def find_target(name: str) -> Any:
         return getattr(getattr(getattr(torch.ops, space), packet), overload)
     except (AttributeError, ValueError):
         raise DiffoptError(
-            f"the file needs the operator {name!r}, which this torch {torch.__version__} does not have; "
+            f"the file needs the operator {name!r}, which this torch {torch.__version__} "
+            "does not have; "
             "load it with the torch version that wrote it"
         ) from None
 
@@ -108,7 +109,7 @@ def find_target(name: str) -> Any:
 def graph_to_json(gm: fx.GraphModule) -> list[dict[str, Any]]:
     """Return the graph of `gm` as a list of JSON objects, one a node."""
     index: dict[fx.Node, int] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for node in gm.graph.nodes:
         row: dict[str, Any] = {"op": node.op, "name": node.name, "target": target_text(node)}
         if node.args:
@@ -126,7 +127,10 @@ def graph_to_json(gm: fx.GraphModule) -> list[dict[str, Any]]:
 
 
 def graph_from_json(
-    rows: list[dict[str, Any]], name: str, tensors: dict[str, Tensor], modules: dict[str, fx.GraphModule]
+    rows: list[dict[str, Any]],
+    name: str,
+    tensors: dict[str, Tensor],
+    modules: dict[str, fx.GraphModule],
 ) -> fx.GraphModule:
     """Rebuild a GraphModule from `graph_to_json`'s rows, its tensors and its submodules."""
     gm = g.new_body(name)

@@ -1,8 +1,8 @@
 """Many small values as one: rows of a table that a body takes in place of what it computed.
 
 A body that needs dozens of per-step values (time projections, modulations) would get dozens of
-arguments a call. Values of one dtype are laid end to end in one row instead; the body cuts the row up
-by views, which cost nothing once compiled.
+arguments a call. Values of one dtype are laid end to end in one row instead; the body cuts the row
+up by views, which cost nothing once compiled.
 """
 
 import math
@@ -48,8 +48,8 @@ def is_view(node: fx.Node) -> bool:
 def frontier(early: set[fx.Node], gm: fx.GraphModule) -> list[fx.Node]:
     """Return the values of `early` that the rest of the graph needs, through views where possible.
 
-    Views at the edge stay in the graph and read the value that they are views of: it is no larger, and
-    several views of one value need only that one.
+    Views at the edge stay in the graph and read the value that they are views of: it is no larger,
+    and several views of one value need only that one.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     wanted: set[fx.Node] = set()
@@ -87,10 +87,14 @@ def take_rows(
         at = 0
         for node, shape in (values[i] for i in members):
             with gm.graph.inserting_before(first_after_arguments(gm)):
-                part = g.call(gm.graph, aten.slice.Tensor, row, 0, at, at + math.prod(shape), like=node)
+                part = g.call(
+                    gm.graph, aten.slice.Tensor, row, 0, at, at + math.prod(shape), like=node
+                )
                 part = g.call(gm.graph, aten.view.default, part, list(shape), like=node)
                 if list(shape) != list(node.meta["val"].shape):
-                    part = g.call(gm.graph, aten.expand.default, part, list(node.meta["val"].shape), like=node)
+                    part = g.call(
+                        gm.graph, aten.expand.default, part, list(node.meta["val"].shape), like=node
+                    )
             node.replace_all_uses_with(part)
             at += math.prod(shape)
     return list(groups.values())
@@ -115,7 +119,8 @@ def free_name(gm: fx.GraphModule, name: str) -> str:
 
 def first_after_arguments(gm: fx.GraphModule) -> fx.Node:
     """Return the first node that is no placeholder: where computed arguments are cut up."""
-    return next(n for n in gm.graph.nodes if n.op != "placeholder")
+    first: fx.Node = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    return first
 
 
 def as_row(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,8 +9,8 @@ After:
     %once = unet_once(%text)                   # all k, v … of all layers
     %unet = unet(%latents, %row, %k, %v)
 
-What depends on the step as well as on the request (the modulation of timestep + class) is computed for
-all steps in one batched call, and each step takes its row:
+What depends on the step as well as on the request (the modulation of timestep + class) is computed
+for all steps in one batched call, and each step takes its row:
 
     %rows = unet_steps(stack([%row0, %row1, …]), %label)
     %unet = unet(%latents, select(%rows, 0, 0))
@@ -76,7 +76,7 @@ class Hoist(Pass):
             )
 
     def _once(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
-        """Move what depends on arguments that are the same at every call; return how many values."""
+        """Move what depends on arguments that stay the same; return how many values."""
         body = program.components[name]
         takes = g.placeholders(body)
         same = [i for i in range(len(takes)) if len({c.args[i] for c in calls}) == 1]
@@ -100,21 +100,27 @@ class Hoist(Pass):
         return len(values)
 
     def _steps(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
-        """Move what depends on arguments known before the loop, for all steps; return how many values."""
+        """Move what depends on arguments known before the loop; return how many values."""
         body = program.components[name]
         takes = g.placeholders(body)
         loop = g.descendants(calls) - set(calls)
         if not any(arg in loop for call in calls for arg in call.args):
-            ctx.skip(name, "its calls do not follow one another: there is no loop to move work out of")
+            ctx.skip(
+                name, "its calls do not follow one another: there is no loop to move work out of"
+            )
             return 0
         known = [i for i in range(len(takes)) if not any(c.args[i] in loop for c in calls)]
         early = _only(body, {takes[i] for i in known})
-        values = [v for v in _worth_moving(body, early, {takes[i] for i in known}) if _costs(v, early)]
+        values = [
+            v for v in _worth_moving(body, early, {takes[i] for i in known}) if _costs(v, early)
+        ]
         if not values:
             return 0
         size = len(calls) * g.tensor_bytes(v.meta["val"] for v in values)
         if size > self.max_mb << 20:
-            ctx.skip(name, f"values of all steps would take {size >> 20} MB, over max-mb={self.max_mb}")
+            ctx.skip(
+                name, f"values of all steps would take {size >> 20} MB, over max-mb={self.max_mb}"
+            )
             return 0
         needed = g.ancestors(values)
         arguments = [i for i in known if takes[i] in needed]
@@ -123,13 +129,18 @@ class Hoist(Pass):
         try:
             rows_body = _batch(part, batched, values, len(calls), f"{name}_steps")
         except Exception as error:  # vmap has no rule for an operator
-            ctx.skip(name, f"what depends on the step can't be batched: {str(error).splitlines()[0]}")
+            ctx.skip(
+                name, f"what depends on the step can't be batched: {str(error).splitlines()[0]}"
+            )
             return 0
         prologue = program.add_component(f"{name}_steps", rows_body)
-        _move_before(program.root, g.ancestors(c.args[i] for c in calls for i in arguments), calls[0])
+        sources = [c.args[i] for c in calls for i in arguments]
+        _move_before(program.root, g.ancestors(sources), calls[0])  # type: ignore[arg-type]
         with program.root.graph.inserting_before(calls[0]):
             given = [
-                g.call(program.root.graph, aten.stack.default, [c.args[i] for c in calls]) if many else calls[0].args[i]
+                g.call(program.root.graph, aten.stack.default, [c.args[i] for c in calls])
+                if many
+                else calls[0].args[i]
                 for i, many in zip(arguments, batched, strict=True)
             ]
             results = program.call(prologue, given)
@@ -153,7 +164,11 @@ def _only(body: fx.GraphModule, roots: set[fx.Node]) -> set[fx.Node]:
 
 def _worth_moving(body: fx.GraphModule, early: set[fx.Node], roots: set[fx.Node]) -> list[fx.Node]:
     """Return the values to hand over: those that more than views compute."""
-    return [n for n in frontier(early, body) if n.op == "call_function" and g.ancestors([n]) & roots and not _is_cheap(n)]
+    return [
+        n
+        for n in frontier(early, body)
+        if n.op == "call_function" and g.ancestors([n]) & roots and not _is_cheap(n)
+    ]
 
 
 def _is_cheap(node: fx.Node) -> bool:

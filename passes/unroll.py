@@ -13,8 +13,8 @@ Not rewritten when
 - no argument of a component is a constant at every call;
 - the table would be larger than `max-table-mb`.
 
-With `steps`, `scheduler` or `spacing` the pipeline is captured again with that sampler first, which is
-an approximate change.
+With `steps`, `scheduler` or `spacing` the pipeline is captured again with that sampler first,
+which is an approximate change.
 """
 
 from dataclasses import dataclass
@@ -62,9 +62,13 @@ class Unroll(Pass):
         rows = _evaluate(program, name, bound, values)
         size = g.tensor_bytes(t for row in rows for t in row)
         if size > self.max_table_mb << 20:
-            ctx.skip(name, f"the table would take {size >> 20} MB, over max-table-mb={self.max_table_mb}")
+            ctx.skip(
+                name, f"the table would take {size >> 20} MB, over max-table-mb={self.max_table_mb}"
+            )
             return
-        varying = [k for k in range(len(values)) if not all(torch.equal(r[k], rows[0][k]) for r in rows)]
+        varying = [
+            k for k in range(len(values)) if not all(torch.equal(r[k], rows[0][k]) for r in rows)
+        ]
         for k in set(range(len(values))) - set(varying):
             with body.graph.inserting_before(first_after_arguments(body)):
                 constant = g.get_attr(body, "bound", rows[0][k])
@@ -91,10 +95,14 @@ def _bound_values(body: fx.GraphModule, bound: list[int]) -> list[fx.Node]:
     early |= {n for n in g.ancestors(early) if n not in late}
     arguments = [takes[i] for i in bound if any(u in late for u in takes[i].users)]
     inner = {n for n in early if n.op == "call_function"}
-    return arguments + [n for n in frontier(inner, body) if g.ancestors([n]) & {takes[i] for i in bound}]
+    return arguments + [
+        n for n in frontier(inner, body) if g.ancestors([n]) & {takes[i] for i in bound}
+    ]
 
 
-def _evaluate(program: Program, name: str, bound: list[int], values: list[fx.Node]) -> list[list[Tensor]]:
+def _evaluate(
+    program: Program, name: str, bound: list[int], values: list[fx.Node]
+) -> list[list[Tensor]]:
     """Return the values at every call; calls with the same constants share them."""
     body = program.components[name]
     takes = [g.placeholders(body)[i] for i in bound]
@@ -117,7 +125,11 @@ def _evaluate(program: Program, name: str, bound: list[int], values: list[fx.Nod
 def _one_row(tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors with the batch cut to one where all of its entries are equal."""
     first = tensors[0]
-    if first.ndim < 2 or first.shape[0] == 1 or not all(torch.equal(t, t[:1].expand_as(t)) for t in tensors):
+    if (
+        first.ndim < 2
+        or first.shape[0] == 1
+        or not all(torch.equal(t, t[:1].expand_as(t)) for t in tensors)
+    ):
         return tensors
     return [t[:1] for t in tensors]
 

@@ -38,14 +38,21 @@ class Loop:
         self.components = {"denoiser": Denoiser().eval().requires_grad_(False)}
 
     def __call__(
-        self, text: Tensor, label: Tensor, generator: torch.Generator, steps: int = 4, order: int = 1
+        self,
+        text: Tensor,
+        label: Tensor,
+        generator: torch.Generator,
+        steps: int = 4,
+        order: int = 1,
     ) -> Tensor:
         x = torch.randn(1, 3, 8, generator=generator)
         both, labels = torch.cat([torch.zeros_like(text), text]), torch.cat([label, label])
         before = None
         times = torch.linspace(1.0, 0.1, steps)
         for i, t in enumerate(times):
-            without, with_text = self.components["denoiser"](torch.cat([x, x]), t, both, labels).chunk(2)
+            without, with_text = self.components["denoiser"](
+                torch.cat([x, x]), t, both, labels
+            ).chunk(2)
             noise = without + 3.0 * (with_text - without)
             used = noise if before is None else 1.5 * noise - 0.5 * before
             before = noise if order == 2 else None

@@ -22,7 +22,9 @@ def test_every_step_is_one_call_of_one_body() -> None:
     assert ctx.notes["steps outlined"] == [4, 4]
     assert len(program.calls("denoiser_step")) == 4
     assert "denoiser" not in program.components
-    after = list(program.root.graph.nodes)[list(program.root.graph.nodes).index(program.calls("denoiser_step")[0]) :]
+    after = list(program.root.graph.nodes)[
+        list(program.root.graph.nodes).index(program.calls("denoiser_step")[0]) :
+    ]
     # Between the steps nothing is left but their rows of tables and their results.
     left = {str(n.target) for n in after if n.op == "call_function"} - {"aten.select.int"}
     assert left == {"<built-in function getitem>", "aten.tanh.default"}

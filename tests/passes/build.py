@@ -19,6 +19,7 @@ class Builder:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
+        self.weights: dict[int, fx.Node] = {}
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self.weight, (args, kwargs))
@@ -26,7 +27,9 @@ class Builder:
 
     def weight(self, tensor: Tensor, name: str = "") -> fx.Node:
         kind = "weight" if isinstance(tensor, torch.nn.Parameter) else "constant"
-        return g.get_attr(self.gm, name or kind, tensor)
+        if id(tensor) not in self.weights:
+            self.weights[id(tensor)] = g.get_attr(self.gm, name or kind, tensor)
+        return self.weights[id(tensor)]
 
     def call(self, component: str, *args: fx.Node | Tensor) -> list[fx.Node]:
         """Call a component; returns a node for each of its results."""
@@ -34,7 +37,8 @@ class Builder:
         body = getattr(self.gm, component)
         node = self.gm.graph.call_module(component, nodes)
         node.meta["val"] = tuple(n.meta["val"] for n in g.outputs(body))
-        return [g.call(self.gm.graph, operator.getitem, node, i) for i in range(len(g.outputs(body)))]
+        indices = range(len(node.meta["val"]))
+        return [g.call(self.gm.graph, operator.getitem, node, i) for i in indices]
 
 
 Make = Callable[..., Any]

@@ -31,7 +31,8 @@ def test_modulation_is_computed_for_all_steps_in_one_call() -> None:
     steps = result.components["denoiser_steps"]
     assert len(result.calls("denoiser_steps")) == 1
     assert "modulation_weight" in {name for name, _ in g.named_tensors(steps)}
-    # Of every step, for both guidance branches: 1 + scale, and the product that has the shift in it.
+    # Of every step, for both guidance branches: 1 + scale, and the product that has the shift in
+    # it.
     assert [list(n.meta["val"].shape) for n in g.outputs(steps)] == [[4, 2 * (8 + 16)]]
     body = {name for name, _ in g.named_tensors(result.components["denoiser"])}
     assert body == {"query_weight", "query_bias", "out_weight", "out_bias"}

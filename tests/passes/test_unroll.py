@@ -24,7 +24,11 @@ def test_the_time_embedding_becomes_a_row_of_a_table() -> None:
     assert not any(name.startswith("time") for name, _ in g.named_tensors(body))
     # The time embedding alone, 8 numbers: the modulation depends on the class as well.
     assert g.attribute(result.root, "denoiser_table").shape == (4, 8)
-    assert record.notes["denoiser"] == {"calls": 4, "values in tables": 1, "table bytes": 4 * 2 * 8 * 4}
+    assert record.notes["denoiser"] == {
+        "calls": 4,
+        "values in tables": 1,
+        "table bytes": 4 * 2 * 8 * 4,
+    }
 
 
 def test_new_inputs_give_what_the_loop_gives() -> None:
@@ -46,7 +50,7 @@ def test_fifty_steps_have_as_many_bodies_as_ten() -> None:
 
 
 def test_a_table_over_the_limit_is_not_made() -> None:
-    result, record = unroll(loops.program(), "unroll(max-table-mb=0)")
+    _, record = unroll(loops.program(), "unroll(max-table-mb=0)")
     assert record.skipped == ["denoiser: the table would take 0 MB, over max-table-mb=0"]
     assert not record.changed
 
@@ -81,7 +85,9 @@ def test_sampling_again_must_come_first() -> None:
 
 def test_a_saved_program_cannot_be_sampled_again(tmp_path) -> None:  # type: ignore[no-untyped-def]
     loops.program().save(tmp_path / "loop.program")
-    with pytest.raises(DiffoptError, match="a saved program has no pipeline: give the model itself"):
+    with pytest.raises(
+        DiffoptError, match="a saved program has no pipeline: give the model itself"
+    ):
         unroll(Program.load(tmp_path / "loop.program"), "unroll(steps=2)")
 
 
