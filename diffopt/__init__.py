@@ -1,7 +1,47 @@
-"""diffopt: a compiler for diffusion inference."""
+"""diffopt: a compiler for diffusion inference.
 
-from diffopt.capture import trace
-from diffopt.errors import CaptureError, DiffoptError
-from diffopt.program import Program
+program = diffopt.trace(pipe, prompt="a cat")
+program = diffopt.Pipeline.parse("unroll,hoist,simplify,fuse").run(program)
+engine = diffopt.build(program, "cpu", "cat.engine")
+"""
 
-__all__ = ["CaptureError", "DiffoptError", "Program", "trace"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffopt.capture import trace
+    from diffopt.core import Pipeline
+    from diffopt.engine import Engine, build, load
+    from diffopt.errors import CaptureError, DiffoptError
+    from diffopt.program import Program
+
+__all__ = [
+    "CaptureError",
+    "DiffoptError",
+    "Engine",
+    "Pipeline",
+    "Program",
+    "build",
+    "load",
+    "trace",
+]
+
+_MODULES = {
+    "CaptureError": "errors",
+    "DiffoptError": "errors",
+    "Engine": "engine",
+    "Pipeline": "core",
+    "Program": "program",
+    "build": "engine",
+    "load": "engine",
+    "trace": "capture",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds, `diffopt --help` should not."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'diffopt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"diffopt.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -21,7 +21,7 @@ from diffopt import graph as g
 from diffopt import tree
 from diffopt.exporting import Attribute, Body, Call, export, restore_state, save_state
 from diffopt.functions import Scalar
-from diffopt.modes import plain
+from diffopt.modes import location, plain
 from diffopt.recorder import Recorder
 
 log = logging.getLogger("diffopt")
@@ -149,7 +149,7 @@ class Boundary:
             self._export(key, signature, module, original)
         if key in self.inlined:
             return original(*args, **kwargs)
-        return self._record(self.bodies[key], signature)
+        return self._record(self.bodies[key], signature, (args, kwargs))
 
     def _export(
         self,
@@ -224,16 +224,16 @@ class Boundary:
                 found.append((store, name))
         return found
 
-    def _record(self, body: Body, signature: Signature) -> Any:
+    def _record(self, body: Body, signature: Signature, arguments: Any) -> Any:
         """Add a call node; returns placeholder values in the structure of the result."""
         recorder = self.recorder
         assert recorder is not None
         name = self._attach(body)
         state = [t for store, key in signature.state for t in tree.flatten(store[key])[0]]
         given = [*signature.tensors, *state]
-        arguments = tuple(recorder.value(t) for t in given)
-        node = recorder.root.graph.call_module(name, arguments)
+        node = recorder.root.graph.call_module(name, tuple(recorder.value(t) for t in given))
         node.meta["val"] = tuple(n.meta["val"] for n in g.outputs(body.module))
+        node.meta["where"] = str(location())
         values: list[Tensor] = []
         plain_results = len(node.meta["val"]) - len(body.written)
         for index, type_ in enumerate(node.meta["val"]):
@@ -247,6 +247,8 @@ class Boundary:
         for change in body.changes:
             change.store[change.name] = change.spec.build(values[start : start + change.tensors])
             start += change.tensors
+        if body.arguments:
+            tree.update(arguments, body.arguments.build(values[start:]))
         return body.result.build(values[: body.results])
 
     def _attach(self, body: Body) -> str:

@@ -14,6 +14,7 @@ from diffopt import host as h
 from diffopt import recipes
 from diffopt.boundary import Boundary, Lifted
 from diffopt.errors import CaptureError
+from diffopt.packing import images
 from diffopt.program import Guards, Program
 from diffopt.functions import Functions
 from diffopt.recorder import Recorder
@@ -67,7 +68,11 @@ class _Trace:
     """The captures of one pipeline; exports are kept between them."""
 
     def __init__(
-        self, pipeline: Callable[..., Any], components: Mapping[str, Any], dynamic: Sequence[str], source: str
+        self,
+        pipeline: Callable[..., Any],
+        components: Mapping[str, Any],
+        dynamic: Sequence[str],
+        source: str,
     ) -> None:
         self.pipeline, self.dynamic, self.source = pipeline, tuple(dynamic), source
         modules = {name: c for name, c in components.items() if isinstance(c, torch.nn.Module)}
@@ -79,16 +84,37 @@ class _Trace:
         }
 
     def program(self, arguments: Mapping[str, Any]) -> Program:
+        """Capture one call."""
         while True:
             try:
                 return self._program(arguments)
             except Lifted:
                 continue  # a number became an input; exports of other components are kept
+            except CaptureError as error:
+                for reason in self.boundary.inlined.values():
+                    error.add_note(reason)
+                raise
 
     def _program(self, arguments: Mapping[str, Any]) -> Program:
-        scout = recipes.Sources(recipes.same_generators(arguments), self.processors, None, self.dynamic)
+        scout = recipes.Sources(
+            recipes.same_generators(arguments), self.processors, None, self.dynamic
+        )
         self._run(scout, seed=1)
         probe, other = self._probe(scout)
+        try:
+            return self._final(arguments, probe, other)
+        except CaptureError:
+            # Where the number of tokens is not fixed, the other texts must have as many.
+            changed = recipes.same_lengths(scout, probe)
+            if changed is None:
+                raise
+        probe = recipes.Sources(changed, self.processors, scout, self.dynamic)
+        other, _ = self._run(probe, seed=2)
+        return self._final(arguments, probe, other)
+
+    def _final(
+        self, arguments: Mapping[str, Any], probe: recipes.Sources, other: Recorder
+    ) -> Program:
         copies = recipes.same_generators(arguments)
         final = recipes.Sources(copies, self.processors, probe, self.dynamic, final=True)
         recorder, result = self._run(final, seed=1)
@@ -96,7 +122,7 @@ class _Trace:
         output = _describe(result, recorder)
         steps, sample = final.finish(recorder)
         root = recorder.root
-        guards = _guards(recorder, steps)
+        guards = _guards(recorder, other, steps)
         g.prune_unused(root)
         for gm in [root, *root._modules.values()]:
             gm.recompile()
@@ -112,10 +138,11 @@ class _Trace:
         return Program(root, host, sample, guards=guards, source=self.source, resample=resample)
 
     def _probe(self, scout: recipes.Sources) -> tuple[recipes.Sources, Recorder]:
-        """Run with other texts, pictures and seeds; words such as "pt" are found not to be texts."""
+        """Run with other texts, pictures, seeds; words such as "pt" are found not to be texts."""
         places = recipes.texts(scout)
         while True:
-            probe = recipes.Sources(recipes.disturb(scout, places), self.processors, scout, self.dynamic)
+            changed = recipes.disturb(scout, recipes.other_texts(places))
+            probe = recipes.Sources(changed, self.processors, scout, self.dynamic)
             try:
                 recorder, _ = self._run(probe, seed=2)
             except (ValueError, KeyError, AttributeError):
@@ -162,6 +189,8 @@ def _swapped(owner: Any, name: str, value: Any) -> Any:
 
 
 def _plain_data(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _plain_data(v) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return all(_plain_data(item) for item in value)
     return isinstance(value, (str, int, float, bool, type(None)))
@@ -183,7 +212,9 @@ def _compare(final: Recorder, probe: Recorder) -> None:
             )
     if len(ours) != len(theirs):
         where = (ours + theirs)[min(len(ours), len(theirs))].meta.get("where", "?")
-        raise CaptureError(f"{where}: whether this runs depends in Python on the text, picture or seed")
+        raise CaptureError(
+            f"{where}: whether this runs depends in Python on the text, picture or seed"
+        )
 
 
 def _same_args(a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder) -> bool:
@@ -200,47 +231,48 @@ def _same_arg(x: Any, y: Any, final: Recorder, probe: Recorder) -> bool:
             return a is b or (a.shape == b.shape and torch.equal(a, b))
         return g.type_text(x.meta["val"]) == g.type_text(y.meta["val"])
     if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
-        return len(x) == len(y) and all(_same_arg(i, j, final, probe) for i, j in zip(x, y, strict=True))
+        return len(x) == len(y) and all(
+            _same_arg(i, j, final, probe) for i, j in zip(x, y, strict=True)
+        )
     return type(x) is type(y) and bool(x == y)
 
 
-def _guards(recorder: Recorder, steps: Sequence[h.Step]) -> Guards | None:
-    """Return what Python read of the caller's tensors, to be checked for new ones.
+def _guards(final: Recorder, probe: Recorder, steps: Sequence[h.Step]) -> Guards | None:
+    """Return what Python read of the caller's values, to be checked for new ones.
 
-    What it read of texts needs no check: the probe had other texts and ran the same operators.
+    What it read of texts needs no check where the probe's were others: it ran the same operators.
     """
-    takes = g.placeholders(recorder.root)
-    texts = [isinstance(step, h.Processor) for step in steps for _ in _results(step)]
+    takes = g.placeholders(final.root)
+    texts = [isinstance(step, h.Processor) for step in steps for _ in range(step.count)]
     texts_only = {node for node, is_text in zip(takes, texts, strict=True) if is_text}
     body = g.new_body("guards")
     env: dict[fx.Node, fx.Node] = {}
-    g.copy_nodes(takes, recorder.root, body, env)
-    values, expected, where = [], [], []
-    for node, value, place in recorder.reads:
+    g.copy_nodes(takes, final.root, body, env)
+    values, expected, where, from_text = [], [], [], []
+    others = [value for _, value, _ in probe.reads]
+    for index, (node, value, place) in enumerate(final.reads):
         needed = g.ancestors([node])
-        if {n for n in needed if n.op == "placeholder"} <= texts_only:
+        only_text = {n for n in needed if n.op == "placeholder"} <= texts_only
+        if only_text and index < len(others) and others[index] != value:
             continue
-        g.copy_nodes([n for n in recorder.root.graph.nodes if n in needed], recorder.root, body, env)
+        g.copy_nodes([n for n in final.root.graph.nodes if n in needed], final.root, body, env)
         values.append(env[node])
         expected.append(value)
         where.append(str(place))
+        from_text.append(only_text)
     if not values:
         return None
     body.graph.output(tuple(values))
     g.set_outputs(body, values)
     body.recompile()
-    return Guards(body, expected, where)
-
-
-def _results(step: h.Step) -> Sequence[str]:
-    return step.keys if isinstance(step, h.Processor) else ("",)
+    return Guards(body, expected, where, from_text)
 
 
 # What the pipeline returns
 
 
 def _describe(result: Any, recorder: Recorder) -> Any:
-    """Return the structure of a result as JSON (see `host.pack`) and set the graph's outputs."""
+    """Return the structure of a result as JSON (see `packing.pack`) and set the graph's outputs."""
     outs: list[fx.Node] = []
     used: set[int] = set()
 
@@ -267,7 +299,9 @@ def _describe(result: Any, recorder: Recorder) -> Any:
             return {"tensor": index(recorder.value(value))}
         if isinstance(value, (np.ndarray, Image.Image)):
             return array(value)
-        if hasattr(value, "__dataclass_fields__") or (isinstance(value, dict) and type(value) is not dict):
+        if hasattr(value, "__dataclass_fields__") or (
+            isinstance(value, dict) and type(value) is not dict
+        ):
             fields = dict(value) if isinstance(value, dict) else vars(value)
             names = fields.keys() | getattr(value, "__dataclass_fields__", {}).keys()
             ordered = [n for n in getattr(value, "__dataclass_fields__", names) if n in names]
@@ -279,7 +313,9 @@ def _describe(result: Any, recorder: Recorder) -> Any:
             return {"list" if isinstance(value, list) else "tuple": [visit(v) for v in value]}
         if _plain_data(value):
             return {"value": value}
-        raise CaptureError(f"the pipeline returns a {type(value).__name__}, which has no tensors that are known")
+        raise CaptureError(
+            f"the pipeline returns a {type(value).__name__}, which has no tensors that are known"
+        )
 
     data = visit(result)
     for number, (_, _, where) in enumerate(recorder.escapes):
@@ -302,12 +338,14 @@ def _place_in(value: np.ndarray | Image.Image, escaped: np.ndarray) -> tuple[int
         def matches(part: np.ndarray) -> bool:
             if part.shape[-1] not in (1, 3, 4):
                 return False
-            return np.array_equal(np.asarray(h.images(part, "pil")), target)
+            return np.array_equal(np.asarray(images(part, "pil")), target)
     else:
         target, ndim = value, value.ndim
 
         def matches(part: np.ndarray) -> bool:
-            return part.shape == target.shape and np.array_equal(part, target, equal_nan=part.dtype.kind == "f")
+            return part.shape == target.shape and np.array_equal(
+                part, target, equal_nan=part.dtype.kind == "f"
+            )
 
     if escaped.ndim < ndim:
         return None

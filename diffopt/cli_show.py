@@ -18,7 +18,7 @@ from diffopt.core import Progress as Report
 from diffopt.core import Record, Size
 
 TEXTS = ("kind", "summary", "type", "default", "help", "changed", "promise")
-WIDTH = 140  # of tables that do not go to a terminal: a file has no edge to wrap at
+WIDTH = 180  # of tables that do not go to a terminal: a file has no edge to wrap at
 
 
 def stdout() -> Console:

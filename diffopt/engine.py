@@ -19,6 +19,7 @@ from diffopt import graph as g
 from diffopt import program as p
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
+from diffopt.host import Host
 from diffopt.program import Program
 from diffopt.runtime import Plan
 from diffopt.target import Image, Lowered, Target, parse_target
@@ -154,10 +155,12 @@ class Engine:
             self._archive.verify()
         self.target = self._choose_target(target)
         self.tensors = self._archive.tensors("weights.safetensors")
-        self._data: dict[str, Any] = json.loads(bytes(self._archive.read("program.json")))
-        graphs = self._data["graphs"]
-        self._outer = self._program({n: graphs[n] for n in graphs if not _is_component(n)})
-        self._plan = Plan(self._outer.root, self.target.load(self._image()))
+        data = self._read_program()
+        graphs = data["graphs"]
+        outer = {name: graph for name, graph in graphs.items() if not _is_component(name)}
+        self._outer = self._program({**data, "graphs": outer})
+        bodies = {name: graph for name, graph in graphs.items() if _is_component(name)}
+        self._plan = Plan(self._outer.root, self.target.load(self._image(bodies)))
 
     def _check_format(self) -> None:
         found = self.manifest.get("format")
@@ -199,18 +202,22 @@ class Engine:
                 ' or load the engine with target="eager"'
             ) from None
 
-    def _program(self, graphs: Mapping[str, Any]) -> Program:
+    def _read_program(self) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads(bytes(self._archive.read("program.json")))
+        return data
+
+    def _program(self, data: Mapping[str, Any]) -> Program:
         names = self._archive.names("assets/")
         assets = {n.removeprefix("assets/"): bytes(self._archive.read(n)) for n in names}
-        return Program.from_members({**self._data, "graphs": graphs}, self.tensors, assets)
+        return Program.from_members(data, self.tensors, assets)
 
-    def _image(self) -> Image:
+    def _image(self, graphs: Mapping[str, Any]) -> Image:
         return Image(
             members={
                 name.removeprefix("kernels/"): self._archive.read(name)
                 for name in self._archive.names("kernels/")
             },
-            graphs={n: graph for n, graph in self._data["graphs"].items() if _is_component(n)},
+            graphs=graphs,
             tensors=self.tensors,
             program=lambda: self.program,
         )
@@ -223,7 +230,12 @@ class Engine:
                 f"{self.path}: target {self.target} keeps the weights in its kernels, so its"
                 " program cannot be had; build it again without that option"
             )
-        return self._program(self._data["graphs"])
+        return self._program(self._read_program())
+
+    @property
+    def host(self) -> Host:
+        """How the caller's arguments become flat inputs, and flat outputs the result."""
+        return self._outer.host
 
     @property
     def inputs(self) -> dict[str, str]:

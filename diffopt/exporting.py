@@ -43,6 +43,8 @@ class Body:
     result: tree.Spec
     results: int
     changes: list[Change]
+    arguments: tree.Spec | None
+    """What the call makes of containers among its arguments; None where it leaves them alone."""
     written: list[int]
     """Which arguments the call writes in place, by position; their values are the last outputs."""
 
@@ -72,9 +74,10 @@ class Call(torch.nn.Module):
         self.arguments, self.count = arguments, count
         self.state = [(store, name, *tree.flatten(store[name])) for store, name in state]
         self.changes: list[Change] = []
+        self.changed: tree.Spec | None = None
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run the method; returns its tensors, then those of the attributes that it set."""
+        """Run the method; returns its tensors, then those of what it set and changed."""
         args, kwargs = self.arguments.build(tensors)
         start = self.count
         for store, name, leaves, spec in self.state:
@@ -95,6 +98,11 @@ class Call(torch.nn.Module):
             changed, spec = tree.flatten(value)
             self.changes.append(Change(store, name, spec, len(changed)))
             results.extend(changed)
+        after, spec = tree.flatten((args, kwargs))
+        same = all(a is b for a, b in zip(after, tensors, strict=False))
+        self.changed = None if same and spec.key == self.arguments.key else spec
+        if self.changed:
+            results.extend(after)
         return tuple(results)
 
 
@@ -116,7 +124,7 @@ def export(name: str, call: Call, inputs: Iterable[Tensor]) -> Body:
             if (id(store), attribute) not in known:
                 del store[attribute]
     body, written = import_exported(exported, name, prefix="component.")
-    return Body(name, body, call.result, call.results, call.changes, written)
+    return Body(name, body, call.result, call.results, call.changes, call.changed, written)
 
 
 def _operators(gm: fx.GraphModule) -> Iterator[fx.Node]:
@@ -277,7 +285,9 @@ class _Steps(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         nodes = self.map((args, tuple(kwargs.values())))
-        node = self.body.graph.call_function(func, nodes[0], dict(zip(kwargs, nodes[1], strict=True)))
+        node = self.body.graph.call_function(
+            func, nodes[0], dict(zip(kwargs, nodes[1], strict=True))
+        )
         node.meta["val"] = g.fake(out)
         if isinstance(out, Tensor):
             self.bind(out, node)

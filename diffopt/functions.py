@@ -109,8 +109,23 @@ for _name, _function in {
     setattr(Scalar, f"__{_name}__", _recorded(_function))
     setattr(Scalar, f"__r{_name}__", _recorded(_function, swapped=True))
 Scalar.__neg__ = _recorded(torch.neg)  # type: ignore[method-assign]
-for _name in ("float", "int", "round", "trunc", "floor", "ceil", "abs", "pow", "rpow", "mod",
-              "rmod", "floordiv", "rfloordiv", "divmod", "rdivmod"):
+for _name in (
+    "float",
+    "int",
+    "round",
+    "trunc",
+    "floor",
+    "ceil",
+    "abs",
+    "pow",
+    "rpow",
+    "mod",
+    "rmod",
+    "floordiv",
+    "rfloordiv",
+    "divmod",
+    "rdivmod",
+):
     setattr(Scalar, f"__{_name}__", _binding(getattr(float, f"__{_name}__")))
 
 

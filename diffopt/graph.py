@@ -144,7 +144,8 @@ def copy_nodes(
 ) -> None:
     """Append copies of `nodes` (in topological order) to `target`.
 
-    `env` maps old nodes to new ones, and is extended; nodes that it already maps are left out. Weights and submodules are shared by reference.
+    `env` maps old nodes to new ones, and is extended; nodes that it already maps are left out.
+    Weights and submodules are shared by reference.
     """
     for node in nodes:
         if node in env:
@@ -330,7 +331,8 @@ def fingerprint(gm: fx.GraphModule, constants: Callable[[Tensor], str] = identit
 def flops(gm: fx.GraphModule, own: Mapping[str, int] | None = None) -> int:
     """Return the floating point operations of one run: 2 a multiply-add.
 
-    Matrix products, convolutions and attention count, as in torch's own counter. `own` gives the cost of the submodules that `gm` calls, by name.
+    Matrix products, convolutions and attention count, as in torch's own counter. `own` gives the
+    cost of the submodules that `gm` calls, by name.
     """
     total = 0
     for node in gm.graph.nodes:

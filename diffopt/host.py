@@ -6,8 +6,6 @@ plain data (JSON), so an engine can run them without the pipeline's code.
 """
 
 import dataclasses
-import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,35 +57,41 @@ class Given:
 
     place: Place
     dtype: str
+    count = 1  # of the tensors that a step makes
 
     def run(self, call: "Call") -> list[Tensor]:
         """Return the caller's value as a tensor."""
         value = find(call.arguments, self.place)
         if value is None:
-            raise DiffoptError(f"missing argument {place_text(self.place)!r}: the program was traced with it")
+            raise DiffoptError(
+                f"missing argument {place_text(self.place)!r}: the program was traced with it"
+            )
         dtype = getattr(torch, self.dtype)
         return [torch.as_tensor(value, dtype=dtype)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text made of the caller's: cleaned, then put into a template."""
+    """A text made of the caller's: each cleaned, then put into a template."""
 
-    place: Place
-    clean: str
-    before: str
-    after: str
+    parts: tuple[str | tuple[Place, str], ...]
+    """Literal texts, and (place, cleaner) of the caller's."""
 
     def render(self, arguments: Mapping[str, Any]) -> str:
         """Return the text."""
-        value = find(arguments, self.place)
-        if value is None and self.place[1:] == (0,):
-            value = arguments.get(str(self.place[0]))
+        parts = (p if isinstance(p, str) else self._given(*p, arguments) for p in self.parts)
+        return "".join(parts)
+
+    def _given(self, place: Place, clean: str, arguments: Mapping[str, Any]) -> str:
+        value = find(arguments, place)
+        if value is None and place[1:] == (0,):
+            value = arguments.get(str(place[0]))
         if not isinstance(value, str):
             raise DiffoptError(
-                f"{place_text(self.place)} must be a text, got {value!r}: the program was traced with one there"
+                f"{place_text(place)} must be a text, got {value!r}: "
+                "the program was traced with one there"
             )
-        return self.before + CLEANERS[self.clean](value) + self.after
+        return CLEANERS[clean](value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +101,14 @@ class Processor:
     asset: str
     method: str
     args: Any
-    """JSON; a text of the caller's is {"text": {...}}, a picture {"place": [...]}."""
+    """JSON; a text of the caller's is {"text": [parts of a `Text`]}, a picture {"place": […]}."""
     keys: tuple[str, ...]
     """Which entries of the result become inputs."""
+
+    @property
+    def count(self) -> int:
+        """Return how many tensors the step makes."""
+        return len(self.keys)
 
     def run(self, call: "Call") -> list[Tensor]:
         """Call the component and return the entries that the graph takes."""
@@ -117,6 +126,7 @@ class Draw:
     dtype: str
     extra: tuple[float, ...]
     generator: Place | None
+    count = 1
 
     def run(self, call: "Call") -> list[Tensor]:
         """Draw the numbers."""
@@ -140,6 +150,7 @@ class Picture:
     """"byte" (uint8 0…255), "unit" (float32 0…1) or "signed" (float32 -1…1)."""
     layout: str
     """"hwc", "chw" or "hw", with "n" in front for a batch."""
+    count = 1
 
     def run(self, call: "Call") -> list[Tensor]:
         """Return the images' tensor."""
@@ -179,6 +190,7 @@ class Number:
     place: Place
     guards: tuple[tuple[str, float, bool, str], ...] = ()
     """(comparison, other side, its result at capture, where), for example (">", 1.0, True, "…")."""
+    count = 1
 
     def run(self, call: "Call") -> list[Tensor]:
         """Check the guards and return the number as a float64 scalar."""
@@ -208,7 +220,9 @@ STEPS: dict[str, Any] = {kind.__name__: kind for kind in (Given, Processor, Draw
 
 def place_text(place: Sequence[str | int]) -> str:
     """Return a place as a user writes it: `prompt[0]`."""
-    return "".join(f"[{p}]" if isinstance(p, int) else (f".{p}" if i else p) for i, p in enumerate(place))
+    return "".join(
+        f"[{p}]" if isinstance(p, int) else (f".{p}" if i else p) for i, p in enumerate(place)
+    )
 
 
 @dataclasses.dataclass
@@ -344,7 +358,7 @@ def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:
         return data
     ((kind, value),) = data.items()
     if kind == "text":
-        return Text(tuple(value["place"]), value["clean"], value["before"], value["after"]).render(arguments)
+        return Text(_tuples(value)).render(arguments)
     if kind == "place":
         return find(arguments, value)
     if kind == "dict":
@@ -359,7 +373,7 @@ def places(data: Any) -> list[Sequence[str | int]]:
         return []
     ((kind, value),) = data.items()
     if kind == "text":
-        return [value["place"]]
+        return [part[0] for part in value if not isinstance(part, str)]
     if kind == "place":
         return [value]
     return [p for item in (value.values() if kind == "dict" else value) for p in places(item)]
@@ -371,77 +385,6 @@ def entry(result: Any, key: str) -> Tensor:
     if not isinstance(value, Tensor):
         value = torch.as_tensor(np.asarray(value))
     return value
-
-
-# Packing
-
-
-class Output(dict[str, Any]):
-    """What a pipeline returns: entries by name, also as attributes and by position."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the output has no {name!r}, only {', '.join(self)}") from None
-
-    def __getitem__(self, key: str | int) -> Any:
-        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
-
-
-def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
-    """Return what the pipeline returns, from flat output tensors and the structure as JSON.
-
-    Args:
-        data: The structure: {"list" | "tuple" | "dict": …}, {"class": [name, fields]}, {"value": …},
-            {"tensor": i}, or {"array" | "image": [i, index…]} for what left torch: a numpy array, or
-            an 8-bit PIL image of one; {"stack": […]} for arrays that were stacked.
-        tensors: The flat outputs.
-        output_type: "pil", "np" or "pt" for another form of the images than at capture.
-    """
-    ((kind, value),) = data.items()
-    if kind == "value":
-        return value
-    if kind == "tensor":
-        tensor = tensors[value]
-        if output_type in ("pil", "np") and _is_image(tensor):
-            return images(np.asarray(tensor.movedim(-3, -1).float()), output_type)
-        return tensor
-    if kind in ("array", "image"):
-        array = np.asarray(tensors[value[0]])[tuple(value[1:])]
-        if output_type == "pt" and array.ndim >= 3:
-            return torch.from_numpy(array).movedim(-1, -3)
-        return images(array, output_type or ("np" if kind == "array" else "pil"))
-    if kind == "stack":
-        parts = [pack(item, tensors, "np") for item in value]
-        return torch.from_numpy(np.stack(parts)) if output_type == "pt" else np.stack(parts)
-    if kind in ("list", "tuple"):
-        items = [pack(item, tensors, output_type) for item in value]
-        if output_type in ("pt", "np") and value and all("image" in item for item in value):
-            return torch.stack(items) if output_type == "pt" else np.stack(items)
-        return items if kind == "list" else tuple(items)
-    if kind == "dict":
-        return {k: pack(v, tensors, output_type) for k, v in value.items()}
-    name, fields = value
-    packed = {k: pack(v, tensors, output_type) for k, v in fields.items()}
-    module, _, qualname = name.partition(":")
-    # The pipeline's own class where its library is loaded anyway; importing it is not worth seconds.
-    kind_ = getattr(sys.modules.get(module), qualname, None)
-    return kind_(**packed) if kind_ is not None else Output(packed)
-
-
-def images(array: np.ndarray, output_type: str) -> Any:
-    """Return an array of images (…, height, width, channels) in 0…1 as PIL images, or as it is."""
-    if output_type != "pil":
-        return array
-    if array.ndim > 3:
-        return [images(item, output_type) for item in array]
-    pixels = (array * 255).round().astype("uint8")
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def _is_image(tensor: Tensor) -> bool:
-    return tensor.ndim >= 4 and tensor.shape[-3] in (1, 3, 4) and tensor.is_floating_point()
 
 
 def _tuples(value: Any) -> Any:

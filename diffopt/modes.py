@@ -25,7 +25,11 @@ class Location:
         return f"{self.file}:{self.line}: {self.text}"
 
 
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(contextlib.__file__)))
+_OWN = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parent),
+    str(Path(contextlib.__file__)),
+)
 
 
 def location() -> Location:

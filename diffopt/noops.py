@@ -220,7 +220,11 @@ def _as_one(node: fx.Node, chain: list[fx.Node], source: fx.Node, value: Tensor)
 
 def keeps_output_apart(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether `node` copies an output that would share memory with others without it."""
-    if node.target not in _COPIES or unchanged(gm, node) is None:
+    if node.target not in _COPIES:
+        return False
+    if all(n.op != "placeholder" for n in g.ancestors([node])):
+        return True  # a constant, which is stored
+    if unchanged(gm, node) is None:
         return False
     base = owner(args(node)[0])
     others = [n for n in g.outputs(gm) if n is not node]

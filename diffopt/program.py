@@ -4,6 +4,7 @@ The root graph holds aten operators and calls of components; a component is a Gr
 tensor arguments and a flat tuple of tensors as its result. Weights are shared by reference.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ from diffopt import graph as g
 from diffopt import host as h
 from diffopt import serialize
 from diffopt.errors import DiffoptError, VerifyError
+from diffopt.packing import pack
 
 FORMAT = 1
 
@@ -37,6 +39,23 @@ class CallSite:
     """Index of this call among the calls of the same component's family."""
 
 
+# Programs that are kept for other numbers of tokens; the one that was made first goes first.
+VARIANTS = 8
+
+
+class Mismatch(DiffoptError):
+    """Say that new arguments do not fit what the program was traced with."""
+
+    from_text = False
+    """Whether it is a text's doing: another number of tokens, say."""
+
+
+def _mismatch(message: str, *, from_text: bool) -> Mismatch:
+    error = Mismatch(message)
+    error.from_text = from_text
+    return error
+
+
 @dataclasses.dataclass
 class Guards:
     """What Python read of the caller's tensors at capture; new ones must give the same."""
@@ -45,17 +64,21 @@ class Guards:
     """From all of the program's inputs to the values that were read."""
     expected: list[Any]
     where: list[str]
+    from_text: list[bool]
+    """Whether a value depends on texts alone."""
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Raise a `DiffoptError` where a value differs from the one at capture."""
         with torch.no_grad():
             values = self.body(*tensors)
-        for value, expected, where in zip(values, self.expected, self.where, strict=True):
-            if value.item() != expected:
-                raise DiffoptError(
-                    f"{where}: this is {value.item()} for these arguments and was "
-                    f"{expected} at capture; "
-                    "trace the program again with arguments like these"
+        rows = zip(values, self.expected, self.where, self.from_text, strict=True)
+        for value, expected, where, from_text in rows:
+            found = value.tolist() if isinstance(value, Tensor) else value
+            if found != expected:
+                raise _mismatch(
+                    f"{where.rstrip(':')}: this is {found} for these arguments and was {expected} at capture; "
+                    "trace the program again with arguments like these",
+                    from_text=from_text,
                 )
 
 
@@ -90,6 +113,7 @@ class Program:
         self.history = list(history)
         self.source = source
         self.resample = resample
+        self.variants: list[Program] = []
 
     @staticmethod
     def from_function(function: Callable[..., Any], *tensors: Tensor) -> "Program":
@@ -102,19 +126,62 @@ class Program:
     # Running
 
     def __call__(self, **arguments: Any) -> Any:
-        """Run the program as the pipeline was called; returns what the pipeline returns."""
-        return self.pack(self.run(self.prepare(**arguments)), arguments.get("output_type"))
+        """Run the program as the pipeline was called; returns what the pipeline returns.
+
+        Texts of another number of tokens, where the pipeline does not fix it, are captured when they
+        first come, while the pipeline is at hand.
+        """
+        program, tensors = self._fitting(arguments)
+        return program.pack(program.run(tensors), arguments.get("output_type"))
+
+    def _fitting(self, arguments: Mapping[str, Any]) -> tuple["Program", list[Tensor]]:
+        """Return this program or its variant that fits the texts, and its flat inputs."""
+        try:
+            return self, self.prepare(**arguments)
+        except Mismatch as error:
+            if not error.from_text or self.resample is None or self.history:
+                raise
+        for variant in self.variants:
+            with contextlib.suppress(Mismatch):
+                return variant, variant.prepare(**arguments)
+        variant = self.resample(**{k: v for k, v in arguments.items() if k != "seed"})
+        self.variants = [*self.variants[1 - VARIANTS :], variant]
+        return variant, variant.prepare(**arguments)
 
     def prepare(self, **arguments: Any) -> list[Tensor]:
-        """Return the flat inputs for a call with these arguments."""
+        """Return the flat inputs for a call with these arguments.
+
+        Where that fails, generators are left as they were.
+        """
+        generators = [v for _, v in h.leaves(arguments) if isinstance(v, torch.Generator)]
+        states = [(x, x.get_state()) for x in (torch.default_generator, *generators)]
+        try:
+            return self._prepare(arguments)
+        except BaseException:
+            for generator, state in states:
+                generator.set_state(state)
+            raise
+
+    def _prepare(self, arguments: Mapping[str, Any]) -> list[Tensor]:
         tensors = self.host.prepare(arguments)
-        for node, tensor in zip(g.placeholders(self.root), tensors, strict=True):
+        is_text = [isinstance(s, h.Processor) for s in self.host.steps for _ in range(s.count)]
+        inputs = zip(g.placeholders(self.root), tensors, is_text, strict=True)
+        for node, tensor, from_text in inputs:
             expected = node.meta["val"]
-            if tensor.shape != expected.shape:
-                raise DiffoptError(
-                    f"input {node.name} has shape {list(tensor.shape)}; the program was traced for "
-                    f"{list(expected.shape)}: trace it again with inputs of this size"
+            if tensor.shape == expected.shape:
+                continue
+            shape, traced = list(tensor.shape), list(expected.shape)
+            if from_text:
+                message = (
+                    f"the text gives {node.name} the shape {shape}; the program was traced with one "
+                    f"of {traced}: use a text of as many tokens, or trace it with this text"
                 )
+            else:
+                message = (
+                    f"input {node.name} has shape {shape}; the program was traced for {traced}: "
+                    "trace it again with inputs of this size"
+                )
+            raise _mismatch(message, from_text=from_text)
         if self.guards:
             self.guards.check(tensors)
         return tensors
@@ -127,7 +194,7 @@ class Program:
     def pack(self, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
         """Return flat outputs as the pipeline returns them."""
         traced = self.host.call.get("output_type")
-        return h.pack(self.host.output, tensors, output_type if output_type != traced else None)
+        return pack(self.host.output, tensors, output_type if output_type != traced else None)
 
     def sample_inputs(self) -> list[Tensor]:
         """Return the flat inputs seen at capture."""
@@ -283,7 +350,9 @@ class Program:
             "format": FORMAT,
             "graphs": graphs,
             "host": self.host.to_json(),
-            "guards": [self.guards.expected, self.guards.where] if self.guards else None,
+            "guards": [self.guards.expected, self.guards.where, self.guards.from_text]
+            if self.guards
+            else None,
             "samples": len(self.sample),
             "history": self.history,
             "source": self.source,

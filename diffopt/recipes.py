@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,13 @@ from diffopt.recorder import Recorder, fail
 # Methods by which pipelines turn texts and pictures into tensors.
 _PROCESSING = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")
 
-_DRAWS = {"randn": "randn", "rand": "rand", "randn_like": "randn", "rand_like": "rand", "randint": "randint"}
+_DRAWS = {
+    "randn": "randn",
+    "rand": "rand",
+    "randn_like": "randn",
+    "rand_like": "rand",
+    "randint": "randint",
+}
 
 
 @dataclasses.dataclass
@@ -76,6 +82,8 @@ class Sources:
         self._lists = dict(_number_lists(self.arguments))
         self._host_lists: dict[int, tuple[int, str]] = {}
         self._depth = 0
+        # How texts are made, by the text; kept from a probe in which all cleaning shows.
+        self.templates: dict[str, h.Text] = dict(other.templates) if other else {}
         self.recorder: Recorder | None = None
 
     # The caller's own tensors and numbers
@@ -90,7 +98,9 @@ class Sources:
         for name in self.dynamic:
             value = arguments.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise CaptureError(f"dynamic={name!r}: the call must have a number there, got {value!r}")
+                raise CaptureError(
+                    f"dynamic={name!r}: the call must have a number there, got {value!r}"
+                )
             tensor = torch.tensor(float(value), dtype=torch.float64)
             node = recorder.input(name, tensor)
             self.guards[(name,)] = []
@@ -111,21 +121,33 @@ class Sources:
 
     # Random draws
 
-    def draw(self, recorder: Recorder, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]) -> Any:
+    def draw(
+        self, recorder: Recorder, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]
+    ) -> Any:
         """Run a random operator; its result is an input, drawn by the host in the same order."""
         generator = kwargs.get("generator")
         packet = func._schema.name.split("::")[1]
         if generator is not None and id(generator) not in self.generators:
             if tracked and packet not in _DRAWS:
-                fail(f"{packet} draws from a traced value", "draw the noise with torch.randn, then transform it")
-            return func(*args, **kwargs)  # a generator of the pipeline's own: the same numbers every time
+                fail(
+                    f"{packet} draws from a traced value",
+                    "draw the noise with torch.randn, then transform it",
+                )
+            return func(
+                *args, **kwargs
+            )  # a generator of the pipeline's own: the same numbers every time
         if packet in ("normal_", "uniform_") and tuple(args[1:]) in ((), (0, 1), (0.0, 1.0)):
             out, packet = func(*args, **kwargs), {"normal_": "randn", "uniform_": "rand"}[packet]
         elif packet in _DRAWS:
             out, packet = func(*args, **kwargs), _DRAWS[packet]
         else:
-            fail(f"{packet} draws random numbers in a way that can't be repeated outside", "use torch.randn or rand")
-        extra = tuple(float(a) for a in args[:2] if isinstance(a, int)) if packet == "randint" else ()
+            fail(
+                f"{packet} draws random numbers in a way that can't be repeated outside",
+                "use torch.randn or rand",
+            )
+        extra = (
+            tuple(float(a) for a in args[:2] if isinstance(a, int)) if packet == "randint" else ()
+        )
         if packet == "randint" and len(extra) == 1:
             extra = (0.0, *extra)
         place = self.generators.get(id(generator)) if generator is not None else None
@@ -169,7 +191,9 @@ class Sources:
             return call
 
         methods = {m: method(getattr(kind, m), m) for m in _PROCESSING if hasattr(kind, m)}
-        return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__, "__slots__": ()})
+        return type(
+            kind.__name__, (kind,), {**methods, "__module__": kind.__module__, "__slots__": ()}
+        )
 
     def _called(self, call: HostCall) -> None:
         index = len(self.calls)
@@ -179,8 +203,13 @@ class Sources:
         if index >= len(self.probe.calls):
             return
         other = self.probe.calls[index].args
-        encoded = self._encode(call.args, other) if self.final else None
-        if self.final and not h.places(encoded) or not self.final and _texts(call.args) == _texts(other):
+        encoded = self.encode(call.args, other) if self.final else None
+        if (
+            self.final
+            and not h.places(encoded)
+            or not self.final
+            and _texts(call.args) == _texts(other)
+        ):
             return
         nodes, keys = [], []
         for key, tensor in _tensors(call.result):
@@ -191,48 +220,61 @@ class Sources:
         step = h.Processor(call.component, call.method, encoded, tuple(keys))
         self.steps.append((step, nodes))
 
-    def _encode(self, final: Any, probe: Any) -> Any:
+    def encode(self, final: Any, probe: Any) -> Any:
         """Return a host call's arguments as JSON, with the caller's texts and pictures as places."""
         if isinstance(final, str):
-            return final if final == probe else {"text": dataclasses.asdict(self._text(final, probe))}
+            return final if final == probe else {"text": self._text(final, probe).parts}
         for place, value in h.leaves(self.arguments):
             if value is final and not isinstance(final, (str, int, float, bool, type(None))):
                 return {"place": list(place)}
         if isinstance(final, (list, tuple)):
             kind = "tuple" if isinstance(final, tuple) else "list"
-            return {kind: [self._encode(f, p) for f, p in zip(final, probe, strict=True)]}
+            if not isinstance(probe, (list, tuple)) or len(final) != len(probe):
+                fail("how a host component is called depends on the texts", "pass prompt_embeds")
+            return {kind: [self.encode(f, p) for f, p in zip(final, probe, strict=True)]}
         if isinstance(final, Mapping):
-            return {"dict": {k: self._encode(v, probe[k]) for k, v in final.items()}}
+            return {"dict": {k: self.encode(v, probe[k]) for k, v in final.items()}}
         try:
             json.dumps(final)
         except TypeError:
-            fail(f"a host component is called with {type(final).__name__}", "pass texts, numbers or pictures")
+            fail(
+                f"a host component is called with {type(final).__name__}",
+                "pass texts, numbers or pictures",
+            )
         return final
 
     def _text(self, final: str, probe: str) -> h.Text:
+        if final in self.templates:
+            return self.templates[final]
         assert self.probe is not None
-        for place, value in h.leaves(self.probe.arguments):
-            if not isinstance(value, str):
-                continue
-            for clean, function in h.CLEANERS.items():
-                if function(value) and function(value) in probe:
-                    before, after = probe.split(function(value), 1)
-                    text = h.Text(place, clean, before, after)
-                    if text.render(self.arguments) == final and text.render(self.probe.arguments) == probe:
-                        return text
+        ours = dict(h.leaves(self.arguments))
+        changed = [
+            (place, value)
+            for place, value in h.leaves(self.probe.arguments)
+            if isinstance(value, str) and ours.get(place) != value
+        ]
+        for parts in _templates(changed, probe):
+            text = h.Text(parts)
+            if text.render(self.arguments) == final:
+                self.templates[final] = text
+                return text
         fail(
             f"the text {final!r} is made from the arguments in a way that is not a template",
             "switch the pipeline's text cleaning off, or pass prompt_embeds",
         )
 
-    def _from_numpy(self, original: Callable[[np.ndarray], Tensor]) -> Callable[[np.ndarray], Tensor]:
+    def _from_numpy(
+        self, original: Callable[[np.ndarray], Tensor]
+    ) -> Callable[[np.ndarray], Tensor]:
         def from_numpy(array: np.ndarray) -> Tensor:
             tensor = original(array)
             if self._depth or self.recorder is None:
                 return tensor
             for escaped, _, where in self.recorder.escapes:
                 if array is escaped or np.shares_memory(array, escaped):
-                    raise CaptureError(f"{where}: numpy computes on a traced value; use torch operators instead")
+                    raise CaptureError(
+                        f"{where}: numpy computes on a traced value; use torch operators instead"
+                    )
             index = len(self.arrays)
             self.arrays.append(np.array(array))
             if self.probe is not None and index < len(self.probe.arrays):
@@ -244,12 +286,19 @@ class Sources:
     def _array(self, tensor: Tensor, final: np.ndarray, probe: np.ndarray) -> None:
         if final.shape == probe.shape and np.array_equal(final, probe):
             return
-        assert self.probe is not None and self.recorder is not None
+        assert self.probe is not None
+        assert self.recorder is not None
+        for _, _, where in self.recorder.escapes:
+            raise CaptureError(
+                f"{where}: numpy computes on a traced value; use torch operators instead"
+            )
         if not self.final:
             self.recorder.known.add(self.recorder.input("array", tensor))
             return
         for step in _array_recipes(self.arguments, final):
-            if _reproduces(step, self.arguments, final) and _reproduces(step, self.probe.arguments, probe):
+            if _reproduces(step, self.arguments, final) and _reproduces(
+                step, self.probe.arguments, probe
+            ):
                 node = self.recorder.input(_name(step.place), tensor)
                 self.recorder.known.add(node)
                 self.steps.append((step, [(node, tensor)]))
@@ -266,8 +315,9 @@ class Sources:
         steps: list[h.Step] = []
         ordered: list[fx.Node] = []
         sample: list[Tensor] = []
+        read = {node for node, _, _ in recorder.reads}
         for step, values in self.steps:
-            used = [i for i, (node, _) in enumerate(values) if node.users]
+            used = [i for i, (node, _) in enumerate(values) if node.users or node in read]
             if isinstance(step, h.Processor):
                 if not used:
                     continue
@@ -293,21 +343,27 @@ class Sources:
 
 
 def texts(scout: Sources) -> list[h.Place]:
-    """Return the places of arguments that may be texts: they occur in what host components got."""
-    seen = _host_texts(scout)
+    """Return the places of arguments that may be texts: they occur in what host components got.
+
+    Where a host call returns no tensors, Python uses what it returns: its texts are bound.
+    """
+    seen = _host_texts(call for call in scout.calls if _tensors(call.result))
+    bound = _host_texts(call for call in scout.calls if not _tensors(call.result))
     found = []
     for place, value in h.leaves(scout.arguments):
         if not isinstance(value, str):
             continue
-        cleaned = [clean(value) for clean in h.CLEANERS.values()]
-        if any(c in seen for c in cleaned) or (len(value) > 4 and any(c in s for c in cleaned for s in seen)):
+        cleaned = {clean(value) for clean in h.CLEANERS.values()}
+        if cleaned & set(bound):
+            continue
+        if cleaned & set(seen) or (len(value) > 4 and any(c in s for c in cleaned for s in seen)):
             found.append(place)
     return found
 
 
 def reached(probe: Sources, places: Sequence[h.Place]) -> list[h.Place]:
     """Return the places whose changed texts did reach a host component: those that are texts."""
-    seen = _host_texts(probe)
+    seen = _host_texts(probe.calls)
 
     def is_text(place: h.Place) -> bool:
         cleaned = [clean(h.find(probe.arguments, place)) for clean in h.CLEANERS.values()]
@@ -316,23 +372,95 @@ def reached(probe: Sources, places: Sequence[h.Place]) -> list[h.Place]:
     return [place for place in places if is_text(place)]
 
 
-def _host_texts(sources: Sources) -> list[str]:
-    return [v for call in sources.calls for _, v in h.leaves(call.args) if isinstance(v, str)]
+def _host_texts(calls: Iterable[HostCall]) -> list[str]:
+    return [v for call in calls for _, v in h.leaves(call.args) if isinstance(v, str)]
 
 
-def disturb(scout: Sources, places: Sequence[h.Place]) -> dict[str, Any]:
-    """Return the arguments with other texts at these places, other pictures, arrays and seeds."""
-    changed: dict[h.Place, Any] = {place: f" Wq{index} Zk " for index, place in enumerate(places)}
+def other_texts(places: Sequence[h.Place]) -> dict[h.Place, Any]:
+    """Return other texts for these places, in which every cleaning shows."""
+    return {place: f" Wq{index} Zk " for index, place in enumerate(places)}
+
+
+def same_lengths(scout: Sources, probe: Sources) -> dict[str, Any] | None:
+    """Return the probe's arguments with texts of as many tokens as the scout's; None if there are none.
+
+    The probe has shown how the texts reach the host components.
+    """
+    ours = dict(h.leaves(scout.arguments))
+    places = [p for p, v in h.leaves(probe.arguments) if isinstance(v, str) and v != ours.get(p)]
+    calls = []
+    reader = Sources(scout.arguments, scout.processors, probe, final=True)
+    for call, other in zip(scout.calls, probe.calls, strict=False):
+        try:
+            encoded = reader.encode(call.args, other.args)
+        except CaptureError:
+            return None
+        if h.places(encoded):
+            calls.append((call, encoded))
+    scout.templates = reader.templates
+    changed: dict[h.Place, Any] = {}
+    for index, place in enumerate(places):
+        concerned = [c for c in calls if place in map(tuple, h.places(c[1]))]
+        for text in _others_of(ours[place], index):
+            arguments = _replace(scout.arguments, {place: text})
+            if all(_has_length(*call, scout.processors, arguments) for call in concerned):
+                changed[place] = text
+                break
+        else:
+            return None
+    return _replace(probe.arguments, changed) if changed else None
+
+
+def _others_of(text: str, index: int) -> Iterator[str]:
+    """Yield texts that may have as many tokens as one: its words in another order, single letters."""
+    words = text.split()
+    for start in range(1, len(words)):
+        turned = [*words[start:], *words[:start]]
+        yield from (" ".join(turned), " ".join(turned[::-1]))
+    letter = "QXJVWKZY"[index % 8]
+    for count in range(128):
+        for filler in (" z", "z"):
+            yield f" {letter}{filler * count} "
+            yield f"{letter}{filler * count}"
+
+
+def _has_length(
+    call: HostCall, encoded: Any, processors: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> bool:
+    """Tell whether a host call gives results of the same shapes, and masks of the same lengths."""
+    args, kwargs = h.decode_args(encoded, arguments)
+    result = getattr(processors[call.component], call.method)(*args, **kwargs)
+
+    def lengths(value: Any) -> list[Any]:
+        return [
+            (key, t.shape, t.reshape(-1, t.shape[-1]).sum(-1).tolist() if _is_mask(t) else None)
+            for key, t in _tensors(value)
+        ]
+
+    return lengths(result) == lengths(call.result)
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return tensor.ndim > 0 and bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def disturb(scout: Sources, texts: Mapping[h.Place, Any]) -> dict[str, Any]:
+    """Return the arguments with these texts and other pictures, arrays, seeds and numbers."""
+    changed: dict[h.Place, Any] = dict(texts)
     for place, value in h.leaves(scout.arguments):
         if isinstance(value, Image.Image):
             array = np.array(value)
             noise = np.random.default_rng(0).integers(0, 256, array.shape).astype(array.dtype)
-            changed[place] = Image.fromarray(noise, mode=value.mode) if array.dtype == np.uint8 else value
+            if array.dtype == np.uint8:
+                changed[place] = Image.fromarray(noise, mode=value.mode)
         elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
             changed[place] = value[::-1] * 0.5 + 0.25
         elif isinstance(value, torch.Generator):
             # A clone, since only such generators keep their Python identity through the dispatcher.
             changed[place] = torch.Generator().manual_seed(987654321).clone_state()
+    for place, guards in scout.guards.items():
+        if not any(symbol == "==" and result for symbol, _, result, _ in guards):
+            changed[place] = h.find(scout.arguments, place) * (1 + 2**-12)
     return _replace(scout.arguments, changed)  # type: ignore[no-any-return]
 
 
@@ -355,8 +483,27 @@ def _replace(value: Any, changed: Mapping[h.Place, Any], place: h.Place = ()) ->
     if isinstance(value, (list, tuple)):
         items = [_replace(v, changed, (*place, i)) for i, v in enumerate(value)]
         # A list that holds nothing new stays the same object: torch.tensor(list) is told by identity.
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
+        return (
+            value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
+        )
     return value
+
+
+def _templates(
+    texts: Sequence[tuple[h.Place, str]], text: str
+) -> Iterator[tuple[str | tuple[h.Place, str], ...]]:
+    """Yield the ways in which a text can be made of cleaned texts and literals."""
+    if not texts:
+        yield (text,) if text else ()
+        return
+    place, value = texts[0]
+    for clean, function in h.CLEANERS.items():
+        cleaned = function(value)
+        if cleaned and cleaned in text:
+            before, after = text.split(cleaned, 1)
+            for left in _templates(texts[1:], before):
+                yield from ((*left, (place, clean), *right) for right in _templates(texts, after))
+    yield from _templates(texts[1:], text)
 
 
 def _number_lists(value: Any, place: h.Place = ()) -> Iterator[tuple[int, h.Place]]:
@@ -382,14 +529,18 @@ def _tensors(result: Any) -> list[tuple[str, Tensor]]:
 def _texts(args: Any) -> list[Any]:
     """Return what may come of the caller in a host call's arguments, comparable."""
     values = [value for _, value in h.leaves(args)]
-    return [v for v in values if isinstance(v, str)] + [id(v) for v in values if isinstance(v, Image.Image)]
+    return [v for v in values if isinstance(v, str)] + [
+        id(v) for v in values if isinstance(v, Image.Image)
+    ]
 
 
 def _name(place: Sequence[str | int]) -> str:
     return "_".join(str(part) for part in place)
 
 
-def _array_recipes(arguments: Mapping[str, Any], final: np.ndarray) -> Iterator[h.Given | h.Picture]:
+def _array_recipes(
+    arguments: Mapping[str, Any], final: np.ndarray
+) -> Iterator[h.Given | h.Picture]:
     dtype = final.dtype.name
     for place, value in h.leaves(arguments):
         if isinstance(value, np.ndarray) and value.shape == final.shape:
@@ -403,7 +554,9 @@ def _array_recipes(arguments: Mapping[str, Any], final: np.ndarray) -> Iterator[
                 continue
             size = (final.shape[layout.index("w")], final.shape[layout.index("h")])
             resamples = [0] if size == picture.size else [1, 2, 3, 0]
-            for mode, resample, scale in itertools.product({picture.mode, "RGB", "L"}, resamples, scales):
+            for mode, resample, scale in itertools.product(
+                {picture.mode, "RGB", "L"}, resamples, scales
+            ):
                 yield h.Picture(place, mode, size, resample, scale, layout)
 
 

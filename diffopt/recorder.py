@@ -6,6 +6,7 @@ that shares it is a view.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Mapping
 from typing import Any, NoReturn, Protocol
@@ -43,7 +44,9 @@ class _Master:
 class Sources(Protocol):
     """Where a program's inputs come from; see `diffopt.recipes`."""
 
-    def draw(self, recorder: "Recorder", func: Any, args: Any, kwargs: Any, tracked: list[Tensor]) -> Any:
+    def draw(
+        self, recorder: "Recorder", func: Any, args: Any, kwargs: Any, tracked: list[Tensor]
+    ) -> Any:
         """Run a random operator and make its result an input."""
 
     def given(self, recorder: "Recorder", tensor: Tensor, place: tuple[str | int, ...]) -> None:
@@ -116,7 +119,9 @@ class Recorder(TorchDispatchMode):
         else:
             name, value = "constant", tensor.detach()
             if tensor.numel() * tensor.element_size() <= _COPY_BELOW:
-                content = bytes(torch.empty(value.shape, dtype=value.dtype).copy_(value).untyped_storage())
+                content = bytes(
+                    torch.empty(value.shape, dtype=value.dtype).copy_(value).untyped_storage()
+                )
                 key = (tensor.dtype, tensor.shape, tensor.stride(), content)
                 if key in self.constants:
                     return self._get(self.constants[key])
@@ -160,7 +165,11 @@ class Recorder(TorchDispatchMode):
             owner = tensor._base if tensor._base is not None and _covers(tensor._base) else None
         if owner is None:
             owner = torch.empty(0, dtype=tensor.dtype)
-            owner.set_(tensor.untyped_storage(), 0, (tensor.untyped_storage().nbytes() // tensor.element_size(),))
+            owner.set_(
+                tensor.untyped_storage(),
+                0,
+                (tensor.untyped_storage().nbytes() // tensor.element_size(),),
+            )
         node = self.value(owner)
         layout = (tuple(owner.shape), tuple(owner.stride()), owner.storage_offset())
         return _Master(node, *layout, version=0, keep=owner)
@@ -178,7 +187,9 @@ class Recorder(TorchDispatchMode):
             if sliced is not None:
                 merged = self.emit(aten.slice_scatter.default, before.node, node, *sliced)
             else:
-                base = self.emit(aten.clone.default, before.node, memory_format=torch.contiguous_format)
+                base = self.emit(
+                    aten.clone.default, before.node, memory_format=torch.contiguous_format
+                )
                 merged = self.emit(aten.as_strided_scatter.default, base, node, *layout)
         version = before.version + 1
         self.masters[_storage(tensor)] = dataclasses.replace(before, node=merged, version=version)
@@ -199,18 +210,20 @@ class Recorder(TorchDispatchMode):
             self.write(tensor, node, master)
         return out
 
-    def _functional(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> list[fx.Node]:
+    def _functional(
+        self, func: Any, args: Any, kwargs: Any, written: list[Tensor]
+    ) -> list[fx.Node]:
         """Record the functional twin of an operator that writes; return the written values."""
         margs, mkwargs = self._map((args, kwargs))
         if func is aten.copy_.default:
             return [self._copied(args[0], margs[1])]
-        packet, overload = func._schema.name.split("::")[1], func._overloadname
-        mkwargs = {k: v for k, v in mkwargs.items() if k not in ("out", "out0", "out1")}
-        if overload.endswith("out"):
-            overload = overload.removesuffix("out").removesuffix("_") or "default"
-        twin = getattr(getattr(aten, packet.removesuffix("_")), overload, None)
+        mkwargs = {k: v for k, v in mkwargs.items() if not k.startswith("out")}
+        twin = _functional_twin(func)
         if twin is None:
-            fail(f"{func} writes in place and has no functional twin", "use the operator without the underscore")
+            fail(
+                f"{func} writes in place and has no functional twin",
+                "use the operator without the underscore",
+            )
         node = self.emit(twin, *margs, **mkwargs)
         if len(written) > 1:
             return [self.emit(operator.getitem, node, i) for i in range(len(written))]
@@ -253,6 +266,17 @@ class Recorder(TorchDispatchMode):
         if func is aten._local_scalar_dense.default or torch.Tag.data_dependent_output in func.tags:
             return self._read(func, args, kwargs, tracked)
         if torch.Tag.dynamic_output_shape in func.tags and not self._is_fixed_index(func, args):
+            # Of what the host knows, it knows how much is selected: the shape is bound to that.
+            if func is aten.index.Tensor:
+                with self:
+                    return self._mask_index(*args)
+            if func is aten.nonzero.default:
+                with self:
+                    return torch.stack(self._selected(args[0]), 1)
+            if func is aten.masked_select.default:
+                with self:
+                    values, mask = torch.broadcast_tensors(*args)
+                    return self._mask_index(values, [mask])
             fail(
                 f"{func._schema.name.split('::')[1]}: the shape of its result depends on a traced value",
                 "use a form with a fixed shape (torch.where, a mask multiply)",
@@ -267,6 +291,29 @@ class Recorder(TorchDispatchMode):
             self.known.add(node)
         self._bind_all(out, node)
         return out
+
+    def _selected(self, mask: Tensor) -> list[Tensor]:
+        """Return the coordinates of what a mask selects, in order, in number bound by a guard."""
+        if self.node_of(mask) is not None and self.node_of(mask) not in self.known:
+            fail(
+                "what a mask selects has a shape that depends on a traced value",
+                "use a form with a fixed shape (torch.where, a mask multiply)",
+            )
+        flat = mask.reshape(-1) != 0
+        count = int(flat.sum())
+        found = torch.sort(flat.to(torch.uint8), descending=True, stable=True)[1][:count]
+        coordinates = []
+        for size in reversed(mask.shape):
+            coordinates.append(found % size)
+            found = torch.div(found, size, rounding_mode="floor")
+        return coordinates[::-1]
+
+    def _mask_index(self, values: Tensor, indices: Any) -> Tensor:
+        places: list[Tensor | None] = []
+        for index in indices:
+            is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+            places.extend(self._selected(index) if is_mask else [index])
+        return aten.index.Tensor(values, places)  # type: ignore[no-any-return]
 
     def _is_fixed_index(self, func: Any, args: Any) -> bool:
         """Tell whether an indexing operator's result has a shape that depends on no traced value."""
@@ -304,12 +351,28 @@ class Recorder(TorchDispatchMode):
             return self.value(args[0])
         margs, mkwargs = self._map((args, kwargs))
         node = self.root.graph.call_function(func, margs, mkwargs)
-        node.meta["val"] = g.fake(torch.tensor(out))
+        node.meta |= {"val": g.fake(torch.tensor(out)), "where": str(location())}
         return node
 
     def escape(self, tensor: Tensor, array: np.ndarray) -> None:
         """Note that a traced value left torch as a numpy array."""
         self.escapes.append((array, self.value(tensor), location()))
+
+
+@functools.lru_cache(maxsize=None)
+def _functional_twin(func: Any) -> Any:
+    """Return the operator that computes what another one writes, with the same arguments."""
+
+    def takes(overload: Any) -> list[tuple[str, str]]:
+        arguments = overload._schema.arguments
+        return [(a.name, str(a.type)) for a in arguments if not (a.is_out or a.name == "out")]
+
+    packet = getattr(aten, func._schema.name.split("::")[1].removesuffix("_"), None)
+    for name in packet.overloads() if packet is not None else ():
+        twin = getattr(packet, name)
+        if not twin._schema.is_mutable and takes(twin) == takes(func):
+            return twin
+    return None
 
 
 def fail(what: str, advice: str) -> NoReturn:
@@ -322,7 +385,10 @@ def _storage(tensor: Tensor) -> int:
 
 def _covers(tensor: Tensor) -> bool:
     """Tell whether a tensor is all of its storage, each element once."""
-    if tensor.storage_offset() or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
+    if (
+        tensor.storage_offset()
+        or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes()
+    ):
         return False
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -338,7 +404,9 @@ def _slice_of(
     """Return (dim, start, end, step) where a layout is a slice of the base in one dimension."""
     if len(size) != len(base.size):
         return None
-    differing = [d for d in range(len(size)) if (size[d], stride[d]) != (base.size[d], base.stride[d])]
+    differing = [
+        d for d in range(len(size)) if (size[d], stride[d]) != (base.size[d], base.stride[d])
+    ]
     if len(differing) != 1 or offset < base.offset:
         return None
     (dim,) = differing

@@ -1,7 +1,8 @@
 """Nested Python values as tensors plus a structure that can be compared and rebuilt.
 
 torch's pytree knows registered containers only. Pipelines hand components objects of their own
-(a distribution, a key/value cache), so here any object whose attributes hold tensors is a container.
+(a distribution, a key/value cache), so here any object whose attributes hold tensors, lists or
+dictionaries is a container.
 """
 
 import copy
@@ -15,7 +16,18 @@ from torch import Tensor
 
 Build = Callable[[Sequence[Any]], Any]
 
-CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)
+CONSTANTS = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    enum.Enum,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +101,7 @@ def _flatten_dict(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[Ha
 def _flatten_object(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[Hashable, Build]:
     count = len(leaves)
     parts = {name: _flatten(item, leaves, above) for name, item in vars(value).items()}
-    if len(leaves) == count:
+    if len(leaves) == count and not any(isinstance(v, (list, dict)) for v in vars(value).values()):
         return _opaque(value)
 
     def build(tensors: Sequence[Any]) -> Any:
@@ -98,6 +110,27 @@ def _flatten_object(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[
         return new
 
     return (type(value).__qualname__, tuple((n, key) for n, (key, _) in parts.items())), build
+
+
+def update(old: Any, new: Any) -> Any:
+    """Give lists, dictionaries and objects the contents of others in place; return the result."""
+    if type(old) is not type(new) or old is new:
+        return new
+    if isinstance(old, list):
+        pairs = zip(old, new, strict=False)
+        old[:] = [*(update(a, b) for a, b in pairs), *new[len(old) :]]
+        return old
+    if isinstance(old, tuple) and not hasattr(old, "_fields") and len(old) == len(new):
+        return tuple(update(a, b) for a, b in zip(old, new, strict=True))
+    if isinstance(old, dict):
+        contents = {k: update(old[k], v) if k in old else v for k, v in new.items()}
+        old.clear()
+        old.update(contents)
+        return old
+    if _is_plain_object(old) and not callable(old):
+        update(vars(old), vars(new))
+        return old
+    return new
 
 
 _MODULE_INTERNALS = frozenset({*vars(torch.nn.Module()), "forward"} - {"training"})
@@ -118,7 +151,7 @@ def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
             continue
         seen.add(id(owner))
         store = vars(owner)
-        for name in list(store):
+        for name in sorted(store):  # attributes that were deleted and set again are the same
             if name in _MODULE_INTERNALS:
                 continue
             value = store[name]  # before the caller, who may change it, has it

@@ -161,6 +161,8 @@ class Cpu(Target):
             # A small weight written into the code could not be changed without compiling again.
             "always_keep_tensor_constants": not self.freeze,
             "freezing": self.freeze,
+            # Channels last would turn every weight around anew in every call.
+            "layout_optimization": self.freeze,
             "max_autotune": self.max_autotune,
             "max_autotune_report_choices_stats": False,
             # Named threads: left to itself, the compiler sizes buffers for as many as there are

@@ -297,22 +297,31 @@ def test_what_is_no_lora(make):
 
 
 @pytest.mark.parametrize(
-    ("base", "down", "kernel"),
+    ("base", "size", "down", "up"),
     [
-        (([1], [1]), ([1], [1]), 3),  # a kernel of 3 after the low rank
-        (([1], [1]), ([1], [0]), 1),  # another padding
+        (([1], [1]), 3, ([1], [1]), (3, [1], [1])),  # a kernel of 3 after the low rank
+        (([1], [1]), 1, ([1], [0]), (1, [1], [0])),  # another kernel
+        (([1], [2], [2]), 3, ([1], [1], [1]), (1, [1], [0])),  # another dilation
+        (([1], [1]), 3, ([1], [0]), (1, [1], [1])),  # another padding
     ],
 )
-def test_what_is_no_lora_of_a_convolution(base, down, kernel):
+def test_what_is_no_lora_of_a_convolution(base, size, down, up):
     def make(b, x):
-        low = conv(b, x, parameter(2, 3, 3, 3, seed=1), None, *down)
-        up = conv(b, low, parameter(4, 2, kernel, kernel, seed=2), None, [1], [kernel // 2])
+        low = conv(b, x, parameter(2, 3, size, size, seed=1), None, *down)
+        branch = conv(b, low, parameter(4, 2, up[0], up[0], seed=2), None, *up[1:])
         whole = conv(b, x, parameter(4, 3, 3, 3), BIAS, *base)
-        if down != base:
-            up = b(aten.constant_pad_nd.default, up, [1, 1, 1, 1])
-        return b(aten.add.Tensor, whole, up)
+        return b(aten.add.Tensor, whole, branch)
 
     _, record = fuse(make, IMAGE, only="lora")
+    assert not record.changed
+
+
+def test_a_branch_with_other_uses_is_no_lora():
+    def make(b, x):
+        branch = linear(b, linear(b, x, A), B)
+        return [b(aten.add.Tensor, linear(b, x, Q), branch), branch]
+
+    _, record = fuse(make, only="lora")
     assert not record.changed
 
 
@@ -411,6 +420,15 @@ def test_what_is_not_folded(make):
     _, record = fuse(make, only="scales")
     assert not record.changed
     assert record.skipped == []
+
+
+def test_a_scale_along_another_dimension():
+    def make(b, x):
+        turned = b(aten.transpose.int, linear(b, x, Q), 0, 1)
+        return b(aten.mul.Tensor, turned, randn(4))
+
+    _, record = fuse(make, randn(4, 3), only="scales")
+    assert not record.changed
 
 
 def test_half_precision_is_not_scaled():

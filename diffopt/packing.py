@@ -1,0 +1,78 @@
+"""Results: from a program's flat output tensors to what the pipeline returns."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class Output(dict[str, Any]):
+    """What a pipeline returns: entries by name, also as attributes and by position."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the output has no {name!r}, only {', '.join(self)}") from None
+
+    def __getitem__(self, key: str | int) -> Any:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
+    """Return what the pipeline returns, from flat output tensors and the structure as JSON.
+
+    Args:
+        data: The structure: {"list" | "tuple" | "dict": …}, {"class": [name, fields]}, {"value": …},
+            {"tensor": i}, or {"array" | "image": [i, index…]} for what left torch: a numpy array, or
+            an 8-bit PIL image of one; {"stack": […]} for arrays that were stacked.
+        tensors: The flat outputs.
+        output_type: "pil", "np" or "pt" for another form of the images than at capture.
+    """
+    ((kind, value),) = data.items()
+    if kind == "value":
+        return value
+    if kind == "tensor":
+        tensor = tensors[value]
+        if output_type in ("pil", "np") and _is_image(tensor):
+            return images(np.asarray(tensor.movedim(-3, -1).float()), output_type)
+        return tensor
+    if kind in ("array", "image"):
+        array = np.asarray(tensors[value[0]])[tuple(value[1:])]
+        if output_type == "pt" and array.ndim >= 3:
+            return torch.from_numpy(array).movedim(-1, -3)
+        return images(array, output_type or ("np" if kind == "array" else "pil"))
+    if kind == "stack":
+        parts = [pack(item, tensors, "np") for item in value]
+        return torch.from_numpy(np.stack(parts)) if output_type == "pt" else np.stack(parts)
+    if kind in ("list", "tuple"):
+        items = [pack(item, tensors, output_type) for item in value]
+        if output_type in ("pt", "np") and value and all("image" in item for item in value):
+            return torch.stack(items) if output_type == "pt" else np.stack(items)
+        return items if kind == "list" else tuple(items)
+    if kind == "dict":
+        return {k: pack(v, tensors, output_type) for k, v in value.items()}
+    name, fields = value
+    packed = {k: pack(v, tensors, output_type) for k, v in fields.items()}
+    module, _, qualname = name.partition(":")
+    # The pipeline's own class where its library is loaded anyway; importing it is not worth seconds.
+    kind_ = getattr(sys.modules.get(module), qualname, None)
+    return kind_(**packed) if kind_ is not None else Output(packed)
+
+
+def images(array: np.ndarray, output_type: str) -> Any:
+    """Return an array of images (…, height, width, channels) in 0…1 as PIL images, or as it is."""
+    if output_type != "pil":
+        return array
+    if array.ndim > 3:
+        return [images(item, output_type) for item in array]
+    pixels = (array * 255).round().astype("uint8")
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.ndim >= 4 and tensor.shape[-3] in (1, 3, 4) and tensor.is_floating_point()
