@@ -39,7 +39,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch takes seconds, `diffopt --help` should not."""
+    """Import a public name when it is first used: torch takes seconds, `--help` should not."""
     if name not in _MODULES:
         raise AttributeError(f"module 'diffopt' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"diffopt.{_MODULES[name]}"), name)

@@ -243,13 +243,14 @@ class Boundary:
                 continue
             values.append(self._placeholder(type_))
             recorder.bind(values[-1], part)
-        start = body.results
-        for change in body.changes:
+        outcome = body.outcome
+        start = outcome.results
+        for change in outcome.changes:
             change.store[change.name] = change.spec.build(values[start : start + change.tensors])
             start += change.tensors
-        if body.arguments:
-            tree.update(arguments, body.arguments.build(values[start:]))
-        return body.result.build(values[: body.results])
+        if outcome.arguments:
+            tree.update(arguments, outcome.arguments.build(values[start:]))
+        return outcome.result.build(values[: outcome.results])
 
     def _attach(self, body: Body) -> str:
         assert self.recorder is not None

@@ -35,18 +35,29 @@ class Change:
 
 
 @dataclasses.dataclass
-class Body:
-    """A component exported for one signature."""
+class Outcome:
+    """What one run of a call returned, set and changed, but for the tensors."""
 
-    name: str
-    module: fx.GraphModule
     result: tree.Spec
     results: int
     changes: list[Change]
     arguments: tree.Spec | None
     """What the call makes of containers among its arguments; None where it leaves them alone."""
+
+
+@dataclasses.dataclass
+class Body:
+    """A component exported for one signature."""
+
+    name: str
+    module: fx.GraphModule
+    outcome: Outcome
     written: list[int]
     """Which arguments the call writes in place, by position; their values are the last outputs."""
+
+
+class _Outcomes:
+    last: Outcome | None = None
 
 
 class Call(torch.nn.Module):
@@ -73,11 +84,13 @@ class Call(torch.nn.Module):
         self.run = method
         self.arguments, self.count = arguments, count
         self.state = [(store, name, *tree.flatten(store[name])) for store, name in state]
-        self.changes: list[Change] = []
-        self.changed: tree.Spec | None = None
+        self.before = save_state(component)
+        # The exporter puts attributes back that a run sets, but not those of an object.
+        self.outcomes = _Outcomes()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the method; returns its tensors, then those of what it set and changed."""
+        restore_state(self.before)  # the exporter runs this more than once
         args, kwargs = self.arguments.build(tensors)
         start = self.count
         for store, name, leaves, spec in self.state:
@@ -88,28 +101,27 @@ class Call(torch.nn.Module):
             for store, name in tree.attributes(self.component)
         }
         out = self.run(*args, **kwargs)
-        results, self.result = tree.flatten(out)
-        self.results = len(results)
-        self.changes = []
+        results, result = tree.flatten(out)
+        outcome = Outcome(result, len(results), [], None)
         for store, name in tree.attributes(self.component):
             value = store[name]
             if before.get((id(store), name)) == _snapshot(value):
                 continue
             changed, spec = tree.flatten(value)
-            self.changes.append(Change(store, name, spec, len(changed)))
+            outcome.changes.append(Change(store, name, spec, len(changed)))
             results.extend(changed)
         after, spec = tree.flatten((args, kwargs))
         same = all(a is b for a, b in zip(after, tensors, strict=False))
-        self.changed = None if same and spec.key == self.arguments.key else spec
-        if self.changed:
+        if not same or spec.key != self.arguments.key:
+            outcome.arguments = spec
             results.extend(after)
+        self.outcomes.last = outcome
         return tuple(results)
 
 
 def export(name: str, call: Call, inputs: Iterable[Tensor]) -> Body:
     """Export one call of a component; leaves the component as it was."""
     inputs = [t.detach() for t in (*inputs, *(t for row in call.state for t in row[2]))]
-    before = save_state(call.component)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -118,13 +130,11 @@ def export(name: str, call: Call, inputs: Iterable[Tensor]) -> Body:
             if _writes(exported.graph_module):
                 exported = exported.run_decompositions({})
     finally:
-        restore_state(before)
-        known = {(id(store), name) for store, name, *_ in before}
-        for store, attribute in list(tree.attributes(call.component)):
-            if (id(store), attribute) not in known:
-                del store[attribute]
+        restore_state(call.before)
     body, written = import_exported(exported, name, prefix="component.")
-    return Body(name, body, call.result, call.results, call.changes, call.changed, written)
+    outcome = call.outcomes.last
+    assert outcome is not None
+    return Body(name, body, outcome, written)
 
 
 def _operators(gm: fx.GraphModule) -> Iterator[fx.Node]:
@@ -344,7 +354,9 @@ def save_state(module: torch.nn.Module) -> State:
 
 def restore_state(rows: State) -> None:
     """Put back what `save_state` returned, in the same list and dictionary objects."""
+    stores: dict[int, tuple[dict[str, Any], set[str]]] = {}
     for store, name, value, contents in rows:
+        stores.setdefault(id(store), (store, set()))[1].add(name)
         store[name] = value
         if contents is None or _is_same(contents, value):
             continue
@@ -353,6 +365,9 @@ def restore_state(rows: State) -> None:
             value.extend(contents)
         else:
             value.update(contents)
+    for store, names in stores.values():
+        for name in [n for n in store if n not in names and n not in tree.MODULE_INTERNALS]:
+            del store[name]
 
 
 def _is_same(a: Any, b: Any) -> bool:

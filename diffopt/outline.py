@@ -34,6 +34,9 @@ def outline_steps(program: Program, ctx: Context) -> None:
         ctx.skip("steps", "no component is called more than once")
         return
     steps = _cut(program, anchors)
+    if all(n is s.call or s.call in n.args for s in steps for n in s.nodes):
+        ctx.skip("steps", "each is one call already")
+        return
     left = list(steps)
     outlined = 0
     replaced: dict[fx.Node, fx.Node] = {}
@@ -44,7 +47,7 @@ def outline_steps(program: Program, ctx: Context) -> None:
         calls = {s.call for s in group}
         left = [s for s in left if s.call not in calls]
         if len(group) > 1:
-            _replace(program, group, replaced)
+            _replace(program, model, group, replaced)
             outlined += len(group)
         else:
             ctx.skip(model.call, "no other step is equal to this one")
@@ -76,6 +79,8 @@ def _cut(program: Program, anchors: Sequence[fx.Node]) -> list[Step]:
         for node in reversed(nodes):
             if node.op not in ("call_function", "call_module") or node in number or not node.users:
                 continue
+            if node.args and node.args[0] in number:
+                continue  # a result belongs to its call
             users = {place[user] if user.op != "output" else len(anchors) for user in node.users}
             later = after[node] + 1
             if place[node] == later or users != {later} or later == len(anchors):
@@ -194,9 +199,12 @@ def _outside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in own))
 
 
-def _replace(program: Program, group: Sequence[Step], replaced: dict[fx.Node, fx.Node]) -> None:
+def _replace(
+    program: Program, model: Step, group: Sequence[Step], replaced: dict[fx.Node, fx.Node]
+) -> None:
     """Replace equal steps by calls of one body; `replaced` says which results took whose place."""
-    root, model = program.root, group[0]
+    root = program.root
+    model = next(s for s in group if s.call is model.call)
     outputs = [
         i
         for i in range(len(model.nodes))

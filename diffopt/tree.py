@@ -133,7 +133,7 @@ def update(old: Any, new: Any) -> Any:
     return new
 
 
-_MODULE_INTERNALS = frozenset({*vars(torch.nn.Module()), "forward"} - {"training"})
+MODULE_INTERNALS = frozenset({*vars(torch.nn.Module()), "forward"} - {"training"})
 _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
 
 
@@ -152,7 +152,7 @@ def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
         seen.add(id(owner))
         store = vars(owner)
         for name in sorted(store):  # attributes that were deleted and set again are the same
-            if name in _MODULE_INTERNALS:
+            if name in MODULE_INTERNALS:
                 continue
             value = store[name]  # before the caller, who may change it, has it
             yield store, name

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
-from diffopt import sampler
+from diffopt import rewrite, sampler
 from diffopt.core import Context, Pass, option
 from diffopt.program import Program
 from diffopt.tables import as_row, first_after_arguments, frontier, take_rows
@@ -48,8 +48,10 @@ class Unroll(Pass):
         """Re-sample where asked to, then fold."""
         if not self.is_exact():
             sampler.resample(program, ctx, self.steps, self.scheduler, self.spacing)
+        before = rewrite.shared_memory(program)
         for name in list(program.components):
             self._fold(program, name, ctx)
+        rewrite.separate_outputs(program, before)
 
     def _fold(self, program: Program, name: str, ctx: Context) -> None:
         calls, body = program.calls(name), program.components[name]
