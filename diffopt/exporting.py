@@ -20,6 +20,8 @@ from diffopt.modes import is_random
 
 aten = torch.ops.aten
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 Attribute = tuple[dict[str, Any], str]
 """An attribute of a module or helper: the dictionary that holds it, its name."""
 
@@ -43,6 +45,8 @@ class Outcome:
     changes: list[Change]
     arguments: tree.Spec | None
     """What the call makes of containers among its arguments; None where it leaves them alone."""
+    hooks: list[tuple[dict[int, Any], dict[int, Any]]]
+    """Dictionaries of hooks that the call changed, and their contents after it."""
 
 
 @dataclasses.dataclass
@@ -102,7 +106,7 @@ class Call(torch.nn.Module):
         }
         out = self.run(*args, **kwargs)
         results, result = tree.flatten(out)
-        outcome = Outcome(result, len(results), [], None)
+        outcome = Outcome(result, len(results), [], None, _hooks(self.before))
         for store, name in tree.attributes(self.component):
             value = store[name]
             if before.get((id(store), name)) == _snapshot(value):
@@ -346,10 +350,19 @@ def save_state(module: torch.nn.Module) -> State:
         rows.append((store, name, value, value.copy() if type(value) in (list, dict) else None))
     for child in module.modules():
         # Some libraries install hooks in the first call.
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for name in HOOKS:
             store = vars(child)
             rows.append((store, name, store[name], store[name].copy()))
     return rows
+
+
+def _hooks(rows: State) -> list[tuple[dict[int, Any], dict[int, Any]]]:
+    """Return the dictionaries of hooks that changed since `save_state`, with their contents."""
+    return [
+        (value, value.copy())
+        for _, name, value, contents in rows
+        if name in HOOKS and not _is_same(contents, value)
+    ]
 
 
 def restore_state(rows: State) -> None:

@@ -35,6 +35,8 @@ def find(arguments: Mapping[str, Any], place: Sequence[str | int]) -> Any:
     """Return the value at a place of the arguments; None where the path leads nowhere."""
     value: Any = arguments
     for step in place:
+        if isinstance(value, str):
+            return None
         try:
             value = value[step]
         except (KeyError, IndexError, TypeError):
@@ -177,7 +179,7 @@ class Picture:
             array = array.astype(np.float32) / 255.0
         if self.scale == "signed":
             array = 2.0 * array - 1.0
-        if self.layout.endswith("hw"):
+        if "c" not in self.layout:
             return array if array.ndim == 2 else array[..., 0]
         array = array if array.ndim == 3 else array[..., None]
         return array.transpose(2, 0, 1) if self.layout.endswith("chw") else array

@@ -146,17 +146,15 @@ def _match(model: Step, other: Step) -> Step | None:
     waiting = [n for n in model.nodes if n not in pairs]
     while waiting:
         for node in waiting:
+            if node in pairs:
+                continue
             known = [pairs[n] for n in node.all_input_nodes if n in inside and n in pairs]
-            if any(
-                _try(pair, pairs, taken, node, u)
-                for k in known[:1]
-                for u in k.users
-                if u in allowed - taken
-            ):
-                break
-        else:
+            candidates = [u for k in known[:1] for u in k.users if u in allowed and u not in taken]
+            any(_try(pair, pairs, taken, node, u) for u in candidates)
+        left = [n for n in waiting if n not in pairs]
+        if len(left) == len(waiting):
             return None
-        waiting = [n for n in waiting if n not in pairs]
+        waiting = left
     nodes = [pairs[n] for n in model.nodes]
     outside = [pairs[n] for n in _outside(model.nodes)]
     # A value from outside that depends on the step would have to be both before and after its call.

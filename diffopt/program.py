@@ -209,10 +209,8 @@ class Program:
 
     def calls(self, component: str | None = None) -> list[fx.Node]:
         """Return the component calls in order: all, or one component's."""
-        nodes = self.root.graph.find_nodes(op="call_module")
-        return [
-            n for n in self.root.graph.nodes if n in set(nodes) and component in (None, n.target)
-        ]
+        called = (n for n in self.root.graph.nodes if n.op == "call_module")
+        return [n for n in called if component in (None, n.target)]
 
     def call_sites(self) -> list[CallSite]:
         """Return every component call with its index among the calls of that component."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -104,22 +105,29 @@ def _with_frees(steps: list[_Step], kept: set[int]) -> list[_Step]:
 def _bind(node: fx.Node) -> tuple[Callable[[list[Any]], Any], list[fx.Node]]:
     """Return a call of an operator on a list of the values it takes, and the nodes of these."""
     operator_, args, kwargs = node.target, node.args, node.kwargs
-    nodes = list(node.all_input_nodes)
     assert callable(operator_)
-    leading = list(args[: len(nodes)])
-    if leading == nodes:  # the usual case: tensors first, then constants
-        rest = args[len(nodes) :]
+    leading = list(itertools.takewhile(lambda argument: isinstance(argument, fx.Node), args))
+    rest = args[len(leading) :]
+    nodes: list[Any] = leading
+    if not _mentions_nodes((rest, kwargs)):  # the usual case: tensors first, then constants
         if kwargs:
             return lambda values: operator_(*values, *rest, **kwargs), nodes
         if rest:
             return lambda values: operator_(*values, *rest), nodes
         return lambda values: operator_(*values), nodes
+    nodes = list(node.all_input_nodes)
 
     def general(values: list[Any]) -> Any:
         env = dict(zip(nodes, values, strict=True))
         return operator_(*fx.map_arg(args, env.__getitem__), **fx.map_arg(kwargs, env.__getitem__))
 
     return general, nodes
+
+
+def _mentions_nodes(arguments: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, found.append)
+    return bool(found)
 
 
 def lay_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:

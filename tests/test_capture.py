@@ -20,10 +20,8 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.linear = nn.Linear(4, 4)
-        self.calls = 0
 
     def forward(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
-        self.calls += 1
         return self.linear(x) * torch.cos(torch.as_tensor(t))
 
 
@@ -126,7 +124,6 @@ def test_a_component_is_exported_once_and_computes_nothing_afterwards():
     pipe = Loop(loop, net=part)
     latents = torch.randn(2, 4)
     expected = pipe(latents=latents, steps=25)
-    part.calls = 0
     runs = []
     part.linear.register_forward_hook(lambda *_: runs.append(1))
     program = diffopt.trace(pipe, latents=latents, steps=25)
@@ -212,6 +209,21 @@ def test_state_between_calls(kind):
     assert part.total.tolist() == [0, 0, 0]
     for x in (torch.ones(3), torch.arange(3.0)):
         assert torch.equal(program(x=x), loop(SimpleNamespace(net=kind()), x))
+
+
+def test_a_counter_that_matters_not_makes_no_second_component():
+    class Counts(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * 2
+
+    def loop(parts, x):
+        return parts.net(parts.net(x) + 1)
+
+    program = diffopt.trace(Loop(loop, net=Counts()), x=torch.ones(2))
+    assert list(program.components) == ["net"]
 
 
 class Cache:
