@@ -19,10 +19,11 @@ from torch import Tensor
 
 from diffopt import graph as g
 from diffopt import tree
-from diffopt.exporting import Attribute, Body, Call, export, restore_state, save_state
+from diffopt.exporting import Body, Call, export
 from diffopt.functions import Scalar
 from diffopt.modes import location, plain
 from diffopt.recorder import Recorder
+from diffopt.state import Attribute, restore_state, save_state
 
 log = logging.getLogger("diffopt")
 
@@ -96,7 +97,7 @@ class Boundary:
         try:
             for name, module in self.modules.items():
                 store = vars(module)
-                for method in _methods(type(module)):
+                for method in _methods(type(module)):  # type: ignore[arg-type]
                     undo.append((store, method, store.get(method)))
                     store[method] = self._wrapper(name, module, method)
             yield
@@ -280,7 +281,7 @@ class Boundary:
             return result.zero_()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _methods(kind: type) -> tuple[str, ...]:
     """Return the names of a module class's own public methods, which a pipeline may call."""
     names = ["forward"]

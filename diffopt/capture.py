@@ -11,12 +11,15 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import host as h
-from diffopt import recipes
+from diffopt import probing
+from diffopt.assets import save_component
 from diffopt.boundary import Boundary, Lifted
 from diffopt.errors import CaptureError
-from diffopt.packing import images
-from diffopt.program import Guards, Program
 from diffopt.functions import Functions
+from diffopt.guards import Guards
+from diffopt.packing import images
+from diffopt.program import Program
+from diffopt.recipes import Sources
 from diffopt.recorder import Recorder
 
 
@@ -31,8 +34,8 @@ def trace(
 ) -> Program:
     """Capture the whole call `pipeline(**arguments)` as a program.
 
-    The pipeline's Python runs three times without computing its models, each of which is exported once
-    per call signature. No adapter per pipeline is needed.
+    The pipeline's Python runs three times without computing its models, each of which is exported
+    once per call signature. No adapter per pipeline is needed.
 
     Args:
         pipeline: A diffusers pipeline, or any callable.
@@ -49,9 +52,7 @@ def trace(
     Raises:
         CaptureError: The pipeline does something that no graph can express; names the line.
     """
-    if components is None:
-        components = getattr(pipeline, "components", {})
-    return _Trace(pipeline, components, dynamic, source).program(arguments)
+    return Session(pipeline, components, dynamic, source).program(arguments)
 
 
 def trace_function(function: Callable[..., Any], *tensors: Tensor) -> Program:
@@ -61,20 +62,29 @@ def trace_function(function: Callable[..., Any], *tensors: Tensor) -> Program:
     def pipeline(**given: Tensor) -> Any:
         return function(*given.values())
 
-    return trace(pipeline, components=getattr(function, "components", {}), **arguments)
+    return Session(pipeline, getattr(function, "components", {})).program(arguments)
 
 
-class _Trace:
-    """The captures of one pipeline; exports are kept between them."""
+class Session:
+    """The captures of one pipeline; what was exported for one serves the next.
+
+    Args:
+        pipeline: A diffusers pipeline, or any callable.
+        components: As in `trace`.
+        dynamic: As in `trace`.
+        source: As in `trace`.
+    """
 
     def __init__(
         self,
         pipeline: Callable[..., Any],
-        components: Mapping[str, Any],
-        dynamic: Sequence[str],
-        source: str,
+        components: Mapping[str, Any] | None = None,
+        dynamic: Sequence[str] = (),
+        source: str = "",
     ) -> None:
         self.pipeline, self.dynamic, self.source = pipeline, tuple(dynamic), source
+        if components is None:
+            components = getattr(pipeline, "components", {})
         modules = {name: c for name, c in components.items() if isinstance(c, torch.nn.Module)}
         self.boundary = Boundary(modules)
         self.processors = {
@@ -96,27 +106,23 @@ class _Trace:
                 raise
 
     def _program(self, arguments: Mapping[str, Any]) -> Program:
-        scout = recipes.Sources(
-            recipes.same_generators(arguments), self.processors, None, self.dynamic
-        )
+        scout = Sources(probing.same_generators(arguments), self.processors, None, self.dynamic)
         self._run(scout, seed=1)
         probe, other = self._probe(scout)
         try:
             return self._final(arguments, probe, other)
         except CaptureError:
             # Where the number of tokens is not fixed, the other texts must have as many.
-            changed = recipes.same_lengths(scout, probe)
+            changed = probing.same_lengths(scout, probe)
             if changed is None:
                 raise
-        probe = recipes.Sources(changed, self.processors, scout, self.dynamic)
+        probe = Sources(changed, self.processors, scout, self.dynamic)
         other, _ = self._run(probe, seed=2)
         return self._final(arguments, probe, other)
 
-    def _final(
-        self, arguments: Mapping[str, Any], probe: recipes.Sources, other: Recorder
-    ) -> Program:
-        copies = recipes.same_generators(arguments)
-        final = recipes.Sources(copies, self.processors, probe, self.dynamic, final=True)
+    def _final(self, arguments: Mapping[str, Any], probe: Sources, other: Recorder) -> Program:
+        copies = probing.same_generators(arguments)
+        final = Sources(copies, self.processors, probe, self.dynamic, final=True)
         recorder, result = self._run(final, seed=1)
         _compare(recorder, other)
         output = _describe(result, recorder)
@@ -124,36 +130,37 @@ class _Trace:
         root = recorder.root
         guards = _guards(recorder, other, steps)
         g.prune_unused(root)
-        for gm in [root, *root._modules.values()]:
-            gm.recompile()
+        for gm in root.modules():
+            if isinstance(gm, fx.GraphModule):
+                gm.recompile()
         used = {step.asset for step in steps if isinstance(step, h.Processor)}
         host = h.Host(
             steps,
             output,
             {name: value for name, value in arguments.items() if _plain_data(value)},
-            {name: h.save_component(self.processors[name]) for name in used},
+            {name: save_component(self.processors[name]) for name in used},
             {name: self.processors[name] for name in used},
         )
         resample = self._resample(arguments)
         return Program(root, host, sample, guards=guards, source=self.source, resample=resample)
 
-    def _probe(self, scout: recipes.Sources) -> tuple[recipes.Sources, Recorder]:
+    def _probe(self, scout: Sources) -> tuple[Sources, Recorder]:
         """Run with other texts, pictures, seeds; words such as "pt" are found not to be texts."""
-        places = recipes.texts(scout)
+        places = probing.texts(scout)
         while True:
-            changed = recipes.disturb(scout, recipes.other_texts(places))
-            probe = recipes.Sources(changed, self.processors, scout, self.dynamic)
+            changed = probing.disturb(scout, probing.other_texts(places))
+            probe = Sources(changed, self.processors, scout, self.dynamic)
             try:
                 recorder, _ = self._run(probe, seed=2)
             except (ValueError, KeyError, AttributeError):
                 if not places:
                     raise
             else:
-                if recipes.reached(probe, places) == places:
+                if probing.reached(probe, places) == places:
                     return probe, recorder
-            places = recipes.reached(probe, places)
+            places = probing.reached(probe, places)
 
-    def _run(self, sources: recipes.Sources, seed: int) -> tuple[Recorder, Any]:
+    def _run(self, sources: Sources, seed: int) -> tuple[Recorder, Any]:
         recorder = Recorder(self.boundary.weights(), sources)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -207,8 +214,9 @@ def _compare(final: Recorder, probe: Recorder) -> None:
         if a.target != b.target or not _same_args(a, b, final, probe):
             where = a.meta.get("where", "?")
             raise CaptureError(
-                f"{where}: what the pipeline computes here depends in Python on the text, picture or seed; "
-                "make it depend on tensors alone, or pass tensors (prompt_embeds, latents) in their place"
+                f"{where}: what the pipeline computes here depends in Python on the text, picture "
+                "or seed; make it depend on tensors alone, or pass tensors (prompt_embeds, "
+                "latents) in their place"
             )
     if len(ours) != len(theirs):
         where = (ours + theirs)[min(len(ours), len(theirs))].meta.get("where", "?")
@@ -291,7 +299,8 @@ def _describe(result: Any, recorder: Recorder) -> Any:
         if isinstance(value, np.ndarray) and value.ndim and len(value):
             return {"stack": [array(item) for item in value]}
         raise CaptureError(
-            "the pipeline turns its result into a form on the host that is not known; ask for output_type='pt'"
+            "the pipeline turns its result into a form on the host that is not known; "
+            "ask for output_type='pt'"
         )
 
     def visit(value: Any) -> Any:
@@ -321,7 +330,8 @@ def _describe(result: Any, recorder: Recorder) -> Any:
     for number, (_, _, where) in enumerate(recorder.escapes):
         if number not in used:
             raise CaptureError(
-                f"{where}: a traced value becomes a numpy array that the pipeline does not return; use torch operators"
+                f"{where}: a traced value becomes a numpy array that the pipeline does not return; "
+                "use torch operators"
             )
     recorder.root.graph.output(tuple(outs))
     g.set_outputs(recorder.root, outs)

@@ -17,13 +17,15 @@ from diffopt import graph as g
 from diffopt import tree
 from diffopt.errors import CaptureError
 from diffopt.modes import is_random
+from diffopt.state import (
+    Attribute,
+    changed_hooks,
+    restore_state,
+    save_state,
+    snapshot,
+)
 
 aten = torch.ops.aten
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-Attribute = tuple[dict[str, Any], str]
-"""An attribute of a module or helper: the dictionary that holds it, its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +103,15 @@ class Call(torch.nn.Module):
             store[name] = spec.build(tensors[start : start + len(leaves)])
             start += len(leaves)
         before = {
-            (id(store), name): _snapshot(store[name])
+            (id(store), name): snapshot(store[name])
             for store, name in tree.attributes(self.component)
         }
         out = self.run(*args, **kwargs)
         results, result = tree.flatten(out)
-        outcome = Outcome(result, len(results), [], None, _hooks(self.before))
+        outcome = Outcome(result, len(results), [], None, changed_hooks(self.before))
         for store, name in tree.attributes(self.component):
             value = store[name]
-            if before.get((id(store), name)) == _snapshot(value):
+            if before.get((id(store), name)) == snapshot(value):
                 continue
             changed, spec = tree.flatten(value)
             outcome.changes.append(Change(store, name, spec, len(changed)))
@@ -248,7 +250,7 @@ def _import_operator(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any
         return steps.map(node.target(*values[0], **values[1]))  # type: ignore[operator]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_composite(target: Any) -> bool:
     """Tell whether an operator may return its argument or a view, depending on the layout.
 
@@ -260,16 +262,16 @@ def _is_composite(target: Any) -> bool:
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return (
         target.namespace == "aten"
-        and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key)  # type: ignore[no-untyped-call]
         and not _is_preservable_cia_op(target)
     )
 
 
-class _Steps(TorchDispatchMode):
+class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Add the operators that a composite operator runs to a graph."""
 
     def __init__(self, body: fx.GraphModule) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.body = body
         self.nodes: dict[int, fx.Node] = {}
         self.keep: list[Tensor] = []
@@ -334,70 +336,3 @@ def _inline(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any], prefix
     inner_env: dict[fx.Node, Any] = dict(zip(formals, values, strict=True))
     _import_nodes(inner, body, inner_env, prefix)
     return fx.map_arg(inner.graph.output_node().args[0], lambda n: inner_env[n])
-
-
-# A component's state
-
-
-State = list[tuple[dict[str, Any], str, Any, Any]]
-
-
-def save_state(module: torch.nn.Module) -> State:
-    """Return every attribute of a module tree with its value and its contents, to put back later."""
-    rows: State = []
-    for store, name in tree.attributes(module):
-        value = store[name]
-        rows.append((store, name, value, value.copy() if type(value) in (list, dict) else None))
-    for child in module.modules():
-        # Some libraries install hooks in the first call.
-        for name in HOOKS:
-            store = vars(child)
-            rows.append((store, name, store[name], store[name].copy()))
-    return rows
-
-
-def _hooks(rows: State) -> list[tuple[dict[int, Any], dict[int, Any]]]:
-    """Return the dictionaries of hooks that changed since `save_state`, with their contents."""
-    return [
-        (value, value.copy())
-        for _, name, value, contents in rows
-        if name in HOOKS and not _is_same(contents, value)
-    ]
-
-
-def restore_state(rows: State) -> None:
-    """Put back what `save_state` returned, in the same list and dictionary objects."""
-    stores: dict[int, tuple[dict[str, Any], set[str]]] = {}
-    for store, name, value, contents in rows:
-        stores.setdefault(id(store), (store, set()))[1].add(name)
-        store[name] = value
-        if contents is None or _is_same(contents, value):
-            continue
-        value.clear()
-        if isinstance(value, list):
-            value.extend(contents)
-        else:
-            value.update(contents)
-    for store, names in stores.values():
-        for name in [n for n in store if n not in names and n not in tree.MODULE_INTERNALS]:
-            del store[name]
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Tell whether two containers hold the same objects; their tensors have no truth value."""
-    if len(a) != len(b):
-        return False
-    if isinstance(a, list):
-        return all(x is y for x, y in zip(a, b, strict=True))
-    return list(a) == list(b) and all(a[k] is b[k] for k in a)
-
-
-def _snapshot(value: Any) -> Any:
-    """Describe an attribute so that a change shows: constants by value, the rest by identity."""
-    if isinstance(value, tree.CONSTANTS):
-        return (type(value), value)
-    if isinstance(value, (list, tuple)):
-        return (type(value), tuple(_snapshot(item) for item in value))
-    if isinstance(value, dict):
-        return (type(value), tuple((k, _snapshot(v)) for k, v in value.items()))
-    return id(value)

@@ -79,7 +79,7 @@ class Scalar(float):
         return bool(self._compare("!=", 0.0, float.__ne__(self, 0.0)))
 
 
-def _recorded(function: Callable[..., Tensor], *, swapped: bool = False) -> Any:
+def _recorded(function: Callable[..., Any], *, swapped: bool = False) -> Any:
     def method(self: Scalar, *others: Any) -> Any:
         args = (*others, self) if swapped else (self, *others)
         if any(not isinstance(a, (int, float)) for a in args):
@@ -100,12 +100,13 @@ def _binding(function: Callable[..., Any]) -> Any:
     return method
 
 
-for _name, _function in {
+_OPERATORS: dict[str, Any] = {
     "add": torch.add,
     "sub": torch.sub,
     "mul": torch.mul,
     "truediv": torch.div,
-}.items():
+}
+for _name, _function in _OPERATORS.items():
     setattr(Scalar, f"__{_name}__", _recorded(_function))
     setattr(Scalar, f"__r{_name}__", _recorded(_function, swapped=True))
 Scalar.__neg__ = _recorded(torch.neg)  # type: ignore[method-assign]
@@ -158,9 +159,10 @@ class Functions(TorchFunctionMode):
         if node is None:
             return func(*args, **kwargs)
         if node in self.recorder.known:
-            with plain():
-                value = args[0].tolist()
-            self.recorder.reads.append((node, value, location()))
+            if not self.sources.in_host():
+                with plain():
+                    value = args[0].tolist()
+                self.recorder.reads.append((node, value, location()))
             return func(*args, **kwargs)
         if name == "tolist":
             fail("a traced value becomes a Python list here", "keep it a tensor")

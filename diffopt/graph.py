@@ -162,25 +162,24 @@ def copy_nodes(
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the nodes and everything that they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
+    return _reach(nodes, lambda node: node.all_input_nodes)
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the nodes and everything that is computed from them."""
+    return _reach(nodes, lambda node: node.users)
+
+
+def _reach(
+    nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(node.users)
+            stack.extend(neighbours(node))
     return found
 
 

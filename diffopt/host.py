@@ -6,9 +6,7 @@ plain data (JSON), so an engine can run them without the pipeline's code.
 """
 
 import dataclasses
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffopt.assets import load_component
 from diffopt.errors import DiffoptError
 
 Place = tuple[str | int, ...]
 """Where in the call's arguments a value is: ("prompt", 0) is the first of a list of prompts."""
 
-CLEANERS = {
+CLEANERS: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
     "strip": str.strip,
     "rstrip": str.rstrip,
@@ -236,7 +235,7 @@ class Host:
     output: Any
     """JSON: the structure that the pipeline returns; see `pack`."""
     call: dict[str, Any]
-    """The traced arguments that are plain data: defaults of inputs, and what was bound at capture."""
+    """The traced arguments that are plain data: defaults of inputs, and what was bound."""
     assets: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
     """Files of each host component, by file name."""
     components: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -291,20 +290,25 @@ class Call:
             if name not in host.call:
                 known = ", ".join(sorted(free))
                 raise DiffoptError(
-                    f"{name}={_short(value)}: the program was traced without {name!r}; trace it again with "
-                    f"{name!r} among the arguments (its inputs are: {known})"
+                    f"{name}={_short(value)}: the program was traced without {name!r}; "
+                    f"trace it again with {name!r} among the arguments (its inputs are: {known})"
                 )
             if not _same(host.call[name], value):
                 raise DiffoptError(
-                    f"{name}={_short(value)}: {name!r} was bound to {_short(host.call[name])} at capture; "
-                    f"trace again with this value, or with dynamic=({name!r},) if it is a number"
+                    f"{name}={_short(value)}: {name!r} was bound to {_short(host.call[name])} "
+                    "at capture; trace again with this value, or with "
+                    f"dynamic=({name!r},) if it is a number"
                 )
         self.arguments = host.call | arguments
         self._generators: dict[Place | None, torch.Generator] = {}
 
     def generator(self, place: Place | None) -> torch.Generator | None:
         """Return the generator to draw from; one object a place, so draws follow one another."""
-        given = find(self.arguments, place) if place else self.arguments.get("generator")
+        if place:
+            given = find(self.arguments, place)
+        else:  # from the default generator, unless a generator is given where none was traced
+            named = any(isinstance(s, Draw) and s.generator for s in self.host.steps)
+            given = None if named else self.arguments.get("generator")
         if isinstance(given, list) and len(given) == 1:
             given = given[0]
         if isinstance(given, torch.Generator):
@@ -321,37 +325,6 @@ class Call:
         if name not in self.host.components:
             self.host.components[name] = load_component(name, self.host.assets[name])
         return self.host.components[name]
-
-
-def load_component(name: str, files: Mapping[str, bytes]) -> Any:
-    """Make a tokenizer or image processor from its files."""
-    try:
-        import transformers
-    except ImportError:
-        raise DiffoptError(
-            f"the tokenizer {name!r} needs the package transformers: pip install transformers"
-        ) from None
-    with tempfile.TemporaryDirectory() as folder:
-        for file, content in files.items():
-            path = Path(folder, file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        if "tokenizer_config.json" in files:
-            return transformers.AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
-        return transformers.AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
-
-
-def save_component(component: Any) -> dict[str, bytes]:
-    """Return the files that `load_component` needs; none where the component can't be saved."""
-    if not hasattr(component, "save_pretrained"):
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        component.save_pretrained(folder)
-        files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-# Arguments of a processor's call as JSON
 
 
 def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:

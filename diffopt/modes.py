@@ -48,13 +48,13 @@ def location() -> Location:
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Run outside capture's modes; exporting needs the mode stacks to itself."""
-    popped = [_pop_mode() for _ in _get_current_function_mode_stack()]
+    popped = [_pop_mode() for _ in _get_current_function_mode_stack()]  # type: ignore[no-untyped-call]
     try:
         with _disable_current_modes():
             yield
     finally:
         for mode in reversed(popped):
-            _push_mode(mode)
+            _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 def is_random(func: Any) -> bool:

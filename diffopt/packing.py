@@ -27,9 +27,9 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
     """Return what the pipeline returns, from flat output tensors and the structure as JSON.
 
     Args:
-        data: The structure: {"list" | "tuple" | "dict": …}, {"class": [name, fields]}, {"value": …},
-            {"tensor": i}, or {"array" | "image": [i, index…]} for what left torch: a numpy array, or
-            an 8-bit PIL image of one; {"stack": […]} for arrays that were stacked.
+        data: The structure: {"list" | "tuple" | "dict": …}, {"class": [name, fields]},
+            {"value": …}, {"tensor": i}, or {"array" | "image": [i, index…]} for what left torch: a
+            numpy array, or an 8-bit PIL image of one; {"stack": […]} for arrays that were stacked.
         tensors: The flat outputs.
         output_type: "pil", "np" or "pt" for another form of the images than at capture.
     """
@@ -59,7 +59,7 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
     name, fields = value
     packed = {k: pack(v, tensors, output_type) for k, v in fields.items()}
     module, _, qualname = name.partition(":")
-    # The pipeline's own class where its library is loaded anyway; importing it is not worth seconds.
+    # The pipeline's own class where its library is loaded anyway; an import would take seconds.
     kind_ = getattr(sys.modules.get(module), qualname, None)
     return kind_(**packed) if kind_ is not None else Output(packed)
 

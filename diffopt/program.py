@@ -7,24 +7,21 @@ tensor arguments and a flat tuple of tensors as its result. Weights are shared b
 import contextlib
 import dataclasses
 import hashlib
-import json
 import operator
 import os
-import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import host as h
-from diffopt import serialize
+from diffopt import programfile, serialize
 from diffopt.errors import DiffoptError, VerifyError
+from diffopt.guards import Guards, Mismatch, mismatch
 from diffopt.packing import pack
+from diffopt.wellformed import verify_call, verify_graph, verify_type
 
 FORMAT = 1
 
@@ -41,45 +38,6 @@ class CallSite:
 
 # Programs that are kept for other numbers of tokens; the one that was made first goes first.
 VARIANTS = 8
-
-
-class Mismatch(DiffoptError):
-    """Say that new arguments do not fit what the program was traced with."""
-
-    from_text = False
-    """Whether it is a text's doing: another number of tokens, say."""
-
-
-def _mismatch(message: str, *, from_text: bool) -> Mismatch:
-    error = Mismatch(message)
-    error.from_text = from_text
-    return error
-
-
-@dataclasses.dataclass
-class Guards:
-    """What Python read of the caller's tensors at capture; new ones must give the same."""
-
-    body: fx.GraphModule
-    """From all of the program's inputs to the values that were read."""
-    expected: list[Any]
-    where: list[str]
-    from_text: list[bool]
-    """Whether a value depends on texts alone."""
-
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise a `DiffoptError` where a value differs from the one at capture."""
-        with torch.no_grad():
-            values = self.body(*tensors)
-        rows = zip(values, self.expected, self.where, self.from_text, strict=True)
-        for value, expected, where, from_text in rows:
-            found = value.tolist() if isinstance(value, Tensor) else value
-            if found != expected:
-                raise _mismatch(
-                    f"{where.rstrip(':')}: this is {found} for these arguments and was {expected} at capture; "
-                    "trace the program again with arguments like these",
-                    from_text=from_text,
-                )
 
 
 class Program:
@@ -128,8 +86,8 @@ class Program:
     def __call__(self, **arguments: Any) -> Any:
         """Run the program as the pipeline was called; returns what the pipeline returns.
 
-        Texts of another number of tokens, where the pipeline does not fix it, are captured when they
-        first come, while the pipeline is at hand.
+        Texts of another number of tokens, where the pipeline does not fix it, are captured when
+        they first come, while the pipeline is at hand.
         """
         program, tensors = self._fitting(arguments)
         return program.pack(program.run(tensors), arguments.get("output_type"))
@@ -173,15 +131,15 @@ class Program:
             shape, traced = list(tensor.shape), list(expected.shape)
             if from_text:
                 message = (
-                    f"the text gives {node.name} the shape {shape}; the program was traced with one "
-                    f"of {traced}: use a text of as many tokens, or trace it with this text"
+                    f"the text gives {node.name} the shape {shape}; the program was traced with "
+                    f"one of {traced}: use a text of as many tokens, or trace it with this text"
                 )
             else:
                 message = (
                     f"input {node.name} has shape {shape}; the program was traced for {traced}: "
                     "trace it again with inputs of this size"
                 )
-            raise _mismatch(message, from_text=from_text)
+            raise mismatch(message, from_text=from_text)
         if self.guards:
             self.guards.check(tensors)
         return tensors
@@ -315,14 +273,14 @@ class Program:
         component call names a component and passes what it takes; inputs fit the host's steps.
         """
         for name, gm in {"program": self.root, **self.components}.items():
-            _verify_graph(name, gm, is_root=gm is self.root)
+            verify_graph(name, gm, is_root=gm is self.root)
         for node in self.calls():
-            _verify_call(node, self.components[str(node.target)])
+            verify_call(node, self.components[str(node.target)])
         takes = g.placeholders(self.root)
         if len(self.sample) != len(takes):
             raise VerifyError(f"program: {len(takes)} placeholders for {len(self.sample)} inputs")
         for node, tensor in zip(takes, self.sample, strict=True):
-            _verify_type(f"program: input {node.name}", node.meta["val"], tensor)
+            verify_type(f"program: input {node.name}", node.meta["val"], tensor)
 
     # Saving
 
@@ -396,56 +354,18 @@ class Program:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to one file: JSON, safetensors, assets. Atomic."""
-        data, tensors, assets = self.to_members()
-        path = Path(path)
-        members = {
-            "program.json": json.dumps(data).encode(),
-            "weights.safetensors": pack_tensors(tensors),
-        }
-        members |= {f"assets/{name}": content for name, content in assets.items()}
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            try:
-                with zipfile.ZipFile(file, "w") as archive:
-                    for name, content in members.items():
-                        archive.writestr(name, content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        programfile.write(path, *self.to_members())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Program":
         """Read a program that `save` wrote; a file that is none is a `DiffoptError`."""
-        try:
-            with zipfile.ZipFile(path) as archive:
-                data = json.loads(archive.read("program.json"))
-                tensors = safetensors.torch.load(archive.read("weights.safetensors"))
-                names = [n for n in archive.namelist() if n.startswith("assets/")]
-                assets = {n.removeprefix("assets/"): archive.read(n) for n in names}
-        except FileNotFoundError:
-            raise DiffoptError(f"{os.fspath(path)}: no such file") from None
-        except IsADirectoryError:
-            raise DiffoptError(f"{os.fspath(path)}: is a directory, not a program file") from None
-        except (zipfile.BadZipFile, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise DiffoptError(
-                f"{os.fspath(path)}: not a whole program file ({error}); write it again "
-                "with `diffopt trace`"
-            ) from None
+        data, tensors, assets = programfile.read(path)
         if data["format"] != FORMAT:
             raise DiffoptError(
                 f"{os.fspath(path)}: format {data['format']}, this diffopt reads {FORMAT}; "
                 "trace the model again"
             )
         return Program.from_members(data, tensors, assets)
-
-
-def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return tensors as safetensors bytes; the values, made contiguous, without sharing storage."""
-    return safetensors.torch.save(
-        {name: t.detach().contiguous().clone() for name, t in tensors.items()}
-    )
 
 
 def _restride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
@@ -460,50 +380,3 @@ def _restride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
 
 def _indent(text: str) -> str:
     return "\n".join("  " + line for line in text.splitlines())
-
-
-def _verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
-    try:
-        gm.graph.lint()
-    except Exception as error:
-        raise VerifyError(f"{name}: {error}") from error
-    for node in gm.graph.nodes:
-        where = f"{name}: {node.format_node()}"
-        if node.op == "output":
-            if not (
-                isinstance(node.args[0], tuple)
-                and all(isinstance(n, fx.Node) for n in node.args[0])
-            ):
-                raise VerifyError(f"{where}: the output is not a flat tuple of values")
-            continue
-        if "val" not in node.meta:
-            raise VerifyError(f"{where}: the value has no recorded type")
-        if node.op == "get_attr":
-            _verify_type(where, node.meta["val"], g.attribute(gm, str(node.target)))
-        elif node.op == "call_function":
-            _verify_type(where, node.meta["val"], g.propagate(node))
-        elif node.op == "call_module" and not is_root:
-            raise VerifyError(f"{where}: a component calls a component")
-
-
-def _verify_call(node: fx.Node, body: fx.GraphModule) -> None:
-    takes = g.placeholders(body)
-    if len(takes) != len(node.args) or node.kwargs:
-        raise VerifyError(
-            f"program: {node.format_node()}: passes {len(node.args)} values, takes {len(takes)}"
-        )
-    for formal, actual in zip(takes, node.args, strict=True):
-        assert isinstance(actual, fx.Node)
-        _verify_type(
-            f"program: {node.format_node()}: {formal.name}", formal.meta["val"], actual.meta["val"]
-        )
-    _verify_type(
-        f"program: {node.format_node()}",
-        node.meta["val"],
-        tuple(n.meta["val"] for n in g.outputs(body)),
-    )
-
-
-def _verify_type(where: str, recorded: Any, actual: Any) -> None:
-    if g.type_text(recorded) != g.type_text(actual):
-        raise VerifyError(f"{where}: recorded as {g.type_text(recorded)}, is {g.type_text(actual)}")

@@ -8,9 +8,8 @@ both runs' values.
 
 import contextlib
 import dataclasses
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from torch import Tensor, fx
 
 from diffopt import host as h
 from diffopt.errors import CaptureError
-from diffopt.modes import location
 from diffopt.functions import Scalar
+from diffopt.guesses import array_recipes, reproduces, templates
 from diffopt.recorder import Recorder, fail
 
 # Methods by which pipelines turn texts and pictures into tensors.
@@ -52,8 +51,8 @@ class Sources:
     Args:
         arguments: The call's arguments.
         processors: Host components (not modules) by name.
-        other: An earlier run with other texts and pictures: what differs from it is an input. None for
-            the first run.
+        other: An earlier run with other texts and pictures: what differs from it is an input. None
+            for the first run.
         dynamic: Names of numbers that stay inputs.
         final: Find recipes for the inputs; otherwise they are only recorded as such.
     """
@@ -89,7 +88,7 @@ class Sources:
     # The caller's own tensors and numbers
 
     def start(self, recorder: Recorder) -> dict[str, Any]:
-        """Make inputs of the caller's tensors and dynamic numbers; returns the arguments to call with."""
+        """Make inputs of tensors and dynamic numbers; returns the arguments to call with."""
         self.recorder = recorder
         for place, value in h.leaves(self.arguments):
             if isinstance(value, Tensor):
@@ -114,6 +113,10 @@ class Sources:
         recorder.known.add(node)
         dtype = str(tensor.dtype).removeprefix("torch.")
         self.steps.append((h.Given(place, dtype), [(node, tensor)]))
+
+    def in_host(self) -> bool:
+        """Tell whether a host component runs."""
+        return self._depth > 0
 
     def place_of_list(self, value: Any) -> h.Place | None:
         """Return the place of a list of numbers among the arguments, or of a host call's result."""
@@ -163,13 +166,13 @@ class Sources:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """See host components' calls and tensors made of numpy arrays for the time of the context."""
+        """See host components' calls and tensors made of arrays for the time of the context."""
         originals = [(p, type(p)) for p in self.processors.values()]
         from_numpy = torch.from_numpy
         try:
             for name, processor in self.processors.items():
                 processor.__class__ = self._watched(name, type(processor))
-            torch.from_numpy = self._from_numpy(from_numpy)
+            torch.from_numpy = self._from_numpy(from_numpy)  # type: ignore[assignment]
             yield
         finally:
             torch.from_numpy = from_numpy
@@ -204,15 +207,12 @@ class Sources:
             return
         other = self.probe.calls[index].args
         encoded = self.encode(call.args, other) if self.final else None
-        if (
-            self.final
-            and not h.places(encoded)
-            or not self.final
-            and _texts(call.args) == _texts(other)
+        if (self.final and not h.places(encoded)) or (
+            not self.final and _texts(call.args) == _texts(other)
         ):
             return
         nodes, keys = [], []
-        for key, tensor in _tensors(call.result):
+        for key, tensor in tensors_of(call.result):
             node = self.recorder.input(f"{call.component}_{key}" if key else call.component, tensor)
             self.recorder.known.add(node)
             nodes.append((node, tensor))
@@ -221,7 +221,7 @@ class Sources:
         self.steps.append((step, nodes))
 
     def encode(self, final: Any, probe: Any) -> Any:
-        """Return a host call's arguments as JSON, with the caller's texts and pictures as places."""
+        """Return a host call's arguments as JSON, the caller's texts and pictures as places."""
         if isinstance(final, str):
             return final if final == probe else {"text": self._text(final, probe).parts}
         for place, value in h.leaves(self.arguments):
@@ -253,7 +253,7 @@ class Sources:
             for place, value in h.leaves(self.probe.arguments)
             if isinstance(value, str) and ours.get(place) != value
         ]
-        for parts in _templates(changed, probe):
+        for parts in templates(changed, probe):
             text = h.Text(parts)
             if text.render(self.arguments) == final:
                 self.templates[final] = text
@@ -284,7 +284,7 @@ class Sources:
         return from_numpy
 
     def _array(self, tensor: Tensor, final: np.ndarray, probe: np.ndarray) -> None:
-        if final.shape == probe.shape and np.array_equal(final, probe):
+        if np.array_equal(final, probe, equal_nan=final.dtype.kind in "fc"):
             return
         assert self.probe is not None
         assert self.recorder is not None
@@ -295,8 +295,8 @@ class Sources:
         if not self.final:
             self.recorder.known.add(self.recorder.input("array", tensor))
             return
-        for step in _array_recipes(self.arguments, final):
-            if _reproduces(step, self.arguments, final) and _reproduces(
+        for step in array_recipes(self.arguments, final):
+            if reproduces(step, self.arguments, final) and reproduces(
                 step, self.probe.arguments, probe
             ):
                 node = self.recorder.input(_name(step.place), tensor)
@@ -304,7 +304,8 @@ class Sources:
                 self.steps.append((step, [(node, tensor)]))
                 return
         fail(
-            "a numpy array made from the arguments enters here, and not by resizing a picture or as it was given",
+            "a numpy array made from the arguments enters here, which is neither a resized "
+            "picture nor as it was given",
             "pass the argument as a tensor",
         )
 
@@ -342,170 +343,6 @@ class Sources:
             return steps, [t.detach().clone(memory_format=torch.preserve_format) for t in sample]
 
 
-def texts(scout: Sources) -> list[h.Place]:
-    """Return the places of arguments that may be texts: they occur in what host components got.
-
-    Where a host call returns no tensors, Python uses what it returns: its texts are bound.
-    """
-    seen = _host_texts(call for call in scout.calls if _tensors(call.result))
-    bound = _host_texts(call for call in scout.calls if not _tensors(call.result))
-    found = []
-    for place, value in h.leaves(scout.arguments):
-        if not isinstance(value, str):
-            continue
-        cleaned = {clean(value) for clean in h.CLEANERS.values()}
-        if cleaned & set(bound):
-            continue
-        if cleaned & set(seen) or (len(value) > 4 and any(c in s for c in cleaned for s in seen)):
-            found.append(place)
-    return found
-
-
-def reached(probe: Sources, places: Sequence[h.Place]) -> list[h.Place]:
-    """Return the places whose changed texts did reach a host component: those that are texts."""
-    seen = _host_texts(probe.calls)
-
-    def is_text(place: h.Place) -> bool:
-        cleaned = [clean(h.find(probe.arguments, place)) for clean in h.CLEANERS.values()]
-        return any(c in s for c in cleaned for s in seen)
-
-    return [place for place in places if is_text(place)]
-
-
-def _host_texts(calls: Iterable[HostCall]) -> list[str]:
-    return [v for call in calls for _, v in h.leaves(call.args) if isinstance(v, str)]
-
-
-def other_texts(places: Sequence[h.Place]) -> dict[h.Place, Any]:
-    """Return other texts for these places, in which every cleaning shows."""
-    return {place: f" Wq{index} Zk " for index, place in enumerate(places)}
-
-
-def same_lengths(scout: Sources, probe: Sources) -> dict[str, Any] | None:
-    """Return the probe's arguments with texts of as many tokens as the scout's; None if there are none.
-
-    The probe has shown how the texts reach the host components.
-    """
-    ours = dict(h.leaves(scout.arguments))
-    places = [p for p, v in h.leaves(probe.arguments) if isinstance(v, str) and v != ours.get(p)]
-    calls = []
-    reader = Sources(scout.arguments, scout.processors, probe, final=True)
-    for call, other in zip(scout.calls, probe.calls, strict=False):
-        try:
-            encoded = reader.encode(call.args, other.args)
-        except CaptureError:
-            return None
-        if h.places(encoded):
-            calls.append((call, encoded))
-    scout.templates = reader.templates
-    changed: dict[h.Place, Any] = {}
-    for index, place in enumerate(places):
-        concerned = [c for c in calls if place in map(tuple, h.places(c[1]))]
-        for text in _others_of(ours[place], index):
-            arguments = _replace(scout.arguments, {place: text})
-            if all(_has_length(*call, scout.processors, arguments) for call in concerned):
-                changed[place] = text
-                break
-        else:
-            return None
-    return _replace(probe.arguments, changed) if changed else None
-
-
-def _others_of(text: str, index: int) -> Iterator[str]:
-    """Yield texts that may have as many tokens as one: its words in another order, single letters."""
-    words = text.split()
-    for start in range(1, len(words)):
-        turned = [*words[start:], *words[:start]]
-        yield from (" ".join(turned), " ".join(turned[::-1]))
-    letter = "QXJVWKZY"[index % 8]
-    for count in range(128):
-        for filler in (" z", "z"):
-            yield f" {letter}{filler * count} "
-            yield f"{letter}{filler * count}"
-
-
-def _has_length(
-    call: HostCall, encoded: Any, processors: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> bool:
-    """Tell whether a host call gives results of the same shapes, and masks of the same lengths."""
-    args, kwargs = h.decode_args(encoded, arguments)
-    result = getattr(processors[call.component], call.method)(*args, **kwargs)
-
-    def lengths(value: Any) -> list[Any]:
-        return [
-            (key, t.shape, t.reshape(-1, t.shape[-1]).sum(-1).tolist() if _is_mask(t) else None)
-            for key, t in _tensors(value)
-        ]
-
-    return lengths(result) == lengths(call.result)
-
-
-def _is_mask(tensor: Tensor) -> bool:
-    return tensor.ndim > 0 and bool(((tensor == 0) | (tensor == 1)).all())
-
-
-def disturb(scout: Sources, texts: Mapping[h.Place, Any]) -> dict[str, Any]:
-    """Return the arguments with these texts and other pictures, arrays, seeds and numbers."""
-    changed: dict[h.Place, Any] = dict(texts)
-    for place, value in h.leaves(scout.arguments):
-        if isinstance(value, Image.Image):
-            array = np.array(value)
-            noise = np.random.default_rng(0).integers(0, 256, array.shape).astype(array.dtype)
-            if array.dtype == np.uint8:
-                changed[place] = Image.fromarray(noise, mode=value.mode)
-        elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
-            changed[place] = value[::-1] * 0.5 + 0.25
-        elif isinstance(value, torch.Generator):
-            # A clone, since only such generators keep their Python identity through the dispatcher.
-            changed[place] = torch.Generator().manual_seed(987654321).clone_state()
-    for place, guards in scout.guards.items():
-        if not any(symbol == "==" and result for symbol, _, result, _ in guards):
-            changed[place] = h.find(scout.arguments, place) * (1 + 2**-12)
-    return _replace(scout.arguments, changed)  # type: ignore[no-any-return]
-
-
-def same_generators(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with copies of the generators, so that capture leaves the caller's alone."""
-    changed: dict[h.Place, Any] = {}
-    copies: dict[int, torch.Generator] = {}
-    for place, value in h.leaves(arguments):
-        if isinstance(value, torch.Generator):
-            copies.setdefault(id(value), value.clone_state())
-            changed[place] = copies[id(value)]
-    return _replace(arguments, changed)  # type: ignore[no-any-return]
-
-
-def _replace(value: Any, changed: Mapping[h.Place, Any], place: h.Place = ()) -> Any:
-    if place in changed:
-        return changed[place]
-    if isinstance(value, Mapping):
-        return {k: _replace(v, changed, (*place, k)) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_replace(v, changed, (*place, i)) for i, v in enumerate(value)]
-        # A list that holds nothing new stays the same object: torch.tensor(list) is told by identity.
-        return (
-            value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
-        )
-    return value
-
-
-def _templates(
-    texts: Sequence[tuple[h.Place, str]], text: str
-) -> Iterator[tuple[str | tuple[h.Place, str], ...]]:
-    """Yield the ways in which a text can be made of cleaned texts and literals."""
-    if not texts:
-        yield (text,) if text else ()
-        return
-    place, value = texts[0]
-    for clean, function in h.CLEANERS.items():
-        cleaned = function(value)
-        if cleaned and cleaned in text:
-            before, after = text.split(cleaned, 1)
-            for left in _templates(texts[1:], before):
-                yield from ((*left, (place, clean), *right) for right in _templates(texts, after))
-    yield from _templates(texts[1:], text)
-
-
 def _number_lists(value: Any, place: h.Place = ()) -> Iterator[tuple[int, h.Place]]:
     if isinstance(value, Mapping):
         for k, v in value.items():
@@ -517,7 +354,7 @@ def _number_lists(value: Any, place: h.Place = ()) -> Iterator[tuple[int, h.Plac
             yield from _number_lists(v, (*place, i))
 
 
-def _tensors(result: Any) -> list[tuple[str, Tensor]]:
+def tensors_of(result: Any) -> list[tuple[str, Tensor]]:
     """Return the tensors of a host call's result by key."""
     if isinstance(result, Tensor):
         return [("", result)]
@@ -536,33 +373,3 @@ def _texts(args: Any) -> list[Any]:
 
 def _name(place: Sequence[str | int]) -> str:
     return "_".join(str(part) for part in place)
-
-
-def _array_recipes(
-    arguments: Mapping[str, Any], final: np.ndarray
-) -> Iterator[h.Given | h.Picture]:
-    dtype = final.dtype.name
-    for place, value in h.leaves(arguments):
-        if isinstance(value, np.ndarray) and value.shape == final.shape:
-            yield h.Given(place, dtype)
-    pictures = {place: v for place, v in h.leaves(arguments) if isinstance(v, Image.Image)}
-    pictures |= {place[:-1]: v for place, v in pictures.items() if place and place[-1] == 0}
-    scales = ("byte",) if final.dtype == np.uint8 else ("unit", "signed")
-    for place, picture in pictures.items():
-        for layout in ("nhwc", "nchw", "nhw", "hwc", "chw", "hw"):
-            if len(layout) != final.ndim:
-                continue
-            size = (final.shape[layout.index("w")], final.shape[layout.index("h")])
-            resamples = [0] if size == picture.size else [1, 2, 3, 0]
-            for mode, resample, scale in itertools.product(
-                {picture.mode, "RGB", "L"}, resamples, scales
-            ):
-                yield h.Picture(place, mode, size, resample, scale, layout)
-
-
-def _reproduces(step: h.Given | h.Picture, arguments: Mapping[str, Any], array: np.ndarray) -> bool:
-    value = h.find(arguments, step.place)
-    if isinstance(step, h.Given):
-        return np.array_equal(value, array)
-    made = step.render(value if isinstance(value, list) else [value])
-    return made.shape == array.shape and np.array_equal(made, array)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffopt import graph as g
 from diffopt import tree
 from diffopt.errors import CaptureError
+from diffopt.layout import Master, covers, layout_of, slice_of, storage_of
 from diffopt.modes import Location, is_random, location
 
 aten = torch.ops.aten
@@ -27,18 +28,6 @@ aten = torch.ops.aten
 _COPY_BELOW = 1 << 20
 
 _SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default)
-
-
-@dataclasses.dataclass
-class _Master:
-    """The current value of a storage that was written in place."""
-
-    node: fx.Node
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    version: int
-    keep: Tensor
 
 
 class Sources(Protocol):
@@ -52,6 +41,9 @@ class Sources(Protocol):
     def given(self, recorder: "Recorder", tensor: Tensor, place: tuple[str | int, ...]) -> None:
         """Make a tensor of the caller's an input."""
 
+    def in_host(self) -> bool:
+        """Tell whether a tokenizer or image processor runs, which a program runs as it is."""
+
     def place_of_list(self, value: Any) -> tuple[str | int, ...] | None:
         """Return the place of a list among the caller's arguments."""
 
@@ -60,11 +52,11 @@ class Recorder(TorchDispatchMode):
     """Record operators on values that depend on a program's inputs."""
 
     def __init__(self, weights: Mapping[int, tuple[str, Tensor]], sources: Sources) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.root = g.new_body("program")
         self.weights = weights
         self.nodes: dict[int, tuple[fx.Node, int]] = {}
-        self.masters: dict[int, _Master] = {}
+        self.masters: dict[int, Master] = {}
         self.owners: dict[int, Tensor] = {}
         self.keep: list[Tensor] = []
         self.constants: dict[Any, str] = {}
@@ -77,9 +69,9 @@ class Recorder(TorchDispatchMode):
     # Values
 
     def node_of(self, tensor: Tensor) -> fx.Node | None:
-        """Return the node whose value a tensor holds now; None if it does not depend on an input."""
+        """Return the node whose value a tensor holds now; None if it depends on no input."""
         entry = self.nodes.get(id(tensor))
-        master = self.masters.get(_storage(tensor))
+        master = self.masters.get(storage_of(tensor))
         if master is None:
             return entry[0] if entry else None
         if entry and entry[1] == master.version:
@@ -96,11 +88,11 @@ class Recorder(TorchDispatchMode):
 
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
         """Say that a tensor holds the value of a node."""
-        master = self.masters.get(_storage(tensor))
+        master = self.masters.get(storage_of(tensor))
         self.nodes[id(tensor)] = (node, master.version if master else 0)
         self.keep.append(tensor)
-        if _covers(tensor):
-            self.owners.setdefault(_storage(tensor), tensor)
+        if covers(tensor):
+            self.owners.setdefault(storage_of(tensor), tensor)
 
     def input(self, name: str, tensor: Tensor) -> fx.Node:
         """Add a program input that the tensor holds."""
@@ -119,9 +111,8 @@ class Recorder(TorchDispatchMode):
         else:
             name, value = "constant", tensor.detach()
             if tensor.numel() * tensor.element_size() <= _COPY_BELOW:
-                content = bytes(
-                    torch.empty(value.shape, dtype=value.dtype).copy_(value).untyped_storage()
-                )
+                flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.reshape(-1))
+                content = flat.view(torch.uint8).numpy().tobytes()
                 key = (tensor.dtype, tensor.shape, tensor.stride(), content)
                 if key in self.constants:
                     return self._get(self.constants[key])
@@ -144,46 +135,43 @@ class Recorder(TorchDispatchMode):
 
     # Writes in place
 
-    def _view(self, master: _Master, tensor: Tensor) -> fx.Node:
+    def _view(self, master: Master, tensor: Tensor) -> fx.Node:
         """Return the value of a tensor that shares a written storage."""
-        layout = (tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        layout = layout_of(tensor)
         if layout == (master.size, master.stride, master.offset):
             return master.node
-        sliced = _slice_of(master, *layout)
+        sliced = slice_of(master, *layout)
         if sliced is not None:
             return self.emit(aten.slice.Tensor, master.node, *sliced)
         base = self.emit(aten.clone.default, master.node, memory_format=torch.contiguous_format)
         return self.emit(aten.as_strided.default, base, *layout)
 
-    def _master(self, tensor: Tensor) -> _Master:
+    def _master(self, tensor: Tensor) -> Master:
         """Return the value of a tensor's whole storage, before a write into it."""
-        key = _storage(tensor)
+        key = storage_of(tensor)
         if key in self.masters:
             return self.masters[key]
-        owner = tensor if _covers(tensor) else self.owners.get(key)
+        owner = tensor if covers(tensor) else self.owners.get(key)
         if owner is None:
-            owner = tensor._base if tensor._base is not None and _covers(tensor._base) else None
+            owner = tensor._base if tensor._base is not None and covers(tensor._base) else None
         if owner is None:
             owner = torch.empty(0, dtype=tensor.dtype)
-            owner.set_(
-                tensor.untyped_storage(),
-                0,
-                (tensor.untyped_storage().nbytes() // tensor.element_size(),),
-            )
+            count = tensor.untyped_storage().nbytes() // tensor.element_size()
+            owner.set_(tensor.untyped_storage(), 0, (count,), (1,))
         node = self.value(owner)
-        layout = (tuple(owner.shape), tuple(owner.stride()), owner.storage_offset())
-        return _Master(node, *layout, version=0, keep=owner)
+        layout = layout_of(owner)
+        return Master(node, *layout, version=0, keep=owner)
 
-    def write(self, tensor: Tensor, node: fx.Node, before: _Master | None = None) -> None:
+    def write(self, tensor: Tensor, node: fx.Node, before: Master | None = None) -> None:
         """Say that the storage of a tensor now holds the value of a node in the tensor's place."""
         before = before or self._master(tensor)
-        layout = (tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        layout = layout_of(tensor)
         if layout == (before.size, before.stride, before.offset):
             merged = node
-        elif _covers(tensor):
-            merged, before = node, _Master(node, *layout, version=before.version, keep=tensor)
+        elif covers(tensor):
+            merged, before = node, Master(node, *layout, version=before.version, keep=tensor)
         else:
-            sliced = _slice_of(before, *layout)
+            sliced = slice_of(before, *layout)
             if sliced is not None:
                 merged = self.emit(aten.slice_scatter.default, before.node, node, *sliced)
             else:
@@ -192,7 +180,7 @@ class Recorder(TorchDispatchMode):
                 )
                 merged = self.emit(aten.as_strided_scatter.default, base, node, *layout)
         version = before.version + 1
-        self.masters[_storage(tensor)] = dataclasses.replace(before, node=merged, version=version)
+        self.masters[storage_of(tensor)] = dataclasses.replace(before, node=merged, version=version)
         self.nodes[id(tensor)] = (node, version)
         self.keep.append(tensor)
 
@@ -275,10 +263,10 @@ class Recorder(TorchDispatchMode):
                     return torch.stack(self._selected(args[0]), 1)
             if func is aten.masked_select.default:
                 with self:
-                    values, mask = torch.broadcast_tensors(*args)
+                    values, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]
                     return self._mask_index(values, [mask])
             fail(
-                f"{func._schema.name.split('::')[1]}: the shape of its result depends on a traced value",
+                f"{func._schema.name.split('::')[1]}: its result's shape depends on a traced value",
                 "use a form with a fixed shape (torch.where, a mask multiply)",
             )
         if func._schema.is_mutable:
@@ -316,7 +304,7 @@ class Recorder(TorchDispatchMode):
         return aten.index.Tensor(values, places)  # type: ignore[no-any-return]
 
     def _is_fixed_index(self, func: Any, args: Any) -> bool:
-        """Tell whether an indexing operator's result has a shape that depends on no traced value."""
+        """Tell whether an indexing operator's result has a shape known beforehand."""
         if func is not aten.index.Tensor:
             return False
         masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
@@ -338,15 +326,16 @@ class Recorder(TorchDispatchMode):
         """Read a traced value into Python: an error, but for what the host knows beforehand."""
         if all(self.node_of(t) in self.known for t in tracked):
             out = func(*args, **kwargs)
-            self.reads.append((self._read_node(func, args, kwargs, out), out, location()))
+            if not self.sources.in_host():
+                self.reads.append((self._read_node(func, args, kwargs, out), out, location()))
             return out
         fail(
             "Python reads a traced value here (.item(), int(), a comparison or `if` on a tensor)",
-            "keep it a tensor (torch.where in place of `if`), or compute it from the arguments alone",
+            "keep it a tensor (torch.where in place of `if`), or compute it from the arguments",
         )
 
     def _read_node(self, func: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
-        """Return the node of the tensor that was read, a comparison's operator node where it is one."""
+        """Return the node of what was read: a tensor's, or that of a comparison."""
         if func is aten._local_scalar_dense.default:
             return self.value(args[0])
         margs, mkwargs = self._map((args, kwargs))
@@ -359,7 +348,7 @@ class Recorder(TorchDispatchMode):
         self.escapes.append((array, self.value(tensor), location()))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _functional_twin(func: Any) -> Any:
     """Return the operator that computes what another one writes, with the same arguments."""
 
@@ -376,43 +365,5 @@ def _functional_twin(func: Any) -> Any:
 
 
 def fail(what: str, advice: str) -> NoReturn:
+    """Raise the one-line error about the line of the pipeline that runs now."""
     raise CaptureError(f"{location()}: {what}; {advice}")
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _covers(tensor: Tensor) -> bool:
-    """Tell whether a tensor is all of its storage, each element once."""
-    if (
-        tensor.storage_offset()
-        or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes()
-    ):
-        return False
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _slice_of(
-    base: _Master, size: tuple[int, ...], stride: tuple[int, ...], offset: int
-) -> tuple[int, int, int, int] | None:
-    """Return (dim, start, end, step) where a layout is a slice of the base in one dimension."""
-    if len(size) != len(base.size):
-        return None
-    differing = [
-        d for d in range(len(size)) if (size[d], stride[d]) != (base.size[d], base.stride[d])
-    ]
-    if len(differing) != 1 or offset < base.offset:
-        return None
-    (dim,) = differing
-    unit = base.stride[dim]
-    if unit == 0 or stride[dim] % unit or (offset - base.offset) % unit:
-        return None
-    start, step = (offset - base.offset) // unit, stride[dim] // unit
-    end = start + (size[dim] - 1) * step + 1
-    return (dim, start, end, step) if step > 0 and end <= base.size[dim] else None

@@ -41,8 +41,11 @@ class Loop:
 
 def check(function, *shapes, components=None) -> Program:
     """Capture a function of tensors, and compare it on the same and on other ones."""
-    loop = Loop(lambda parts, **x: function(*x.values(), *components.values()), **(components or {})) \
-        if components else Loop(lambda parts, **x: function(*x.values()))
+    loop = (
+        Loop(lambda parts, **x: function(*x.values(), *components.values()), **(components or {}))
+        if components
+        else Loop(lambda parts, **x: function(*x.values()))
+    )
     samples = [
         {f"x{i}": torch.randn(shape, generator=generator(seed)) for i, shape in enumerate(shapes)}
         for seed in (0, 1)
@@ -290,7 +293,9 @@ def test_one_generator_and_seed():
 
 
 def test_a_list_of_generators():
-    pipe = Loop(lambda parts, generator: torch.stack([torch.randn(3, generator=g) for g in generator]))
+    pipe = Loop(
+        lambda parts, generator: torch.stack([torch.randn(3, generator=g) for g in generator])
+    )
     program = diffopt.trace(pipe, generator=[generator(0), generator(1)])
     expected = pipe(generator=[generator(5), generator(6)])
     assert torch.equal(program(generator=[generator(5), generator(6)]), expected)
@@ -310,8 +315,9 @@ def test_capture_leaves_generators_and_the_pipeline_alone():
     part = net()
     before = dict(vars(part))
     mine, state = generator(0), torch.get_rng_state()
-    pipe = Loop(lambda parts, generator: parts.net(draws(parts, generator)[:, :1] * torch.ones(4)),
-                net=part)
+    pipe = Loop(
+        lambda parts, generator: parts.net(draws(parts, generator)[:, :1] * torch.ones(4)), net=part
+    )
     diffopt.trace(pipe, generator=mine)
     assert torch.equal(mine.get_state(), generator(0).get_state())
     assert torch.equal(torch.get_rng_state(), state)
@@ -417,7 +423,9 @@ def test_branching_inside_a_component_names_the_line():
 
     with pytest.raises(CaptureError) as caught:
         diffopt.trace(Loop(loop, net=Branches(), first=net()), x=torch.ones(2, 4))
-    assert "return x * 2 if (x * x).sum() > 1 else x: Python reads a traced value" in str(caught.value)
+    assert "return x * 2 if (x * x).sum() > 1 else x: Python reads a traced value" in str(
+        caught.value
+    )
     assert "net.forward could not be exported as a whole" in caught.value.__notes__[0]
 
 
@@ -477,7 +485,7 @@ class TextDiffusion:
         given = parts.words([prompt])
         context = parts.embed(given["input_ids"])[given["attention_mask"].bool()].mean(0)
         tokens = torch.full((1, length), 51)
-        for step in range(steps):
+        for _ in range(steps):
             logits = parts.head(parts.embed(tokens) + context)
             noise = torch.rand(logits.shape, generator=generator)
             best = (logits - (-noise.log()).log()).max(-1)
@@ -491,13 +499,17 @@ def test_a_text_diffusion_loop_and_texts_of_other_lengths():
     pipe = TextDiffusion()
     program = diffopt.trace(pipe, prompt="some words here", generator=generator(0))
     program.verify()
-    for seed, prompt in enumerate(("some words here", "three other words", "many more words than that")):
+    for seed, prompt in enumerate(
+        ("some words here", "three other words", "many more words than that")
+    ):
         arguments = {"prompt": prompt, "generator": generator(seed)}
         expected = pipe(prompt=prompt, generator=generator(seed))
         assert torch.equal(program(**arguments), expected)
     assert len(program.variants) == 1, "a text of five words was captured when it came"
-    assert torch.equal(program(prompt="yet another one of five", seed=4),
-                       pipe(prompt="yet another one of five", generator=generator(4)))
+    assert torch.equal(
+        program(prompt="yet another one of five", seed=4),
+        pipe(prompt="yet another one of five", generator=generator(4)),
+    )
     assert len(program.variants) == 1
     program.resample = None
     with pytest.raises(DiffoptError) as caught:
@@ -537,3 +549,12 @@ def test_batched_prompts_and_images_per_prompt():
         expected = call(pipe, arguments(seed))
         assert expected[0].shape[0] == 4
         assert torch.equal(call(program, arguments(seed))[0], expected[0])
+
+
+def test_draws_from_the_callers_and_from_the_global_generator():
+    pipe = Loop(lambda parts, generator: torch.randn(3, generator=generator) + torch.randn(3))
+    program = diffopt.trace(pipe, generator=generator(0))
+    torch.manual_seed(1)
+    expected = pipe(generator=generator(2))
+    torch.manual_seed(1)
+    assert torch.equal(program(generator=generator(2)), expected)

@@ -6,10 +6,12 @@ A run of all rows writes docs/capture.md.
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 import diffopt
+from diffopt.capture import Session
 from tests.zoo import CASES, LEFT_OUT, SCHEDULERS, call, missing_package, scheduler_case
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "capture.md"
@@ -32,6 +34,12 @@ def results():
     if pipelines.keys() == CASES.keys() and schedulers.keys() == {row[0] for row in SCHEDULERS}:
         DOCUMENT.parent.mkdir(exist_ok=True)
         DOCUMENT.write_text(document(pipelines, schedulers), encoding="utf-8", newline="\n")
+
+
+@pytest.fixture(scope="session")
+def sessions():
+    """Keep the pipelines of the scheduler rows with their exports, and their own schedulers."""
+    return {}
 
 
 def document(pipelines: Results, schedulers: Results) -> str:
@@ -76,25 +84,26 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     )
 
 
-def check(pipe, case) -> None:
+def check(pipe, case, session: Session) -> None:
     """Compare replays with the pipeline, whose results are taken before it is captured."""
     expected = [call(pipe, case.inputs(seed)) for seed in (0, 1)]
-    program = diffopt.trace(pipe, **case.inputs(0))
+    program = session.program(case.inputs(0))
+    program.verify()
     for seed, result in enumerate(expected):
         assert same(call(program, case.inputs(seed)), result), f"other bits for seed {seed}"
     assert same(call(pipe, case.inputs(0)), expected[0]), "the capture changed the pipeline"
 
 
-def record(table: Results, name: str, about: str, pipe, case, limit: str | None) -> None:
+def record(table: Results, name: str, about: str, pipe, case, session, limit: str | None) -> None:
     """Check a row and note the result, also when the check fails."""
     if limit is not None:
         with pytest.raises(diffopt.DiffoptError) as caught:
-            check(pipe, case)
+            check(pipe, case, session)
         assert str(caught.value) == limit
         table[name] = (about, limit)
         return
     try:
-        check(pipe, case)
+        check(pipe, case, session)
     except Exception as error:
         table[name] = (about, str(error) or type(error).__name__)
         raise
@@ -105,17 +114,25 @@ def record(table: Results, name: str, about: str, pipe, case, limit: str | None)
 @pytest.mark.parametrize("name", CASES)
 def test_pipeline(name, results):
     pipe = CASES[name].build()
-    record(results[0], name, describe(pipe), pipe, CASES[name], LIMITS.get(name))
+    about = describe(pipe)
+    record(results[0], name, about, pipe, CASES[name], Session(pipe), LIMITS.get(name))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [row[0] for row in SCHEDULERS])
-def test_scheduler(name, results):
-    _, scheduler, config, _ = next(row for row in SCHEDULERS if row[0] == name)
+def test_scheduler(name, results, sessions):
+    _, scheduler, config, base = next(row for row in SCHEDULERS if row[0] == name)
     package = missing_package(scheduler)
     if package:
         results[1][name] = ("", f"not run: needs {package}")
         pytest.skip(f"needs {package}")
     case = scheduler_case(name)
     about = ", its own" if config is None else ""
-    record(results[1], name, about, case.build(), case, SCHEDULER_LIMITS.get(name))
+    # The pipelines' networks are exported once for all schedulers.
+    if base not in sessions:
+        pipe = CASES[base].build()
+        sessions[base] = pipe, Session(pipe), pipe.scheduler
+    pipe, session, own = sessions[base]
+    made = own if config is None else getattr(diffusers, scheduler)(**config)
+    pipe.register_modules(scheduler=made)
+    record(results[1], name, about, pipe, case, session, SCHEDULER_LIMITS.get(name))

@@ -15,12 +15,12 @@ from tests.zoo import generator
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (6, 4)) -> Image.Image:
     shape = (size[1], size[0], 3) if mode == "RGB" else size[::-1]
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape).astype("uint8"), mode)
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, shape).astype("uint8"), mode
+    )
 
 
-TEXT = h.Text(
-    ("a photo of ", (("prompt", 0), "lower-strip"), ".")
-)
+TEXT = h.Text(("a photo of ", (("prompt", 0), "lower-strip"), "."))
 ARGS = {"tuple": [{"tuple": [{"list": [{"text": TEXT.parts}]}, 3]}, {"dict": {}}]}
 STEPS: list[h.Step] = [
     h.Given(("latents",), "float32"),
@@ -60,7 +60,9 @@ def test_steps_run_in_order_and_are_plain_data():
     arguments["generator"] = [generator(3)]
     for a, b in zip(values, again.prepare(arguments), strict=True):
         assert torch.equal(a, b)
-    assert again.to_json() == host.to_json() or json.dumps(again.to_json()) == json.dumps(host.to_json())
+    assert again.to_json() == host.to_json() or json.dumps(again.to_json()) == json.dumps(
+        host.to_json()
+    )
 
 
 def test_a_prompt_may_be_a_text_where_a_list_was_traced():
@@ -120,8 +122,10 @@ def test_packing():
     data = {
         "class": [
             "nowhere:Result",
-            {"images": {"list": [{"image": [0, 0]}, {"image": [0, 1]}]},
-             "rest": {"dict": {"a": {"tensor": 1}, "b": {"value": [1, "x"]}}}},
+            {
+                "images": {"list": [{"image": [0, 0]}, {"image": [0, 1]}]},
+                "rest": {"dict": {"a": {"tensor": 1}, "b": {"value": [1, "x"]}}},
+            },
         ]
     }
     result = pack(data, tensors)

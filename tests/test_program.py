@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import textwrap
 import zipfile
 from pathlib import Path
 
@@ -148,9 +147,7 @@ def test_another_format_or_operator_is_one_line(file, tmp_path):
     rewrite(file, newer)
     with pytest.raises(DiffoptError) as caught:
         Program.load(file)
-    assert str(caught.value) == (
-        f"{file}: format 99, this diffopt reads 1; trace the model again"
-    )
+    assert str(caught.value) == (f"{file}: format 99, this diffopt reads 1; trace the model again")
 
 
 # Verification
@@ -235,8 +232,16 @@ scalars = st.one_of(
     st.complex_numbers(allow_nan=False),
     st.text(max_size=5),
     st.sampled_from(
-        [torch.float32, torch.int8, torch.bool, torch.strided, torch.contiguous_format,
-         torch.preserve_format, torch.device("cpu"), torch.device("cuda", 1)]
+        [
+            torch.float32,
+            torch.int8,
+            torch.bool,
+            torch.strided,
+            torch.contiguous_format,
+            torch.preserve_format,
+            torch.device("cpu"),
+            torch.device("cuda", 1),
+        ]
     ),
     st.builds(slice, st.none() | st.integers(0, 9), st.none() | st.integers(0, 9), st.none()),
 )

@@ -85,7 +85,9 @@ CASES = [
     ),
     case("ddpm", ddpm, lambda seed: STEPS, text=False),
     case("ddim", ddim, lambda seed: {**STEPS, "eta": 0.5}, text=False),
-    case("consistency", consistency, lambda seed: {**STEPS, "class_labels": [seed % 8]}, text=False),
+    case(
+        "consistency", consistency, lambda seed: {**STEPS, "class_labels": [seed % 8]}, text=False
+    ),
     case("repaint", repaint, repaint_call, text=False),
     case("score-sde-ve", score_sde, lambda seed: {**STEPS, "output_type": "np"}, text=False),
     case("karras-ve", karras_ve, lambda seed: {**STEPS, "output_type": "np"}, text=False),

@@ -1,0 +1,39 @@
+"""Tokenizers and image processors as files, and back."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffopt.errors import DiffoptError
+
+
+def load_component(name: str, files: Mapping[str, bytes]) -> Any:
+    """Make a tokenizer or image processor from its files."""
+    try:
+        import transformers
+    except ImportError:
+        raise DiffoptError(
+            f"the tokenizer {name!r} needs the package transformers: pip install transformers"
+        ) from None
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in files.items():
+            path = Path(folder, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        if "tokenizer_config.json" in files:
+            return transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+
+
+def save_component(component: Any) -> dict[str, bytes]:
+    """Return the files that `load_component` needs; none where the component can't be saved."""
+    if not hasattr(component, "save_pretrained"):
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        component.save_pretrained(folder)
+        files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+# Arguments of a processor's call as JSON
