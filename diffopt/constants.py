@@ -118,6 +118,7 @@ def share_equal_constants(program: Program, keys: dict[int, tuple[Tensor, Any]])
 
 
 def _content(tensor: Tensor) -> Any:
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+    data = flat.view(torch.uint8).numpy()
     digest = hashlib.sha256(data.tobytes()).digest()
     return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), digest

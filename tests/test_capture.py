@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import diffopt
+from diffopt.capture import Session
 from diffopt.errors import CaptureError, DiffoptError
 from diffopt.program import Program
 from tests.zoo import CASES, call, generator
@@ -558,3 +559,26 @@ def test_draws_from_the_callers_and_from_the_global_generator():
     expected = pipe(generator=generator(2))
     torch.manual_seed(1)
     assert torch.equal(program(generator=generator(2)), expected)
+
+
+def test_a_session_exports_nothing_twice():
+    part = net()
+
+    def loop(parts, latents, steps):
+        for t in torch.linspace(1, 0, steps):
+            latents = latents - parts.net(latents, t)
+        return latents
+
+    session = Session(Loop(loop, net=part))
+    latents = torch.randn(2, 4)
+    session.program({"latents": latents, "steps": 25})
+    assert session.boundary.exports == 1
+    program = session.program({"latents": latents, "steps": 3})
+    assert session.boundary.exports == 1
+    shorter = program.resample(steps=2)
+    assert session.boundary.exports == 1
+    assert torch.equal(shorter(latents=latents), session.pipeline(latents=latents, steps=2))
+    with torch.no_grad():
+        part.linear.weight.mul_(2)
+    session.program({"latents": latents, "steps": 3})
+    assert session.boundary.exports == 2, "another state of the module"
