@@ -15,6 +15,7 @@ from torch import fx
 from diffopt import graph as g
 from diffopt.core import Context
 from diffopt.program import Program
+from diffopt.tables import is_view
 
 
 @dataclasses.dataclass
@@ -44,9 +45,9 @@ def outline_steps(program: Program, ctx: Context) -> None:
         # A middle step stands for all: the first and the last may lack a neighbour.
         model = left[len(left) // 2]
         group = [s for s in (_match(model, other) for other in left) if s is not None]
-        calls = {s.call for s in group}
+        calls = {model.call, *(s.call for s in group)}
         left = [s for s in left if s.call not in calls]
-        if len(group) > 1:
+        if len(group) > 1 and model.call in {s.call for s in group}:
             _replace(program, model, group, replaced)
             outlined += len(group)
         else:
@@ -99,19 +100,30 @@ def _cut(program: Program, anchors: Sequence[fx.Node]) -> list[Step]:
 
 
 def _stays_small(node: fx.Node, after: dict[fx.Node, int], place: dict[fx.Node, int]) -> bool:
-    """Tell whether the next step can compute a node itself from values that it gets anyway."""
-    return all(
-        n.op == "get_attr"
-        or after[n] < after[node]
-        or any(u is not node and place[u] > after[node] for u in n.users)
+    """Tell whether the next step can compute a node itself without getting more from this one."""
+    more = [
+        n
         for n in node.all_input_nodes
-    )
+        if n.op != "get_attr"
+        and after[n] == after[node]
+        and not any(u is not node and place[u] > after[node] for u in n.users)
+    ]
+    if not more or is_view(node):
+        return True
+    sizes = [_bytes(n) for n in (*more, node)]
+    return sum(sizes[:-1]) < sizes[-1]
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return g.tensor_bytes(value if isinstance(value, (tuple, list)) else [value])
 
 
 def _match(model: Step, other: Step) -> Step | None:
     """Return the part of `other` that is equal to `model` up to values from outside, or None."""
     inside = set(model.nodes)
-    allowed = set(other.nodes)
+    # In the order of the graph: of two equal users the first is the twin of the model's first.
+    allowed = {node: i for i, node in enumerate(other.nodes)}
     pairs: dict[fx.Node, fx.Node] = {}
     taken: set[fx.Node] = set()
 
@@ -149,8 +161,8 @@ def _match(model: Step, other: Step) -> Step | None:
             if node in pairs:
                 continue
             known = [pairs[n] for n in node.all_input_nodes if n in inside and n in pairs]
-            candidates = [u for k in known[:1] for u in k.users if u in allowed and u not in taken]
-            any(_try(pair, pairs, taken, node, u) for u in candidates)
+            users = [u for k in known[:1] for u in k.users if u in allowed and u not in taken]
+            any(_try(pair, pairs, taken, node, u) for u in sorted(users, key=allowed.__getitem__))
         left = [n for n in waiting if n not in pairs]
         if len(left) == len(waiting):
             return None
