@@ -56,12 +56,21 @@ def frontier(early: set[fx.Node], gm: fx.GraphModule) -> list[fx.Node]:
     stack = [n for n in early if n.op != "placeholder" and any(u not in early for u in n.users)]
     while stack:
         node = stack.pop()
-        source = node.all_input_nodes[0] if is_view(node) else None
+        source = _viewed(node)
         if source is None or source.op in ("placeholder", "get_attr"):
             wanted.add(node)
         elif source not in wanted:
             stack.append(source)
     return sorted(wanted, key=order.__getitem__)
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """Return the tensor that a node is a view of, past the tuple of a split; None if of none."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+        if isinstance(node.meta["val"], Tensor):
+            return node
+    return None
 
 
 def take_rows(
