@@ -1,7 +1,7 @@
 """Times engines against the pipelines they were made from, and writes docs/benchmarks.md.
 
     python examples/benchmarks.py            # all of it: `make bench`, about half an hour
-    python examples/benchmarks.py --only fashion-sd --rounds 3 --out /tmp/quick
+    python examples/benchmarks.py --only fashion-sd --rounds 3 --out quick
 
 Contenders take turns, round by round, so a slow minute of the machine meets all of them. The raw
 times are written beside the document as JSON. Run it on a machine that does nothing else.
