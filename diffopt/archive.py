@@ -122,7 +122,6 @@ class Archive:
             hint: What to do about a file that is none.
         """
         self.path = Path(path)
-        self._noun = noun
         other = f"{path}: not {noun}; {hint}"
         try:
             with open(path, "rb") as file:

@@ -183,6 +183,19 @@ def _reach(
     return found
 
 
+def extract(
+    body: fx.GraphModule, takes: Sequence[fx.Node], values: Sequence[fx.Node], name: str
+) -> fx.GraphModule:
+    """Return the part of a body that computes `values` from some of its arguments."""
+    part, env = new_body(name), dict[fx.Node, fx.Node]()
+    needed = ancestors(values) - set(takes)
+    copy_nodes([*takes, *(n for n in body.graph.nodes if n in needed)], body, part, env)
+    part.graph.output(tuple(env[v] for v in values))
+    set_outputs(part, [env[v] for v in values])
+    part.recompile()
+    return part
+
+
 def copy_inlined(
     nodes: Iterable[fx.Node],
     source: fx.GraphModule,

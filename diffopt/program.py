@@ -5,7 +5,6 @@ tensor arguments and a flat tuple of tensors as its result. Weights are shared b
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import operator
 import os
@@ -24,17 +23,6 @@ from diffopt.packing import pack
 from diffopt.wellformed import verify_call, verify_graph, verify_type
 
 FORMAT = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class CallSite:
-    """One call of a component in the root graph: the tag that every value of it carries."""
-
-    node: fx.Node
-    component: str
-    step: int
-    """Index of this call among the calls of the same component's family."""
-
 
 # Programs that are kept for other numbers of tokens; the one that was made first goes first.
 VARIANTS = 8
@@ -169,16 +157,6 @@ class Program:
         """Return the component calls in order: all, or one component's."""
         called = (n for n in self.root.graph.nodes if n.op == "call_module")
         return [n for n in called if component in (None, n.target)]
-
-    def call_sites(self) -> list[CallSite]:
-        """Return every component call with its index among the calls of that component."""
-        counts: dict[str, int] = {}
-        sites = []
-        for node in self.calls():
-            name = str(node.target)
-            sites.append(CallSite(node, name, counts.get(name, 0)))
-            counts[name] = counts.get(name, 0) + 1
-        return sites
 
     def weights(self) -> dict[int, Tensor]:
         """Return every distinct weight and constant by identity."""

@@ -79,7 +79,6 @@ class Sources:
             id(v): place for place, v in h.leaves(self.arguments) if isinstance(v, torch.Generator)
         }
         self._lists = dict(_number_lists(self.arguments))
-        self._host_lists: dict[int, tuple[int, str]] = {}
         self._depth = 0
         # How texts are made, by the text; kept from a probe in which all cleaning shows.
         self.templates: dict[str, h.Text] = dict(other.templates) if other else {}

@@ -86,7 +86,7 @@ class Hoist(Pass):
             ctx.skip(name, "nothing depends only on arguments that stay the same")
             return 0
         arguments = [i for i in same if takes[i] in g.ancestors(values)]
-        part = _extract(body, [takes[i] for i in arguments], values, f"{name}_once")
+        part = g.extract(body, [takes[i] for i in arguments], values, f"{name}_once")
         prologue = program.add_component(f"{name}_once", part)
         with program.root.graph.inserting_before(calls[0]):
             results = program.call(prologue, [calls[0].args[i] for i in arguments])
@@ -124,7 +124,7 @@ class Hoist(Pass):
             return 0
         needed = g.ancestors(values)
         arguments = [i for i in known if takes[i] in needed]
-        part = _extract(body, [takes[i] for i in arguments], values, f"{name}_steps")
+        part = g.extract(body, [takes[i] for i in arguments], values, f"{name}_steps")
         batched = [len({c.args[i] for c in calls}) > 1 for i in arguments]
         try:
             rows_body = _batch(part, batched, values, len(calls), f"{name}_steps")
@@ -183,19 +183,6 @@ def _is_cheap(node: fx.Node) -> bool:
 def _costs(value: fx.Node, early: set[fx.Node]) -> bool:
     """Tell whether a matrix product or convolution goes into a value."""
     return any(g.node_flops(n) for n in g.ancestors([value]) & early)
-
-
-def _extract(
-    body: fx.GraphModule, takes: list[fx.Node], values: list[fx.Node], name: str
-) -> fx.GraphModule:
-    """Return the part of a body that computes `values` from some of its arguments."""
-    part, env = g.new_body(name), dict[fx.Node, fx.Node]()
-    needed = g.ancestors(values) - set(takes)
-    g.copy_nodes([*takes, *(n for n in body.graph.nodes if n in needed)], body, part, env)
-    part.graph.output(tuple(env[v] for v in values))
-    g.set_outputs(part, [env[v] for v in values])
-    part.recompile()
-    return part
 
 
 def _batch(

@@ -108,11 +108,7 @@ def _evaluate(
     """Return the values at every call; calls with the same constants share them."""
     body = program.components[name]
     takes = [g.placeholders(body)[i] for i in bound]
-    part, env = g.new_body(name), dict[fx.Node, fx.Node]()
-    needed = g.ancestors(values) - set(takes)
-    g.copy_nodes([*takes, *(n for n in body.graph.nodes if n in needed)], body, part, env)
-    part.graph.output(tuple(env[v] for v in values))
-    part.recompile()
+    part = g.extract(body, takes, values, name)
     known: dict[tuple[str, ...], list[Tensor]] = {}
     rows = []
     for call in program.calls(name):
