@@ -23,8 +23,8 @@ from diffopt import archive, serialize
 from diffopt import graph as g
 from diffopt.runtime import Body, lay_out
 
-Dims = Mapping[int, Mapping[int, tuple[str, int, int]]]
-"""Dynamic dimensions: argument -> axis -> (name, smallest, largest)."""
+Range = tuple[Mapping[int, int], int, int]
+"""A size that may change: by argument, the axis that has it; the smallest, the largest."""
 
 Settings = Mapping[str, Any]
 """Inductor's configuration, without where the files go."""
@@ -34,7 +34,7 @@ _WORK = "import sys; from diffopt import aoti; aoti.work(sys.argv[1], sys.argv[2
 
 
 def compile_body(
-    gm: fx.GraphModule, settings: Settings, dims: Dims | None = None
+    gm: fx.GraphModule, settings: Settings, sizes: Range | None = None
 ) -> dict[str, bytes]:
     """Compile a component; return the library as "so".
 
@@ -46,8 +46,8 @@ def compile_body(
         options = {key: value for key, value in settings.items() if key in known}
         options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
         module: Any = g.clone(gm)
-        if dims:  # without them the graph is what an export would give
-            shapes = _dynamic_shapes(len(arguments), dims)
+        if sizes:  # without them the graph is what an export would give
+            shapes = _dynamic_shapes(len(arguments), *sizes)
             exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
             module = exported.module()
         torch._inductor.aot_compile(module, arguments, options=options)
@@ -56,7 +56,11 @@ def compile_body(
 
 
 def compile_bodies(
-    bodies: Mapping[str, fx.GraphModule], settings: Settings, processes: int, with_weights: bool
+    bodies: Mapping[str, fx.GraphModule],
+    settings: Settings,
+    processes: int,
+    with_weights: bool,
+    sizes: Mapping[str, Range],
 ) -> Iterator[tuple[str, dict[str, bytes], float]]:
     """Compile components, several at once; yield each with its seconds as it is done.
 
@@ -65,6 +69,7 @@ def compile_bodies(
         settings: Inductor's configuration.
         processes: How many to compile at once; 1 compiles in this process.
         with_weights: Whether the library depends on the weights' values.
+        sizes: The size that may change, of components that have one.
     """
     left = dict(bodies)
     if min(processes, len(left)) > 1:
@@ -72,7 +77,7 @@ def compile_bodies(
             jobs = {}
             for name, gm in left.items():
                 jobs[name] = str(Path(folder, f"{name}.job")), str(Path(folder, f"{name}.done"))
-                _write_job(jobs[name][0], gm, settings, with_weights)
+                _write_job(jobs[name][0], gm, settings, with_weights, sizes.get(name))
             for name, seconds in _run(jobs, processes):
                 done = Path(jobs[name][1])
                 if done.exists():  # else the process failed: compile here, and let the error show
@@ -82,11 +87,13 @@ def compile_bodies(
                     yield name, {member: bytes(result.read(member)) for member in table}, seconds
     for name, gm in left.items():
         started = time.perf_counter()
-        members = compile_body(gm, settings)
+        members = compile_body(gm, settings, sizes.get(name))
         yield name, members, time.perf_counter() - started
 
 
-def _write_job(path: str, gm: fx.GraphModule, settings: Settings, with_weights: bool) -> None:
+def _write_job(
+    path: str, gm: fx.GraphModule, settings: Settings, with_weights: bool, sizes: Range | None
+) -> None:
     tensors = dict(g.named_tensors(gm))
     table = {
         name: [serialize.encode_value(tensor), isinstance(tensor, torch.nn.Parameter)]
@@ -96,6 +103,7 @@ def _write_job(path: str, gm: fx.GraphModule, settings: Settings, with_weights: 
         "nodes": serialize.graph_to_json(gm),
         "tensors": table,
         "settings": dict(settings),
+        "sizes": [list(sizes[0].items()), *sizes[1:]] if sizes else None,
         "threads": torch.get_num_threads(),
     }
     weights = archive.pack_tensors(tensors if with_weights else {})
@@ -117,7 +125,9 @@ def work(job: str, result: str) -> None:
         tensors[name] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     torch.set_num_threads(body["threads"])
     gm = serialize.graph_from_json(body["nodes"], "body", tensors, {})
-    members = compile_body(gm, body["settings"])
+    axes, *limits = body["sizes"] or [[]]
+    sizes = (dict(axes), *limits) if limits else None
+    members = compile_body(gm, body["settings"], sizes)
     archive.write(result, KIND, {}, {name: [content] for name, content in members.items()})
 
 
@@ -168,7 +178,7 @@ class Kernel:
 
         Args:
             members: What `compile_body` returned.
-            strides: The memory layout that each argument was compiled for; None where dynamic.
+            strides: The memory layout that each argument was compiled for; None: contiguous.
             weights: The component's weights by name; None if the library holds them.
         """
         with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
@@ -197,11 +207,11 @@ class Kernel:
 
 def load(members: Mapping[str, memoryview], graph: Mapping[str, Any], weights: Any) -> Body:
     """Return a library as a function; `graph` is the component's, as JSON."""
-    rows = (row for row in graph["nodes"] if row["op"] == "placeholder")
-    strides: list[tuple[int, ...] | None] = [
-        tuple(row["val"][2]) if all(isinstance(s, int) for s in row["val"][2]) else None
-        for row in rows
+    values = [
+        serialize.decode_value(row["val"]) for row in graph["nodes"] if row["op"] == "placeholder"
     ]
+    # Of a contiguous argument some size may be another than at compilation.
+    strides = [None if value.is_contiguous() else value.stride() for value in values]
     return Kernel(members, strides, weights)
 
 
@@ -209,15 +219,11 @@ def _example(value: Tensor) -> Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
 
 
-def _dynamic_shapes(count: int, dims: Dims) -> tuple[dict[int, Any], ...]:
-    made: dict[str, Any] = {}
-    for axes in dims.values():
-        for name, low, high in axes.values():
-            made.setdefault(name, torch.export.Dim(name, min=low, max=high))
-    return tuple(
-        {axis: made[name] for axis, (name, _, _) in dims.get(index, {}).items()}
-        for index in range(count)
-    )
+def _dynamic_shapes(
+    count: int, axes: Mapping[int, int], low: int, high: int
+) -> tuple[dict[int, Any], ...]:
+    size = torch.export.Dim("size", min=low, max=high)
+    return tuple({axes[index]: size} if index in axes else {} for index in range(count))
 
 
 def _is_product(path: Path) -> bool:

@@ -1,8 +1,8 @@
-"""The container of an engine: a zip of stored members, checksummed, written whole or not at all.
+"""The container of every file: a zip of stored members, checksummed, written whole or not at all.
 
 Members are stored uncompressed at offsets that are a multiple of 64, so that weights are used where
-they are mapped. The first member says what the file is, which tells a truncated engine from a file
-that is none; `manifest.json` comes last and holds the SHA-256 of every other member.
+they are mapped. The first member says what the file is, which tells a truncated one from another
+file; `manifest.json` comes last and holds the SHA-256 of every other member.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from diffopt.errors import DiffoptError
 KIND = "mimetype"
 MANIFEST = "manifest.json"
 ALIGNMENT = 64
-AGAIN = "copy it again, or build it again"
 
 Buffers = Sequence[bytes | memoryview]
 
@@ -36,12 +35,17 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -112,7 +116,14 @@ class Archive:
         manifest: What `manifest.json` says.
     """
 
-    def __init__(self, path: str | os.PathLike[str], kind: str, noun: str, hint: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        kind: str,
+        noun: str,
+        hint: str,
+        remedy: str = "build it again",
+    ) -> None:
         """Open the file at `path`, which must be of this kind.
 
         Args:
@@ -120,8 +131,10 @@ class Archive:
             kind: The media type that it must have.
             noun: What messages call such a file: "an engine file".
             hint: What to do about a file that is none.
+            remedy: What to do about a broken one that has no intact copy.
         """
         self.path = Path(path)
+        self._remedy = f"copy it again, or {remedy}"
         other = f"{path}: not {noun}; {hint}"
         try:
             with open(path, "rb") as file:
@@ -150,7 +163,8 @@ class Archive:
             end = self._map.rfind(b"PK\x05\x06", max(0, len(self._map) - 4096))
             if end < 0 or end + 22 > len(self._map):  # no whole end-of-directory record
                 raise DiffoptError(
-                    f"{self.path}: truncated, only {len(self._map)} bytes of it are here; {AGAIN}"
+                    f"{self.path}: truncated, only {len(self._map)} bytes of it are here;"
+                    f" {self._remedy}"
                 ) from None
             raise self.damaged("its table of members") from None
         if not ours and MANIFEST not in {info.filename for info in infos}:
@@ -179,7 +193,7 @@ class Archive:
 
     def damaged(self, what: str) -> DiffoptError:
         """Return the error that says which part of the file is damaged."""
-        return DiffoptError(f"{self.path}: {what} is damaged; {AGAIN}")
+        return DiffoptError(f"{self.path}: {what} is damaged; {self._remedy}")
 
     def verify(self) -> None:
         """Compare every member with its checksum; a difference is a `DiffoptError`."""
@@ -226,7 +240,11 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:
 
     Tensors whose size is a multiple of the alignment come first, so nearly all of them are aligned.
     """
-    buffers = {name: _bytes(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise DiffoptError(f"{name} is {dtype}, which the safetensors format has no name for")
+    buffers = {name: raw(tensor) for name, tensor in tensors.items()}
     order = sorted(
         tensors, key=lambda n: (len(buffers[n]) % ALIGNMENT > 0, -tensors[n].element_size(), n)
     )
@@ -241,6 +259,7 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:
     return [len(text).to_bytes(8, "little") + text, *(buffers[name] for name in order)]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().reshape(-1)
+def raw(tensor: Tensor) -> memoryview:
+    """Return a tensor's values as bytes in row-major order, in its own memory where that is so."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

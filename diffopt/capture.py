@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import host as h
-from diffopt import probing
+from diffopt import probing, tags
 from diffopt.assets import save_component
 from diffopt.boundary import Boundary, Lifted
+from diffopt.digests import digests
 from diffopt.errors import CaptureError
 from diffopt.functions import Functions
 from diffopt.guards import Guards
@@ -87,6 +88,7 @@ class Session:
             components = getattr(pipeline, "components", {})
         modules = {name: c for name, c in components.items() if isinstance(c, torch.nn.Module)}
         self.boundary = Boundary(modules)
+        self.digests = digests(modules)
         self.processors = {
             name: c
             for name, c in components.items()
@@ -130,6 +132,7 @@ class Session:
         root = recorder.root
         guards = _guards(recorder, other, steps)
         g.prune_unused(root)
+        tags.assign(root)
         for gm in root.modules():
             if isinstance(gm, fx.GraphModule):
                 gm.recompile()
@@ -142,7 +145,15 @@ class Session:
             {name: self.processors[name] for name in used},
         )
         resample = self._resample(arguments)
-        return Program(root, host, sample, guards=guards, source=self.source, resample=resample)
+        return Program(
+            root,
+            host,
+            sample,
+            guards=guards,
+            source=self.source,
+            digests=self.digests,
+            resample=resample,
+        )
 
     def _probe(self, scout: Sources) -> tuple[Sources, Recorder]:
         """Run with other texts, pictures, seeds; words such as "pt" are found not to be texts."""

@@ -34,7 +34,7 @@ class State:
             inputs = [tensor.clone() for tensor in self.program.sample_inputs()]
             outputs = self.program.run(inputs)
             self._aliases = _aliases(self.program, inputs, outputs)
-            self._outputs = tuple(tensor.clone() for tensor in outputs)
+            self._outputs = tuple(t.clone() for t in self.program.sample_outputs(outputs))
         return self._outputs
 
     def same_as(self, other: State) -> None:

@@ -48,6 +48,14 @@ Settings = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and no table.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Trace with this many sampling steps.")]
 Batch = Annotated[int, typer.Option(min=1, help="How many images one call makes.")]
+Batches = Annotated[
+    str,
+    typer.Option(
+        metavar="N|N..M",
+        help="How many images one call makes; or, as 1..8, how many requests, each with its own"
+        " prompt and seed, one run of the engine may serve.",
+    ),
+]
 Dynamic = Annotated[
     str,
     typer.Option(
@@ -117,7 +125,7 @@ def optimize(
     target: Annotated[str, typer.Option("--target", "-t", help="What to build for.")] = "cpu",
     settings: Settings = None,
     steps: Steps = None,
-    batch: Batch = 1,
+    batch: Batches = "1",
     dynamic: Dynamic = "",
     budget: Annotated[
         float | None,
@@ -153,9 +161,11 @@ def optimize(
     from diffopt import cli_show as show
 
     _expect(output, ".engine", ".program")
+    count, more = cli_optimize.parse_batch(batch)
+    passes = ",".join(filter(None, (passes, more)))
     job = cli_optimize.Job.parse(passes, target if output.suffix == ".engine" else None)
     with show.progress(f"tracing {model}"):
-        program = _trace(model, settings, steps, batch, dynamic)
+        program = _trace(model, settings, steps, count, dynamic)
     if bisect is not None:
         raise typer.Exit(cli_optimize.find_culprit(job.pipeline, program, bisect, as_json))
     watchers = cli_optimize.watchers(job.pipeline, print_after, print_changed, dump)
@@ -222,6 +232,10 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 10,
     warmup: Annotated[int, typer.Option(min=1, help="Calls of each before those.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images of each call, of one prompt; by default as traced."),
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
@@ -230,7 +244,7 @@ def bench(
 
     arguments = _arguments(settings) | ({} if prompt is None else {"prompt": prompt})
     cli_bench.run(
-        engine, against.split(","), model, arguments, seed, rounds, warmup, threads, as_json
+        engine, against.split(","), model, arguments, seed, rounds, warmup, threads, as_json, batch
     )
 
 

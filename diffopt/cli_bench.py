@@ -13,8 +13,10 @@ from torch import Tensor
 from diffopt import bench, models, spec
 from diffopt import cli_show as show
 from diffopt.cli_run import load, spread, traced_arguments
+from diffopt.digests import digests
 from diffopt.errors import DiffoptError
 from diffopt.images import first_output
+from diffopt.program import Program
 
 MODES = {"eager": None, "compile": "default", "max-autotune": "max-autotune"}
 
@@ -29,22 +31,31 @@ def run(
     warmup: int,
     threads: int | None,
     as_json: bool,
+    batch: int | None = None,
 ) -> None:
-    """Measure, and print a table or JSON."""
+    """Measure, and print a table or JSON; every call makes `batch` images."""
     for name in against:
         if name not in MODES and not Path(name).is_file():
             raise DiffoptError(f"--against: '{name}' is no file{spec.suggest(name, MODES)}")
     if threads is not None:
         torch.set_num_threads(threads)
     engine = load(file)
-    source = model or getattr(engine, "manifest", vars(engine))["source"]
-    contenders = {"eager": _original(source, engine, arguments, None)}
+    source = model or _provenance(engine)["source"]
+    pipe = _pipeline(source)
+    _compare_weights(file, engine, source, pipe)
+    batch = batch or _list_length(engine)
+    contenders = {"eager": _original(pipe, engine, arguments, batch)}
     for name in against:
         if name in MODES and name != "eager":
-            contenders[name] = _original(source, engine, arguments, MODES[name])
+            compiled = _pipeline(source)
+            bench.compile_pipeline(compiled, MODES[name])
+            contenders[name] = _original(compiled, engine, arguments, batch)
         elif name not in MODES:
-            contenders[name] = _engine(load(Path(name)), arguments)
-    contenders[str(file)] = _engine(engine, arguments)
+            other = load(Path(name))
+            if _provenance(other)["source"] == source:
+                _compare_weights(Path(name), other, source, pipe)
+            contenders[name] = _engine(other, arguments, batch)
+    contenders[str(file)] = _engine(engine, arguments, batch)
     with show.progress("benchmark") as report:
         results = bench.measure(
             contenders, "eager", rounds=rounds, warmup=warmup, seed=seed, report=report
@@ -52,28 +63,61 @@ def run(
     _print(results, torch.get_num_threads(), rounds, as_json)
 
 
-def _engine(engine: Any, arguments: Mapping[str, Any]) -> bench.Make:
+def _engine(engine: Any, arguments: Mapping[str, Any], batch: int) -> bench.Make:
+    own = _list_length(engine)
+    call = {**spread(engine, arguments), "output_type": "pt"}
+
     def make(seed: int) -> Tensor:
-        result = engine(**spread(engine, arguments), seed=seed, output_type="pt")
-        return torch.as_tensor(first_output(result))
+        results = engine.serve([{**call, "seed": seed + k} for k in range(0, batch, own)])
+        return torch.cat([torch.as_tensor(first_output(result)) for result in results])
 
     return make
 
 
-def _original(
-    source: str, engine: Any, arguments: Mapping[str, Any], mode: str | None
-) -> bench.Make:
-    """Return the original pipeline with the arguments that the engine was made with."""
+def _list_length(engine: Any) -> int:
+    """Return how many images a call of the original made, each with a prompt of its own."""
+    prompt = traced_arguments(engine).get("prompt")
+    return len(prompt) if isinstance(prompt, list) else 1
+
+
+def _provenance(engine: Any) -> Mapping[str, Any]:
+    """Return what an engine, or a program, says that it was made from."""
+    return vars(engine) if isinstance(engine, Program) else engine.manifest
+
+
+def _pipeline(source: str) -> Any:
     if not source:
         raise DiffoptError("the engine does not say what it was made from; give --model")
-    pipe = models.load_model(source)
-    traced = traced_arguments(engine)
-    batch = len(traced["prompt"]) if isinstance(traced.get("prompt"), list) else 1
-    if mode is not None:
-        bench.compile_pipeline(pipe, mode)
+    return models.load_model(source)
+
+
+def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
+    """Refuse to compare images that differ because the model's weights are not those of then."""
+    then = _provenance(engine).get("digests", {})
+    components = getattr(pipe, "components", {})
+    now = pipe.digests if isinstance(pipe, Program) else digests(components)
+    # A module that one of both lacks, such as a safety checker turned off, need not matter.
+    changed = [name for name in then.keys() & now.keys() if then[name] != now[name]]
+    if changed:
+        raise DiffoptError(
+            f"{file} was built from other weights of {', '.join(sorted(changed))} than {source}"
+            " has now; build it again"
+        )
+
+
+def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) -> bench.Make:
+    """Return the original pipeline with the arguments that the engine was made with."""
+    call = {**traced_arguments(engine), **spread(engine, arguments), "output_type": "pt"}
+    for name in ("prompt", "negative_prompt", "class_labels"):
+        value = call.get(name)
+        if (
+            batch > 1
+            and value is not None
+            and not (isinstance(value, list) and len(value) == batch)
+        ):
+            call[name] = (value if isinstance(value, list) else [value]) * batch
 
     def make(seed: int) -> Tensor:
-        call = {**traced, **spread(engine, arguments), "output_type": "pt"}
         with torch.no_grad():
             result = pipe(**models.call_arguments(pipe, call, batch=batch, seed=seed))
         return torch.as_tensor(first_output(result))

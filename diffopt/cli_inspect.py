@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from diffopt import cli_show as show
-from diffopt import engine
+from diffopt import engine, tags
 from diffopt import graph as g
 from diffopt.core import Record
 from diffopt.errors import DiffoptError, VerifyError
@@ -29,10 +30,11 @@ def graph_text(program: Program, name: str) -> str:
 
 
 def inspect(program: Program, title: str, as_json: bool) -> None:
-    """Print the inputs, the components, and the calls in order."""
+    """Print the inputs, the components, the calls in order, and which steps make them."""
     components = [_component(program, name) for name in program.components]
     inputs = {n.name: g.type_text(n.meta["val"]) for n in g.placeholders(program.root)}
     calls = [str(node.target) for node in program.calls()]
+    found = [tags.tag(node) for node in program.calls()]
     if as_json:
         show.print_json(
             {
@@ -40,6 +42,7 @@ def inspect(program: Program, title: str, as_json: bool) -> None:
                 "inputs": inputs,
                 "components": components,
                 "calls": calls,
+                "tags": [tag and asdict(tag) for tag in found],
                 "flops": program.flops(),
                 "bytes": g.tensor_bytes(program.weights().values()),
                 "passes": program.history,
@@ -54,6 +57,7 @@ def inspect(program: Program, title: str, as_json: bool) -> None:
     show.table(f"{title}: {show.count(program.flops())} FLOPs a run", columns, rows)
     show.table("inputs", ["input", "type"], [[name, kind] for name, kind in inputs.items()])
     show.stdout().print("calls: " + ", ".join(_runs(calls)), markup=False)
+    show.table("steps", ["call", "component", "branch", "steps"], _steps(calls, found))
     if program.history:
         records = [Record.from_json(row) for row in program.history]
         show.records_table(records, timing=True, stats=False)
@@ -82,6 +86,26 @@ def _runs(calls: list[str]) -> list[str]:
     """Write equal neighbours once: text_encoder, 25× unet, vae_decode."""
     runs = [(name, len(list(group))) for name, group in groupby(calls)]
     return [name if times == 1 else f"{times}× {name}" for name, times in runs]
+
+
+def _steps(calls: list[str], found: list[tags.Tag | None]) -> list[list[str]]:
+    """Return a row for every call of one component and branch: the steps that make it."""
+    steps: dict[tuple[str, str, int], list[int]] = {}
+    for name, tag in zip(calls, found, strict=True):
+        if tag is not None:
+            steps.setdefault((name, tag.component, tag.branch), []).append(tag.step)
+    return [
+        [name, component, str(branch), _ranges(sorted(numbers))]
+        for (name, component, branch), numbers in steps.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write neighbours as a range: 0, 2-4."""
+    # What grows as fast as its place in the list stays the same within a range.
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ranges = [[number for _, number in group] for _, group in groups]
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in ranges)
 
 
 def problem(file: Path) -> str | None:

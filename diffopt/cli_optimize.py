@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,16 @@ class Job:
     def parse(cls, passes: str, target: str | None) -> Job:
         """Read the texts of the command line."""
         return cls(Pipeline.parse(passes), None if target is None else parse_target(target))
+
+
+def parse_batch(text: str) -> tuple[int, str]:
+    """Return how many images a call makes, and the pass that `N..M` asks for, if it does."""
+    found = re.fullmatch(r"([1-9]\d*)(?:\.\.([1-9]\d*))?", text)
+    if not found or (found[2] and int(found[1]) > int(found[2])):
+        raise DiffoptError(f"--batch {text}: wants a number such as 4, or a range such as 1..8")
+    if not found[2]:
+        return int(found[1]), ""
+    return 1, f"batch(max={found[2]},min={found[1]})"
 
 
 def watchers(

@@ -21,8 +21,7 @@ def load(path: Path) -> Any:
 
 def traced_arguments(loaded: Any) -> dict[str, Any]:
     """Return the plain arguments of the call that an engine or program was traced with."""
-    program = loaded if isinstance(loaded, Program) else loaded._outer
-    return dict(program.host.call)
+    return dict(loaded.host.call)
 
 
 def spread(loaded: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,12 +41,15 @@ def run(
     """Make `number` images, one seed after another, and write them; return how many of what."""
     kind = images.output_type(output)  # before the engine is loaded: a wrong name costs nothing
     loaded = load(file)
+    low, high = loaded.batch or (1, 1)
     results: list[Any] = []
     made = 0
     while made < number:
         report(f"image {made + 1} of {number}", made / number)
-        result = loaded(**spread(loaded, arguments), seed=seed + made, output_type=kind)
-        results.append(images.first_output(result))
-        made += len(results[-1])
+        call = {**spread(loaded, arguments), "output_type": kind}
+        count = min(high, max(low, number - made))
+        for result in loaded.serve([{**call, "seed": seed + made + k} for k in range(count)]):
+            results.append(images.first_output(result))
+        made = sum(map(len, results))
     written = images.save(results, output, number)
     return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

@@ -17,7 +17,7 @@ from rich.table import Table
 from diffopt.core import Progress as Report
 from diffopt.core import Record, Size
 
-TEXTS = ("kind", "summary", "type", "default", "help", "changed", "promise")
+TEXTS = ("kind", "summary", "type", "default", "help", "changed", "promise", "component", "steps")
 WIDTH = 180  # of tables that do not go to a terminal: a file has no edge to wrap at
 
 

@@ -213,6 +213,8 @@ class Pipeline:
             for instrument in instruments:
                 instrument.before(step, current.program)
             try:
+                if current.program.batch:
+                    raise DiffoptError(f"{step} cannot follow batch, which has to be the last pass")
                 after, record = _apply(step, current, first, seed, verify, progress)
                 if enforce:
                     enforce_bounds(step, record, current, budget)

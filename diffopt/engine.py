@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import archive
+from diffopt import archive, batching
 from diffopt import graph as g
 from diffopt import program as p
 from diffopt.core import Progress
@@ -92,6 +92,7 @@ def _manifest(
             "python": platform.python_version(),
         },
         "source": program.source,
+        "digests": program.digests,
         "target": str(target),
         "requires": lowered.requires,
         "holds_weights": lowered.holds_weights,
@@ -99,6 +100,7 @@ def _manifest(
         "records": program.history,
         "inputs": {n.name: g.type_text(n.meta["val"]) for n in g.placeholders(program.root)},
         "arguments": sorted(program.host.inputs()),
+        "batch": program.batch,
         "components": lowered.bodies,
         "releasable": program.releasable(),
     }
@@ -238,6 +240,11 @@ class Engine:
         return self._outer.host
 
     @property
+    def batch(self) -> tuple[int, int] | None:
+        """The fewest and the most requests that one run serves; None: one, see `Program.batch`."""
+        return self._outer.batch
+
+    @property
     def inputs(self) -> dict[str, str]:
         """The flat inputs of `run` in order, each with its type."""
         return dict(self.manifest["inputs"])
@@ -249,8 +256,18 @@ class Engine:
             **arguments: What the pipeline's call takes: `prompt`, `generator`, `latents`, …; `seed`
                 stands for a generator; `output_type` is "pil", "np" or "pt".
         """
-        tensors = self.run(self._outer.prepare(**arguments))
-        return self._outer.pack(tensors, arguments.get("output_type"))
+        return self.serve([arguments])[0]
+
+    def serve(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Run the engine for several calls, as many at once as it was built for.
+
+        Args:
+            requests: The arguments of each call.
+
+        Returns:
+            What each call returns, in order.
+        """
+        return batching.serve(self._outer, self.run, requests)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the flat outputs for flat inputs."""
@@ -259,11 +276,12 @@ class Engine:
     def verify(self) -> None:
         """Check the file against its checksums, and that it runs on the inputs seen at capture."""
         self._archive.verify()
-        for index, output in enumerate(self.run(self._outer.sample_inputs())):
-            if output.is_floating_point() and not output.isfinite().all():
-                raise DiffoptError(
-                    f"{self.path}: output {index} is not finite on the sample inputs"
-                )
+        for count in self._outer.batch or (None,):
+            for index, output in enumerate(self.run(self._outer.sample_inputs(count))):
+                if output.is_floating_point() and not output.isfinite().all():
+                    raise DiffoptError(
+                        f"{self.path}: output {index} is not finite on the sample inputs"
+                    )
 
     def __repr__(self) -> str:
         size = sum(entry["size"] for entry in self.manifest["members"].values())

@@ -20,6 +20,9 @@ LINEAR = aten.linear.default
 CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 TIMES = {aten.mul.Tensor: operator.mul, aten.div.Tensor: operator.truediv}
 
+# With fewer bits a rounding of the weights shows, and a scale may be there to avoid overflow.
+PRECISE = (torch.float32, torch.float64)
+
 Skip = Callable[[str, str], None]
 Weights = tuple[Tensor, Tensor | None]
 
@@ -77,7 +80,7 @@ def fold_all(program: Program, find: Find, skip: Skip) -> int:
                 reasons[str(fold)] = "the layer's weight is also used in another way"
                 continue
             if fold.key not in made:
-                made[fold.key] = _rounded(fold.make(), weight)
+                made[fold.key] = rounded(fold.make(), weight)
             if not all(t is None or bool(t.isfinite().all()) for t in made[fold.key]):
                 reasons[str(fold)] = "the new weights would not be finite"
                 continue
@@ -93,7 +96,7 @@ def fold_all(program: Program, find: Find, skip: Skip) -> int:
     return count
 
 
-def _rounded(weights: Weights, like: Tensor) -> Weights:
+def rounded(weights: Weights, like: Tensor) -> Weights:
     """Return weights in the type and memory layout of the weight that they replace."""
     weight, bias = weights
     new = torch.nn.Parameter(torch.empty_like(like).copy_(weight), requires_grad=False)
@@ -103,20 +106,26 @@ def _rounded(weights: Weights, like: Tensor) -> Weights:
 
 
 def _apply(gm: fx.GraphModule, fold: Fold, weight: Tensor, bias: Tensor | None) -> None:
-    layer = fold.layer
+    new = with_weights(gm, fold.layer, weight, bias)
+    value = new if fold.value is fold.layer else fold.value
+    fold.layer.replace_all_uses_with(new)
+    replace(fold.last, value)
+
+
+# Layers
+
+
+def with_weights(
+    gm: fx.GraphModule, layer: fx.Node, weight: Tensor, bias: Tensor | None
+) -> fx.Node:
+    """Insert, before a layer, the same one with other weights."""
     stem = re.sub(r"_(folded_)?weight(_\d+)?$", "", str(args(layer)[1].target))
     with gm.graph.inserting_before(layer):
         given = [args(layer)[0], g.get_attr(gm, f"{stem}_folded_weight", weight)]
         given.append(None if bias is None else g.get_attr(gm, f"{stem}_folded_bias", bias))
         if bias is None and len(layer.args) <= 3:
             given.pop()
-        new = g.call(gm.graph, layer.target, *given, *args(layer)[3:], like=layer)
-    value = new if fold.value is layer else fold.value
-    layer.replace_all_uses_with(new)
-    replace(fold.last, value)
-
-
-# Layers
+        return g.call(gm.graph, layer.target, *given, *args(layer)[3:], like=layer)
 
 
 def layer_weights(gm: fx.GraphModule, node: Any) -> Weights | None:
@@ -139,7 +148,34 @@ def double(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().double()
 
 
+def channel_axis(layer: fx.Node) -> int:
+    """Return which dimension, from the end, of a layer's input and result the channels are."""
+    return -1 if layer.target is LINEAR else -2 - CONVS.index(layer.target)
+
+
 # Numbers
+
+
+def per_channel(gm: fx.GraphModule, value: Any, like: Tensor, axis: int | None) -> Tensor | None:
+    """Return a constant as one number, or as one for each channel, in float64.
+
+    Args:
+        gm: The graph.
+        value: A number or a node.
+        like: What it is combined with.
+        axis: Where the channels of `like` are, from the end; None if only one number will do.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.tensor([value], dtype=torch.float64)
+    tensor = stored(gm, value)
+    if tensor is None or tensor.dtype != like.dtype or tensor.dim() > like.dim():
+        return None
+    if tensor.numel() == 1:
+        return tensor.detach().double().reshape(1)
+    shape = [1] * (like.dim() - tensor.dim()) + list(tensor.shape)
+    if axis is None or shape[axis] != like.shape[axis] or tensor.numel() != shape[axis]:
+        return None
+    return tensor.detach().double().reshape(-1)
 
 
 def noops_skipped(gm: fx.GraphModule, node: fx.Node) -> fx.Node:

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffopt.errors import VerifyError
+
 aten = torch.ops.aten
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -223,8 +225,9 @@ def copy_inlined(
 
 
 def sort(gm: fx.GraphModule) -> None:
-    """Put every node after what it reads; otherwise the order stays."""
+    """Put every node after what it reads; otherwise the order stays. A cycle is a `VerifyError`."""
     done: set[fx.Node] = set()
+    begun: set[fx.Node] = set()
     nodes = list(gm.graph.nodes)
     last = gm.graph._root
     for node in nodes:
@@ -233,6 +236,9 @@ def sort(gm: fx.GraphModule) -> None:
             top = stack[-1]
             waiting = [n for n in top.all_input_nodes if n not in done]
             if waiting:
+                begun.add(top)
+                if not begun.isdisjoint(waiting):
+                    raise VerifyError(f"{top.name} depends on itself")
                 stack.extend(waiting)
                 continue
             stack.pop()

@@ -83,11 +83,18 @@ def trim_arguments(program: Program, name: str) -> int:
             formal.replace_all_uses_with(first)
         else:
             kept.append(index)
-    if len(kept) == len(takes):
-        return 0
-    for site in sites:
-        site.args = tuple(args(site)[i] for i in kept)
-    for index, formal in enumerate(takes):
-        if index not in kept:
+    return drop_unread_arguments(program, name) if len(kept) < len(takes) else 0
+
+
+def drop_unread_arguments(program: Program, name: str) -> int:
+    """Drop the arguments that a component does not read; return how many."""
+    body = program.components[name]
+    g.prune_unused(body)
+    takes = g.placeholders(body)
+    read = [bool(formal.users) for formal in takes]
+    for site in program.calls(name):
+        site.args = tuple(arg for arg, keep in zip(site.args, read, strict=True) if keep)
+    for formal in takes:
+        if not formal.users:
             body.graph.erase_node(formal)
-    return len(takes) - len(kept)
+    return read.count(False)

@@ -1,61 +1,89 @@
 """Outline a step: the denoiser's call and the arithmetic around it become one body.
 
 The root graph is cut at the calls of its costliest component. A step is the call, what only
-prepares its arguments, and what follows up to the next step's preparation. Steps that are equal up
-to the values
-that come from outside (constants among them) become calls of one body, which takes those as
-arguments.
+prepares its arguments, and what follows up to the next step's preparation. What all steps have in
+common becomes calls of one body, which takes the values from outside (constants among them) as
+arguments. What only some of them have, such as the history of a multistep solver, stays in the
+root graph: the denoiser is in one body whatever the solver.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from diffopt import graph as g
+from diffopt import tags
 from diffopt.core import Context
 from diffopt.program import Program
 from diffopt.tables import is_view
 
 
-@dataclasses.dataclass
+@dataclass(eq=False)
 class Step:
-    """One step's nodes in the root graph, and the values from outside that they read."""
+    """One step's nodes in the root graph, and which of them all steps have.
+
+    Attributes:
+        call: The call of the costliest component.
+        nodes: All of the step, in the order of the graph.
+        inside: The part that all steps have.
+        twins: Which value here a value in or around that part of the model step is.
+    """
 
     call: fx.Node
-    nodes: list[fx.Node]
-    """In the order of the step that the others were matched with."""
-    outside: list[fx.Node]
+    nodes: list[fx.Node] = field(default_factory=list)
+    inside: set[fx.Node] = field(default_factory=set)
+    twins: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 def outline_steps(program: Program, ctx: Context) -> None:
-    """Make each step of the sampling loop one call of a body shared by all equal steps."""
+    """Make what all steps of the sampling loop have in common calls of one body."""
     anchors = _anchors(program)
     if len(anchors) < 2:
         ctx.skip("steps", "no component is called more than once")
         return
+    _complete_items(program.root)
     steps = _cut(program, anchors)
-    if all(n is s.call or s.call in n.args for s in steps for n in s.nodes):
-        ctx.skip("steps", "each is one call already")
+    # From the middle, as the first and the last may lack a neighbour; two, as some solvers take
+    # turns, and a value that only one kind of step uses twice is one argument there.
+    models = steps[len(steps) // 2 - 1 :][:2]
+    model = max(models, key=lambda step: len(_find_common(step, steps)))
+    nodes = _find_common(model, steps)
+    if all(n.op == "call_module" or _is_item(n) for n in nodes):
+        ctx.skip("steps", "they have nothing in common but the call")
         return
-    left = list(steps)
-    outlined = 0
-    replaced: dict[fx.Node, fx.Node] = {}
-    while len(left) > 1:
-        # A middle step stands for all: the first and the last may lack a neighbour.
-        model = left[len(left) // 2]
-        group = [s for s in (_match(model, other) for other in left) if s is not None]
-        calls = {model.call, *(s.call for s in group)}
-        left = [s for s in left if s.call not in calls]
-        if len(group) > 1 and model.call in {s.call for s in group}:
-            _replace(program, model, group, replaced)
-            outlined += len(group)
-        else:
-            ctx.skip(model.call, "no other step is equal to this one")
-    for step in left:
-        ctx.skip(step.call, "no other step is equal to this one")
+    _skip_rest(steps, ctx)
+    _replace(program, model, nodes, steps)
     g.sort(program.root)
-    ctx.note("steps outlined", [outlined, len(steps)])
+    ctx.note("steps outlined", len(steps))
+
+
+def _skip_rest(steps: Sequence[Step], ctx: Context) -> None:
+    """Say how many steps are more than one call: what not all have stays between the calls."""
+    calls = [step.call for step in steps]
+    loop = g.descendants(calls) & g.ancestors(calls)
+    rest = [len(loop.intersection(step.nodes) - step.inside) for step in steps]
+    if any(rest):
+        more = sum(count > 0 for count in rest)
+        reason = f"{more} of {len(steps)} have nodes that not all have, up to {max(rest)}"
+        ctx.skip("steps", f"{reason}: these stay outside of the shared body")
+
+
+def _complete_items(root: fx.GraphModule) -> None:
+    """Give each tuple of values one node for each of its values, so that equal steps look equal."""
+    for node in list(root.graph.nodes):
+        if not isinstance(node.meta.get("val"), (tuple, list)) or node.op == "output":
+            continue
+        items: dict[object, fx.Node] = {}
+        for user in list(node.users):
+            first = items.setdefault(user.args[1], user)
+            if first is not user:
+                user.replace_all_uses_with(first)
+        with root.graph.inserting_after(node):
+            for index in range(len(node.meta["val"])):
+                if index not in items:
+                    g.call(root.graph, operator.getitem, node, index)
 
 
 def _anchors(program: Program) -> list[fx.Node]:
@@ -92,7 +120,7 @@ def _cut(program: Program, anchors: Sequence[fx.Node]) -> list[Step]:
                 continue
             place[node] = later
             moved = True
-    steps = [Step(call, [], []) for call in anchors]
+    steps = [Step(call, []) for call in anchors]
     for node in nodes:
         if node.op in ("call_function", "call_module") and place[node] >= 0:
             steps[place[node]].nodes.append(node)
@@ -119,88 +147,97 @@ def _bytes(node: fx.Node) -> int:
     return g.tensor_bytes(value if isinstance(value, (tuple, list)) else [value])
 
 
-def _match(model: Step, other: Step) -> Step | None:
-    """Return the part of `other` that is equal to `model` up to values from outside, or None."""
-    inside = set(model.nodes)
-    # In the order of the graph: of two equal users the first is the twin of the model's first.
-    allowed = {node: i for i, node in enumerate(other.nodes)}
-    pairs: dict[fx.Node, fx.Node] = {}
-    taken: set[fx.Node] = set()
+def _find_common(model: Step, steps: Sequence[Step]) -> list[fx.Node]:
+    """Find the part around the call that all steps have; return the model's nodes of it."""
+    common = {model.call}
+    for step in steps:
+        step.inside, step.twins = {step.call}, {model.call: step.call}
+        if not _pair(model.call.args, step.call.args, step, step.twins):
+            return []
+    size = 0
+    while len(common) > size:
+        size = len(common)
+        for node in reversed(model.nodes):  # what prepares the part, users first
+            if node not in common and node in model.twins:
+                _add(model, node, steps, common)
+        for node in model.nodes:  # what follows, in order: of two equal users the first is the twin
+            if node not in common and not common.isdisjoint(node.all_input_nodes):
+                _add(model, node, steps, common)
+    tuples = {n for n in common if _is_item(n) and n.args[0] not in common}
+    nodes = [n for n in model.nodes if n in common - tuples]
+    for step in steps:
+        step.inside = {step.twins[n] for n in nodes}
+    return nodes
 
-    def same(a: object, b: object) -> bool:
-        """Compare two arguments, walking back through what prepares the call."""
-        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-            if a in pairs:
-                return pairs[a] is b
-            if g.type_text(a.meta["val"]) != g.type_text(b.meta["val"]):
-                return False
-            if a in inside:
-                return b in allowed and b not in taken and pair(a, b)
-            if b in taken:
-                return False
-            pairs[a] = b
-            return True
-        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-            return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-        return type(a) is type(b) and a == b
 
-    def pair(a: fx.Node, b: fx.Node) -> bool:
-        if a.op != b.op or a.target != b.target or a.kwargs.keys() != b.kwargs.keys():
-            return False
-        if not same(a.args, b.args) or not all(same(a.kwargs[k], b.kwargs[k]) for k in a.kwargs):
+def _is_item(node: fx.Node) -> bool:
+    return node.target is operator.getitem
+
+
+def _add(model: Step, node: fx.Node, steps: Sequence[Step], common: set[fx.Node]) -> None:
+    """Add a node to the common part if every step has it."""
+    found = []
+    for step in steps:
+        pairs = _find_twin(node, step, common, [node] if step is model else None)
+        if pairs is None:
+            return
+        found.append(pairs)
+    common.add(node)
+    for step, pairs in zip(steps, found, strict=True):
+        step.twins.update(pairs)
+        step.inside.add(pairs[node])
+
+
+def _find_twin(
+    node: fx.Node, step: Step, common: set[fx.Node], candidates: Sequence[fx.Node] | None
+) -> dict[fx.Node, fx.Node] | None:
+    """Return what a node of the model step and the values that it reads are in another step."""
+    if candidates is None and node in step.twins:
+        candidates = [step.twins[node]]
+    if candidates is None:
+        users = next(step.twins[n].users for n in node.all_input_nodes if n in common)
+        candidates = [n for n in step.nodes if n in users]
+    for twin in candidates:
+        if twin in step.inside or twin not in step.nodes:
+            continue
+        if twin.op != node.op or twin.target != node.target:
+            continue
+        pairs = {node: twin}
+        if not _pair((node.args, node.kwargs), (twin.args, twin.kwargs), step, pairs):
+            continue
+        if _is_convex(step.nodes, step.inside | {twin}):
+            return pairs
+    return None
+
+
+def _pair(a: object, b: object, step: Step, pairs: dict[fx.Node, fx.Node]) -> bool:
+    """Compare arguments; values from outside the part are added to `pairs` where they can be."""
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        known = step.twins.get(a, pairs.get(a))
+        if known is not None:
+            return known is b
+        if b in step.inside or g.type_text(a.meta["val"]) != g.type_text(b.meta["val"]):
             return False
         pairs[a] = b
-        taken.add(b)
         return True
-
-    if not pair(model.call, other.call):
-        return None
-    waiting = [n for n in model.nodes if n not in pairs]
-    while waiting:
-        for node in waiting:
-            if node in pairs:
-                continue
-            known = [pairs[n] for n in node.all_input_nodes if n in inside and n in pairs]
-            users = [u for k in known[:1] for u in k.users if u in allowed and u not in taken]
-            any(_try(pair, pairs, taken, node, u) for u in sorted(users, key=allowed.__getitem__))
-        left = [n for n in waiting if n not in pairs]
-        if len(left) == len(waiting):
-            return None
-        waiting = left
-    nodes = [pairs[n] for n in model.nodes]
-    outside = [pairs[n] for n in _outside(model.nodes)]
-    # A value from outside that depends on the step would have to be both before and after its call.
-    if g.ancestors(outside) & set(nodes):
-        return None
-    return Step(other.call, nodes, outside)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_pair(a[k], b[k], step, pairs) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        both = zip(a, b, strict=False)
+        return len(a) == len(b) and all(_pair(x, y, step, pairs) for x, y in both)
+    return type(a) is type(b) and a == b
 
 
-class _Outside:
-    """Tell whether a user of a value is none of some nodes."""
-
-    def __init__(self, nodes: set[fx.Node]) -> None:
-        self.nodes = nodes
-
-    def __call__(self, user: fx.Node) -> bool:
-        return user not in self.nodes
-
-
-def _try(
-    pair: Callable[[fx.Node, fx.Node], bool],
-    pairs: dict[fx.Node, fx.Node],
-    taken: set[fx.Node],
-    node: fx.Node,
-    candidate: fx.Node,
-) -> bool:
-    """Match two nodes; where they differ, forget what was matched on the way."""
-    before = dict(pairs), set(taken)
-    if pair(node, candidate):
-        return True
-    pairs.clear()
-    pairs.update(before[0])
-    taken.clear()
-    taken.update(before[1])
-    return False
+def _is_convex(nodes: Iterable[fx.Node], part: set[fx.Node]) -> bool:
+    """Tell whether no value leaves the part and comes back: it can be one call then."""
+    between: set[fx.Node] = set()
+    for node in nodes:
+        comes_back = not between.isdisjoint(node.all_input_nodes)
+        if node in part and comes_back:
+            return False
+        if node not in part and (comes_back or not part.isdisjoint(node.all_input_nodes)):
+            between.add(node)
+    return True
 
 
 def _outside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -210,43 +247,54 @@ def _outside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def _replace(
-    program: Program, model: Step, group: Sequence[Step], replaced: dict[fx.Node, fx.Node]
+    program: Program, model: Step, nodes: Sequence[fx.Node], steps: Sequence[Step]
 ) -> None:
-    """Replace equal steps by calls of one body; `replaced` says which results took whose place."""
+    """Replace the common part of the steps, given as the model's nodes, by calls of one body."""
     root = program.root
-    model = next(s for s in group if s.call is model.call)
-    outputs = [
-        i
-        for i in range(len(model.nodes))
-        if any(set(s.nodes[i].users) - set(s.nodes) for s in group)
-    ]
     # The getitems of a call may be outputs; the call itself, a tuple of values, is none.
-    outputs = [i for i in outputs if not isinstance(model.nodes[i].meta["val"], tuple)]
-    shared = [
-        i
-        for i, n in enumerate(model.outside)
-        if n.op == "get_attr" and len({s.outside[i].target for s in group}) == 1
+    outputs = [
+        n
+        for n in nodes
+        if not isinstance(n.meta["val"], (tuple, list))
+        and any(set(s.twins[n].users) - s.inside for s in steps)
     ]
-    passed = [i for i in range(len(model.outside)) if i not in shared]
+    outside = _outside(nodes)
+    shared = [
+        n for n in outside if n.op == "get_attr" and len({s.twins[n].target for s in steps}) == 1
+    ]
+    passed = [n for n in outside if n not in shared]
+    reused = set(tags.reused(root, model.call).values())
     body, env = g.new_body("step"), dict[fx.Node, fx.Node]()
-    for i in passed:
-        env[model.outside[i]] = body.graph.placeholder(f"arg{i}")
-        env[model.outside[i]].meta["val"] = model.outside[i].meta["val"]
-    g.copy_nodes([model.outside[i] for i in shared], root, body, env)
-    g.copy_inlined(model.nodes, root, body, env)
-    results = [env[model.nodes[i]] for i in outputs]
-    body.graph.output(tuple(results))
-    g.set_outputs(body, results)
+    for i, node in enumerate(passed):
+        env[node] = body.graph.placeholder(f"arg{i}")
+        env[node].meta["val"] = node.meta["val"]
+        if node in reused:
+            env[node].meta["reuse"] = True
+    g.copy_nodes(shared, root, body, env)
+    g.copy_inlined(nodes, root, body, env)
+    body.graph.output(())
+    g.set_outputs(body, [env[n] for n in outputs])
     body.recompile()
     name = program.add_component(f"{model.call.target}_step", body)
-    for step in group:
-        with root.graph.inserting_after(step.nodes[-1]):
-            values = program.call(
-                name, [replaced.get(step.outside[i], step.outside[i]) for i in passed]
-            )
-        own = set(step.nodes)
-        for i, value in zip(outputs, values, strict=True):
-            replaced[step.nodes[i]] = value
-            step.nodes[i].replace_all_uses_with(value, delete_user_cb=_Outside(own))
-        for node in step.nodes:  # dead now; the graph is pruned when all steps are done
-            node.args, node.kwargs = (), {}
+    replaced: dict[fx.Node, fx.Node] = {}
+    for step in steps:
+        _call(program, name, step, passed, outputs, replaced)
+
+
+def _call(
+    program: Program,
+    name: str,
+    step: Step,
+    passed: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    replaced: dict[fx.Node, fx.Node],
+) -> None:
+    """Call the body in place of a step's part; `replaced` says which results took whose place."""
+    with program.root.graph.inserting_after(step.nodes[-1]):
+        given = [replaced.get(step.twins[n], step.twins[n]) for n in passed]
+        values = program.call(name, given, tags.tag(step.call))
+    for node, value in zip([step.twins[n] for n in outputs], values, strict=True):
+        replaced[node] = value
+        node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in step.inside)
+    for node in step.inside:  # dead now; the graph is pruned when the pass is done
+        node.args, node.kwargs = (), {}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from diffopt import batching, programfile, serialize, tags
 from diffopt import graph as g
 from diffopt import host as h
-from diffopt import programfile, serialize
 from diffopt.errors import DiffoptError, VerifyError
 from diffopt.guards import Guards, Mismatch, mismatch
 from diffopt.packing import pack
@@ -37,7 +37,10 @@ class Program:
         sample: The flat inputs seen at capture, on which rewrites are checked.
         history: One record a pass that has run, oldest first, as JSON.
         source: What it was traced from, as text.
+        digests: One of the weights of each of the pipeline's modules at capture, by name.
         guards: What Python read of the inputs at capture; None if nothing.
+        batch: The fewest and the most requests of one run, a leading dimension of all inputs and
+            outputs; None: each run serves one, and there is no such dimension.
         resample: Capture again with other arguments; None where the pipeline is not at hand.
     """
 
@@ -50,6 +53,8 @@ class Program:
         guards: Guards | None = None,
         history: Sequence[Mapping[str, Any]] = (),
         source: str = "",
+        digests: Mapping[str, str] | None = None,
+        batch: tuple[int, int] | None = None,
         resample: Callable[..., "Program"] | None = None,
     ) -> None:
         self.root = root
@@ -58,6 +63,8 @@ class Program:
         self.guards = guards
         self.history = list(history)
         self.source = source
+        self.digests = dict(digests or {})
+        self.batch = batch
         self.resample = resample
         self.variants: list[Program] = []
 
@@ -77,8 +84,16 @@ class Program:
         Texts of another number of tokens, where the pipeline does not fix it, are captured when
         they first come, while the pipeline is at hand.
         """
+        if self.batch:
+            return self.serve([arguments])[0]
         program, tensors = self._fitting(arguments)
         return program.pack(program.run(tensors), arguments.get("output_type"))
+
+    def serve(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Run the program for several calls, as many at once as `batch` allows."""
+        if not self.batch:
+            return [self(**request) for request in requests]
+        return batching.serve(self, self.run, requests)
 
     def _fitting(self, arguments: Mapping[str, Any]) -> tuple["Program", list[Tensor]]:
         """Return this program or its variant that fits the texts, and its flat inputs."""
@@ -95,7 +110,7 @@ class Program:
         return variant, variant.prepare(**arguments)
 
     def prepare(self, **arguments: Any) -> list[Tensor]:
-        """Return the flat inputs for a call with these arguments.
+        """Return the flat inputs for a call with these arguments: those of one request.
 
         Where that fails, generators are left as they were.
         """
@@ -113,10 +128,11 @@ class Program:
         is_text = [isinstance(s, h.Processor) for s in self.host.steps for _ in range(s.count)]
         inputs = zip(g.placeholders(self.root), tensors, is_text, strict=True)
         for node, tensor, from_text in inputs:
-            expected = node.meta["val"]
-            if tensor.shape == expected.shape:
+            shape, traced = list(tensor.shape), list(node.meta["val"].shape)
+            if self.batch:
+                del traced[0]
+            if shape == traced:
                 continue
-            shape, traced = list(tensor.shape), list(expected.shape)
             if from_text:
                 message = (
                     f"the text gives {node.name} the shape {shape}; the program was traced with "
@@ -142,9 +158,19 @@ class Program:
         traced = self.host.call.get("output_type")
         return pack(self.host.output, tensors, output_type if output_type != traced else None)
 
-    def sample_inputs(self) -> list[Tensor]:
-        """Return the flat inputs seen at capture."""
-        return self.sample
+    def sample_inputs(self, count: int | None = None) -> list[Tensor]:
+        """Return flat inputs for `run`: those seen at capture.
+
+        Where a run serves several requests (`count`; by default the most that it can), these are
+        the last, and the others differ from them.
+        """
+        if self.batch is None:
+            return self.sample
+        return batching.stack(self.sample, self.host, count or self.batch[1])
+
+    def sample_outputs(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return those outputs of a run on `sample_inputs` that are of the inputs at capture."""
+        return [output[-1] if self.batch else output for output in outputs]
 
     # Looking
 
@@ -157,6 +183,11 @@ class Program:
         """Return the component calls in order: all, or one component's."""
         called = (n for n in self.root.graph.nodes if n.op == "call_module")
         return [n for n in called if component in (None, n.target)]
+
+    def at(self, component: str, step: int, branch: int = 0) -> fx.Node | None:
+        """Return the call with this tag: the same call one step earlier, say."""
+        wanted = tags.Tag(component, step, branch)
+        return next((node for node in self.calls() if tags.tag(node) == wanted), None)
 
     def weights(self) -> dict[int, Tensor]:
         """Return every distinct weight and constant by identity."""
@@ -215,6 +246,8 @@ class Program:
             guards=self.guards,
             history=self.history,
             source=self.source,
+            digests=self.digests,
+            batch=self.batch,
             resample=self.resample,
         )
 
@@ -227,9 +260,16 @@ class Program:
         self.root.add_module(name, body)
         return name
 
-    def call(self, component: str, arguments: Sequence[Any]) -> list[fx.Node]:
-        """Insert a call of a component at the root graph's insertion point; return its results."""
+    def call(
+        self, component: str, arguments: Sequence[Any], tag: tags.Tag | None = None
+    ) -> list[fx.Node]:
+        """Insert a call of a component at the root graph's insertion point; return its results.
+
+        `tag` is that of the call which it takes the place of.
+        """
         node = self.root.graph.call_module(component, tuple(arguments))
+        if tag is not None:
+            node.meta["tag"] = tag
         node.meta["val"] = tuple(n.meta["val"] for n in g.outputs(self.components[component]))
         return [
             g.call(self.root.graph, operator.getitem, node, i) for i in range(len(node.meta["val"]))
@@ -248,16 +288,20 @@ class Program:
         """Check the invariants of the IR; a broken one is a `VerifyError`.
 
         Graphs are well formed; values' recorded shapes and dtypes are what propagation gives; every
-        component call names a component and passes what it takes; inputs fit the host's steps.
+        component call names a component and passes what it takes; tags are those of a loop (see
+        `tags`); inputs fit the host's steps.
         """
         for name, gm in {"program": self.root, **self.components}.items():
             verify_graph(name, gm, is_root=gm is self.root)
         for node in self.calls():
             verify_call(node, self.components[str(node.target)])
+        tags.verify(self.root)
+        if self.batch:
+            batching.batch_axes(self.root, self.batch[1])
         takes = g.placeholders(self.root)
         if len(self.sample) != len(takes):
             raise VerifyError(f"program: {len(takes)} placeholders for {len(self.sample)} inputs")
-        for node, tensor in zip(takes, self.sample, strict=True):
+        for node, tensor in zip(takes, self.sample_inputs(), strict=True):
             verify_type(f"program: input {node.name}", node.meta["val"], tensor)
 
     # Saving
@@ -290,6 +334,8 @@ class Program:
             "samples": len(self.sample),
             "history": self.history,
             "source": self.source,
+            "digests": self.digests,
+            "batch": self.batch,
         }
         assets = {
             f"{name}/{file}": b for name, fs in self.host.assets.items() for file, b in fs.items()
@@ -327,11 +373,18 @@ class Program:
         sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
         host = h.Host.from_json(data["host"], files)
         return Program(
-            root, host, sample, guards=guards, history=data["history"], source=data["source"]
+            root,
+            host,
+            sample,
+            guards=guards,
+            history=data["history"],
+            source=data["source"],
+            digests=data.get("digests"),  # engines of earlier versions have none
+            batch=tuple(data["batch"]) if data.get("batch") else None,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the program to one file: JSON, safetensors, assets. Atomic."""
+        """Write the program to one file: whole, or as it was before."""
         programfile.write(path, *self.to_members())
 
     @staticmethod

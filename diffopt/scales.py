@@ -10,14 +10,15 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt.folding import (
-    CONVS,
-    LINEAR,
+    PRECISE,
     TIMES,
     Fold,
     Weights,
+    channel_axis,
     double,
     factor_of,
     layer_weights,
+    per_channel,
     weights_key,
 )
 from diffopt.rewrite import args, calls, replace, same_layout, stored
@@ -29,9 +30,6 @@ _RESHAPES = (
     *(aten.view.default, aten.transpose.int, aten.permute.default, aten.reshape.default),
     *(aten.unsqueeze.default, aten.squeeze.dim),
 )
-
-# With fewer bits a rounding of the weights shows, and a scale may be there to avoid overflow.
-_PRECISE = (torch.float32, torch.float64)
 
 
 def find_scale(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
@@ -46,9 +44,10 @@ def find_scale(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
         return None
     layer = _layer_of(gm, one)
     weights = layer_weights(gm, layer)
-    if layer is None or weights is None or weights[0].dtype not in _PRECISE:
+    if layer is None or weights is None or weights[0].dtype not in PRECISE:
         return None
-    constant = _per_channel(gm, layer, other, whole=layer is not one)
+    axis = channel_axis(layer) if layer is one else None
+    constant = per_channel(gm, other, layer.meta["val"], axis)
     if constant is None:
         return None
     change = id(stored(gm, other)) if isinstance(other, fx.Node) else other
@@ -69,29 +68,6 @@ def _layer_of(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
             return None
         node = args(node)[0]
     return None
-
-
-def _per_channel(gm: fx.GraphModule, layer: fx.Node, value: Any, *, whole: bool) -> Tensor | None:
-    """Return a constant as one number, or (not `whole`) as one for each channel of a layer."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.tensor([value], dtype=torch.float64)
-    tensor = stored(gm, value)
-    result = layer.meta["val"]
-    if tensor is None or tensor.dtype != result.dtype or tensor.dim() > result.dim():
-        return None
-    if tensor.numel() == 1:
-        return tensor.detach().double().reshape(1)
-    axis = result.dim() - 1 if layer.target is LINEAR else result.dim() - _own_dims(layer)
-    shape = [1] * (result.dim() - tensor.dim()) + list(tensor.shape)
-    others = [size for index, size in enumerate(shape) if index != axis]
-    if whole or shape[axis] != result.shape[axis] or any(size != 1 for size in others):
-        return None
-    return tensor.detach().double().reshape(-1)
-
-
-def _own_dims(layer: fx.Node) -> int:
-    """Return how many dimensions a convolution's channels and space have together."""
-    return 1 + CONVS.index(layer.target) + 1
 
 
 def _changed(weights: Weights, target: Any, constant: Tensor) -> Weights:
@@ -115,7 +91,7 @@ def combine_scales(gm: fx.GraphModule) -> int:
         if outer is None or inner is None:
             continue
         dtype = node.meta["val"].dtype
-        if dtype not in _PRECISE or dtype != inner.source.meta["val"].dtype:
+        if dtype not in PRECISE or dtype != inner.source.meta["val"].dtype:
             continue
         scale = outer.number * inner.number
         if not math.isfinite(scale) or abs(scale) < torch.finfo(torch.float32).tiny:

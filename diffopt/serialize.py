@@ -1,5 +1,6 @@
 """Graphs as JSON: the whole IR without pickle and without the model's code."""
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -8,12 +9,15 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt.errors import DiffoptError
+from diffopt.tags import Tag
 
 _ENUMS: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
     "memory_format": torch.memory_format,
 }
+
+_KEPT = ("module", "where", "reuse")
 
 
 def encode(arg: Any, index: dict[fx.Node, int]) -> Any:
@@ -69,13 +73,13 @@ def encode_value(value: Any) -> Any:
         return [dtype, list(value.shape), list(value.stride()), str(value.device)]
     if isinstance(value, (list, tuple)):
         return {"many": [encode_value(item) for item in value]}
-    return None
+    return {"int": value} if isinstance(value, int) else None
 
 
 def decode_value(data: Any) -> Any:
     """Return the fake value that `encode_value` made `data` from."""
     if isinstance(data, dict):
-        return tuple(decode_value(item) for item in data["many"])
+        return data["int"] if "int" in data else tuple(map(decode_value, data["many"]))
     if data is None:
         return None
     dtype, shape, stride, device = data
@@ -118,9 +122,11 @@ def graph_to_json(gm: fx.GraphModule) -> list[dict[str, Any]]:
             row["kwargs"] = {k: encode(v, index) for k, v in node.kwargs.items()}
         if node.op != "output":
             row["val"] = encode_value(node.meta.get("val"))
-        for key in ("module", "where"):
+        for key in _KEPT:
             if key in node.meta:
                 row[key] = node.meta[key]
+        if "tag" in node.meta:
+            row["tag"] = dataclasses.asdict(node.meta["tag"])
         index[node] = len(rows)
         rows.append(row)
     return rows
@@ -151,9 +157,11 @@ def graph_from_json(
             node.meta["val"] = tuple(n.meta["val"] for n in args[0])
         else:
             node.meta["val"] = decode_value(row["val"])
-        for key in ("module", "where"):
+        for key in _KEPT:
             if key in row:
                 node.meta[key] = row[key]
+        if "tag" in row:
+            node.meta["tag"] = Tag(**row["tag"])
         nodes.append(node)
     gm.recompile()
     return gm

@@ -1,4 +1,4 @@
-"""Do in one operator what takes several: merge linear layers, LoRA, scales and the glue of a step.
+"""Do in one operator what takes several: merge linears, LoRA, scales, norms and a step's glue.
 
 Before (`linears`; then `lora` and `scales`):
 
@@ -9,6 +9,8 @@ Before (`linears`; then `lora` and `scales`):
 
     %9: float32[4,8] = aten.mul.Tensor(aten.linear(%x, %w), 0.5)
 
+    %9: float32[4,8] = aten.linear(aten.layer_norm(%x, [8], %norm_weight, %norm_bias), %w)
+
 After:
 
     %4: float32[4,16] = aten.linear(%x, %q_merged_weight)
@@ -18,22 +20,27 @@ After:
 
     %9: float32[4,8] = aten.linear(%x, %w_folded_weight)
 
-With `steps`, guidance and scheduler arithmetic move into the component that they follow, so that a
-step of sampling is one call.
+    %9: float32[4,8] = aten.linear(aten.layer_norm(%x, [8], None, None), %w_folded_weight, …)
+
+With `steps`, the guidance and scheduler arithmetic that all steps have moves into the component
+that it surrounds: the denoiser is compiled once. What only some steps have stays between the calls.
 
 Not rewritten when
 - a weight is also used in another way, in any component: the new weight would come on top of it;
-- a layer's result has other users than the one that would be folded into it;
+- a layer's result has other users than the one that would be folded into it, or a norm's or a
+  scale's result other users than the layers behind it;
+- a shift comes before a convolution that pads with zeros;
 - a merged weight would be larger than `max-merged-mb`;
 - the new weights would not be finite, or (`scales`) are in half precision.
 
 The maths: x W1ᵀ | x W2ᵀ = x [W1; W2]ᵀ, and x Wᵀ + s (x Aᵀ) Bᵀ = x (W + s B A)ᵀ, and
-c (x Wᵀ + b) = x (c W)ᵀ + c b. New weights are computed in float64 and rounded once.
+c (x Wᵀ + b) = x (c W)ᵀ + c b, and (s x + t) Wᵀ = x (W s)ᵀ + W t. New weights are computed in
+float64 and rounded once.
 """
 
 from dataclasses import dataclass
 
-from diffopt import folding, linears, lora, rewrite, scales
+from diffopt import folding, fronts, linears, lora, rewrite, scales
 from diffopt.core import Context, Pass, option
 from diffopt.outline import outline_steps
 from diffopt.program import Program
@@ -51,7 +58,7 @@ class Fuse(Pass):
 
     linears: bool = option(True, "merge linear layers that share their input")
     lora: bool = option(True, "merge low-rank adapters into the weights that they change")
-    scales: bool = option(True, "fold constant scales and shifts into the layers before them")
+    scales: bool = option(True, "fold constant scales and shifts, norms' too, into layers")
     steps: bool = option(True, "outline a step's arithmetic together with its denoiser")
     max_merged_mb: int = option(1024, "make no merged weight that is larger")
 
@@ -65,6 +72,7 @@ class Fuse(Pass):
             graphs = rewrite.graphs(program).values()
             counts["scales combined"] = sum(map(scales.combine_scales, graphs))
             counts["scales folded"] = folding.fold_all(program, scales.find_scale, ctx.skip)
+            counts |= fronts.fold_fronts(program, ctx.skip)
         if self.linears:
             size = self.max_merged_mb << 20
             counts["linears merged"] = linears.merge_linears(program, size, ctx.skip)

@@ -30,6 +30,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffopt import graph as g
+from diffopt import interface
 from diffopt.core import Context, Pass, option
 from diffopt.program import Program
 from diffopt.tables import add_placeholder, as_row, frontier, is_view, take_rows
@@ -96,7 +97,7 @@ class Hoist(Pass):
             value.replace_all_uses_with(taken)
         for call in calls:
             call.args = (*call.args, *results)
-        _drop_unused_arguments(body, calls)
+        interface.drop_unread_arguments(program, name)
         return len(values)
 
     def _steps(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
@@ -151,7 +152,7 @@ class Hoist(Pass):
                 with program.root.graph.inserting_before(call):
                     row = g.call(program.root.graph, aten.select.int, result, 0, k)
                 call.args = (*call.args, row)
-        _drop_unused_arguments(body, calls)
+        interface.drop_unread_arguments(program, name)
         return len(values)
 
 
@@ -212,14 +213,3 @@ def _move_before(root: fx.GraphModule, sources: set[fx.Node], first: fx.Node) ->
     for node in sorted(sources, key=order.__getitem__):
         if order[node] > order[first]:
             first.prepend(node)
-
-
-def _drop_unused_arguments(body: fx.GraphModule, calls: list[fx.Node]) -> None:
-    """Drop the arguments of a component that it does not read any more."""
-    g.prune_unused(body)
-    takes = g.placeholders(body)
-    unused = [i for i, node in enumerate(takes) if not node.users]
-    for i in unused:
-        body.graph.erase_node(takes[i])
-    for call in calls:
-        call.args = tuple(arg for i, arg in enumerate(call.args) if i not in unused)

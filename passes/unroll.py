@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
-from diffopt import rewrite, sampler
+from diffopt import interface, rewrite, sampler
 from diffopt.core import Context, Pass, option
 from diffopt.program import Program
 from diffopt.tables import as_row, first_after_arguments, frontier, take_rows
@@ -78,10 +78,10 @@ class Unroll(Pass):
         stored = [_one_row([row[k] for row in rows]) for k in varying]
         shapes = [(values[k], list(s[0].shape)) for k, s in zip(varying, stored, strict=True)]
         groups = take_rows(body, shapes, "row")
-        _drop_arguments(body, calls, bound)
         for members in groups:
             table = [as_row([stored[m][c] for m in members]) for c in range(len(calls))]
             _pass_rows(program.root, calls, table, f"{name}_table")
+        interface.drop_unread_arguments(program, name)
         ctx.note(name, {"calls": len(calls), "values in tables": len(varying), "table bytes": size})
 
 
@@ -130,15 +130,6 @@ def _one_row(tensors: list[Tensor]) -> list[Tensor]:
     ):
         return tensors
     return [t[:1] for t in tensors]
-
-
-def _drop_arguments(body: fx.GraphModule, calls: list[fx.Node], bound: list[int]) -> None:
-    takes = g.placeholders(body)
-    g.prune_unused(body)
-    for i in bound:
-        body.graph.erase_node(takes[i])
-    for call in calls:
-        call.args = tuple(arg for i, arg in enumerate(call.args) if i not in bound)
 
 
 def _pass_rows(root: fx.GraphModule, calls: list[fx.Node], rows: list[Tensor], name: str) -> None:

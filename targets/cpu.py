@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import aoti, cachedir, serialize
+from diffopt import aoti, batching, cachedir, serialize
 from diffopt import graph as g
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
@@ -87,7 +87,8 @@ class Cpu(Target):
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Take the components from the cache, or compile as many at once as there are cores."""
         bodies = program.components
-        keys = {name: cachedir.key(self._key(gm)) for name, gm in bodies.items()}
+        sizes = _sizes(program)
+        keys = {name: cachedir.key(self._key(gm, sizes.get(name))) for name, gm in bodies.items()}
         done: dict[str, dict[str, bytes]] = {}
 
         def report(name: str, members: dict[str, bytes], how: str) -> None:
@@ -103,7 +104,7 @@ class Cpu(Target):
                 report(name, found, "from the cache")
         if missing:
             progress(f"compiling {', '.join(missing)}", len(done) / len(bodies))
-        for name, members, seconds in self._compile(missing):
+        for name, members, seconds in self._compile(missing, sizes):
             cachedir.put(keys[name], members)
             report(name, members, f"compiled in {seconds:.1f} s")
         return Lowered(
@@ -114,11 +115,13 @@ class Cpu(Target):
         )
 
     def _compile(
-        self, bodies: Mapping[str, fx.GraphModule]
+        self, bodies: Mapping[str, fx.GraphModule], sizes: Mapping[str, aoti.Range]
     ) -> Iterator[tuple[str, dict[str, bytes], float]]:
         # Timings that choose a kernel must not be disturbed by another process.
         processes = 1 if self.max_autotune else len(os.sched_getaffinity(0))
-        return aoti.compile_bodies(bodies, self._settings(), processes, with_weights=self.freeze)
+        return aoti.compile_bodies(
+            bodies, self._settings(), processes, with_weights=self.freeze, sizes=sizes
+        )
 
     def load(self, image: Image) -> dict[str, Body]:
         """Map the libraries into this process and give them their weights."""
@@ -136,7 +139,7 @@ class Cpu(Target):
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
 
-    def _key(self, gm: fx.GraphModule) -> dict[str, Any]:
+    def _key(self, gm: fx.GraphModule, sizes: aoti.Range | None) -> dict[str, Any]:
         """Return all that a library depends on, as JSON."""
         rows = serialize.graph_to_json(gm)
         for row in rows:
@@ -147,6 +150,7 @@ class Cpu(Target):
         return {
             "graph": rows,
             "tensors": {name: _content(t, self.freeze) for name, t in g.named_tensors(gm)},
+            "sizes": [sorted(sizes[0].items()), *sizes[1:]] if sizes else None,
             "settings": self._settings(),
             "requires": _requires(),
             "compiler": _compiler(),
@@ -171,6 +175,15 @@ class Cpu(Target):
             "aot_inductor.enable_line_tables": False,
             "aot_inductor.enable_frame_pointer": False,
         }
+
+
+def _sizes(program: Program) -> dict[str, aoti.Range]:
+    """Return the size that may change, the number of requests, of components that have it."""
+    low, high = program.batch or (1, 1)
+    if low == high:
+        return {}
+    axes = batching.batch_axes(program.root, high)
+    return {name: (own, low, high) for name, own in axes.items() if own}
 
 
 class _Weights:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,32 @@ def test_a_batch_is_made_in_one_call(diffopt: Run, pipelines: None, engine: Path
     np.testing.assert_allclose(np.load("three.npy"), np.load("each.npy"), atol=1e-5)
 
 
+def test_one_engine_makes_few_and_many(
+    diffopt: Run, pipelines: None, program: Path, engine: Path
+) -> None:
+    words = ("optimize", program, "-p", "unroll", "--batch", "1..3", "-t", "eager")
+    done = diffopt(*words, "-o", "range.engine")
+    assert done.code == 0, done.err
+    for name, file in (("many", "range.engine"), ("one", engine)):
+        done = diffopt("run", file, "--prompt", "a dog", "-n", 4, "-o", f"{name}.npy")
+        assert done.code == 0, done.err
+    many, one = np.load("many.npy"), np.load("one.npy")
+    assert many.shape == one.shape == (4, 16, 16, 3)
+    np.testing.assert_allclose(many, one, atol=1e-4)
+    done = diffopt("bench", "range.engine", "--batch", 3, "--rounds", 1, "--warmup", 1, "--json")
+    assert done.code == 0, done.err
+    results = json.loads(done.out)["results"]
+    assert results["range.engine"]["max_abs"] < 1e-4
+
+
+@pytest.mark.parametrize("text", ["0", "1..", "4..2", "1-8", "many", "0..3"])
+def test_a_wrong_batch(diffopt: Run, program: Path, text: str) -> None:
+    done = diffopt("optimize", program, "--batch", text, "-o", "a.engine")
+    assert done.code == 2
+    wanted = f"--batch {text}: wants a number such as 4, or a range such as 1..8"
+    assert done.err == f"diffopt: error: {wanted}\n"
+
+
 def test_a_program_runs_and_is_optimized_without_a_target(diffopt: Run, program: Path) -> None:
     assert diffopt("optimize", program, "--passes", "", "-o", "b.program").code == 0
     assert diffopt("run", "b.program", "-o", "b.pt").code == 0
@@ -150,8 +177,17 @@ def test_inspect(diffopt: Run, program: Path, engine: Path) -> None:
     assert tables.code == 0
     assert "calls: 2× text_encoder, 2× unet, vae_decode" in tables.out
     assert "float32[1,4,8,8]" in tables.out
+    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in tables.out.splitlines()]
+    assert ["unet", "unet", "0", "0-1"] in rows
     told = json.loads(diffopt("inspect", engine, "--json").out)
     assert told["calls"] == ["text_encoder"] * 2 + ["unet"] * 2 + ["vae_decode"]
+    assert [(tag["component"], tag["step"], tag["branch"]) for tag in told["tags"]] == [
+        ("text_encoder", 0, 0),
+        ("text_encoder", 0, 1),
+        ("unet", 0, 0),
+        ("unet", 1, 0),
+        ("vae_decode", 0, 0),
+    ]
     assert [row["name"] for row in told["components"]] == ["text_encoder", "unet", "vae_decode"]
     assert told["components"][1]["calls"] == 2
     assert told["components"][1]["total"] == 2 * told["components"][1]["flops"] > 0

@@ -1,6 +1,9 @@
 """Programs as files and as values: what is written comes back, what is broken is found."""
 
+import hashlib
 import json
+import os
+import random
 import subprocess
 import sys
 import zipfile
@@ -12,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from diffopt import archive, cli_inspect, engine, programfile, serialize
 from diffopt import graph as g
-from diffopt import serialize
 from diffopt.errors import DiffoptError, VerifyError
 from diffopt.program import Program
 from tests import sampler
+from tests.passes import build
 from tests.zoo import CASES, call
 
 aten = torch.ops.aten
@@ -45,7 +49,9 @@ def test_a_saved_program_gives_the_same_bits(program, file):
     loaded = Program.load(file)
     loaded.verify()
     assert str(loaded) == str(program)
-    assert (loaded.source, loaded.history) == (program.source, program.history)
+    for name in ("source", "history", "digests"):
+        assert getattr(loaded, name) == getattr(program, name) == getattr(program.clone(), name)
+    assert loaded.digests.keys() == {"unet", "vae"}
     assert torch.equal(loaded(seed=4)["images"], program(seed=4)["images"])
 
 
@@ -86,52 +92,163 @@ def diffopt_trace(pipe) -> Program:
 
 
 def test_no_pickle_is_written(file):
-    with zipfile.ZipFile(file) as archive:
-        assert {Path(n).suffix for n in archive.namelist()} == {".json", ".safetensors"}
-        for name in archive.namelist():
-            assert not archive.read(name).startswith(b"\x80")
-        json.loads(archive.read("program.json"))
+    with zipfile.ZipFile(file) as whole:
+        suffixes = {Path(n).suffix for n in whole.namelist() if n != "mimetype"}
+        assert suffixes == {".json", ".safetensors"}
+        for name in whole.namelist():
+            assert not whole.read(name).startswith(b"\x80")
+        json.loads(whole.read("program.json"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "zip"])
-def test_a_damaged_file_is_one_line(file, damage):
-    content = bytearray(file.read_bytes())
-    if damage == "truncated":
-        content = content[: len(content) // 2]
-    elif damage == "flipped":
-        content[len(content) // 2] ^= 0xFF
-    elif damage == "empty":
-        content = bytearray()
-    elif damage == "text":
-        content = bytearray(b"not a program")
-    file.write_bytes(content)
-    if damage == "zip":
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("other.txt", "")
+def test_a_program_is_a_kind_of_file_and_readable_as_any_new_one(file):
+    with zipfile.ZipFile(file) as whole:
+        assert whole.namelist() == [
+            *("mimetype", "program.json", "weights.safetensors", "manifest.json")
+        ]
+        assert whole.read("mimetype") == b"application/x-diffopt-program"
+        manifest = json.loads(whole.read("manifest.json"))
+        for name, row in manifest["members"].items():
+            assert row["sha256"] == hashlib.sha256(whole.read(name)).hexdigest()
+    new = file.with_name("new")
+    new.touch()
+    assert file.stat().st_mode == new.stat().st_mode
+
+
+def test_weights_are_mapped_aligned_and_private_to_the_program(program, file):
+    before = file.read_bytes()
+    loaded = Program.load(file)
+    weight = loaded.components["unet"].first_weight
+    assert weight.data_ptr() % archive.ALIGNMENT == 0
+    weight.add_(1.0)
+    assert not torch.equal(loaded(seed=4)["images"], program(seed=4)["images"])
+    assert file.read_bytes() == before
+    loaded.save(file)  # over the file that it is mapped from
+    assert torch.equal(Program.load(file)(seed=4)["images"], loaded(seed=4)["images"])
+
+
+def test_constants_of_every_kind_come_back(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    constants = [
+        torch.tensor(2.5),
+        torch.zeros(0, 4),
+        torch.arange(4.0).expand(3, 4),
+        base.t().contiguous().t(),
+        base[1:],
+        base[:, 1],
+        base[::2, ::2],
+        torch.tensor([1 + 2j, 3 - 1j]).conj(),
+        torch.tensor([1 + 2j, 3 - 1j]).conj().imag,
+        torch.tensor([True, False, True]),
+        torch.tensor([1, 65535], dtype=torch.uint16),
+    ]
+
+    def make(b, x):
+        return [x, *(b(aten.clone.default, constant) for constant in constants)]
+
+    program = build.program(make, torch.ones(1))
+    program.save(tmp_path / "a.program")
+    loaded = Program.load(tmp_path / "a.program")
+    loaded.verify()
+    for constant, found in zip(constants, loaded.run([torch.ones(1)])[1:], strict=True):
+        assert (found.dtype, found.shape) == (constant.dtype, constant.shape)
+        assert found.tolist() == constant.tolist()
+
+
+def test_a_constant_that_no_file_can_hold_is_one_line(tmp_path):
+    constant = torch.ones(2, dtype=torch.complex128)
+    program = build.program(lambda b, x: b(aten.mul.Tensor, x, constant), torch.ones(2))
+    with pytest.raises(DiffoptError) as caught:
+        program.save(tmp_path / "a.program")
+    assert str(caught.value) == (
+        "constant is complex128, which the safetensors format has no name for"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_is_one_line(program, file, monkeypatch):
+    before = file.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiffoptError) as caught:
+        program.save(file)
+    assert str(caught.value) == f"{file}: cannot be written: No space left on device"
+    assert (list(file.parent.iterdir()), file.read_bytes()) == ([file], before)
+    with pytest.raises(DiffoptError) as caught:
+        program.save(file / "b.program")
+    assert str(caught.value) == f"{file}/b.program: cannot be written: Not a directory"
+
+
+def refusal(file: Path) -> str:
     with pytest.raises(DiffoptError) as caught:
         Program.load(file)
-    assert str(caught.value).startswith(f"{file}: not a whole program file (")
-    assert str(caught.value).endswith("; write it again with `diffopt trace`")
-    assert "\n" not in str(caught.value)
+    assert cli_inspect.problem(file) == str(caught.value)  # what `diffopt verify` prints
+    return str(caught.value).replace(str(file), "FILE")
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "zip", "engine"])
+def test_another_file_is_one_line(program, file, damage):
+    if damage == "zip":
+        with zipfile.ZipFile(file, "w") as other:
+            other.writestr("other.txt", "")
+    elif damage == "engine":
+        engine.build(program, "eager", file)
+    else:
+        file.write_bytes({"empty": b"", "text": b"not a program"}[damage])
+    assert refusal(file) == (
+        "FILE: not a program file; write one with `diffopt trace MODEL -o FILE.program`"
+    )
+
+
+@pytest.mark.parametrize("part", [0.05, 0.5, 0.999])
+def test_a_truncated_file_is_one_line(file, part):
+    content = file.read_bytes()[: int(part * file.stat().st_size)]
+    file.write_bytes(content)
+    assert refusal(file) == (
+        f"FILE: truncated, only {len(content)} bytes of it are here; copy it again, or trace it"
+        " again"
+    )
+
+
+@pytest.mark.parametrize("member", ["program.json", "weights.safetensors", "manifest.json"])
+def test_a_flipped_bit_names_the_member(file, member):
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as whole:
+        content[content.index(whole.read(member)[:-1]) + 60] ^= 4
+    file.write_bytes(content)
+    assert refusal(file) == f"FILE: member {member} is damaged; copy it again, or trace it again"
+
+
+def test_any_flipped_bit_is_an_error_or_harmless(file):
+    content, expected = file.read_bytes(), Program.load(file)(seed=0)["images"]
+    numbers = random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[numbers.randrange(len(content))] ^= 1 << numbers.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            loaded = Program.load(file)
+        except DiffoptError:
+            continue
+        assert torch.equal(loaded(seed=0)["images"], expected)
 
 
 def rewrite(file: Path, change) -> None:
-    with zipfile.ZipFile(file) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    data = json.loads(members["program.json"])
+    opened = archive.Archive(file, programfile.KIND, "a program", "")
+    members = {name: [bytes(opened.read(name))] for name in opened.manifest["members"]}
+    data = json.loads(members["program.json"][0])
     change(data)
-    members["program.json"] = json.dumps(data).encode()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+    members["program.json"] = [json.dumps(data).encode()]
+    archive.write(file, programfile.KIND, {}, members)
 
 
 def test_another_format_or_operator_is_one_line(file, tmp_path):
+    assert refusal(tmp_path / "none.program") == "FILE: no such file"
     with pytest.raises(DiffoptError) as caught:
-        Program.load(tmp_path / "none.program")
-    assert str(caught.value) == f"{tmp_path / 'none.program'}: no such file"
-    with pytest.raises(DiffoptError, match="is a directory, not a program file"):
         Program.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: is a directory, not a program file"
 
     def unknown(data):
         nodes = data["graphs"]["unet"]["nodes"]
@@ -145,9 +262,7 @@ def test_another_format_or_operator_is_one_line(file, tmp_path):
         data["format"] = 99
 
     rewrite(file, newer)
-    with pytest.raises(DiffoptError) as caught:
-        Program.load(file)
-    assert str(caught.value) == (f"{file}: format 99, this diffopt reads 1; trace the model again")
+    assert refusal(file) == "FILE: format 99, this diffopt reads 1; trace the model again"
 
 
 # Verification

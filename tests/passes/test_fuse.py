@@ -469,6 +469,173 @@ def test_a_scale_in_every_use_of_a_weight():
     assert record.after.parameters == record.before.parameters
 
 
+# Scales, shifts and norms in front of layers
+
+NORM, SHIFT = parameter(3, seed=20), parameter(3, seed=21)
+
+
+def norm(b, x, weight=NORM, bias=SHIFT):
+    return b(aten.layer_norm.default, x, [3], weight, bias, 1e-5)
+
+
+def group_norm(b, x, weight=NORM, bias=SHIFT):
+    return b(aten.group_norm.default, x, 1, weight, bias, 1e-5)
+
+
+def test_a_norm_in_front_of_linears():
+    def make(b, x):
+        y = norm(b, x)
+        return [linear(b, y, Q, BIAS), linear(b, y, K), linear(b, y, V)]
+
+    text, record = fuse(make)
+    assert record.notes == {"norms folded": 1, "linears merged": 2}
+    assert_expected_inline(
+        text,
+        """\
+%x: float32[2,3]
+%1: float32[2,3] = aten.layer_norm(%x, [3], None, None, 1e-05)
+%2: float32[12,3] = weight_2_folded_merged_weight
+%3: float32[12] = weight_2_folded_merged_bias
+%4: float32[2,12] = aten.linear(%1, %2, %3)
+%5: (float32[2,4], float32[2,4], float32[2,4]) = aten.split_with_sizes(%4, [4, 4, 4], -1)
+%6: float32[2,4] = operator.getitem(%5, 0)
+%7: float32[2,4] = operator.getitem(%5, 1)
+%8: float32[2,4] = operator.getitem(%5, 2)
+%9: float32[2,4] = aten.clone(%6)
+%10: float32[2,4] = aten.clone(%7)
+%11: float32[2,4] = aten.clone(%8)
+return %9, %10, %11""",
+    )
+
+
+def one_by_one(b, x):
+    return conv(b, x, parameter(4, 3, 1, 1), BIAS)
+
+
+def padded(b, x):
+    return conv(b, x, parameter(4, 3, 3, 3), None, [1, 1], [1, 1])
+
+
+def flat(b, x):
+    """Return a linear of an image's pixels, as attention of a decoder has it."""
+    rows = b(aten.transpose.int, b(aten.view.default, x, [1, 3, 16]), 1, 2)
+    return linear(b, rows, Q, BIAS)
+
+
+def rms_norm(b, x):
+    return b(aten.rms_norm.default, x, [3], NORM, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "sample", "folded"),
+    [
+        (lambda b, x: linear(b, rms_norm(b, x), Q), X, "norms"),
+        (lambda b, x: linear(b, norm(b, x, NORM, None), Q, BIAS), X, "norms"),
+        (lambda b, x: one_by_one(b, group_norm(b, x)), IMAGE, "norms"),
+        (lambda b, x: padded(b, group_norm(b, x, NORM, None)), IMAGE, "norms"),
+        (lambda b, x: flat(b, group_norm(b, x)), IMAGE, "norms"),
+        (lambda b, x: linear(b, b(aten.mul.Tensor, x, 0.3), Q, BIAS), X, "scales"),
+        (lambda b, x: linear(b, b(aten.div.Tensor, x, randn(3)), Q), X, "scales"),
+        (lambda b, x: linear(b, b(aten.mul.Tensor, randn(3), x), Q), X, "scales"),
+        (lambda b, x: linear(b, b(aten.add.Tensor, x, randn(1, 3)), Q), X, "scales"),
+        (lambda b, x: linear(b, b(aten.sub.Tensor, x, 1.5), Q, BIAS), X, "scales"),
+        (lambda b, x: padded(b, b(aten.mul.Tensor, x, randn(3, 1, 1))), IMAGE, "scales"),
+        (lambda b, x: one_by_one(b, b(aten.sub.Tensor, x, randn(3, 1, 1))), IMAGE, "scales"),
+        (lambda b, x: flat(b, b(aten.mul.Tensor, x, randn(3, 1, 1))), IMAGE, "scales"),
+    ],
+)
+def test_what_is_folded_into_the_next_layer(make, sample, folded):
+    _, record = fuse(make, sample, only="scales", atol=3e-5)
+    name = {"norms": "norms folded", "scales": "scales in front folded"}[folded]
+    assert record.notes == {name: 1}
+
+
+def test_a_weight_behind_equal_norms_is_stored_once():
+    def make(b, x):
+        return [linear(b, norm(b, y), Q) for y in (x, b(aten.exp.default, x))]
+
+    _, record = fuse(make, only="scales", atol=1e-5)
+    assert record.notes == {"norms folded": 2}
+    assert record.after.parameters == 12 + 4
+
+
+@pytest.mark.parametrize(
+    ("make", "sample"),
+    [
+        # Something else reads the result, too.
+        (lambda b, x: (lambda y: [linear(b, y, Q), b(aten.exp.default, y)])(norm(b, x)), X),
+        (lambda b, x: (lambda y: [linear(b, y, Q), y])(norm(b, x)), X),
+        (lambda b, x: linear(b, b(aten.silu.default, norm(b, x)), Q), X),
+        # Zeros at the border are not shifted.
+        (lambda b, x: padded(b, group_norm(b, x)), IMAGE),
+        (lambda b, x: padded(b, b(aten.add.Tensor, x, 1.0)), IMAGE),
+        # The constants are not those of the layer's channels.
+        (lambda b, x: linear(b, b(aten.mul.Tensor, x, randn(2, 1)), Q), X),
+        (lambda b, x: linear(b, group_norm(b, x), parameter(5, 4)), IMAGE),
+        (lambda b, x: conv(b, norm(b, x), parameter(4, 3, 1, 1)), randn(1, 3, 4, 3)),
+        (lambda b, x: linear(b, b(aten.mul.Tensor, x, b(aten.exp.default, x)), Q), X),
+        (lambda b, x: linear(b, b(aten.add.Tensor, x, 1.0, alpha=2), Q), X),
+        (lambda b, x: linear(b, b(aten.sub.Tensor, 1.0, x), Q), X),
+        # Groups, half precision, a norm without weights, one of two dimensions.
+        (
+            lambda b, x: conv(b, group_norm(b, x), parameter(3, 1, 1, 1), None, [1], [0], [1], 3),
+            IMAGE,
+        ),
+        (
+            lambda b, x: linear(b, norm(b, x, NORM.half(), SHIFT.half()), Q.detach().half()),
+            X.half(),
+        ),
+        (lambda b, x: linear(b, norm(b, x, None, None), Q), X),
+        (
+            lambda b, x: linear(b, b(aten.layer_norm.default, x, [2, 3], parameter(2, 3), None), Q),
+            X,
+        ),
+    ],
+)
+def test_what_is_not_folded_into_the_next_layer(make, sample):
+    _, record = fuse(make, sample, only="scales")
+    assert not record.changed
+    assert record.skipped == []
+
+
+def shared_weight(b, x):
+    return [linear(b, norm(b, x), Q), linear(b, b(aten.exp.default, x), Q)]
+
+
+def shared_by_another_norm(b, x):
+    return [linear(b, norm(b, x, parameter(3, seed=s)), Q) for s in range(2)]
+
+
+def one_of_two(b, x):
+    y = norm(b, x)
+    return [linear(b, y, Q), linear(b, y, K), b(aten.exp.default, K)]
+
+
+def infinite(b, x):
+    return linear(b, b(aten.mul.Tensor, x, 1e39), Q)
+
+
+USED = "the next layer's weight is also used in another way"
+
+
+@pytest.mark.parametrize(
+    ("make", "reasons"),
+    [
+        (shared_weight, [f"layer_norm_default: {USED}"]),
+        (
+            shared_by_another_norm,
+            [f"layer_norm_default: {USED}", f"layer_norm_default_1: {USED}"],
+        ),
+        (one_of_two, [f"layer_norm_default: {USED}"]),
+        (infinite, ["mul_tensor: the next layer's new weights would not be finite"]),
+    ],
+)
+def test_weights_that_a_norm_is_not_folded_into(make, reasons):
+    _, record = fuse(make, only="scales")
+    assert not record.changed
+    assert record.skipped == reasons
+
+
 # Real blocks
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import diffopt
 from diffopt import aoti, archive, cachedir, graph
+from diffopt.core import Pipeline
 from diffopt.engine import KIND, Engine, build, load
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
@@ -162,11 +163,30 @@ class Scaled(nn.Module):
 def test_one_kernel_serves_a_range_of_batch_sizes() -> None:
     module = Scaled()
     gm = body_of(module, torch.randn(2, 5), torch.ones(2, 1))
-    batch = {0: ("batch", 1, 8)}
-    run = kernel(gm, dims={0: batch, 1: batch})
+    run = kernel(gm, sizes=({0: 0, 1: 0}, 1, 8))
     for size in (1, 3, 8):
         x, t = torch.randn(size, 5), torch.rand(size, 1)
         torch.testing.assert_close(run([x, t])[0], module(x, t))
+
+
+def test_one_engine_serves_a_range_of_batch_sizes(captured: Program, tmp_path: Path) -> None:
+    batched = Pipeline.parse("batch(max=3)").run(captured)
+    built = build(batched, "cpu", tmp_path / "x.engine")
+    built.verify()
+    # Another range is another kernel, the same one is in the cache.
+    sizes = cpu._sizes(batched)
+    keys = [Cpu()._key(gm, sizes.get(name)) for name, gm in batched.components.items()]
+    assert all(cachedir.get(cachedir.key(key)) for key in keys)
+    wider = cpu._sizes(Pipeline.parse("batch(max=4)").run(captured))
+    assert not any(
+        cachedir.get(cachedir.key(Cpu()._key(gm, wider[name])))
+        for name, gm in batched.components.items()
+    )
+    for count in (1, 2, 3, 4):
+        results = load(built.path).serve([{"seed": seed} for seed in range(count)])
+        for seed, result in enumerate(results):
+            expected = captured(seed=seed)["images"]
+            torch.testing.assert_close(result["images"], expected, atol=1e-6, rtol=1e-5)
 
 
 class Signal(nn.Module):
