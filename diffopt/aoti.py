@@ -22,9 +22,7 @@ from torch import Tensor, fx
 from diffopt import archive, serialize
 from diffopt import graph as g
 from diffopt.runtime import Body, lay_out
-
-Range = tuple[Mapping[int, int], int, int]
-"""A size that may change: by argument, the axis that has it; the smallest, the largest."""
+from diffopt.sizes import Bounds
 
 Settings = Mapping[str, Any]
 """Inductor's configuration, without where the files go."""
@@ -34,7 +32,7 @@ _WORK = "import sys; from diffopt import aoti; aoti.work(sys.argv[1], sys.argv[2
 
 
 def compile_body(
-    gm: fx.GraphModule, settings: Settings, sizes: Range | None = None
+    gm: fx.GraphModule, settings: Settings, sizes: Bounds | None = None
 ) -> dict[str, bytes]:
     """Compile a component; return the library as "so".
 
@@ -47,7 +45,7 @@ def compile_body(
         options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
         module: Any = g.clone(gm)
         if sizes:  # without them the graph is what an export would give
-            shapes = _dynamic_shapes(len(arguments), *sizes)
+            shapes = _dynamic_shapes(len(arguments), sizes)
             exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
             module = exported.module()
         torch._inductor.aot_compile(module, arguments, options=options)
@@ -60,7 +58,7 @@ def compile_bodies(
     settings: Settings,
     processes: int,
     with_weights: bool,
-    sizes: Mapping[str, Range],
+    sizes: Mapping[str, Bounds],
 ) -> Iterator[tuple[str, dict[str, bytes], float]]:
     """Compile components, several at once; yield each with its seconds as it is done.
 
@@ -69,7 +67,7 @@ def compile_bodies(
         settings: Inductor's configuration.
         processes: How many to compile at once; 1 compiles in this process.
         with_weights: Whether the library depends on the weights' values.
-        sizes: The size that may change, of components that have one.
+        sizes: The sizes that may change, of components that have some.
     """
     left = dict(bodies)
     if min(processes, len(left)) > 1:
@@ -92,7 +90,7 @@ def compile_bodies(
 
 
 def _write_job(
-    path: str, gm: fx.GraphModule, settings: Settings, with_weights: bool, sizes: Range | None
+    path: str, gm: fx.GraphModule, settings: Settings, with_weights: bool, sizes: Bounds | None
 ) -> None:
     tensors = dict(g.named_tensors(gm))
     table = {
@@ -103,7 +101,7 @@ def _write_job(
         "nodes": serialize.graph_to_json(gm),
         "tensors": table,
         "settings": dict(settings),
-        "sizes": [list(sizes[0].items()), *sizes[1:]] if sizes else None,
+        "sizes": [[index, list(axes.items())] for index, axes in (sizes or {}).items()],
         "threads": torch.get_num_threads(),
     }
     weights = archive.pack_tensors(tensors if with_weights else {})
@@ -125,9 +123,7 @@ def work(job: str, result: str) -> None:
         tensors[name] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     torch.set_num_threads(body["threads"])
     gm = serialize.graph_from_json(body["nodes"], "body", tensors, {})
-    axes, *limits = body["sizes"] or [[]]
-    sizes = (dict(axes), *limits) if limits else None
-    members = compile_body(gm, body["settings"], sizes)
+    members = compile_body(gm, body["settings"], {i: dict(axes) for i, axes in body["sizes"]})
     archive.write(result, KIND, {}, {name: [content] for name, content in members.items()})
 
 
@@ -219,11 +215,15 @@ def _example(value: Tensor) -> Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
 
 
-def _dynamic_shapes(
-    count: int, axes: Mapping[int, int], low: int, high: int
-) -> tuple[dict[int, Any], ...]:
-    size = torch.export.Dim("size", min=low, max=high)
-    return tuple({axes[index]: size} if index in axes else {} for index in range(count))
+def _dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:
+    """Return what `torch.export` is to leave open; it finds out itself which sizes are related."""
+    return tuple(
+        {
+            axis: torch.export.Dim.DYNAMIC(min=low, max=high)
+            for axis, (low, high) in sizes.get(index, {}).items()
+        }
+        for index in range(count)
+    )
 
 
 def _is_product(path: Path) -> bool:

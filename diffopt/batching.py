@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
+from diffopt import sizes
 from diffopt.errors import DiffoptError, VerifyError
 from diffopt.host import Draw, Given, Host, Picture
 
@@ -27,42 +28,26 @@ def batch_axes(root: fx.GraphModule, size: int) -> Axes:
     would not serve every size: a `VerifyError`.
     """
     axes: Axes = {}
+
+    def called(name: str, body: fx.GraphModule, values: list[Any]) -> None:
+        pairs = zip(g.placeholders(body), values, strict=True)
+        found = {
+            index: axis
+            for index, (take, value) in enumerate(pairs)
+            if (axis := _axis(take, value, size)) is not None
+        }
+        if axes.setdefault(name, found) != found:
+            raise VerifyError(f"{name} is called with and without a dimension for requests")
+
     takes = []
     for node in g.placeholders(root):
         value = node.meta["val"]
         takes.append(g.fake(torch.empty([size + 1, *value.shape[1:]], dtype=value.dtype)))
-    results = _propagate(root, takes, size, axes)
+    results = sizes.propagate(root, takes, called)
     for node, value in zip(g.outputs(root), results, strict=True):
         if _axis(node, value, size) != 0:
             raise VerifyError(f"output {node.name} has no dimension for requests")
     return axes
-
-
-def _propagate(gm: fx.GraphModule, given: Sequence[Any], size: int, axes: Axes) -> list[Any]:
-    """Return the results for other arguments; `axes` gets those of the components called."""
-    takes = g.placeholders(gm)
-    env: dict[fx.Node, Any] = dict(zip(takes, given, strict=True))
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            env[node] = node.meta["val"]
-        elif node.op == "call_module":
-            name, values = str(node.target), [env[a] for a in node.args]
-            body = g.attribute(gm, name)
-            found = {
-                index: axis
-                for index, (take, value) in enumerate(
-                    zip(g.placeholders(body), values, strict=True)
-                )
-                if (axis := _axis(take, value, size)) is not None
-            }
-            if axes.setdefault(name, found) != found:
-                raise VerifyError(f"{name} is called with and without a dimension for requests")
-            env[node] = _propagate(body, values, size, axes)
-        elif node.op == "call_function":
-            given, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            with g.FAKE, torch.no_grad():
-                env[node] = node.target(*given, **kwargs)
-    return [env[n] for n in g.outputs(gm)]
 
 
 def _axis(node: fx.Node, value: Tensor, size: int) -> int | None:

@@ -79,7 +79,7 @@ def measure(
             first[name],
             seconds[name],
             max(float(error.max()) for error in errors[name]),
-            _psnr(torch.stack(errors[name])),
+            psnr(torch.stack(errors[name])),
         )
         for name in contenders
     }
@@ -98,7 +98,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _psnr(errors: Tensor) -> float:
+def psnr(errors: Tensor) -> float:
+    """Return the peak signal-to-noise ratio, in decibels, of differences of values from 0 to 1."""
     mean = float(errors.square().mean())
     return math.inf if mean == 0 else -10 * math.log10(mean)
 

@@ -1,4 +1,6 @@
-"""The content-addressed cache of kernels: a key is the hash of all that a kernel depends on.
+"""The content-addressed cache: the key of an entry is the hash of all that it depends on.
+
+There are two kinds of entries: compiled kernels, and measurements (see `calibrate`).
 
 An entry is a checksummed container (see `archive`), written atomically: a broken one is the same as
 none. Removing the folder is always safe.
@@ -17,8 +19,6 @@ from typing import Any
 from diffopt import archive
 from diffopt.errors import DiffoptError
 
-KIND = "application/x-diffopt-kernel"
-
 log = logging.getLogger("diffopt")
 
 
@@ -35,27 +35,33 @@ def key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def get(name: str) -> dict[str, bytes] | None:
+def get(name: str, kind: str = "kernel") -> dict[str, bytes] | None:
     """Return the members of the entry with this key; None if there is no intact one."""
+    path = _path(name, kind)
     try:
-        entry = archive.Archive(_path(name), KIND, "a cache entry", "remove it")
+        entry = archive.Archive(path, _media(kind), "a cache entry", "remove it")
         entry.verify()
     except DiffoptError as error:
-        if _path(name).exists():
-            log.warning("cache: %s; compiling again", error)
+        if path.exists():
+            log.warning("cache: %s; making it again", error)
         return None
     return {member: bytes(entry.read(member)) for member in entry.manifest["members"]}
 
 
-def put(name: str, members: Mapping[str, bytes]) -> None:
+def put(name: str, members: Mapping[str, bytes], kind: str = "kernel") -> None:
     """Keep `members` under a key; a cache that cannot be written to is a warning."""
-    path = _path(name)
+    path = _path(name, kind)
+    contents = {member: [content] for member, content in members.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        archive.write(path, KIND, {}, {member: [content] for member, content in members.items()})
+        archive.write(path, _media(kind), {}, contents)
     except OSError as error:
         log.warning("cache: %s cannot be written: %s", path, error.strerror)
 
 
-def _path(name: str) -> Path:
-    return folder() / "kernels" / name[:2] / f"{name}.zip"
+def _path(name: str, kind: str = "kernel") -> Path:
+    return folder() / f"{kind}s" / name[:2] / f"{name}.zip"
+
+
+def _media(kind: str) -> str:
+    return f"application/x-diffopt-{kind}"

@@ -104,9 +104,7 @@ def enforce_bounds(step: Pass, record: Record, before: State, budget: float | No
                 f" (allowed: {record.tolerance or 'nothing'})"
             )
         return
-    own: float | None = getattr(step, "budget", None)
-    limit = own if own is not None else budget
-    if limit is not None and not record.relative <= limit:
+    if budget is not None and not record.relative <= budget:
         raise ToleranceError(
-            f"{step} added a relative error of {record.relative:.3g}, its budget is {limit:g}"
+            f"{step} added a relative error of {record.relative:.3g}, its budget is {budget:g}"
         )

@@ -126,12 +126,28 @@ def optimize(
     settings: Settings = None,
     steps: Steps = None,
     batch: Batches = "1",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Serve prompts of any number of tokens up to this, where the pipeline does not"
+            " fix it.",
+        ),
+    ] = None,
     dynamic: Dynamic = "",
     budget: Annotated[
         float | None,
         typer.Option(min=0, help="Largest relative error that one approximate pass may add."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of what passes do at random.")] = 0,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts (or class labels), one a line, for passes that measure values; by"
+            " default that of the trace.",
+        ),
+    ] = None,
     timing: Annotated[bool, typer.Option("--timing", help="Show each pass's time.")] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show sizes, notes and reasons for rewrites not done.")
@@ -162,15 +178,25 @@ def optimize(
 
     _expect(output, ".engine", ".program")
     count, more = cli_optimize.parse_batch(batch)
-    passes = ",".join(filter(None, (passes, more)))
+    lengths = cli_optimize.parse_tokens(tokens, batch if more else "")
+    prompts = _prompts(calibrate)
+    passes = ",".join(filter(None, (passes, lengths, more)))
     job = cli_optimize.Job.parse(passes, target if output.suffix == ".engine" else None)
     with show.progress(f"tracing {model}"):
         program = _trace(model, settings, steps, count, dynamic)
     if bisect is not None:
-        raise typer.Exit(cli_optimize.find_culprit(job.pipeline, program, bisect, as_json))
+        options = {"seed": seed, "prompts": prompts}
+        code = cli_optimize.find_culprit(job.pipeline, program, bisect, as_json, **options)
+        raise typer.Exit(code)
     watchers = cli_optimize.watchers(job.pipeline, print_after, print_changed, dump)
     result, records = cli_optimize.rewrite(
-        job.pipeline, program, watchers, budget=budget, verify=verify_each, seed=seed
+        job.pipeline,
+        program,
+        watchers,
+        budget=budget,
+        verify=verify_each,
+        seed=seed,
+        prompts=prompts,
     )
     cli_optimize.write(job, result, output)
     if as_json:
@@ -246,6 +272,36 @@ def bench(
     cli_bench.run(
         engine, against.split(","), model, arguments, seed, rounds, warmup, threads, as_json, batch
     )
+
+
+@app.command(
+    epilog='diffopt compare exact.engine cached.engine --prompt "ankle boot" -n 4 -o grid.png\n\n'
+    "diffopt compare a.program b.engine c.engine --prompts prompts.txt --json -o grid.png"
+)
+def compare(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE FILE…", help="Two or more .engine or .program files."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A picture: a column a file, a row an image.")
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to make; repeatable.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of each prompt's first image; the others count up.")
+    ] = 0,
+    number: Annotated[int, typer.Option("-n", min=1, help="How many images of each prompt.")] = 1,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Show images of several engines side by side, and how far they are from the first one's."""
+    from diffopt import cli_compare
+
+    texts = [*(prompt or ()), *_prompts(prompts)]
+    cli_compare.run(files, output, texts, _arguments(settings), seed, number, as_json)
 
 
 @app.command(epilog="diffopt inspect fashion.program\n\ndiffopt inspect out.engine --json")
@@ -340,6 +396,14 @@ def _trace(
     from diffopt import models
 
     return models.trace_model(model, _arguments(settings), steps, batch, dynamic)
+
+
+def _prompts(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    from diffopt.requests import read_prompts
+
+    return read_prompts(file)
 
 
 def _arguments(settings: list[str] | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def targets(name: str | None, as_json: bool) -> None:
 
 def _about(cls: Any) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    return {
+    about = {
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
         "description": inspect.getdoc(inspect.getmodule(cls)) or "",
         "options": [
@@ -44,6 +44,10 @@ def _about(cls: Any) -> dict[str, Any]:
             for key, hint in spec.options(cls).items()
         ],
     }
+    kind = spec.choice(cls)
+    if kind is not None:
+        about["choices"] = [{"name": w, **_about(kind[1].find(w))} for w in kind[1].words()]
+    return about
 
 
 def _print(title: str, rows: list[dict[str, Any]], one: bool, as_json: bool) -> None:
@@ -56,9 +60,15 @@ def _print(title: str, rows: list[dict[str, Any]], one: bool, as_json: bool) -> 
         return
     (row,) = rows
     show.stdout().print(row["description"], markup=False)
+    _print_options(row["name"], row)
+    for choice in row.get("choices", ()):
+        _print_options(f"{row['name']}({choice['name']}): {choice['summary']}", choice)
+
+
+def _print_options(title: str, row: dict[str, Any]) -> None:
     options = [
         [option["name"], option["type"], str(option["default"]).lower(), option["help"]]
         for option in row["options"]
     ]
     if options:
-        show.table(f"options of {row['name']}", ["option", "type", "default", "help"], options)
+        show.table(f"options of {title}", ["option", "type", "default", "help"], options)

@@ -41,6 +41,16 @@ def parse_batch(text: str) -> tuple[int, str]:
     return 1, f"batch(max={found[2]},min={found[1]})"
 
 
+def parse_tokens(most: int | None, batch: str) -> str:
+    """Return the pass that `--tokens` asks for, if it is given; `batch` is a range of `--batch`."""
+    if most is not None and batch:
+        raise DiffoptError(
+            f"--tokens {most} --batch {batch}: requests of different lengths do not fit into one "
+            "run; leave one of the two out"
+        )
+    return "" if most is None else f"lengths(max={most})"
+
+
 def watchers(
     pipeline: Pipeline, print_after: str, print_changed: bool, dump: Path | None
 ) -> list[Instrument]:
@@ -85,10 +95,12 @@ def write(job: Job, program: Program, output: Path) -> None:
         engine.build(program, job.target, output, progress=report)
 
 
-def find_culprit(pipeline: Pipeline, program: Program, bound: float, as_json: bool) -> int:
+def find_culprit(
+    pipeline: Pipeline, program: Program, bound: float, as_json: bool, **options: Any
+) -> int:
     """Print the first pass whose output is too far from the captured program's; 1 if any is."""
-    with show.progress("bisecting"):
-        culprit, _ = bisect(pipeline, program, bound)
+    with show.progress("bisecting") as report:
+        culprit, _ = bisect(pipeline, program, bound, progress=report, **options)
     if as_json:
         show.print_json({"bound": bound, "pass": None if culprit is None else asdict(culprit)})
     elif culprit is None:

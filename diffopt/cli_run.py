@@ -35,21 +35,28 @@ def spread(loaded: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def make(
+    loaded: Any, arguments: Mapping[str, Any], seed: int, number: int, report: Progress
+) -> list[Any]:
+    """Return the results of as many calls as make `number` images, one seed after another."""
+    low, high = loaded.batch or (1, 1)
+    call = spread(loaded, arguments)
+    results: list[Any] = []
+    made = 0
+    while made < number:
+        report(f"image {made + 1} of {number}", made / number)
+        count = min(high, max(low, number - made))
+        for result in loaded.serve([{**call, "seed": seed + made + k} for k in range(count)]):
+            results.append(images.first_output(result))
+        made = sum(map(len, results))
+    return results
+
+
 def run(
     file: Path, arguments: Mapping[str, Any], seed: int, number: int, output: Path, report: Progress
 ) -> str:
     """Make `number` images, one seed after another, and write them; return how many of what."""
     kind = images.output_type(output)  # before the engine is loaded: a wrong name costs nothing
-    loaded = load(file)
-    low, high = loaded.batch or (1, 1)
-    results: list[Any] = []
-    made = 0
-    while made < number:
-        report(f"image {made + 1} of {number}", made / number)
-        call = {**spread(loaded, arguments), "output_type": kind}
-        count = min(high, max(low, number - made))
-        for result in loaded.serve([{**call, "seed": seed + made + k} for k in range(count)]):
-            results.append(images.first_output(result))
-        made = sum(map(len, results))
+    results = make(load(file), {**arguments, "output_type": kind}, seed, number, report)
     written = images.save(results, output, number)
     return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

@@ -69,6 +69,8 @@ class Context:
         inputs: Flat inputs of the program to calibrate and measure on.
         seed: Seed of everything random that a pass does.
         report: Called with what is being done and the fraction done, if known.
+        prompts: What to calibrate with instead of the prompt seen at capture; see `requests`.
+        budget: Largest relative error that the pass may add; None: any.
         skipped: Reasons for what was not rewritten.
         notes: What the pass found out, JSON-able; shown with `--stats`.
     """
@@ -76,6 +78,8 @@ class Context:
     inputs: Sequence[Tensor] = ()
     seed: int = 0
     report: Progress = lambda what, fraction: None
+    prompts: Sequence[str] = ()
+    budget: float | None = None
     skipped: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -191,6 +195,7 @@ class Pipeline:
         reproducer: Path | None = None,
         progress: Progress | None = None,
         seed: int = 0,
+        prompts: Sequence[str] = (),
     ) -> Program:
         """Return the rewritten program; `program` itself is never changed.
 
@@ -203,6 +208,7 @@ class Pipeline:
             reproducer: A folder for the program and the command that show a crash again.
             progress: Called with what is being done and the fraction done, if known.
             seed: Seed of everything random that the passes do.
+            prompts: What passes that measure values calibrate with.
         """
         program = program.clone()
         program.refresh()  # so that what was dead before does not count as a change
@@ -213,17 +219,29 @@ class Pipeline:
             for instrument in instruments:
                 instrument.before(step, current.program)
             try:
-                if current.program.batch:
-                    raise DiffoptError(f"{step} cannot follow batch, which has to be the last pass")
-                after, record = _apply(step, current, first, seed, verify, progress)
+                if last := _last(current.program):
+                    raise DiffoptError(
+                        f"{step} cannot follow {last}, which has to be the last pass"
+                    )
+                own = getattr(step, "budget", None)
+                ctx = Context(
+                    current.program.sample_inputs(),
+                    seed,
+                    progress or (lambda what, fraction: None),
+                    prompts,
+                    budget if own is None else own,
+                )
+                after, record = _apply(step, current, first, ctx, verify)
                 if enforce:
-                    enforce_bounds(step, record, current, budget)
+                    enforce_bounds(step, record, current, ctx.budget)
             except Exception as error:
                 error.add_note(f"in pass {step.name} (number {number + 1} of {self})")
                 known = isinstance(error, DiffoptError) and not isinstance(error, ToleranceError)
                 if reproducer and not known:
                     rest = Pipeline(self.passes[number:])
-                    error.add_note(_write_reproducer(reproducer, current.program, rest))
+                    error.add_note(
+                        _write_reproducer(reproducer, current.program, rest, seed, prompts)
+                    )
                 raise
             for instrument in instruments:
                 instrument.after(step, after.program, record)
@@ -232,10 +250,9 @@ class Pipeline:
 
 
 def _apply(
-    step: Pass, before: State, first: State, seed: int, verify: bool, progress: Progress | None
+    step: Pass, before: State, first: State, ctx: Context, verify: bool
 ) -> tuple[State, Record]:
     program = before.program.clone()
-    ctx = Context(program.sample_inputs(), seed, progress or (lambda what, fraction: None))
     started = time.perf_counter()
     step.run(program, ctx)
     program.refresh()
@@ -268,13 +285,24 @@ def _apply(
     return after, record
 
 
-def _write_reproducer(folder: Path, program: Program, rest: Pipeline) -> str:
+def _last(program: Program) -> str | None:
+    """Return the pass that has left sizes open, if one has: others read sizes as they are."""
+    return "batch" if program.batch else "lengths" if program.lengths else None
+
+
+def _write_reproducer(
+    folder: Path, program: Program, rest: Pipeline, seed: int, prompts: Sequence[str]
+) -> str:
     """Save what shows the failure of the first pass of `rest` again; return how to run it."""
     stem = folder / f"reproduce-{rest.passes[0].name}"
     saved, script = stem.with_suffix(".program"), stem.with_suffix(".sh")
-    command = f"diffopt optimize {saved} --passes '{rest}' -o {stem}-out.program"
+    texts = stem.with_suffix(".txt")
+    more = (f" --seed {seed}" if seed else "") + (f" --calibrate {texts}" if prompts else "")
+    command = f"diffopt optimize {saved} --passes '{rest}'{more} -o {stem}-out.program"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if prompts:
+            texts.write_text("\n".join(prompts), encoding="utf-8")
         program.save(saved)
         script.write_text(f"{command}\n")
     except Exception as error:  # the failure of the pass is what the user has to see

@@ -18,10 +18,11 @@ BLOCK = 256
 def digests(components: Mapping[str, Any]) -> dict[str, str]:
     """Return a digest of the weights of each module among a pipeline's components, by its name."""
     modules = {n: c for n, c in components.items() if isinstance(c, torch.nn.Module)}
-    return {name: _digest(module.state_dict()) for name, module in modules.items()}
+    return {name: digest(module.state_dict()) for name, module in modules.items()}
 
 
-def _digest(state: Mapping[str, Any]) -> str:
+def digest(state: Mapping[str, Any]) -> str:
+    """Return a digest of tensors and their names."""
     result = hashlib.sha256()
     for name, value in sorted(state.items()):
         if not isinstance(value, Tensor):

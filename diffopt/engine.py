@@ -101,6 +101,7 @@ def _manifest(
         "inputs": {n.name: g.type_text(n.meta["val"]) for n in g.placeholders(program.root)},
         "arguments": sorted(program.host.inputs()),
         "batch": program.batch,
+        "lengths": {n.text: [n.low, n.high] for n in program.lengths},
         "components": lowered.bodies,
         "releasable": program.releasable(),
     }

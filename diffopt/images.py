@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from diffopt.errors import DiffoptError
 
@@ -53,6 +53,33 @@ def grid(images: Sequence[Image.Image], gap: int = 2) -> Image.Image:
     for index, image in enumerate(images):
         sheet.paste(image, (index % columns * step_x, index // columns * step_y))
     return sheet
+
+
+def columns(
+    heads: Sequence[str], pictures: Sequence[Sequence[Image.Image]], gap: int = 2
+) -> Image.Image:
+    """Return lists of as many images as columns side by side, each under its heading."""
+    font = ImageFont.load_default()
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [draw.multiline_textbbox((0, 0), head, font=font) for head in heads]
+    width, height = pictures[0][0].size
+    widths = [max(width, math.ceil(right)) + 2 * gap for _, _, right, _ in boxes]
+    top = math.ceil(max(bottom for _, _, _, bottom in boxes)) + 2 * gap
+    size = sum(widths), top + len(pictures[0]) * (height + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    left = 0
+    for head, column, wide in zip(heads, pictures, widths, strict=True):
+        draw.multiline_text((left + gap, gap), head, "black", font)
+        for row, picture in enumerate(column):
+            sheet.paste(picture, (left + gap, top + row * (height + gap)))
+        left += wide
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture; the file is written whole or not at all."""
+    _replace(path, picture.save)
 
 
 def save(results: Sequence[Any], path: Path, number: int) -> int:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffopt.core import Pass, Pipeline, Record
 
@@ -72,14 +72,17 @@ class Dump:
         program.save(self.folder / f"{self._number:02}-{step.name}.program")
 
 
-def bisect(pipeline: Pipeline, program: Program, bound: float) -> tuple[Record | None, Program]:
+def bisect(
+    pipeline: Pipeline, program: Program, bound: float, **options: Any
+) -> tuple[Record | None, Program]:
     """Find the first pass after which the output is further than `bound` from `program`'s.
 
     The bound is on the relative error against `program`, which is what a user sees, and not on
-    what each pass adds. Returns that pass's record, or None, and the rewritten program.
+    what each pass adds. Returns that pass's record, or None, and the rewritten program. `options`
+    are those of `Pipeline.run`.
     """
     begin = len(program.history)
-    result = pipeline.run(program, enforce=False)
+    result = pipeline.run(program, enforce=False, **options)
     for record in map(Record.from_json, result.history[begin:]):
         if record.drift > bound:
             return record, result

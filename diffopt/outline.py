@@ -4,8 +4,11 @@ The root graph is cut at the calls of its costliest component. A step is the cal
 prepares its arguments, and what follows up to the next step's preparation. What all steps have in
 common becomes calls of one body, which takes the values from outside (constants among them) as
 arguments. What only some of them have, such as the history of a multistep solver, stays in the
-root graph: the denoiser is in one body whatever the solver.
+root graph: the denoiser is in one body whatever the solver. Where steps call different bodies, as
+after caching, this goes for the steps of each.
 """
+
+from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -44,7 +47,25 @@ def outline_steps(program: Program, ctx: Context) -> None:
         ctx.skip("steps", "no component is called more than once")
         return
     _complete_items(program.root)
-    steps = _cut(program, anchors)
+    groups: dict[str, list[Step]] = {}
+    for step in _cut(program, anchors):
+        groups.setdefault(str(step.call.target), []).append(step)
+    # All bodies are made before the first call changes what the others are made from.
+    parts = [part for steps in groups.values() if (part := _find_part(program, steps, ctx))]
+    replaced: dict[fx.Node, fx.Node] = {}
+    for part in parts:
+        for step in part.steps:
+            _call(program, part, step, replaced)
+    if parts:
+        g.sort(program.root)
+        ctx.note("steps outlined", sum(len(part.steps) for part in parts))
+
+
+def _find_part(program: Program, steps: Sequence[Step], ctx: Context) -> Part | None:
+    """Make a body of what steps have in common; None if that is the call alone."""
+    if len(steps) < 2:
+        ctx.skip(steps[0].call, "no other step calls this body")
+        return None
     # From the middle, as the first and the last may lack a neighbour; two, as some solvers take
     # turns, and a value that only one kind of step uses twice is one argument there.
     models = steps[len(steps) // 2 - 1 :][:2]
@@ -52,11 +73,9 @@ def outline_steps(program: Program, ctx: Context) -> None:
     nodes = _find_common(model, steps)
     if all(n.op == "call_module" or _is_item(n) for n in nodes):
         ctx.skip("steps", "they have nothing in common but the call")
-        return
+        return None
     _skip_rest(steps, ctx)
-    _replace(program, model, nodes, steps)
-    g.sort(program.root)
-    ctx.note("steps outlined", len(steps))
+    return _make_part(program, model, nodes, steps)
 
 
 def _skip_rest(steps: Sequence[Step], ctx: Context) -> None:
@@ -87,10 +106,22 @@ def _complete_items(root: fx.GraphModule) -> None:
 
 
 def _anchors(program: Program) -> list[fx.Node]:
-    """Return the calls of the component on which the loop spends most, in order."""
+    """Return the calls of the component on which the loop spends most, in order.
+
+    Calls of other bodies that took the place of such calls are among them.
+    """
     costs = {n: g.flops(gm) * len(program.calls(n)) for n, gm in program.components.items()}
     loops = [n for n in costs if len(program.calls(n)) > 1]
-    return program.calls(max(loops, key=costs.__getitem__)) if loops else []
+    if not loops:
+        return []
+    main = program.calls(max(loops, key=costs.__getitem__))
+    own = {_branch(call) for call in main} - {None}
+    return [call for call in program.calls() if call in main or _branch(call) in own]
+
+
+def _branch(call: fx.Node) -> tuple[str, int] | None:
+    tag = tags.tag(call)
+    return (tag.component, tag.branch) if tag else None
 
 
 def _cut(program: Program, anchors: Sequence[fx.Node]) -> list[Step]:
@@ -246,10 +277,27 @@ def _outside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in own))
 
 
-def _replace(
+@dataclass(eq=False)
+class Part:
+    """What steps have in common, as a body to call.
+
+    Attributes:
+        name: The body's name as a component.
+        steps: Those that have it.
+        passed: The body's arguments, as nodes of the model step.
+        results: The body's results, as nodes of the model step.
+    """
+
+    name: str
+    steps: Sequence[Step]
+    passed: Sequence[fx.Node]
+    results: Sequence[fx.Node]
+
+
+def _make_part(
     program: Program, model: Step, nodes: Sequence[fx.Node], steps: Sequence[Step]
-) -> None:
-    """Replace the common part of the steps, given as the model's nodes, by calls of one body."""
+) -> Part:
+    """Add the common part of the steps, given as the model's nodes, as a component."""
     root = program.root
     # The getitems of a call may be outputs; the call itself, a tuple of values, is none.
     outputs = [
@@ -276,24 +324,15 @@ def _replace(
     g.set_outputs(body, [env[n] for n in outputs])
     body.recompile()
     name = program.add_component(f"{model.call.target}_step", body)
-    replaced: dict[fx.Node, fx.Node] = {}
-    for step in steps:
-        _call(program, name, step, passed, outputs, replaced)
+    return Part(name, steps, passed, outputs)
 
 
-def _call(
-    program: Program,
-    name: str,
-    step: Step,
-    passed: Sequence[fx.Node],
-    outputs: Sequence[fx.Node],
-    replaced: dict[fx.Node, fx.Node],
-) -> None:
+def _call(program: Program, part: Part, step: Step, replaced: dict[fx.Node, fx.Node]) -> None:
     """Call the body in place of a step's part; `replaced` says which results took whose place."""
     with program.root.graph.inserting_after(step.nodes[-1]):
-        given = [replaced.get(step.twins[n], step.twins[n]) for n in passed]
-        values = program.call(name, given, tags.tag(step.call))
-    for node, value in zip([step.twins[n] for n in outputs], values, strict=True):
+        given = [replaced.get(step.twins[n], step.twins[n]) for n in part.passed]
+        values = program.call(part.name, given, tags.tag(step.call))
+    for node, value in zip([step.twins[n] for n in part.results], values, strict=True):
         replaced[node] = value
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in step.inside)
     for node in step.inside:  # dead now; the graph is pruned when the pass is done

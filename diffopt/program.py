@@ -5,6 +5,7 @@ tensor arguments and a flat tuple of tensors as its result. Weights are shared b
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import operator
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import batching, programfile, serialize, tags
+from diffopt import batching, programfile, serialize, sizes, tags
 from diffopt import graph as g
 from diffopt import host as h
 from diffopt.errors import DiffoptError, VerifyError
@@ -41,6 +42,7 @@ class Program:
         guards: What Python read of the inputs at capture; None if nothing.
         batch: The fewest and the most requests of one run, a leading dimension of all inputs and
             outputs; None: each run serves one, and there is no such dimension.
+        lengths: Numbers of tokens that the inputs' shapes do not fix.
         resample: Capture again with other arguments; None where the pipeline is not at hand.
     """
 
@@ -55,6 +57,7 @@ class Program:
         source: str = "",
         digests: Mapping[str, str] | None = None,
         batch: tuple[int, int] | None = None,
+        lengths: Sequence[sizes.Length] = (),
         resample: Callable[..., "Program"] | None = None,
     ) -> None:
         self.root = root
@@ -65,6 +68,7 @@ class Program:
         self.source = source
         self.digests = dict(digests or {})
         self.batch = batch
+        self.lengths = list(lengths)
         self.resample = resample
         self.variants: list[Program] = []
 
@@ -127,10 +131,13 @@ class Program:
         tensors = self.host.prepare(arguments)
         is_text = [isinstance(s, h.Processor) for s in self.host.steps for _ in range(s.count)]
         inputs = zip(g.placeholders(self.root), tensors, is_text, strict=True)
-        for node, tensor, from_text in inputs:
+        for index, (node, tensor, from_text) in enumerate(inputs):
             shape, traced = list(tensor.shape), list(node.meta["val"].shape)
             if self.batch:
                 del traced[0]
+            if len(shape) == len(traced):
+                for axis in sizes.free_axes(self.lengths, index):
+                    traced[axis] = shape[axis]
             if shape == traced:
                 continue
             if from_text:
@@ -144,6 +151,8 @@ class Program:
                     "trace it again with inputs of this size"
                 )
             raise mismatch(message, from_text=from_text)
+        for length in self.lengths:
+            length.check([tensor.shape for tensor in tensors])
         if self.guards:
             self.guards.check(tensors)
         return tensors
@@ -248,6 +257,7 @@ class Program:
             source=self.source,
             digests=self.digests,
             batch=self.batch,
+            lengths=self.lengths,
             resample=self.resample,
         )
 
@@ -298,6 +308,8 @@ class Program:
         tags.verify(self.root)
         if self.batch:
             batching.batch_axes(self.root, self.batch[1])
+        if self.lengths:
+            sizes.bounds(self)
         takes = g.placeholders(self.root)
         if len(self.sample) != len(takes):
             raise VerifyError(f"program: {len(takes)} placeholders for {len(self.sample)} inputs")
@@ -336,6 +348,7 @@ class Program:
             "source": self.source,
             "digests": self.digests,
             "batch": self.batch,
+            "lengths": [dataclasses.asdict(length) for length in self.lengths],
         }
         assets = {
             f"{name}/{file}": b for name, fs in self.host.assets.items() for file, b in fs.items()
@@ -381,6 +394,7 @@ class Program:
             source=data["source"],
             digests=data.get("digests"),  # engines of earlier versions have none
             batch=tuple(data["batch"]) if data.get("batch") else None,
+            lengths=[sizes.Length.from_json(row) for row in data.get("lengths", ())],
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -250,7 +250,7 @@ def structure(gm: fx.GraphModule) -> tuple[Any, ...]:
     for node in gm.graph.nodes:
         tensor = stored(gm, node)
         if node.op == "placeholder":
-            row: tuple[Any, ...] = (node.op, layout(node.meta["val"]))
+            row: tuple[Any, ...] = (node.op, layout(node.meta["val"]), bool(node.meta.get("reuse")))
         elif tensor is not None:
             row = (node.op, id(tensor))
         else:

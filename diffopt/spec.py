@@ -6,7 +6,8 @@
     value  = WORD | STRING | "(" [value ("," value)*] ")"
 
 Options are the fields of a frozen dataclass, written in kebab-case; a value without a name is
-taken by position.
+taken by position. A field whose type is a `Choice` is written as a word, and what is chosen brings
+its own options to the same call: `cache(deepcache,interval=3,max-cache-mb=64)`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,30 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 from diffopt.errors import DiffoptError
 
 T = TypeVar("T")
 Span = tuple[int, int]
+
+
+class Choice:
+    """A dataclass of options that a word chooses; the first field of a pass may have this type."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def find(cls, word: str) -> type[Choice]:
+        """Return what `word` chooses, or raise a DiffoptError that names what there is."""
+        raise NotImplementedError
+
+    @classmethod
+    def words(cls) -> list[str]:
+        """Return what there is to choose from."""
+        raise NotImplementedError
 
 
 def option(default: T, help: str) -> T:
@@ -174,46 +191,91 @@ class _Parser:
 def bind(call: Call, cls: Callable[..., T], text: str) -> T:
     """Make an instance of the dataclass `cls` with the options written in `call`."""
     hints = options(cls)
-    by_position = iter(hints)
-    values: dict[str, Any] = {}
-    for argument in call.arguments:
-        key = next(by_position, None) if argument.name is None else _field(argument.name)
-        if key is None:
-            message = f"{call.name} takes at most {len(hints)} options by position"
-            raise DiffoptError(message, text=text, span=argument.span)
-        if key not in hints:
-            near = suggest(argument.name or "", map(_kebab, hints)) or "; it has none"
-            message = f"{call.name} has no option '{argument.name}'{near}"
-            raise DiffoptError(message, text=text, span=argument.span)
-        if key in values:
-            message = f"{call.name} was given '{_kebab(key)}' twice"
-            raise DiffoptError(message, text=text, span=argument.span)
-        try:
-            values[key] = _convert(argument.value, hints[key])
-        except ValueError:
-            wanted = describe(hints[key])
-            got = argument.value.text
-            message = f"option '{_kebab(key)}' of {call.name} wants {wanted}, got '{got}'"
-            raise DiffoptError(message, text=text, span=argument.value.span) from None
+    kind = choice(cls)
+    first = call.arguments[0] if call.arguments else None
+    if kind is None or first is None or first.name not in (None, _kebab(kind[0])):
+        return _make(call, cls, _read(call.name, call.arguments, hints, text), text)
+    key, base = kind
+    try:
+        chosen = base.find(first.value.text)
+    except DiffoptError as error:
+        raise DiffoptError(error.message, text=text, span=first.value.span) from None
+    del hints[key]
+    own = options(chosen)
+    name = f"{call.name}({chosen.name})"
+    values = _read(name, call.arguments[1:], {**own, **hints}, text)
+    inner = _make(call, chosen, {k: values.pop(k) for k in own if k in values}, text)
+    return _make(call, cls, {key: inner, **values}, text)
+
+
+def _make(call: Call, cls: Callable[..., T], values: Mapping[str, Any], text: str) -> T:
     try:
         return cls(**values)
     except DiffoptError as error:  # from __post_init__: a value out of range
         raise DiffoptError(error.message, text=text, span=call.span) from None
 
 
+def _read(
+    name: str, arguments: Sequence[Argument], hints: Mapping[str, Any], text: str
+) -> dict[str, Any]:
+    """Return the written values by field."""
+    by_position = iter(hints)
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key = next(by_position, None) if argument.name is None else _field(argument.name)
+        if key is None:
+            message = f"{name} takes at most {len(hints)} options by position"
+            raise DiffoptError(message, text=text, span=argument.span)
+        if key not in hints:
+            near = suggest(argument.name or "", map(_kebab, hints)) or "; it has none"
+            message = f"{name} has no option '{argument.name}'{near}"
+            raise DiffoptError(message, text=text, span=argument.span)
+        if key in values:
+            message = f"{name} was given '{_kebab(key)}' twice"
+            raise DiffoptError(message, text=text, span=argument.span)
+        try:
+            values[key] = _convert(argument.value, hints[key])
+        except ValueError:
+            wanted = describe(hints[key])
+            got = argument.value.text
+            message = f"option '{_kebab(key)}' of {name} wants {wanted}, got '{got}'"
+            raise DiffoptError(message, text=text, span=argument.value.span) from None
+    return values
+
+
 def unparse(name: str, instance: Any) -> str:
     """Return the text that binds back to `instance`: its name and the options that it changes."""
+    kind = choice(type(instance))
+    chosen = getattr(instance, kind[0]) if kind else None
+    if kind is None or chosen is None:
+        written = _written(instance)
+    else:
+        written = [chosen.name, *_written(chosen), *_written(instance, skip=kind[0])]
+    return f"{name}({','.join(written)})" if written else name
+
+
+def _written(instance: Any, skip: str | None = None) -> list[str]:
+    """Return the options that differ from their defaults, as text."""
     written = []
-    leading = True  # words at the front need no name: cache(auto,budget=0.02)
+    leading = skip is None  # words at the front need no name: cache(auto,budget=0.02)
     for key, hint in options(type(instance)).items():
         value = getattr(instance, key)
-        if value == _default(type(instance), key):
+        if key == skip or value == _default(type(instance), key):
             leading = False
             continue
         leading = leading and isinstance(value, str)
         text = _format(value, hint)
         written.append(text if leading else f"{_kebab(key)}={text}")
-    return f"{name}({','.join(written)})" if written else name
+    return written
+
+
+def choice(cls: Any) -> tuple[str, type[Choice]] | None:
+    """Return the field of a dataclass whose value a word chooses, and its type: the first only."""
+    for key, hint in list(options(cls).items())[:1]:
+        for kind in _members(hint):
+            if isinstance(kind, type) and issubclass(kind, Choice):
+                return key, kind
+    return None
 
 
 def options(cls: Any) -> dict[str, Any]:

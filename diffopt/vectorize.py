@@ -85,6 +85,13 @@ def batch_root(root: fx.GraphModule, size: int) -> None:
                 call.target = plain if call.target == name else call.target
 
 
+def batch_body(
+    body: fx.GraphModule, batched: Sequence[bool], size: int
+) -> tuple[fx.GraphModule, list[bool]]:
+    """Return a component with the dimension on some arguments, and which results have it."""
+    return _rewrite(body, batched, size, None)
+
+
 class _Components:
     """Components rewritten for the arguments that have a leading dimension."""
 
@@ -99,7 +106,7 @@ class _Components:
         if (name, batched) not in self._known:
             body = g.attribute(self.root, name)
             try:
-                new, given = _rewrite(body, batched, self.size, None)
+                new, given = batch_body(body, batched, self.size)
             except Unbatchable as error:
                 raise Unbatchable(f"{name}: {error.message}") from error
             own = name + SUFFIX

@@ -30,6 +30,7 @@ from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from diffopt.runtime import Body, lay_out
+from diffopt.sizes import Bounds, bounds
 from diffopt.target import Image, Lowered, Target, option
 
 # What a compiler told to use all of this CPU may emit instructions of.
@@ -87,8 +88,8 @@ class Cpu(Target):
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Take the components from the cache, or compile as many at once as there are cores."""
         bodies = program.components
-        sizes = _sizes(program)
-        keys = {name: cachedir.key(self._key(gm, sizes.get(name))) for name, gm in bodies.items()}
+        free = _sizes(program)
+        keys = {name: cachedir.key(self._key(gm, free.get(name))) for name, gm in bodies.items()}
         done: dict[str, dict[str, bytes]] = {}
 
         def report(name: str, members: dict[str, bytes], how: str) -> None:
@@ -104,7 +105,7 @@ class Cpu(Target):
                 report(name, found, "from the cache")
         if missing:
             progress(f"compiling {', '.join(missing)}", len(done) / len(bodies))
-        for name, members, seconds in self._compile(missing, sizes):
+        for name, members, seconds in self._compile(missing, free):
             cachedir.put(keys[name], members)
             report(name, members, f"compiled in {seconds:.1f} s")
         return Lowered(
@@ -115,7 +116,7 @@ class Cpu(Target):
         )
 
     def _compile(
-        self, bodies: Mapping[str, fx.GraphModule], sizes: Mapping[str, aoti.Range]
+        self, bodies: Mapping[str, fx.GraphModule], sizes: Mapping[str, Bounds]
     ) -> Iterator[tuple[str, dict[str, bytes], float]]:
         # Timings that choose a kernel must not be disturbed by another process.
         processes = 1 if self.max_autotune else len(os.sched_getaffinity(0))
@@ -139,7 +140,7 @@ class Cpu(Target):
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
 
-    def _key(self, gm: fx.GraphModule, sizes: aoti.Range | None) -> dict[str, Any]:
+    def _key(self, gm: fx.GraphModule, sizes: Bounds | None) -> dict[str, Any]:
         """Return all that a library depends on, as JSON."""
         rows = serialize.graph_to_json(gm)
         for row in rows:
@@ -150,7 +151,7 @@ class Cpu(Target):
         return {
             "graph": rows,
             "tensors": {name: _content(t, self.freeze) for name, t in g.named_tensors(gm)},
-            "sizes": [sorted(sizes[0].items()), *sizes[1:]] if sizes else None,
+            "sizes": [[i, sorted(axes.items())] for i, axes in sorted((sizes or {}).items())],
             "settings": self._settings(),
             "requires": _requires(),
             "compiler": _compiler(),
@@ -177,13 +178,19 @@ class Cpu(Target):
         }
 
 
-def _sizes(program: Program) -> dict[str, aoti.Range]:
-    """Return the size that may change, the number of requests, of components that have it."""
+def _sizes(program: Program) -> dict[str, Bounds]:
+    """Return the sizes that may change, of requests or tokens, of components that have some."""
+    if program.lengths:
+        return bounds(program)
     low, high = program.batch or (1, 1)
     if low == high:
         return {}
     axes = batching.batch_axes(program.root, high)
-    return {name: (own, low, high) for name, own in axes.items() if own}
+    return {
+        name: {index: {axis: (low, high)} for index, axis in own.items()}
+        for name, own in axes.items()
+        if own
+    }
 
 
 class _Weights:

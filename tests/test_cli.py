@@ -146,7 +146,7 @@ def test_one_engine_makes_few_and_many(
         done = diffopt("run", file, "--prompt", "a dog", "-n", 4, "-o", f"{name}.npy")
         assert done.code == 0, done.err
     many, one = np.load("many.npy"), np.load("one.npy")
-    assert many.shape == one.shape == (4, 16, 16, 3)
+    assert many.shape == one.shape == (4, 3, 16, 16)
     np.testing.assert_allclose(many, one, atol=1e-4)
     done = diffopt("bench", "range.engine", "--batch", 3, "--rounds", 1, "--warmup", 1, "--json")
     assert done.code == 0, done.err
@@ -160,6 +160,23 @@ def test_a_wrong_batch(diffopt: Run, program: Path, text: str) -> None:
     assert done.code == 2
     wanted = f"--batch {text}: wants a number such as 4, or a range such as 1..8"
     assert done.err == f"diffopt: error: {wanted}\n"
+
+
+def test_tokens_add_a_pass(diffopt: Run, program: Path) -> None:
+    done = diffopt("optimize", program, "-p", "unroll", "--tokens", 40, "--json", "-o", "a.program")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)["passes"][-1]
+    assert record["text"] == "lengths(max=40)"
+    assert record["skipped"] == ["the program: every text has a fixed number of tokens"]
+
+
+def test_tokens_and_a_range_of_requests(diffopt: Run, program: Path) -> None:
+    done = diffopt("optimize", program, "--tokens", 40, "--batch", "1..4", "-o", "a.engine")
+    assert done.code == 2
+    assert done.err == (
+        "diffopt: error: --tokens 40 --batch 1..4: requests of different lengths do not fit into "
+        "one run; leave one of the two out\n"
+    )
 
 
 def test_a_program_runs_and_is_optimized_without_a_target(diffopt: Run, program: Path) -> None:

@@ -13,7 +13,9 @@ from diffopt.core import Pipeline, find_pass, pass_names
 ROOT = Path(__file__).parents[1]
 PASSES = [name for name in pass_names() if find_pass(name).__module__.startswith("diffopt.")]
 SOURCES = sorted(
-    path for folder in ("diffopt", "passes", "targets") for path in (ROOT / folder).glob("*.py")
+    path
+    for folder in ("diffopt", "diffopt/policies", "passes", "targets")
+    for path in (ROOT / folder).glob("*.py")
 )
 
 passes = pytest.mark.parametrize("name", PASSES)

@@ -24,7 +24,8 @@ def test_listed_packages_are_the_folders_with_an_init() -> None:
         for init in (ROOT / top).rglob("__init__.py")
         if "diffopt/passes" not in init.as_posix() and "diffopt/targets" not in init.as_posix()
     }
-    assert set(setuptools["package-dir"].values()) == folders
+    listed = {folder.replace("/", ".") for folder in setuptools["package-dir"].values()}
+    assert listed == folders
     assert set(setuptools["packages"]) == setuptools["package-dir"].keys()
 
 
@@ -55,6 +56,7 @@ def test_the_wheel_has_every_module(tmp_path: Path) -> None:
         (entries,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert "diffopt = diffopt.cli:main" in archive.read(entries).decode()
     ours = {f"diffopt/{path.name}" for path in (ROOT / "diffopt").glob("*.py")}
+    ours |= {f"diffopt/policies/{p.name}" for p in (ROOT / "diffopt" / "policies").glob("*.py")}
     for name in TOP[1:]:
         ours |= {f"diffopt/{name}/{path.name}" for path in (ROOT / name).glob("*.py")}
     assert names == ours | {"diffopt/py.typed"}

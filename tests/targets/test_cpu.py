@@ -163,7 +163,7 @@ class Scaled(nn.Module):
 def test_one_kernel_serves_a_range_of_batch_sizes() -> None:
     module = Scaled()
     gm = body_of(module, torch.randn(2, 5), torch.ones(2, 1))
-    run = kernel(gm, sizes=({0: 0, 1: 0}, 1, 8))
+    run = kernel(gm, sizes={0: {0: (1, 8)}, 1: {0: (1, 8)}})
     for size in (1, 3, 8):
         x, t = torch.randn(size, 5), torch.rand(size, 1)
         torch.testing.assert_close(run([x, t])[0], module(x, t))

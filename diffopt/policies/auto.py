@@ -1,0 +1,219 @@
+"""Choose what to reuse, where and when, by optimization on the traced graph.
+
+1. Each value of the denoiser is taken from the step before, alone, on some calibration calls: that
+   gives an error a value. Minimum cuts of FLOPs against these errors, at several prices, give the
+   sets of values that are worth taking together (`mincut`); no knowledge of modules goes in.
+2. For each cut, and each step with two computed steps before it, the values are fitted as weighted
+   sums of theirs by least squares, and the error of the denoiser's results is measured; how much an
+   error of each step shows in the output is measured too.
+3. A shortest path over the steps gives the best schedules for all budgets (`schedule`). Errors do
+   not simply add up: the best few are run, and the true error of the output decides; then computed
+   steps are moved about as long as that helps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from diffopt import calibrate, mincut, schedule
+from diffopt.anatomy import Anatomy
+from diffopt.core import Context
+from diffopt.errors import DiffoptError
+from diffopt.loop import Loop
+from diffopt.policy import Policy, option
+from diffopt.reuse import Plan, Reuse
+from diffopt.schedule import Kind, Schedule
+from diffopt.search import Fits, Lab, reuses
+
+
+@dataclass(frozen=True)
+class Auto(Policy):
+    """Choose what to reuse, where and when, by optimization on calibration calls."""
+
+    speedup: float | None = option(None, "how many times fewer FLOPs the denoiser is to take")
+    calls: int = option(4, "calibration calls")
+    reach: int = option(6, "most steps between one that computes everything and the next")
+    max_bodies: int = option(3, "most bodies of the denoiser, the one with everything included")
+    trials: int = option(40, "whole runs to check schedules with")
+
+    def __post_init__(self) -> None:
+        if self.speedup is not None and self.speedup <= 1:
+            raise DiffoptError(f"speedup={self.speedup:g}: wants more than 1")
+        if min(self.calls, self.reach, self.trials) < 1 or self.max_bodies < 2:
+            raise DiffoptError("auto wants calls, reach, trials >= 1 and max-bodies >= 2")
+
+    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+        """Measure, choose, check."""
+        budget = ctx.budget
+        if (self.speedup is None) == (budget is None):
+            raise DiffoptError("auto wants either speedup, as in speedup=2, or a budget of error")
+        if loop.steps < 3:
+            return {}
+        inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
+        lab = Lab(loop, inputs, ctx.progress)
+        cuts = self._cuts(loop, lab)
+        if not cuts:
+            return {}
+        fits = lab.fits(cuts, self.reach)
+        effects = lab.effects()
+        full = loop.flops()
+        kinds = [
+            Kind(
+                loop.flops(cut) / full,
+                {key: effects[key[0]] * fit.error for key, fit in own.items()},
+            )
+            for cut, own in zip(cuts, fits, strict=True)
+        ]
+        found = sorted(self._schedules(kinds, loop.steps), key=lambda s: (s.cost, s.error))
+        search = _Search(lab, cuts, fits, kinds, self.trials)
+        best = (
+            search.cheapest(found, budget)
+            if budget is not None
+            else search.best(found, 1 / (self.speedup or 1))
+        )
+        if best is None:
+            goal = f"speedup={self.speedup:g}" if budget is None else f"budget={budget:g}"
+            least = min(s.cost for s in found)
+            raise DiffoptError(
+                f"auto cannot meet {goal}: with reach={self.reach} the denoiser's FLOPs can be cut"
+                f" to {least:.3g} of what they are"
+            )
+        error = search.error(best)
+        ctx.note("calibration", {"error": error, "predicted": best.error, "FLOPs": best.cost})
+        return search.plan(best)
+
+    def _cuts(self, loop: Loop, lab: Lab) -> list[list[fx.Node]]:
+        """Return the sets of values that are worth taking together."""
+        nodes = [n for n in loop.body.graph.nodes if n.op == "call_function"]
+        costs = {n: float(loop.cost([n])) for n in nodes}
+        found = mincut.cuts(nodes, lab.body.results, costs, lab.value_errors(), 16)
+        # Of cuts that save about the same the last, which takes the fewest values, stands for all.
+        full, results = loop.flops(), set(lab.body.results)
+        kept = {
+            round(20 * loop.flops(cut) / full): cut
+            for cut in found
+            if cut and results.isdisjoint(cut)
+        }
+        return [cut for part, cut in kept.items() if part < 19]
+
+    def _schedules(self, kinds: Sequence[Kind], steps: int) -> Iterator[Schedule]:
+        """Yield good schedules of few kinds, with the numbers of the kinds in `kinds`."""
+        few = min(self.max_bodies - 1, len(kinds))
+        for chosen in itertools.combinations(range(len(kinds)), few):
+            for found in schedule.front([kinds[k] for k in chosen], steps):
+                own = tuple(None if k is None else chosen[k] for k in found.kinds)
+                yield Schedule(own, found.cost, found.error)
+
+
+class _Search:
+    """Schedules with their true errors, each measured once."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        cuts: Sequence[Sequence[fx.Node]],
+        fits: Sequence[Fits],
+        kinds: Sequence[Kind],
+        trials: int,
+    ) -> None:
+        self.lab = lab
+        self.cuts = cuts
+        self.fits = fits
+        self.kinds = kinds
+        self.trials = trials
+        self._errors: dict[Schedule, float] = {}
+
+    def plan(self, chosen: Schedule) -> dict[int, list[Reuse]]:
+        """Return what each step takes."""
+        plan: dict[int, list[Reuse]] = {}
+        for step, kind in enumerate(chosen.kinds):
+            if kind is not None:
+                before, last = [s for s in chosen.computed if s < step][-2:]
+                fit = self.fits[kind][step, last, before]
+                plan[step] = reuses(self.cuts[kind], fit, last, before)
+        return plan
+
+    def error(self, chosen: Schedule) -> float:
+        """Return the true error of the output."""
+        if chosen not in self._errors:
+            done = len(self._errors)
+            self.lab.report("checking schedules", min(1.0, done / self.trials))
+            self._errors[chosen] = self.lab.error(self.plan(chosen))
+        return self._errors[chosen]
+
+    def best(self, found: Sequence[Schedule], cost: float) -> Schedule | None:
+        """Return the schedule of the least true error whose cost is at most `cost`."""
+        filled = {self._fill(s, cost) for s in found if s.cost <= cost}
+        likely = sorted(filled, key=lambda s: s.error)[: max(1, self.trials // 4)]
+        if not likely:
+            return None
+        return self._move(min(likely, key=self.error), cost)
+
+    def cheapest(self, found: Sequence[Schedule], budget: float) -> Schedule | None:
+        """Return the cheapest schedule whose true error is within the budget."""
+        low, high = min(s.cost for s in found), 1.0
+        best: Schedule | None = None
+        for _ in range(6):  # halving the range of costs
+            middle = (low + high) / 2
+            filled = {self._fill(s, middle) for s in found if s.cost <= middle}
+            likely = sorted(filled, key=lambda s: s.error)[: max(1, self.trials // 12)]
+            tried = min(likely, key=self.error, default=None)
+            if tried is not None and self.error(tried) <= budget:
+                best, high = tried, middle
+            else:
+                low = middle
+        return best
+
+    def _fill(self, chosen: Schedule, cost: float) -> Schedule:
+        """Compute more of a schedule, what helps most first, as long as the cost allows it."""
+        while True:
+            more = [s for s in self._neighbours(chosen, (None,)) if s.cost <= cost]
+            better = min(more, key=lambda s: s.error, default=chosen)
+            if better.error >= chosen.error:
+                return chosen
+            chosen = better
+
+    def _move(self, chosen: Schedule, cost: float) -> Schedule:
+        """Change two steps at a time as long as the true error falls and trials are left."""
+        improved = True
+        while improved and len(self._errors) < self.trials:
+            improved = False
+            near = {
+                two
+                for one in self._neighbours(chosen, (None, *range(len(self.kinds))))
+                for two in self._swaps(chosen, one)
+                if two.cost <= cost and two not in self._errors
+            }
+            for other in sorted(near, key=lambda s: s.error)[: max(1, self.trials // 8)]:
+                if len(self._errors) < self.trials and self.error(other) < self.error(chosen):
+                    chosen, improved = other, True
+                    break
+        return chosen
+
+    def _swaps(self, chosen: Schedule, one: Schedule) -> Iterator[Schedule]:
+        """Yield `one`, and what it becomes when a neighbouring step takes what its change gave."""
+        yield one
+        (step,) = [
+            i for i, (a, b) in enumerate(zip(chosen.kinds, one.kinds, strict=True)) if a != b
+        ]
+        for other in (step - 1, step + 1):
+            if 2 <= other < len(one.kinds):
+                kinds = list(one.kinds)
+                kinds[other] = chosen.kinds[step]
+                if (made := schedule.evaluate(self.kinds, kinds)) is not None:
+                    yield made
+
+    def _neighbours(self, chosen: Schedule, kinds: Sequence[int | None]) -> Iterator[Schedule]:
+        """Yield what a schedule becomes when one step is of another kind."""
+        used = {None, *chosen.kinds}
+        for step in range(2, len(chosen.kinds)):
+            for kind in kinds:
+                if kind != chosen.kinds[step] and kind in used:
+                    own = list(chosen.kinds)
+                    own[step] = kind
+                    if (made := schedule.evaluate(self.kinds, own)) is not None:
+                        yield made

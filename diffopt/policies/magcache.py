@@ -1,0 +1,68 @@
+"""MagCache: skip all blocks while what they add keeps its magnitude.
+
+Zehong Ma et al., MagCache: Fast Video Generation with Magnitude-Aware Cache, NeurIPS 2025
+(2506.09045).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffopt.anatomy import Anatomy
+from diffopt.core import Context
+from diffopt.errors import DiffoptError
+from diffopt.policy import Part, Policy, hold, option, residuals, stack
+from diffopt.reuse import Loop, Plan
+
+
+@dataclass(frozen=True)
+class Magcache(Policy):
+    """Skip all blocks while what they add keeps its magnitude."""
+
+    needs: ClassVar[Part] = "blocks"
+
+    ratios: tuple[float, ...] = option(
+        (), "magnitude of what the blocks add at each step over that of the step before"
+    )
+    threshold: float = option(0.06, "largest error, added up since the last computed step")
+    max_skip: int = option(3, "most steps in a row that skip (K)")
+    retain: float = option(0.2, "fraction of steps at the beginning that compute")
+
+    def __post_init__(self) -> None:
+        if self.threshold < 0 or self.max_skip < 0 or not 0 <= self.retain <= 1:
+            raise DiffoptError("magcache wants threshold >= 0, max-skip >= 0 and retain in 0…1")
+
+    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+        """Take what all blocks together add to their streams."""
+        if not self.ratios:
+            raise DiffoptError(
+                "magcache wants the magnitude ratios of this model, one a step: "
+                "cache(magcache,ratios=(1.0,1.21,…))"
+            )
+        ratios = nearest(self.ratios, loop.steps)
+        computed = schedule(ratios, self.threshold, self.max_skip, self.retain)
+        return hold(residuals(stack(parts)), computed, loop.steps)
+
+
+def schedule(ratios: Sequence[float], threshold: float, max_skip: int, retain: float) -> list[int]:
+    """Return the steps that compute, of as many steps as there are ratios."""
+    computed: list[int] = []
+    kept = int(retain * len(ratios) + 0.5)
+    magnitude, error, skipped = 1.0, 0.0, 0
+    for step, ratio in enumerate(ratios):
+        if step >= kept:
+            magnitude, skipped = magnitude * ratio, skipped + 1
+            error += abs(1 - magnitude)
+            if computed and error <= threshold and skipped <= max_skip:
+                continue
+            magnitude, error, skipped = 1.0, 0.0, 0
+        computed.append(step)
+    return computed
+
+
+def nearest(ratios: Sequence[float], steps: int) -> list[float]:
+    """Return the ratios for another number of steps: each step takes the nearest one."""
+    if steps == 1:
+        return [ratios[-1]]
+    scale = (len(ratios) - 1) / (steps - 1)
+    return [ratios[round(step * scale)] for step in range(steps)]

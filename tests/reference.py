@@ -1,0 +1,61 @@
+"""What a cached loop has to give: the uncached program, interpreted step by step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.reuse import Loop, Plan, Reuse
+
+Record = dict[tuple[int, fx.Node], Tensor]
+
+
+class Body(fx.Interpreter):
+    """Interpret a body; what `reuses` says is looked up in `record`, and `record` is added to."""
+
+    def __init__(self, body: fx.GraphModule, step: int, plan: Plan, record: Record) -> None:
+        super().__init__(body, garbage_collect_values=False)
+        self.step, self.record = step, record
+        self.reuses = {reuse.value: reuse for reuse in plan.get(step, ())}
+
+    def run_node(self, n: fx.Node) -> Any:
+        reuse = self.reuses.get(n)
+        result = self.look_up(reuse) if reuse else super().run_node(n)
+        if isinstance(result, Tensor):
+            self.record[self.step, n] = result
+        return result
+
+    def look_up(self, reuse: Reuse) -> Tensor:
+        if reuse.base is None and [term.weight for term in reuse.terms] == [1.0]:
+            return self.record[reuse.terms[0].step, reuse.value]
+        total: Any = 0.0
+        for term in reuse.terms:
+            kept = self.record[term.step, reuse.value]
+            if reuse.base is not None:
+                kept = kept - self.record[term.step, reuse.base]
+            total = total + term.weight * kept
+        return total if reuse.base is None else self.env[reuse.base] + total
+
+
+class Root(fx.Interpreter):
+    """Interpret a program; a plan says what the calls of its loop look up."""
+
+    def __init__(self, loop: Loop, plan: Plan) -> None:
+        super().__init__(loop.program.root)
+        self.loop, self.plan = loop, plan
+        self.keys = {call: key for key, call in loop.calls.items()}
+        self.records: Mapping[int, Record] = {b: {} for b in range(loop.branches)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self.keys:
+            return super().run_node(n)
+        step, branch = self.keys[n]
+        given, _ = self.fetch_args_kwargs_from_env(n)
+        return Body(self.loop.body, step, self.plan, self.records[branch]).run(*given)
+
+
+def run(loop: Loop, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return what the loop's program gives if its steps look up what the plan says."""
+    with torch.no_grad():
+        return list(Root(loop, plan).run(*inputs))
