@@ -315,14 +315,14 @@ taylorseer wants order >= 0, interval >= 1 and warm-up >= 1
         (
             "cache(magcache,retain=2)",
             """\
-magcache wants threshold >= 0, max-skip >= 0 and retain in 0…1
+magcache wants threshold >= 0, max-skip >= 0, retain in 0…1 and calls >= 1
   cache(magcache,retain=2)
   ^^^^^""",
         ),
         (
             "cache(smoothcache,max-interval=0)",
             """\
-smoothcache wants alpha >= 0 and max-interval >= 1
+smoothcache wants alpha >= 0, max-interval >= 1 and calls >= 1
   cache(smoothcache,max-interval=0)
   ^^^^^""",
         ),

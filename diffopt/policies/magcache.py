@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
+from diffopt import calibrate
 from diffopt.anatomy import Anatomy
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
-from diffopt.policy import Part, Policy, hold, option, residuals, stack
+from diffopt.policy import Part, Policy, Value, hold, option, residuals, stack
 from diffopt.reuse import Loop, Plan
 
 
@@ -21,27 +25,49 @@ class Magcache(Policy):
 
     needs: ClassVar[Part] = "blocks"
 
-    ratios: tuple[float, ...] = option(
-        (), "magnitude of what the blocks add at each step over that of the step before"
-    )
     threshold: float = option(0.06, "largest error, added up since the last computed step")
     max_skip: int = option(3, "most steps in a row that skip (K)")
     retain: float = option(0.2, "fraction of steps at the beginning that compute")
+    calls: int = option(4, "calibration calls to measure ratios on")
+    ratios: tuple[float, ...] = option(
+        (), "magnitude of what the blocks add at each step over that of the step before, instead"
+    )
 
     def __post_init__(self) -> None:
-        if self.threshold < 0 or self.max_skip < 0 or not 0 <= self.retain <= 1:
-            raise DiffoptError("magcache wants threshold >= 0, max-skip >= 0 and retain in 0…1")
+        if self.threshold < 0 or self.max_skip < 0 or not 0 <= self.retain <= 1 or self.calls < 1:
+            raise DiffoptError(
+                "magcache wants threshold >= 0, max-skip >= 0, retain in 0…1 and calls >= 1"
+            )
 
     def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
         """Take what all blocks together add to their streams."""
-        if not self.ratios:
-            raise DiffoptError(
-                "magcache wants the magnitude ratios of this model, one a step: "
-                "cache(magcache,ratios=(1.0,1.21,…))"
-            )
-        ratios = nearest(self.ratios, loop.steps)
+        values = residuals(stack(parts))
+        if self.ratios:
+            ratios = nearest(self.ratios, loop.steps)
+        else:
+            inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
+            ratios = measure(loop, values, inputs)
         computed = schedule(ratios, self.threshold, self.max_skip, self.retain)
-        return hold(residuals(stack(parts)), computed, loop.steps)
+        return hold(values, computed, loop.steps)
+
+
+def measure(loop: Loop, values: Sequence[Value], inputs: Sequence[Sequence[Tensor]]) -> list[float]:
+    """Return the mean ratios of the norms, over the last dimension, of what the blocks add.
+
+    As in the authors' calibration, of the first stream and over tokens; also over calls.
+    """
+    value, base = values[0]
+    assert base is not None
+    total, count = torch.zeros(loop.steps), torch.zeros(loop.steps)
+    for tensors in inputs:
+        past: dict[int, Tensor] = {}
+        for visit in calibrate.steps(loop.program, loop.calls, tensors, (value, base)):
+            norm = (visit.values[value] - visit.values[base]).float().norm(dim=-1)
+            if visit.branch in past:
+                total[visit.step] += (norm / (past[visit.branch] + 1e-8)).mean()
+                count[visit.step] += 1
+            past[visit.branch] = norm
+    return [float(t / n) if n else 1.0 for t, n in zip(total, count, strict=True)]
 
 
 def schedule(ratios: Sequence[float], threshold: float, max_skip: int, retain: float) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from diffopt import calibrate
 from diffopt.anatomy import Anatomy
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
@@ -27,29 +28,44 @@ class Smoothcache(Policy):
 
     alpha: float = option(0.18, "largest relative error of a value that is taken")
     max_interval: int = option(3, "most steps in a row that take it (k)")
+    calls: int = option(4, "calibration calls to measure errors on")
     errors: str = option(
-        "", "JSON file of measured errors: for each kind of layer a row for each k = 1, 2, …"
+        "", "JSON file of errors instead: for each kind of layer a row for each k = 1, 2, …"
     )
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or self.max_interval < 1:
-            raise DiffoptError("smoothcache wants alpha >= 0 and max-interval >= 1")
+        if self.alpha < 0 or self.max_interval < 1 or self.calls < 1:
+            raise DiffoptError("smoothcache wants alpha >= 0, max-interval >= 1 and calls >= 1")
 
     def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
         """Take the outputs of each kind of branch by its own schedule."""
         there = {branch.kind for branch in parts.branches}
         kinds = [kind for kind in ATTENTION_AND_MLP if kind in there]
-        errors = read(self.errors, kinds, loop.steps)
+        if self.errors:
+            errors = read(self.errors, kinds, loop.steps)
+        else:
+            errors = self._measure(loop, parts, kinds, ctx)
         schedules = {k: schedule(errors[k], self.alpha, self.max_interval) for k in kinds}
         return merge(
             hold(branch_values(parts, [kind]), computed, loop.steps)
             for kind, computed in schedules.items()
         )
 
+    def _measure(
+        self, loop: Loop, parts: Anatomy, kinds: Sequence[str], ctx: Context
+    ) -> Mapping[str, Rows]:
+        groups = {kind: [value for value, _ in branch_values(parts, [kind])] for kind in kinds}
+        inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
+        tables = calibrate.step_errors(
+            loop.program, loop.calls, groups, inputs, reach=self.max_interval, report=ctx.progress
+        )
+        reach = range(1, min(self.max_interval, loop.steps - 1) + 1)
+        return {kind: [table[k:, k].tolist() for k in reach] for kind, table in tables.items()}
+
 
 def schedule(rows: Rows, alpha: float, max_interval: int) -> list[int]:
     """Return the steps that compute; `rows[k - 1][i]` is the error of step i's value at i + k."""
-    steps, computed, step = len(rows[0]) + 1, list[int](), 0
+    steps, computed, step = len(rows[0]) + 1 if rows else 1, list[int](), 0
     while step < steps:
         computed.append(step)
         small = [
@@ -63,11 +79,6 @@ def schedule(rows: Rows, alpha: float, max_interval: int) -> list[int]:
 
 def read(path: str, kinds: Sequence[str], steps: int) -> Mapping[str, Rows]:
     """Return the measured errors in a file, one table of rows for each kind of layer."""
-    if not path:
-        raise DiffoptError(
-            "smoothcache wants measured errors: cache(smoothcache,errors=errors.json), with a "
-            f"table for {', '.join(kinds)}"
-        )
     try:
         tables = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

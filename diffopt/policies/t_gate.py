@@ -53,16 +53,15 @@ class TGate(Policy):
             ctx.skip(loop.name, "guidance goes on after the gate: it has no calls of its own")
             return
         for step in range(self.gate, loop.steps):
-            pair = loop.calls.get((step, 0)), loop.calls.get((step, 1))
-            if pair[0] is None or pair[1] is None:
+            if (step, 0) not in loop.calls or (step, 1) not in loop.calls:
                 continue
-            kept = conditional(pair[0], pair[1])
+            a, b = loop.calls[step, 0], loop.calls[step, 1]
+            kept = conditional(a, b)
             if kept is None:
                 ctx.skip(f"step {step}", "guidance goes on: its branches can't be told apart")
                 continue
-            (dropped,) = {*pair} - {kept}
             # u + s (c - u) with u = c is c: the guided result is the conditional one.
-            _replace_results(loop.program.root.graph, dropped, kept)
+            _replace_results(loop.program.root.graph, b if kept is a else a, kept)
         g.sort(loop.program.root)
 
 

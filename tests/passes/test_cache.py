@@ -12,12 +12,17 @@ from diffusers.hooks.taylorseer_cache import apply_taylorseer_cache
 from torch import Tensor
 
 import diffopt
+from diffopt import calibrate
 from diffopt import graph as g
+from diffopt.anatomy import anatomy
 from diffopt.check import difference
 from diffopt.core import Pipeline, Record
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.policy import policy_names
+from diffopt.passes.cache import changing
+from diffopt.policies import magcache
+from diffopt.policy import policy_names, residuals, stack
 from diffopt.program import Program
+from diffopt.reuse import find_loop
 from tests.zoo import CASES, call
 
 STEPS = 6
@@ -305,6 +310,29 @@ def test_mask_on_a_unet_takes_deep_features() -> None:
     assert program.fingerprint() == other.fingerprint()
 
 
+def test_smoothcache_and_magcache_measure_for_themselves() -> None:
+    _, none = cached("dit", "cache(smoothcache,alpha=0)")
+    _, all_ = cached("dit", "cache(smoothcache,alpha=9,calls=1)")
+    assert set(rows(all_).values()) == {"#---##"} or set(rows(all_).values()) == {"#---#-"}
+    assert not none.changed
+    program = unrolled("dit")
+    loop = find_loop(program)
+    values = residuals(stack(anatomy(loop.body, changing(loop))))
+    inputs = calibrate.requests(program, (), 2, 0)
+    ratios = magcache.measure(loop, values, inputs)
+    assert ratios[0] == 1.0
+    visits = [
+        next(v for v in calibrate.steps(program, loop.calls, tensors, values[0]) if v.step == at)
+        for tensors in inputs
+        for at in (2, 3)
+    ]
+    norms = [(v.values[values[0][0]] - v.values[values[0][1]]).norm(dim=-1) for v in visits]
+    expected = [(norms[k + 1] / norms[k]).mean() for k in (0, 2)]
+    assert ratios[3] == pytest.approx(float(sum(expected)) / 2, rel=1e-4)
+    _, own = cached("dit", "cache(magcache,threshold=99,retain=0.34)")
+    assert set(rows(own).values()) == {"##---#"}
+
+
 def test_smoothcache(tmp_path: Any) -> None:
     path = tmp_path / "errors.json"
     path.write_text('{"attention": [[0,0,0,0,0], [9,9,9,9]], "mlp": [[9,9,9,9,9], [0,9,9,9]]}')
@@ -437,18 +465,6 @@ UNET_ONLY = ("deepcache", "faster-diffusion")
             "pixart",
             "cache(t-gate,gate=6)",
             "gate=6: the loop has 6 steps, so no step is after the gate",
-        ),
-        (
-            "dit",
-            "cache(magcache)",
-            "magcache wants the magnitude ratios of this model, one a step: "
-            "cache(magcache,ratios=(1.0,1.21,…))",
-        ),
-        (
-            "dit",
-            "cache(smoothcache)",
-            "smoothcache wants measured errors: cache(smoothcache,errors=errors.json), with a "
-            "table for attention, mlp",
         ),
         ("dit", "cache(mask,101)", "the mask has 3 digits, and the loop has 6 steps"),
         ("dit", "cache(mask)", "the mask has 0 digits, and the loop has 6 steps"),
