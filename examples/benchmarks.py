@@ -4,7 +4,8 @@
     python examples/benchmarks.py --only fashion-sd --rounds 3 --out quick
 
 Contenders take turns, round by round, so a slow minute of the machine meets all of them. The raw
-times are written beside the document as JSON. Run it on a machine that does nothing else.
+times are written beside the document as JSON; what was not run stays as it is there. Run it on a
+machine that does nothing else.
 """
 
 import argparse
@@ -94,8 +95,10 @@ def compiled(pipe: Any, mode: str | None) -> Any:
     return pipe
 
 
-def speed(make: Callable[[], Any], passes: str, steps: int, rounds: int, folder: Path) -> Any:
+def speed(make: Callable[[], Any], options: argparse.Namespace, folder: Path) -> Any:
     """Time the pipeline, compiled and not, against its engines."""
+    passes, steps, rounds = options.passes, options.steps, options.rounds
+    load = os.getloadavg()[0]
     program = trace(make(), steps)
     rewritten = Pipeline.parse(passes).run(program)
     contenders = {
@@ -104,9 +107,13 @@ def speed(make: Callable[[], Any], passes: str, steps: int, rounds: int, folder:
         "diffusers, torch.compile max-autotune": images_of(compiled(make(), "max-autotune"), steps),
         "engine without passes, cpu": engine(program, "cpu", folder),
     }
-    contenders |= {f"engine, {target}": engine(rewritten, target, folder) for target in TARGETS}
+    contenders |= {f"engine, {t}": engine(rewritten, t, folder) for t in options.targets}
     results = bench.measure(contenders, "diffusers, eager", rounds=rounds, report=report)
     return {
+        "load before": load,
+        "rounds": rounds,
+        "steps": steps,
+        "passes": passes,
         "records": [
             {"pass": r["text"], "max_abs": r["max_abs"], "seconds": r["seconds"]}
             for r in rewritten.history
@@ -170,7 +177,6 @@ def machine(threads: int) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "load": os.getloadavg()[0],
         "torch": torch.__version__,
     }
 
@@ -190,16 +196,20 @@ def document(data: Mapping[str, Any]) -> str:
         "`make bench` writes this file; the raw times are in benchmarks.json beside it.",
         "",
         f"{at['cpu']} ({at['capability']}), {at['cores']} cores, {at['threads']} threads, torch"
-        f" {at['torch']}, fp32, batch 1 with guidance (the denoiser sees batch 2),"
-        f" {data['steps']} steps. Medians of {data['rounds']} rounds; contenders take turns."
-        f" The engines' passes are `{data['passes']}`.",
+        f" {at['torch']}, fp32, batch 1 with guidance (the denoiser sees batch 2). Contenders take"
+        " turns.",
     ]
     for name, title in (
         ("fashion-sd", "fashion-sd, 2.8 M UNet, 8×8 latents"),
         ("larger", "SD-like UNet of 17.8 M parameters, random weights, 32×32 latents"),
     ):
         if name in data:
-            lines += ["", f"## {title}", "", *speed_table(data[name]["contenders"])]
+            own = data[name]
+            about = (
+                f"{own['steps']} steps, medians of {own['rounds']} rounds. The engines' passes are"
+                f" `{own['passes']}`."
+            )
+            lines += ["", f"## {title}", "", about, "", *speed_table(own["contenders"])]
     if "build" in data:
         lines += ["", "## What more steps cost the build", "", *build_table(data["build"])]
     return "\n".join(lines) + "\n"
@@ -252,26 +262,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", default=PASSES)
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    data: dict[str, Any] = {
-        "machine": machine(options.threads),
-        "passes": options.passes,
-        "rounds": options.rounds,
-        "steps": options.steps,
-    }
+    raw = options.out.with_suffix(".json")
+    data: dict[str, Any] = json.loads(raw.read_text()) if raw.exists() else {}
+    now = machine(options.threads)
+    if data.get("machine", now) != now:
+        parser.error(f"{raw} has numbers of another machine or version: give another --out")
+    data["machine"] = now
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for section, make in (("fashion-sd", fashion), ("larger", larger)):
             if section in options.only:
                 report(f"== {section}")
                 torch.compiler.reset()
-                data[section] = speed(make, options.passes, options.steps, options.rounds, folder)
+                data[section] = speed(make, options, folder)
         if "build" in options.only:
             report("== build")
             data["build"] = build_cost(options.passes, folder)
-    options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    raw.write_text(json.dumps(data, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(document(data), encoding="utf-8")
     report(f"wrote {options.out}.md and {options.out}.json")
 

@@ -140,7 +140,7 @@ class Cpu(Target):
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
 
-    def _key(self, gm: fx.GraphModule, sizes: Bounds | None) -> dict[str, Any]:
+    def _key(self, gm: fx.GraphModule, sizes: Bounds | None = None) -> dict[str, Any]:
         """Return all that a library depends on, as JSON."""
         rows = serialize.graph_to_json(gm)
         for row in rows:
