@@ -250,7 +250,7 @@ def test_a_broken_cache_entry_is_compiled_again(
         "writing",
     ]
     assert messages(caplog)[0] == (
-        f"cache: {entry}: member so is damaged; copy it again, or build it again; compiling again"
+        f"cache: {entry}: member so is damaged; copy it again, or build it again; making it again"
     )
     assert cachedir.get(key) is not None
 
