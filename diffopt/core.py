@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 import diffopt.passes
-from diffopt import graph, spec
+from diffopt import graph, plugins, spec
 from diffopt.check import State, difference, enforce_bounds
 from diffopt.errors import DiffoptError, ToleranceError
 from diffopt.spec import option
@@ -317,30 +314,14 @@ def pass_names() -> list[str]:
 
 def find_pass(name: str) -> type[Pass]:
     """Return the pass called `name`."""
-    sources = _sources()
-    if name not in sources:
-        raise DiffoptError(f"there is no pass '{name}'{spec.suggest(name, sources)}")
-    module, _, attribute = sources[name].partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if not (isinstance(found, type) and issubclass(found, Pass)) or found.name != name:
-        raise DiffoptError(f"{sources[name]} is not a Pass named '{name}'")
+    found: type[Pass] = plugins.find(name, _sources(), Pass, "pass")
     return found
 
 
 @cache
 def _sources() -> dict[str, str]:
     """Map the name of each pass to where it is, as "module:class"."""
-    sources = {}
-    for module in pkgutil.iter_modules(diffopt.passes.__path__):
-        camel = "".join(map(str.capitalize, module.name.split("_")))
-        sources[module.name.replace("_", "-")] = f"diffopt.passes.{module.name}:{camel}"
-    for entry in entry_points(group="diffopt.passes"):
-        if sources.setdefault(entry.name, entry.value) != entry.value:
-            raise DiffoptError(
-                f"two passes are called '{entry.name}': {sources[entry.name]} and {entry.value};"
-                " uninstall or rename one"
-            )
-    return sources
+    return plugins.sources(diffopt.passes, "passes")
 
 
 def _bind(call: spec.Call, text: str) -> Pass:

@@ -164,17 +164,18 @@ def copy_nodes(
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the nodes and everything that they are computed from."""
-    return _reach(nodes, lambda node: node.all_input_nodes)
+    return reach(nodes, lambda node: node.all_input_nodes)
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the nodes and everything that is computed from them."""
-    return _reach(nodes, lambda node: node.users)
+    return reach(nodes, lambda node: node.users)
 
 
-def _reach(
+def reach(
     nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
 ) -> set[fx.Node]:
+    """Return the nodes and everything to which `neighbours` leads from them."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
@@ -280,6 +281,13 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
         env[node].name = node.name
     copy.recompile()
     return copy
+
+
+def nodes_in(arguments: Any) -> list[fx.Node]:
+    """Return the nodes in nested arguments."""
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, found.append)
+    return found
 
 
 def target_name(node: fx.Node) -> str:

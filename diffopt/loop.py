@@ -61,18 +61,14 @@ class Loop:
         self, taken: Mapping[fx.Node, fx.Node | None], more: Iterable[fx.Node] = ()
     ) -> set[fx.Node]:
         """Return what the results need, and `more`, if values are taken, each with its base."""
-        found: set[fx.Node] = set()
-        stack = [*g.outputs(self.body), *more]
-        while stack:
-            node = stack.pop()
-            if node in found:
-                continue
-            found.add(node)
+
+        def needs(node: fx.Node) -> Iterable[fx.Node]:
             if node not in taken:
-                stack.extend(node.all_input_nodes)
-            elif (base := taken[node]) is not None:
-                stack.append(base)
-        return found
+                return node.all_input_nodes
+            base = taken[node]
+            return () if base is None else (base,)
+
+        return g.reach([*g.outputs(self.body), *more], needs)
 
 
 def find_loop(program: Program) -> Loop:

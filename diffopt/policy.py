@@ -6,19 +6,16 @@ chooses; `diffopt.reuse` carries out.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import fx
 
 import diffopt.policies
 from diffopt import graph as g
-from diffopt import spec
+from diffopt import plugins, spec
 from diffopt.anatomy import Anatomy, Block
 from diffopt.errors import DiffoptError
 from diffopt.reuse import Loop, Plan, Reuse, Term
@@ -160,28 +157,11 @@ def policy_names() -> list[str]:
 
 def find_policy(name: str) -> type[Policy]:
     """Return the policy called `name`."""
-    sources = _sources()
-    if name not in sources:
-        near = spec.suggest(name, sources)
-        raise DiffoptError(f"there is no cache policy '{name}'{near}")
-    module, _, attribute = sources[name].partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if not (isinstance(found, type) and issubclass(found, Policy)) or found.name != name:
-        raise DiffoptError(f"{sources[name]} is not a Policy named '{name}'")
+    found: type[Policy] = plugins.find(name, _sources(), Policy, "cache policy")
     return found
 
 
 @cache
 def _sources() -> dict[str, str]:
     """Map the name of each policy to where it is, as "module:class"."""
-    sources = {}
-    for module in pkgutil.iter_modules(diffopt.policies.__path__):
-        camel = "".join(map(str.capitalize, module.name.split("_")))
-        sources[module.name.replace("_", "-")] = f"diffopt.policies.{module.name}:{camel}"
-    for entry in entry_points(group="diffopt.policies"):
-        if sources.setdefault(entry.name, entry.value) != entry.value:
-            raise DiffoptError(
-                f"two cache policies are called '{entry.name}': {sources[entry.name]} and "
-                f"{entry.value}; uninstall or rename one"
-            )
-    return sources
+    return plugins.sources(diffopt.policies, "cache policies")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from diffopt import graph as g
 from diffopt.attention import Attention
 from diffopt.walk import LAYERS, Walk, packet, shape
 
@@ -139,14 +140,7 @@ def _head(walk: Walk, node: fx.Node) -> Residual | None:
 def attention_before(walk: Walk, value: fx.Node, attentions: Sequence[Attention]) -> fx.Node | None:
     """Return the attention that all of a value comes from; None if some of it does not."""
     ends = {attention.node for attention in attentions}
-    stack, seen = [value], set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        living = walk.living_inputs(node)
-        if not living:
-            return None
-        stack.extend(living if node not in ends else [])
+    seen = g.reach([value], lambda n: () if n in ends else walk.living_inputs(n))
+    if not all(map(walk.living_inputs, seen)):
+        return None
     return max(seen & ends, key=lambda n: walk.index[n])

@@ -109,7 +109,7 @@ def _bind(node: fx.Node) -> tuple[Callable[[list[Any]], Any], list[fx.Node]]:
     leading = list(itertools.takewhile(lambda argument: isinstance(argument, fx.Node), args))
     rest = args[len(leading) :]
     nodes: list[Any] = leading
-    if not _mentions_nodes((rest, kwargs)):  # the usual case: tensors first, then constants
+    if not g.nodes_in((rest, kwargs)):  # the usual case: tensors first, then constants
         if kwargs:
             return lambda values: operator_(*values, *rest, **kwargs), nodes
         if rest:
@@ -122,12 +122,6 @@ def _bind(node: fx.Node) -> tuple[Callable[[list[Any]], Any], list[fx.Node]]:
         return operator_(*fx.map_arg(args, env.__getitem__), **fx.map_arg(kwargs, env.__getitem__))
 
     return general, nodes
-
-
-def _mentions_nodes(arguments: Any) -> bool:
-    found: list[fx.Node] = []
-    fx.map_arg(arguments, found.append)
-    return bool(found)
 
 
 def lay_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -84,13 +84,10 @@ class Evaluator:
     ) -> list[fx.Node]:
         key = given, wanted, is_partial
         if key not in self._orders:
-            changed = g.descendants(given) if is_partial else set(self._nodes)
-            needed, stack = set[fx.Node](), list(wanted)
-            while stack:
-                node = stack.pop()
-                if node not in needed and node not in given and node in changed:
-                    needed.add(node)
-                    stack.extend(node.all_input_nodes)
+            changed = (g.descendants(given) if is_partial else set(self._nodes)) - given
+            needed = g.reach(
+                changed.intersection(wanted), lambda n: changed.intersection(n.all_input_nodes)
+            )
             self._orders[key] = [n for n in self._nodes if n in needed]
         return self._orders[key]
 

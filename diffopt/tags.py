@@ -11,7 +11,7 @@ the graph, so the mark cannot go stale when arguments move or equal values are m
 all values would refuse every guidance: both branches' results make the next latents of both.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -117,7 +117,7 @@ def verify(root: fx.GraphModule) -> None:
             raise _error(node, f"tagged as {own}, and depends on step {step} of this branch")
         latest[node] = {**latest[node], branch: own.step}
         for formal, value in reused(root, node).items():
-            sources = list(_sources(value))
+            sources = _sources(value)
             if not sources:
                 raise _error(node, f"{formal.name} reuses what no earlier step returns")
             for source in sources:  # that its step is an earlier one was checked above
@@ -125,19 +125,11 @@ def verify(root: fx.GraphModule) -> None:
                     raise _error(node, f"{formal.name} of {own} reuses a value of {source}")
 
 
-def _sources(value: fx.Node) -> Iterator[Tag]:
-    """Yield the tags of the calls that a value is computed from without another call between."""
-    stack, seen = [value], set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        own = tag(node)
-        if own is not None:
-            yield own
-        elif node.op != "call_module":
-            stack.extend(node.all_input_nodes)
+def _sources(value: fx.Node) -> list[Tag]:
+    """Return the tags of the calls that a value is computed from without another call between."""
+    nodes = g.reach([value], lambda n: () if n.op == "call_module" else n.all_input_nodes)
+    found = (tag(node) for node in nodes)
+    return sorted((own for own in found if own is not None), key=str)
 
 
 def _error(call: fx.Node, message: str) -> VerifyError:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 import diffopt.targets
-from diffopt import spec
+from diffopt import plugins, spec
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
@@ -97,13 +94,7 @@ def target_names() -> list[str]:
 
 def find_target(name: str) -> type[Target]:
     """Return the target called `name`."""
-    sources = _sources()
-    if name not in sources:
-        raise DiffoptError(f"there is no target '{name}'{spec.suggest(name, sources)}")
-    module, _, attribute = sources[name].partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if not (isinstance(found, type) and issubclass(found, Target)) or found.name != name:
-        raise DiffoptError(f"{sources[name]} is not a Target named '{name}'")
+    found: type[Target] = plugins.find(name, _sources(), Target, "target")
     return found
 
 
@@ -123,14 +114,4 @@ def parse_target(text: str) -> Target:
 @cache
 def _sources() -> dict[str, str]:
     """Map the name of each target to where it is, as "module:class"."""
-    sources = {}
-    for module in pkgutil.iter_modules(diffopt.targets.__path__):
-        camel = "".join(map(str.capitalize, module.name.split("_")))
-        sources[module.name.replace("_", "-")] = f"diffopt.targets.{module.name}:{camel}"
-    for entry in entry_points(group="diffopt.targets"):
-        if sources.setdefault(entry.name, entry.value) != entry.value:
-            raise DiffoptError(
-                f"two targets are called '{entry.name}': {sources[entry.name]} and {entry.value};"
-                " uninstall or rename one"
-            )
-    return sources
+    return plugins.sources(diffopt.targets, "targets")

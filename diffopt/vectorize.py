@@ -376,7 +376,7 @@ class _Rewriter:
     def _vmapped(self, node: fx.Node) -> fx.Node | list[fx.Node]:
         """Rewrite any other operator as `torch.vmap` does it, at two sizes to see what changes."""
         sources = node.all_input_nodes
-        if any(isinstance(a, (list, tuple)) and _nodes(a) for a in node.args):
+        if any(isinstance(a, (list, tuple)) and g.nodes_in(a) for a in node.args):
             for source in sources:  # of a list, such as cat's, every item
                 self.spread(source)
         batched = [n in self.batched for n in sources]
@@ -456,12 +456,6 @@ def _parameters(node: fx.Node) -> list[str]:
 
 def _rank(node: fx.Node) -> int:
     return int(node.meta["val"].dim())
-
-
-def _nodes(arguments: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(arguments, found.append)
-    return found
 
 
 def _named(node: fx.Node) -> str:

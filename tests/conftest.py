@@ -1,7 +1,13 @@
 """Settings that all tests share."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+from diffopt import cli
+from tests.command import Outcome, Run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -11,3 +17,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def diffopt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """Run the command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["diffopt", *map(str, words)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(exit.value.code or 0, captured.out, captured.err)
+
+    return run

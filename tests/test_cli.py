@@ -3,9 +3,6 @@
 import json
 import os
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffopt import cli
+from tests.command import Run
 
 PIPELINE = '''
 import torch
@@ -32,33 +29,6 @@ def number():
 def not_a_pipeline():
     return torch.nn.Linear(2, 2)
 '''
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def diffopt(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
-    """Run the command line in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["diffopt", *map(str, words)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return Outcome(exit.value.code or 0, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 import diffopt as compiler
-from diffopt import cli, cli_compare, images, metrics
+from diffopt import cli_compare, images, metrics
 from diffopt.check import difference
 from diffopt.engine import build
 from diffopt.images import first_output
 from diffopt.program import Program
+from tests.command import Run
 from tests.zoo import CASES
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def diffopt(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
-    """Run the command line in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["diffopt", *map(str, words)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return Outcome(exit.value.code or 0, captured.out, captured.err)
-
-    return run
 
 
 def traced(**more: Any) -> Program:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffopt import core
+from diffopt import core, plugins
 from diffopt import graph as g
 from diffopt.check import difference
 from diffopt.core import Context, Pass, Pipeline, Record, option
@@ -342,7 +342,7 @@ def test_generators_of_a_context_are_alike() -> None:
 def plugged(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     """Entry points of packages that are not installed."""
     entries: list[EntryPoint] = []
-    monkeypatch.setattr(core, "entry_points", lambda group: entries)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
     monkeypatch.setattr(core, "_sources", core._sources.__wrapped__)
     return entries
 

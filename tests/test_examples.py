@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffopt import policy
+from diffopt import plugins, policy
 from diffopt.core import Pipeline
 from examples import custom_loop, optimize_pipeline, pyramid_attention
 
@@ -35,7 +35,7 @@ def test_an_installed_policy_is_found_by_its_name(monkeypatch: pytest.MonkeyPatc
     entry = EntryPoint(
         "pyramid-attention", "examples.pyramid_attention:PyramidAttention", "diffopt.policies"
     )
-    monkeypatch.setattr(policy, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
     monkeypatch.setattr(policy, "_sources", policy._sources.__wrapped__)
     text = "cache(pyramid-attention,own=3)"
     (step,) = Pipeline.parse(text).passes

@@ -17,7 +17,7 @@ from diffusers.hooks import mag_cache
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
 
 import diffopt.policies
-from diffopt import cli_list, policy, spec
+from diffopt import cli_list, plugins, policy, spec
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError
 from diffopt.policies import (
@@ -394,7 +394,7 @@ def test_a_file_that_is_no_policy_is_named(folder: Path) -> None:
 
 def test_two_policies_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = SimpleNamespace(name="fora", value="other:Fora")
-    monkeypatch.setattr(policy, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
     monkeypatch.setattr(policy, "_sources", policy._sources.__wrapped__)
     with pytest.raises(DiffoptError) as caught:
         find_policy("fora")
