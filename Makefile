@@ -1,7 +1,7 @@
 # make demo    environment, install, then the main job: optimize, run, benchmark
 # make test    the whole test suite
 # make lint    ruff and mypy
-# make bench   the benchmarks behind docs/benchmarks.md
+# make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md
 #
 # Another environment than .venv: make VENV=/path/to/venv test
 
@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := examples/models/fashion-sd
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint bench bench-caching clean
 
 venv: $(VENV)/.installed
 
@@ -38,6 +38,9 @@ lint: venv
 
 bench: venv
 	$(BIN)/python examples/benchmarks.py
+
+bench-caching: venv
+	$(BIN)/python examples/caching.py
 
 clean:
 	rm -rf build dist *.egg-info fashion.engine boots.png

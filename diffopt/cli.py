@@ -304,19 +304,33 @@ def compare(
     cli_compare.run(files, output, texts, _arguments(settings), seed, number, as_json)
 
 
-@app.command(epilog="diffopt inspect fashion.program\n\ndiffopt inspect out.engine --json")
+@app.command(
+    epilog="diffopt inspect fashion.program\n\ndiffopt inspect out.engine --json\n\n"
+    "diffopt inspect cached.program --picture heat.png"
+)
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help=f"An .engine file, or {MODEL_HELP}")],
     graph: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Print this component's graph ('program': the outer)."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw which blocks each step computes, reuses or extrapolates.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a program or an engine consists of, and what each step calls."""
-    from diffopt import cli_inspect
+    from diffopt import cli_inspect, images
 
+    if picture is not None:
+        _expect(picture, *images.PICTURES)
     program = cli_inspect.open_engine(file) if file.endswith(".engine") else _trace(file)
+    if picture is not None:
+        cli_inspect.save_picture(program, picture)
     if graph is not None:
         print(cli_inspect.graph_text(program, graph))
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffopt import cli_show as show
-from diffopt import engine, tags
+from diffopt import engine, heatmap, images, tags
 from diffopt import graph as g
 from diffopt.core import Record
 from diffopt.errors import DiffoptError, VerifyError
@@ -27,6 +27,12 @@ def graph_text(program: Program, name: str) -> str:
     if name not in graphs:
         raise DiffoptError(f"there is no component '{name}'{suggest(name, graphs)}")
     return g.text(graphs[name])
+
+
+def save_picture(program: Program, output: Path) -> None:
+    """Draw which blocks each step computes into a file."""
+    images.save_picture(heatmap.draw(program), output)
+    show.stderr().print(f"wrote {output}")
 
 
 def inspect(program: Program, title: str, as_json: bool) -> None:
@@ -61,6 +67,7 @@ def inspect(program: Program, title: str, as_json: bool) -> None:
     if program.history:
         records = [Record.from_json(row) for row in program.history]
         show.records_table(records, timing=True, stats=False)
+        show.step_maps(records)
 
 
 _KEYS = ("calls", "nodes", "parameters", "bytes", "flops")

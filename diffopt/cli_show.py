@@ -13,7 +13,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from diffopt import stepmap
 from diffopt.core import Progress as Report
 from diffopt.core import Record, Size
 
@@ -93,6 +95,7 @@ def records_table(records: Sequence[Record], *, timing: bool, stats: bool) -> No
     if stats:
         for record in records:
             _print_details(record)
+        step_maps(records)
 
 
 def _record_row(record: Record, timing: bool, stats: bool) -> list[str]:
@@ -118,7 +121,49 @@ def _print_details(record: Record) -> None:
     if record.tolerance:
         console.print(f"{record.text}: allowed {record.tolerance}", markup=False)
     for key, value in record.notes.items():
+        if stepmap.is_map(value):
+            continue  # a table of its own
         console.print(f"{record.text}: {key} = {value}", markup=False)
     reasons = Counter(text.partition(": ")[2] for text in record.skipped)
     for reason, times in reasons.most_common():
         console.print(f"{record.text}: not rewritten {times}×: {reason}", markup=False)
+
+
+def step_maps(records: Sequence[Record]) -> None:
+    """Print what passes made the steps of a loop take from earlier ones, and what that saves."""
+    for report in stepmap.reports(records):
+        flops = report.note["flops"]
+        numbers = [flops["before"], flops["predicted"], flops["measured"]]
+        row = [report.component, *map(count, numbers), f"{report.fewer:.3g}×"]
+        row += [str(report.note["bodies"]), f"{report.note['peak cache bytes'] / 2**20:.3g}"]
+        columns = ["loop", "FLOPs before", "predicted", "measured", "fewer", "bodies"]
+        columns += ["peak cache MB", "relative error"]
+        table(report.text, columns, [[*row, f"{report.relative:.3g}"]])
+        _print_map(report)
+
+
+def _print_map(report: stepmap.Report) -> None:
+    legend = Text("   ").join(
+        Text.assemble(_cell(report, sign), f" {meaning}")
+        for sign, meaning in report.note["legend"].items()
+    )
+    grid = Table()
+    grid.add_column("block", no_wrap=True)
+    grid.add_column(_ruler(report.steps), overflow="fold")
+    for label, signs in report.note["map"].items():
+        grid.add_row(Text(label), Text("").join(_cell(report, sign) for sign in signs))
+    console = stdout()
+    console.print(legend)
+    console.print(grid)
+
+
+def _cell(report: stepmap.Report, sign: str) -> Text:
+    return Text(sign, style=f"black on {report.colour(sign)}")
+
+
+def _ruler(steps: int) -> str:
+    """Return the numbers of every fifth or tenth step, each where its column is."""
+    apart = 5 if steps <= 20 else 10
+    # With spaces it would be wrapped elsewhere than the rows.
+    numbers = (str(step).ljust(apart, "·") for step in range(0, steps, apart))
+    return "".join(numbers)[: max(steps, 1)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffopt.errors import VerifyError
 
@@ -373,11 +373,22 @@ def node_flops(node: fx.Node) -> int:
     """Return the floating point operations of one `call_function` node."""
     if not _may_cost(node.target):
         return 0
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with FAKE, torch.no_grad(), counter:
         node.target(*args, **kwargs)  # type: ignore[operator]
     return int(counter.get_total_flops())
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return what counts the floating point operations of what runs inside it."""
+    # The counter knows what attention is on GPUs alone, and would take it for free here.
+    own = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    return FlopCounterMode(display=False, custom_mapping=own)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _may_cost(target: Any) -> bool:

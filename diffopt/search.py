@@ -1,13 +1,13 @@
 """Measures what taking values from earlier steps does to a program's outputs, on calibration calls.
 
-All numbers are relative to the exact program on the same inputs. A body is evaluated only as far as
+Errors are those against the exact program on the same inputs. A body is evaluated only as far as
 what is asked for needs it, which is what makes hundreds of trials affordable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from diffopt import graph as g
 from diffopt import rewrite
 from diffopt.loop import Key, Loop
-from diffopt.reuse import Reuse, Term
+from diffopt.reuse import Plan, Reuse, Term
 from diffopt.tables import is_view
 
 aten = torch.ops.aten
@@ -25,12 +25,12 @@ aten = torch.ops.aten
 Report = Callable[[str, float | None], None]
 Values = dict[fx.Node, Tensor]
 
-# At how many steps effects are measured; between them they are interpolated.
+# At how many steps errors and effects are measured; between them they are interpolated.
 _PROBES = 12
-# Of the results' size: enough to be far above rounding.
-_NOISE = 0.05
 # On how many calls, where more would cost much and tell little.
-_FEW = 2
+_FEW = 4
+# Of one value in one call: enough for a few weights, and little enough to keep every step.
+_SAMPLE = 2**14
 _SUMS = (aten.add.Tensor, aten.cat.default)
 
 
@@ -92,20 +92,7 @@ class Evaluator:
         return self._orders[key]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a step can take the values of a cut from two earlier steps.
-
-    Attributes:
-        weights: For each value of the cut, of the last computed step and of the one before.
-        error: The norm of what that changes of the body's results, over requests and branches.
-    """
-
-    weights: list[tuple[float, float]]
-    error: float
-
-
-Fits = dict[tuple[int, int, int], Fit]
+Errors = dict[tuple[int, int, int], float]
 """By the step, the last computed one, and the one before."""
 
 
@@ -120,6 +107,8 @@ class Lab:
         self._keys = {call: key for key, call in loop.calls.items()}
         self._arguments: list[dict[Key, list[Tensor]]] = []
         self._results: list[list[Tensor]] = []
+        self._products: dict[fx.Node, Tensor] = {}
+        self._hardness = [0.0] * len(inputs)
         for index, tensors in enumerate(inputs):
             report(f"calibration: call {index + 1} of {len(inputs)}", None)
             arguments: dict[Key, list[Tensor]] = {}
@@ -164,6 +153,7 @@ class Lab:
             if n in nodes
             and n.op == "call_function"
             and isinstance(n.meta["val"], Tensor)
+            and n.meta["val"].is_floating_point()
             and not is_view(n)
             and (self.loop.cost([n]) or rewrite.calls(n, *_SUMS))
         ]
@@ -203,11 +193,12 @@ class Lab:
     def effects(self) -> list[float]:
         """Return how much a change of the body's results at each step changes the outputs.
 
-        The change tried is a little noise, at some steps of two calls; in between the logarithm is
-        interpolated.
+        The change tried is that of extrapolating them, at some steps of a few calls; in between the
+        logarithm is interpolated.
         """
+        self.study(self.body.results)
         known: list[tuple[int, float]] = []
-        probes = self._probes(_PROBES, begin=1)
+        probes = self._probes(_PROBES, begin=2)
         for index, probe in enumerate(probes):
             self.report("measuring steps", index / len(probes))
             moved = changed = 0.0
@@ -218,129 +209,195 @@ class Lab:
         return _interpolate(known, self.loop.steps)
 
     def _disturb(self, request: int, probe: int) -> tuple[float, float]:
-        """Add noise to the results of a step; return what that changes of the outputs.
+        """Extrapolate the results of a step; return what that changes of the outputs.
 
         Both numbers are squares: of the outputs' relative change, and of the change of the results.
         """
-        noise = torch.Generator().manual_seed(probe)
+        past: dict[Key, Values] = {}
         changed = 0.0
+        # Not from the step before: the change should be well above rounding.
+        sources = [s for s in (probe - 2, probe - 3, probe - 4) if s >= 0]
 
         def visit(key: Key, given: list[Tensor]) -> Values:
             nonlocal changed
-            made = self.body.run(given)
-            if key[0] != probe:
+            made = past[key] = self.body.run(given)
+            step, branch = key
+            if step != probe or not self._has(probe, sources):
                 return made
             other = {}
-            for node, value in made.items():
-                size = _NOISE * float(value.float().square().mean()) ** 0.5
-                other[node] = value + size * torch.randn(value.shape, generator=noise).to(value)
+            for value in made:
+                weights = self.weights(value, probe, sources)
+                parts = zip(weights, sources, strict=True)
+                other[value] = torch.stack([w * past[s, branch][value] for w, s in parts]).sum(0)
             changed += _square(list(other.values()), list(made.values()))
             return other
 
         outputs, exact = self._run(self.inputs[request], visit), self._results[request]
         return _square(outputs, exact) / (_square(exact) or 1.0), changed
 
-    def fits(self, cuts: Sequence[Sequence[fx.Node]], reach: int) -> list[Fits]:
-        """Return, for each cut, how steps can take it from steps at most `reach` apart.
+    def study(self, values: Iterable[fx.Node]) -> None:
+        """Learn what `weights` needs to know of values: how they resemble themselves over steps.
 
-        Weights are those of least squares over all calls, one pair for each value.
+        That is the scalar products of a value at any two steps, summed over all calls. Of large
+        values some elements stand for all.
         """
-        union = list(dict.fromkeys(v for cut in cuts for v in cut))
-        window: dict[int, dict[tuple[int, int], Values]] = {}
-        found: list[Fits] = [{} for _ in cuts]
+        values = [v for v in dict.fromkeys(values) if v not in self._products]
+        branches = {b for b in range(self.loop.branches) if self._is_everywhere(b)} or {0}
+        rows: dict[fx.Node, list[list[Tensor]]] = {v: [] for v in values}
+        places = {v: _sample(v.meta["val"].numel()) for v in values}
         with torch.no_grad():
-            for step in range(self.loop.steps):
-                self.report("fitting", step / self.loop.steps)
-                window[step] = {
-                    (r, key[1]): self.body.run(arguments[key], keep=union)
-                    for r, arguments in enumerate(self._arguments)
-                    for key in arguments
-                    if key[0] == step
-                }
-                window.pop(step - 2 * reach - 1, None)
-                for last in range(max(1, step - reach), step):
-                    for before in range(max(0, last - reach), last):
-                        if not window[step].keys() <= window[last].keys() & window[before].keys():
-                            continue
-                        for cut, fits in zip(cuts, found, strict=True):
-                            rows = window[step], window[last], window[before]
-                            fits[step, last, before] = self._fit(step, cut, *rows)
-        return found
+            for step in range(self.loop.steps if values else 0):
+                self.report("comparing steps", step / self.loop.steps)
+                for own in rows.values():
+                    own.append([])
+                for arguments in self._arguments:
+                    for branch in branches:
+                        # A step without a call resembles none.
+                        given = arguments.get((step, branch))
+                        made = {} if given is None else self.body.run(given, keep=values)
+                        for v in values:
+                            flat = made[v].flatten() if made else torch.zeros(v.meta["val"].numel())
+                            rows[v][-1].append(flat[places[v]])
+        for v, own in rows.items():
+            matrix = torch.stack([torch.cat(parts) for parts in own]).double()
+            self._products[v] = matrix @ matrix.T
 
-    def _fit(
+    def _is_everywhere(self, branch: int) -> bool:
+        return all((step, branch) in self.loop.calls for step in range(self.loop.steps))
+
+    def weights(self, value: fx.Node, step: int, sources: Sequence[int]) -> list[float]:
+        """Return the weights with which a value at earlier steps is nearest to that at a step.
+
+        They are those of least squares over all calls; `study` has to be done.
+        """
+        products, at = self._products[value], torch.tensor(sources)
+        square, right = products[at][:, at], products[at, step]
+        # Nearly equal values have no weights of their own: then plain reuse is kept in sight.
+        ridge = 1e-6 * float(square.diagonal().mean()) or 1.0
+        right[0] += ridge
+        square = square + ridge * torch.eye(len(sources), dtype=square.dtype)
+        return [float(w) for w in torch.linalg.solve(square, right)]
+
+    def reuses(self, cut: Sequence[fx.Node], step: int, sources: Sequence[int]) -> list[Reuse]:
+        """Return what a step takes of a cut from computed steps, the last one first."""
+        return [
+            Reuse(value, tuple(map(Term, sources, self.weights(value, step, sources))))
+            for value in cut
+        ]
+
+    def errors(self, cut: Sequence[fx.Node], reach: int) -> Errors:
+        """Return what taking a cut changes of the body's results, by where it is taken from.
+
+        It is the norm of the change, over branches, for sources at most `reach` steps apart. Steps
+        in between those measured are interpolated.
+        """
+        found: dict[tuple[int, int], list[tuple[int, float]]] = {}
+        probes = self._probes(_PROBES, begin=2)
+        with torch.no_grad():
+            for index, step in enumerate(probes):
+                self.report("measuring cuts", index / len(probes))
+                near = range(max(0, step - 2 * reach), step + 1)
+                values = {at: self._values(at, cut) for at in near}
+                for last, before in _pairs(step, reach):
+                    error = self._error(cut, step, (last, before), values)
+                    found.setdefault((step - last, last - before), []).append((step, error))
+        known = {gaps: _interpolate(own, self.loop.steps) for gaps, own in found.items()}
+        return {
+            (step, last, before): known[step - last, last - before][step]
+            for step in range(2, self.loop.steps)
+            for last, before in _pairs(step, reach)
+            if (step - last, last - before) in known and self._has(step, (last, before))
+        }
+
+    def _has(self, step: int, sources: Sequence[int]) -> bool:
+        """Tell whether the sources have a call of each branch that the step has one of."""
+        own = [b for b in range(self.loop.branches) if (step, b) in self.loop.calls]
+        return all((source, b) in self.loop.calls for source in sources for b in own)
+
+    def _values(self, step: int, cut: Sequence[fx.Node]) -> dict[tuple[int, int], Values]:
+        """Return the results and a cut's values at a step, by call and branch, of a few calls."""
+        return {
+            (r, branch): self.body.run(arguments[at, branch], keep=cut)
+            for r, arguments in enumerate(self._arguments[:_FEW])
+            for at, branch in arguments
+            if at == step
+        }
+
+    def _error(
         self,
-        step: int,
         cut: Sequence[fx.Node],
-        now: Mapping[tuple[int, int], Values],
-        last: Mapping[tuple[int, int], Values],
-        before: Mapping[tuple[int, int], Values],
-    ) -> Fit:
-        weights = [_least_squares(v, now, last, before) for v in cut]
+        step: int,
+        sources: Sequence[int],
+        values: Mapping[int, Mapping[tuple[int, int], Values]],
+    ) -> float:
+        weights = {v: self.weights(v, step, sources) for v in cut}
         error = 0.0
-        few = [key for key in now if key[0] < _FEW]
-        for request, branch in few:
-            values = now[request, branch]
-            one, two = last[request, branch], before[request, branch]
-            given = {v: a * one[v] + b * two[v] for v, (a, b) in zip(cut, weights, strict=True)}
-            made = self.body.run(self._arguments[request][step, branch], given)
-            results = self.body.results
-            error += _square([made[r] for r in results], [values[r] for r in results])
-        return Fit(weights, (error / min(_FEW, len(self.inputs))) ** 0.5)
+        for (request, branch), exact in values[step].items():
+            past = [values[source].get((request, branch)) for source in sources]
+            given = {
+                v: sum(w * row[v] for w, row in zip(own, past, strict=True) if row is not None)
+                for v, own in weights.items()
+            }
+            made = self.body.run(self._arguments[request][step, branch], given)  # type: ignore[arg-type]
+            error += _square(
+                [made[r] for r in self.body.results], [exact[r] for r in self.body.results]
+            )
+        return float((error / min(_FEW, len(self.inputs))) ** 0.5)
 
-    def error(self, plan: Mapping[int, Sequence[Reuse]]) -> float:
-        """Return the relative error of the outputs of the whole program under a plan."""
+    def error(self, plan: Plan, limit: float = math.inf) -> float:
+        """Return the relative error of the outputs of the whole program under a plan.
+
+        Args:
+            plan: What each step takes.
+            limit: Above it the error need not be known: infinity stands for all that is.
+        """
+        norm = sum(map(_square, self._results)) or 1.0
+        wrong = 0.0
+        # What went astray most under other plans comes first, as it tells soonest.
+        for request in sorted(range(len(self.inputs)), key=lambda r: -self._hardness[r]):
+            if wrong > limit**2 * norm:
+                return math.inf
+            own = _square(self._planned(request, plan), self._results[request])
+            self._hardness[request] += own
+            wrong += own
+        return float((wrong / norm) ** 0.5)
+
+    def _planned(self, request: int, plan: Plan) -> list[Tensor]:
+        """Return the outputs of a call under a plan."""
         kept = {reuse.value for own in plan.values() for reuse in own}
-        wrong = norm = 0.0
-        for tensors, exact in zip(self.inputs, self._results, strict=True):
-            past: dict[Key, Values] = {}
+        past: dict[Key, Values] = {}
 
-            def visit(key: Key, arguments: list[Tensor], past: dict[Key, Values] = past) -> Values:
-                step, branch = key
-                given = {
-                    r.value: sum(t.weight * past[t.step, branch][r.value] for t in r.terms)
-                    for r in plan.get(step, ())
-                }
-                made = self.body.run(arguments, given, keep=() if given else kept)  # type: ignore[arg-type]
-                past[key] = made
-                return made
+        def visit(key: Key, arguments: list[Tensor]) -> Values:
+            step, branch = key
+            given = {
+                r.value: sum(t.weight * past[t.step, branch][r.value] for t in r.terms)
+                for r in plan.get(step, ())
+            }
+            made = self.body.run(arguments, given, keep=() if given else kept)  # type: ignore[arg-type]
+            past[key] = made
+            return made
 
-            wrong += _square(self._run(tensors, visit), exact)
-            norm += _square(exact)
-        return float((wrong / norm) ** 0.5) if norm else 0.0
+        return self._run(self.inputs[request], visit)
 
     def _probes(self, count: int, begin: int) -> list[int]:
-        """Return steps spread evenly over the loop."""
-        left = self.loop.steps - begin
-        count = min(count, left)
-        return sorted({begin + (2 * k + 1) * left // (2 * count) for k in range(count)})
+        """Return steps spread evenly over the loop, the last one among them."""
+        end = self.loop.steps - 1
+        count = min(count, end - begin + 1)
+        return sorted({round(end - k * (end - begin) / max(1, count - 1)) for k in range(count)})
 
 
-def reuses(cut: Sequence[fx.Node], fit: Fit, last: int, before: int) -> list[Reuse]:
-    """Return what a step takes of a cut from two computed steps."""
-    made = []
-    for value, weights in zip(cut, fit.weights, strict=True):
-        terms = [Term(step, w) for step, w in zip((last, before), weights, strict=True) if w]
-        made.append(Reuse(value, tuple(terms) or (Term(last, 0.0),)))
-    return made
+def _pairs(step: int, reach: int) -> Iterator[tuple[int, int]]:
+    """Yield the computed step before a step and the one before that, as far as they may be."""
+    for last in range(max(1, step - reach), step):
+        for before in range(max(0, last - reach), last):
+            yield last, before
 
 
-def _least_squares(
-    value: fx.Node,
-    now: Mapping[tuple[int, int], Values],
-    last: Mapping[tuple[int, int], Values],
-    before: Mapping[tuple[int, int], Values],
-) -> tuple[float, float]:
-    """Return the weights of two values whose sum is nearest to a third, over all calls."""
-    aa = ab = bb = ay = by = 0.0
-    for key, values in now.items():
-        y, a, b = (rows[value].flatten().double() for rows in (values, last[key], before[key]))
-        aa, ab, bb = aa + float(a @ a), ab + float(a @ b), bb + float(b @ b)
-        ay, by = ay + float(a @ y), by + float(b @ y)
-    # Nearly equal values have no two weights of their own: then plain reuse is kept in sight.
-    ridge = 1e-6 * (aa + bb) or 1.0
-    ay, aa, bb = ay + ridge, aa + ridge, bb + ridge
-    determinant = aa * bb - ab * ab
-    return (bb * ay - ab * by) / determinant, (aa * by - ab * ay) / determinant
+def _sample(count: int) -> Tensor:
+    """Return the places of some of a value's elements, or of all if they are few."""
+    if count <= _SAMPLE:
+        return torch.arange(count)
+    return torch.randint(count, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
 
 
 def _square(tensors: Sequence[Tensor], others: Sequence[Tensor] | None = None) -> float:

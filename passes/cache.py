@@ -22,15 +22,13 @@ Not rewritten when
   or when the values kept at one time take more than `max-cache-mb`.
 """
 
-import itertools
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import fx
 
 from diffopt import graph as g
-from diffopt import reuse, tags
-from diffopt.anatomy import Anatomy, Branch, anatomy
+from diffopt import plans, reuse, stepmap
+from diffopt.anatomy import anatomy
 from diffopt.core import Context, Pass, option
 from diffopt.errors import DiffoptError
 from diffopt.policy import Policy, check_fits, policy_names
@@ -67,26 +65,31 @@ class Cache(Pass):
         if not plan:
             ctx.skip(loop.name, f"{self.policy.name} computes everything in every step")
             return
-        own = {tags.tag(call) for call in loop.calls.values()}
+        steps = plans.schedule(loop, plan)
+        promised = stepmap.predicted(loop, steps)
         applied = reuse.apply(program, loop, plan)
-        rows = table(program, loop, parts, plan)
+        works = stepmap.works(program, loop)
         self.policy.finish(loop, ctx)
         program.refresh()
-        left = [str(call.target) for call in program.calls() if tags.tag(call) in own]
-        after = sum(g.flops(program.components[name]) for name in left)
         kept = applied.peak_cache_bytes
         if self.max_cache_mb is not None and kept > self.max_cache_mb * 2**20:
             raise DiffoptError(
                 f"{self} keeps up to {kept / 2**20:.3g} MB of values for later steps, over "
                 f"max-cache-mb={self.max_cache_mb:g}"
             )
+        works = stepmap.finished(program, loop, works)
         ctx.note(
             loop.name,
             {
-                "FLOPs of all steps": [applied.flops_before, after],
-                "bodies": len(set(left)),
+                "map": stepmap.step_map(loop, steps, works),
+                "legend": stepmap.LEGEND,
+                "flops": {
+                    "before": applied.flops_before,
+                    "predicted": promised,
+                    "measured": stepmap.measured(program, loop),
+                },
+                "bodies": len({str(call.target) for call in stepmap.calls(program, loop)}),
                 "peak cache bytes": kept,
-                "computed #, in part +, reused -, extrapolated ~": rows,
             },
         )
 
@@ -96,45 +99,3 @@ def changing(loop: reuse.Loop) -> list[fx.Node]:
     late = g.descendants(loop.calls.values())
     takes = g.placeholders(loop.body)
     return [n for i, n in enumerate(takes) if any(c.args[i] in late for c in loop.calls.values())]
-
-
-def table(program: Program, loop: reuse.Loop, parts: Anatomy, plan: reuse.Plan) -> dict[str, str]:
-    """Return for each block a row with a sign for each step: see the key of the note."""
-    bodies = [program.components[str(call.target)] for (_, b), call in loop.calls.items() if b == 0]
-    alive = [{n.name for n in body.graph.nodes if n.op == "call_function"} for body in bodies]
-    rows: dict[str, str] = {}
-    for index, block in enumerate(parts.blocks):
-        nodes = inside(block.branches)
-        layers = [n for n in nodes if n.op == "call_function" and g.node_flops(n)]
-        sums = [
-            any(r.value in nodes and len(r.terms) > 1 for r in plan.get(step, ()))
-            for step in range(loop.steps)
-        ]
-        names = {n.name for n in layers}
-        signs = (sign(names, there, s) for there, s in zip(alive, sums, strict=True))
-        rows[label(layers, f"block {index}", rows)] = "".join(signs)
-    return rows
-
-
-def inside(branches: Iterable[Branch]) -> set[fx.Node]:
-    """Return the nodes that compute what branches add, without those of branches inside them."""
-    found: set[fx.Node] = set()
-    for branch in branches:
-        between = g.descendants([branch.source]) & g.ancestors([branch.value])
-        found |= between - {branch.source} - inside(branch.inner)
-    return found
-
-
-def sign(layers: set[str], alive: set[str], is_sum: bool) -> str:
-    """Say how much of what costs is computed in a step."""
-    if layers <= alive:
-        return "#"
-    return "+" if layers & alive else "~" if is_sum else "-"
-
-
-def label(layers: Collection[fx.Node], default: str, taken: Collection[str]) -> str:
-    """Return the path that the modules of layers have in common, for people to read."""
-    paths = [str(n.meta["module"]).split(".") for n in layers if n.meta.get("module")]
-    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    name = ".".join(names[0] for names in shared)
-    return name if name and name not in taken else default

@@ -2,10 +2,13 @@
 
 1. Each value of the denoiser is taken from the step before, alone, on some calibration calls: that
    gives an error a value. Minimum cuts of FLOPs against these errors, at several prices, give the
-   sets of values that are worth taking together (`mincut`); no knowledge of modules goes in.
-2. For each cut, and each step with two computed steps before it, the values are fitted as weighted
-   sums of theirs by least squares, and the error of the denoiser's results is measured; how much an
-   error of each step shows in the output is measured too.
+   sets of values that are worth taking together (`mincut`); no knowledge of modules goes in. The
+   denoiser's results are such a set too: then a step computes nothing, as in a multistep solver
+   whose weights are those of this model.
+2. A value that is taken is a weighted sum of what it was in the last few computed steps, with the
+   weights of least squares over the calibration calls. For each cut, and steps with two computed
+   steps near before them, the error of the denoiser's results is measured; how much an error of
+   each step shows in the output is measured too.
 3. A shortest path over the steps gives the best schedules for all budgets (`schedule`). Errors do
    not simply add up: the best few are run, and the true error of the output decides; then computed
    steps are moved about as long as that helps.
@@ -14,7 +17,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -27,7 +31,7 @@ from diffopt.loop import Loop
 from diffopt.policy import Policy, option
 from diffopt.reuse import Plan, Reuse
 from diffopt.schedule import Kind, Schedule
-from diffopt.search import Fits, Lab, reuses
+from diffopt.search import Lab
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Auto(Policy):
     """Choose what to reuse, where and when, by optimization on calibration calls."""
 
     speedup: float | None = option(None, "how many times fewer FLOPs the denoiser is to take")
-    calls: int = option(4, "calibration calls")
+    calls: int = option(16, "calibration calls")
+    terms: int = option(3, "computed steps that a value is taken from")
     reach: int = option(6, "most steps between one that computes everything and the next")
     max_bodies: int = option(3, "most bodies of the denoiser, the one with everything included")
     trials: int = option(40, "whole runs to check schedules with")
@@ -43,33 +48,37 @@ class Auto(Policy):
     def __post_init__(self) -> None:
         if self.speedup is not None and self.speedup <= 1:
             raise DiffoptError(f"speedup={self.speedup:g}: wants more than 1")
-        if min(self.calls, self.reach, self.trials) < 1 or self.max_bodies < 2:
-            raise DiffoptError("auto wants calls, reach, trials >= 1 and max-bodies >= 2")
+        if min(self.calls, self.reach, self.trials) < 1 or min(self.terms, self.max_bodies) < 2:
+            raise DiffoptError("auto wants calls, reach, trials >= 1 and terms, max-bodies >= 2")
 
     def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
         """Measure, choose, check."""
         budget = ctx.budget
         if (self.speedup is None) == (budget is None):
             raise DiffoptError("auto wants either speedup, as in speedup=2, or a budget of error")
-        if loop.steps < 3:
+        if loop.steps <= self.terms:
             return {}
         inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
         lab = Lab(loop, inputs, ctx.progress)
         cuts = self._cuts(loop, lab)
         if not cuts:
             return {}
-        fits = lab.fits(cuts, self.reach)
-        effects = lab.effects()
-        full = loop.flops()
+        lab.study(v for cut in cuts for v in cut)
+        effects, full = lab.effects(), loop.flops()
         kinds = [
             Kind(
                 loop.flops(cut) / full,
-                {key: effects[key[0]] * fit.error for key, fit in own.items()},
+                {
+                    (step, last, before): (effects[step] * error) ** 2
+                    for (step, last, before), error in lab.errors(cut, self.reach).items()
+                    # So that the first steps leave as many computed ones as there are terms.
+                    if before >= self.terms - 2
+                },
             )
-            for cut, own in zip(cuts, fits, strict=True)
+            for cut in cuts
         ]
         found = sorted(self._schedules(kinds, loop.steps), key=lambda s: (s.cost, s.error))
-        search = _Search(lab, cuts, fits, kinds, self.trials)
+        search = _Search(lab, cuts, kinds, self.terms, self.trials)
         best = (
             search.cheapest(found, budget)
             if budget is not None
@@ -82,8 +91,8 @@ class Auto(Policy):
                 f"auto cannot meet {goal}: with reach={self.reach} the denoiser's FLOPs can be cut"
                 f" to {least:.3g} of what they are"
             )
-        error = search.error(best)
-        ctx.note("calibration", {"error": error, "predicted": best.error, "FLOPs": best.cost})
+        error, predicted = search.error(best), best.error**0.5
+        ctx.note("calibration", {"error": error, "predicted": predicted, "FLOPs": best.cost})
         return search.plan(best)
 
     def _cuts(self, loop: Loop, lab: Lab) -> list[list[fx.Node]]:
@@ -92,12 +101,10 @@ class Auto(Policy):
         costs = {n: float(loop.cost([n])) for n in nodes}
         found = mincut.cuts(nodes, lab.body.results, costs, lab.value_errors(), 16)
         # Of cuts that save about the same the last, which takes the fewest values, stands for all.
-        full, results = loop.flops(), set(lab.body.results)
-        kept = {
-            round(20 * loop.flops(cut) / full): cut
-            for cut in found
-            if cut and results.isdisjoint(cut)
-        }
+        full, results = loop.flops(), list(dict.fromkeys(lab.body.results))
+        kept = {round(20 * loop.flops(cut) / full): cut for cut in found if cut}
+        if all(n.op == "call_function" and n.meta["val"].is_floating_point() for n in results):
+            kept[0] = results
         return [cut for part, cut in kept.items() if part < 19]
 
     def _schedules(self, kinds: Sequence[Kind], steps: int) -> Iterator[Schedule]:
@@ -116,14 +123,14 @@ class _Search:
         self,
         lab: Lab,
         cuts: Sequence[Sequence[fx.Node]],
-        fits: Sequence[Fits],
         kinds: Sequence[Kind],
+        terms: int,
         trials: int,
     ) -> None:
         self.lab = lab
         self.cuts = cuts
-        self.fits = fits
         self.kinds = kinds
+        self.terms = terms
         self.trials = trials
         self._errors: dict[Schedule, float] = {}
 
@@ -132,26 +139,31 @@ class _Search:
         plan: dict[int, list[Reuse]] = {}
         for step, kind in enumerate(chosen.kinds):
             if kind is not None:
-                before, last = [s for s in chosen.computed if s < step][-2:]
-                fit = self.fits[kind][step, last, before]
-                plan[step] = reuses(self.cuts[kind], fit, last, before)
+                sources = [s for s in chosen.computed if s < step][: -self.terms - 1 : -1]
+                plan[step] = self.lab.reuses(self.cuts[kind], step, sources)
         return plan
 
-    def error(self, chosen: Schedule) -> float:
-        """Return the true error of the output."""
+    def error(self, chosen: Schedule, limit: float = math.inf) -> float:
+        """Return the true error of the output; infinity if that is known to be above a limit."""
         if chosen not in self._errors:
             done = len(self._errors)
             self.lab.report("checking schedules", min(1.0, done / self.trials))
-            self._errors[chosen] = self.lab.error(self.plan(chosen))
+            self._errors[chosen] = self.lab.error(self.plan(chosen), limit)
         return self._errors[chosen]
+
+    def _best(self, schedules: Iterable[Schedule]) -> Schedule | None:
+        """Return the schedule of the least true error."""
+        best, least = None, math.inf
+        for chosen in schedules:
+            if (error := self.error(chosen, least)) < least:
+                best, least = chosen, error
+        return best
 
     def best(self, found: Sequence[Schedule], cost: float) -> Schedule | None:
         """Return the schedule of the least true error whose cost is at most `cost`."""
         filled = {self._fill(s, cost) for s in found if s.cost <= cost}
-        likely = sorted(filled, key=lambda s: s.error)[: max(1, self.trials // 4)]
-        if not likely:
-            return None
-        return self._move(min(likely, key=self.error), cost)
+        best = self._best([*self._likely(filled, 4), *self._even(cost)])
+        return None if best is None else self._move(best, cost)
 
     def cheapest(self, found: Sequence[Schedule], budget: float) -> Schedule | None:
         """Return the cheapest schedule whose true error is within the budget."""
@@ -160,13 +172,32 @@ class _Search:
         for _ in range(6):  # halving the range of costs
             middle = (low + high) / 2
             filled = {self._fill(s, middle) for s in found if s.cost <= middle}
-            likely = sorted(filled, key=lambda s: s.error)[: max(1, self.trials // 12)]
-            tried = min(likely, key=self.error, default=None)
+            tried = self._best([*self._likely(filled, 12), *self._even(middle)])
             if tried is not None and self.error(tried) <= budget:
                 best, high = tried, middle
             else:
                 low = middle
         return best
+
+    def _likely(self, schedules: Iterable[Schedule], part: int) -> list[Schedule]:
+        """Return those of the least predicted error, as many as a part of all trials."""
+        return sorted(schedules, key=lambda s: s.error)[: max(1, self.trials // part)]
+
+    def _even(self, cost: float) -> Iterator[Schedule]:
+        """Yield for each kind the schedule that computes evenly spaced steps at this cost.
+
+        What is measured on few calls may mislead; nothing can about this one.
+        """
+        steps = self.lab.loop.steps
+        for index, kind in enumerate(self.kinds):
+            count = int((cost - kind.cost) * steps / (1.0 - kind.cost))  # computed steps
+            if count <= self.terms:
+                continue
+            apart = (steps - self.terms) / (count - self.terms)
+            late = {round(steps - 1 - k * apart) for k in range(count - self.terms)}
+            choice = [None if s < self.terms or s in late else index for s in range(steps)]
+            if (made := schedule.evaluate(self.kinds, choice)) is not None and made.cost <= cost:
+                yield made
 
     def _fill(self, chosen: Schedule, cost: float) -> Schedule:
         """Compute more of a schedule, what helps most first, as long as the cost allows it."""
@@ -189,7 +220,9 @@ class _Search:
                 if two.cost <= cost and two not in self._errors
             }
             for other in sorted(near, key=lambda s: s.error)[: max(1, self.trials // 8)]:
-                if len(self._errors) < self.trials and self.error(other) < self.error(chosen):
+                if len(self._errors) >= self.trials:
+                    break
+                if self.error(other, self.error(chosen)) < self.error(chosen):
                     chosen, improved = other, True
                     break
         return chosen

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from diffopt import graph as g
+from diffopt import guidance, halving
 from diffopt.anatomy import Anatomy
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
@@ -48,21 +49,44 @@ class TGate(Policy):
         return merge([crossed, hold(branch_values(parts, ["attention"]), own, loop.steps)])
 
     def finish(self, loop: Loop, ctx: Context) -> None:
-        """Leave out the unconditional branch after the gate, where it has calls of its own."""
-        if loop.branches != 2:
-            ctx.skip(loop.name, "guidance goes on after the gate: it has no calls of its own")
-            return
-        for step in range(self.gate, loop.steps):
-            if (step, 0) not in loop.calls or (step, 1) not in loop.calls:
-                continue
-            a, b = loop.calls[step, 0], loop.calls[step, 1]
-            kept = conditional(a, b)
-            if kept is None:
-                ctx.skip(f"step {step}", "guidance goes on: its branches can't be told apart")
-                continue
-            # u + s (c - u) with u = c is c: the guided result is the conditional one.
-            _replace_results(loop.program.root.graph, b if kept is a else a, kept)
-        g.sort(loop.program.root)
+        """Leave out the unconditional branch after the gate."""
+        after = [step for step in range(self.gate, loop.steps) if (step, 0) in loop.calls]
+        if loop.branches == 1:
+            _drop_halves(loop, after, ctx)
+        elif loop.branches == 2:
+            _drop_calls(loop, after, ctx)
+        else:
+            ctx.skip(loop.name, f"guidance goes on after the gate: {loop.branches} calls a step")
+
+
+def _drop_halves(loop: Loop, after: list[int], ctx: Context) -> None:
+    """Leave out the unconditional half of a batch of both branches."""
+    known: dict[object, tuple[str, halving.Halved]] = {}
+    reasons: dict[str, list[int]] = {}
+    for step in reversed(after):
+        call = loop.calls[step, 0]
+        try:
+            guidance.drop(loop.program, call, known)
+        except guidance.Unguided as error:
+            reasons.setdefault(str(error), []).append(step)
+    for reason, steps in reasons.items():
+        which = ", ".join(map(str, reversed(steps)))
+        ctx.skip(loop.name, f"steps {which}: the whole batch is computed: {reason}")
+
+
+def _drop_calls(loop: Loop, after: list[int], ctx: Context) -> None:
+    """Leave out the calls of the unconditional branch."""
+    for step in after:
+        if (step, 1) not in loop.calls:
+            continue
+        a, b = loop.calls[step, 0], loop.calls[step, 1]
+        kept = conditional(a, b)
+        if kept is None:
+            ctx.skip(f"step {step}", "guidance goes on: its branches can't be told apart")
+            continue
+        # u + s (c - u) with u = c is c: the guided result is the conditional one.
+        _replace_results(loop.program.root.graph, b if kept is a else a, kept)
+    g.sort(loop.program.root)
 
 
 def conditional(a: fx.Node, b: fx.Node) -> fx.Node | None:
