@@ -1,5 +1,7 @@
 """The policy that chooses by measuring: what it measures is what comes out."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from diffopt.check import difference
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError, ToleranceError
 from diffopt.program import Program
-from diffopt.search import Evaluator, Lab, reuses
+from diffopt.search import Evaluator, Lab
 from tests.zoo import CASES
 
 STEPS = 6
@@ -55,8 +57,8 @@ def test_nothing_taken_is_no_error(lab: Lab) -> None:
 
 def test_the_error_of_a_plan_is_that_of_the_program_it_makes(program: Program, lab: Lab) -> None:
     cut = lab.candidates[len(lab.candidates) // 2 :][:3]
-    (fits,) = lab.fits([cut], 3)
-    plan = {s: reuses(cut, fits[s, 1, 0], 1, 0) for s in (2, 3)}
+    lab.study(cut)
+    plan = {s: lab.reuses(cut, s, [1, 0]) for s in (2, 3)}
     expected = lab.error(plan)
     made = program.clone()
     loop = reuse.find_loop(made)
@@ -69,26 +71,75 @@ def test_the_error_of_a_plan_is_that_of_the_program_it_makes(program: Program, l
     made.refresh()
     assert expected > 0
     assert relative_error(made, program, lab) == pytest.approx(expected, rel=1e-3)
+    assert lab.error(plan, limit=expected * 1.01) == pytest.approx(expected)
+    assert lab.error(plan, limit=expected / 10) == math.inf
 
 
-def test_fitted_weights_are_better_than_plain_reuse(lab: Lab) -> None:
-    cut = lab.candidates[-3:]
-    (fits,) = lab.fits([cut], 2)
-    for (step, last, before), fit in fits.items():
+@pytest.mark.parametrize("sources", [[3], [3, 2], [4, 2, 0]])
+def test_no_other_weights_are_better_than_those_of_least_squares(
+    lab: Lab, sources: list[int]
+) -> None:
+    step = 5
+    for value in lab.candidates[-3:]:
+        lab.study([value])
         rows = [
-            [lab.body.run(arguments[at, 0], keep=cut) for at in (last, before, step)]
-            for arguments in lab._arguments
+            torch.cat(
+                [
+                    lab.body.run(given[at, 0], keep=[value])[value].flatten()
+                    for given in lab._arguments
+                ]
+            ).double()
+            for at in (step, *sources)
         ]
-        for value, (a, b) in zip(cut, fit.weights, strict=True):
-            fitted = sum(
-                float((a * x[value] + b * y[value] - z[value]).square().sum()) for x, y, z in rows
-            )
-            plain = sum(float((x[value] - z[value]).square().sum()) for x, _, z in rows)
-            assert fitted <= plain * 1.001
+        weights = torch.tensor(lab.weights(value, step, sources)).double()
+
+        def error(weights: torch.Tensor, rows: list[torch.Tensor] = rows) -> float:
+            return float((weights @ torch.stack(rows[1:]) - rows[0]).square().sum())
+
+        for place in range(len(sources)):
+            for change in (-0.02, 0.02):
+                other = weights.clone()
+                other[place] += change
+                assert error(weights) < error(other)
+
+
+def test_the_error_of_a_cut_is_what_taking_it_changes(lab: Lab) -> None:
+    results = list(dict.fromkeys(lab.body.results))
+    lab.study(results)
+    errors = lab.errors(results, 2)
+    assert set(errors) == {
+        (step, last, before)
+        for step in range(2, STEPS)
+        for last in range(max(1, step - 2), step)
+        for before in range(max(0, last - 2), last)
+    }
+    step, last, before = 5, 4, 2  # every step is probed in so short a loop
+    expected = 0.0
+    for given in lab._arguments:
+        values = {at: lab.body.run(given[at, 0]) for at in (step, last, before)}
+        for value in results:
+            a, b = lab.weights(value, step, [last, before])
+            taken = a * values[last][value] + b * values[before][value]
+            expected += float((taken - values[step][value]).double().square().sum())
+    assert errors[step, last, before] == pytest.approx((expected / 2) ** 0.5, rel=1e-4)
+
+
+def test_large_values_are_studied_by_some_of_their_elements(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = max(lab.candidates, key=lambda n: n.meta["val"].numel())
+    lab.study([value])
+    whole = lab._products.pop(value)
+    count = value.meta["val"].numel()
+    monkeypatch.setattr("diffopt.search._SAMPLE", count // 4)
+    lab.study([value])
+    part = lab._products.pop(value)
+    assert not torch.equal(part, whole)
+    assert torch.allclose(part * 4, whole, rtol=0.5, atol=0.2 * float(whole.abs().max()))
 
 
 def test_the_policy_meets_a_speedup_and_keeps_few_bodies(program: Program) -> None:
-    text = "cache(auto,speedup=1.4,calls=2,reach=3,trials=4)"
+    text = "cache(auto,speedup=1.4,calls=2,reach=3,trials=6)"
     result = Pipeline.parse(text).run(program)
     notes = result.history[-1]["notes"]
     (loop,) = (value for key, value in notes.items() if key != "calibration")
@@ -113,6 +164,7 @@ def test_the_policy_meets_a_budget(program: Program) -> None:
         ("cache(auto)", "auto wants either speedup, as in speedup=2, or a budget of error"),
         ("cache(auto,speedup=2,budget=0.1)", "auto wants either speedup, as in speedup=2"),
         ("cache(auto,speedup=90,calls=1)", "auto cannot meet speedup=90: with reach=6 the"),
+        ("cache(auto,speedup=2,terms=1)", "auto wants calls, reach, trials >= 1 and terms"),
         ("cache(auto,calls=1,budget=0)", "auto cannot meet budget=0: with reach=6 the"),
     ],
 )
