@@ -187,7 +187,8 @@ class Session:
         def resample(*, scheduler: Any = None, **changes: Any) -> Program:
             """Capture again with other arguments, and with another scheduler where one is given."""
             with _swapped(self.pipeline, "scheduler", scheduler):
-                return self.program({**arguments, **changes})
+                # Captures share the graphs of components: what passes rewrite must not be these.
+                return self.program({**arguments, **changes}).clone()
 
         resample.pipeline = self.pipeline  # type: ignore[attr-defined]
         return resample

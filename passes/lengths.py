@@ -225,7 +225,7 @@ def _capture(program: Program, texts: Texts, ctx: Context) -> Program:
     """Capture the pipeline with other texts, and run the passes that have run; none is checked."""
     assert program.resample is not None
     ctx.progress("capturing the pipeline with longer texts")
-    new = program.resample(**texts).clone()  # captures share their components
+    new = program.resample(**texts)
     new.refresh()
     for step in Pipeline.parse(",".join(record["text"] for record in program.history)).passes:
         step.run(new, replace(ctx, inputs=new.sample_inputs(), skipped=[], notes={}))

@@ -75,6 +75,14 @@ def test_other_steps_sample_again_and_say_how_far_it_is() -> None:
     assert torch.equal(result(**loops.arguments(seed=3)), expected)
 
 
+def test_a_program_can_be_sampled_anew_more_than_once() -> None:
+    program = loops.program()
+    for steps in (2, 3, 2):
+        result = Pipeline.parse(f"unroll(steps={steps}),hoist").run(program)
+        expected = loops.Loop()(**loops.arguments(seed=3, steps=steps))
+        assert torch.allclose(result(**loops.arguments(seed=3)), expected, atol=1e-5)
+
+
 def test_sampling_again_must_come_first() -> None:
     with pytest.raises(DiffoptError) as error:
         unroll(loops.program(), "unroll,unroll(steps=2)")
