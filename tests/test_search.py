@@ -10,8 +10,9 @@ from diffopt import calibrate, reuse
 from diffopt.check import difference
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError, ToleranceError
+from diffopt.evaluator import Evaluator
 from diffopt.program import Program
-from diffopt.search import Evaluator, Lab
+from diffopt.search import Lab
 from tests.zoo import CASES
 
 STEPS = 6
