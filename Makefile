@@ -40,7 +40,7 @@ bench: venv
 	$(BIN)/python examples/benchmarks.py
 
 bench-caching: venv
-	$(BIN)/python examples/caching.py
+	$(BIN)/python -m examples.caching
 
 clean:
 	rm -rf build dist *.egg-info fashion.engine boots.png

@@ -3,13 +3,17 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from diffopt.errors import DiffoptError
-from examples import caching
+from examples.caching import __main__ as command
+from examples.caching import document, measure, ranking
+from examples.caching.configurations import CONFIGS
+from examples.caching.results import Results
+from examples.caching.study import CALIBRATION, OTHER_SEEDS, Study
 
 DPM = "unroll(steps=25,scheduler=DPMSolverMultistep)"
 SLOW = "unroll(steps=33,scheduler=DDIM)"
@@ -41,20 +45,20 @@ ROWS = {
 
 
 def test_the_front() -> None:
-    assert caching.front(ROWS) == {"auto,speedup=2", "auto,speedup=3", "fora,interval=3", SLOW}
+    assert ranking.front(ROWS) == {"auto,speedup=2", "auto,speedup=3", "fora,interval=3", SLOW}
 
 
 def test_rivals_may_cost_a_little_more() -> None:
-    assert caching.duels(ROWS) == {
+    assert ranking.duels(ROWS) == {
         2: ("auto,speedup=2", "fora,interval=2", DPM),
         3: ("auto,speedup=3", "fora,interval=3", None),  # 0.34 is 2 % over a third
     }
     dearer = {**ROWS, "fora,interval=2": row(0.516, 0.1)}
-    assert caching.best_of(dearer, "policy", 2) == "fora,interval=3"
+    assert ranking.best_of(dearer, "policy", 2) == "fora,interval=3"
 
 
 def test_the_sentences_follow_the_numbers() -> None:
-    ahead, behind, times = caching.verdicts(ROWS)
+    ahead, behind, times = document.verdicts(ROWS)
     assert ahead == "- At 2× `auto` is ahead of every fixed policy and of fewer steps."
     assert behind == (
         "- At 3× `auto` is behind: `cache(fora,interval=3)` is nearer to the reference."
@@ -64,13 +68,13 @@ def test_the_sentences_follow_the_numbers() -> None:
         " the least is 43%, of `cache(auto,speedup=3)`."
     )
     other = {**ROWS, DPM: row(0.5, 0.2)}  # a draw is not ahead
-    assert caching.verdicts(other)[0] == (
+    assert document.verdicts(other)[0] == (
         f"- At 2× `auto` is behind: `{DPM}` is nearer to the reference."
     )
 
 
 def test_the_table() -> None:
-    lines = caching.table(ROWS)
+    lines = document.table(ROWS)
     assert [line.split("`")[1] for line in lines[2:]] == [
         "reference",
         SLOW,
@@ -88,48 +92,78 @@ def test_the_table() -> None:
 
 def test_the_document_is_rewritten_between_the_markers(tmp_path: Path) -> None:
     path = tmp_path / "caching.md"
-    path.write_text(f"before\n{caching.BEGIN}\nstale\n{caching.END}\nafter\n")
+    path.write_text(f"before\n{document.BEGIN}\nstale\n{document.END}\nafter\n")
     configs = copy.deepcopy(ROWS) | {"deepcache,interval=2": {"left out": "it has no skips"}}
     data = {"setup": {"images": 4, "steps": 50}, "models": {"a": {"configs": configs}}}
     for _ in range(2):
-        caching.rewrite(path, data)
+        document.rewrite(path, data)
         text = path.read_text()
-        assert text.startswith(f"before\n{caching.BEGIN}\n`make bench-caching` writes")
-        assert text.endswith(f"{caching.END}\nafter\n")
+        assert text.startswith(f"before\n{document.BEGIN}\n`make bench-caching` writes")
+        assert text.endswith(f"{document.END}\nafter\n")
         assert "stale" not in text
         assert "- Left out: `cache(deepcache,interval=2)`: it has no skips." in text
     path.write_text("nothing")
     with pytest.raises(DiffoptError, match="has no lines"):
-        caching.rewrite(path, data)
+        document.rewrite(path, data)
 
 
 def test_the_document_has_the_markers() -> None:
-    text = caching.DOCUMENT.read_text()
-    assert 0 < text.index(caching.BEGIN) < text.index(caching.END)
+    text = document.DOCUMENT.read_text()
+    assert 0 < text.index(document.BEGIN) < text.index(document.END)
 
 
 def test_seeds_of_calibration_are_of_no_image() -> None:
-    assert caching.CALIBRATION - 1 > 2 * caching.OTHER_SEEDS
+    assert CALIBRATION - 1 > 2 * OTHER_SEEDS
     with pytest.raises(SystemExit):
-        caching.arguments(["--images", "1001"])
+        command.arguments(["--images", "1001"])
 
 
 def test_a_configuration_that_means_nothing_is_refused() -> None:
     with pytest.raises(DiffoptError, match="intervall"):
-        caching.arguments(["--configs", "fora,intervall=2"])
-    assert list(caching.arguments([]).configs) == list(caching.CONFIGS)
-    assert all(caching.CONFIGS.count(config) == 1 for config in caching.CONFIGS)
+        command.arguments(["--configs", "fora,intervall=2"])
+    assert list(command.arguments([]).configs) == list(CONFIGS)
+    assert all(CONFIGS.count(config) == 1 for config in CONFIGS)
+
+
+def test_two_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "DEBIAN", tmp_path / "missing")
+    results = Results(tmp_path / "results.json", tmp_path / "lock")
+    made = []
+
+    class Fake:
+        name = "a"
+        folder = tmp_path / "work" / "a"
+
+        def images(self, config: str, count: int, first: int, tell: object) -> torch.Tensor:
+            made.append(config)
+            if config == "fora,interval=2":  # meanwhile the other process is done with the next
+                results.put({}, "models", "a", "configs", "fora,interval=3", "quality")
+            return torch.rand(count, 1, 2, 2)
+
+        def features(self, config: str, images: torch.Tensor, first: int) -> torch.Tensor:
+            return images.flatten(1)
+
+        def cost(self, config: str) -> dict[str, Any]:
+            return {"denoiser": 1, "program": 1}
+
+        def pipeline_error(self, images: torch.Tensor) -> float:
+            return 0.0
+
+    configs = ["fora,interval=2", "fora,interval=3", "fora,interval=4"]
+    measure.quality(cast(Study, Fake()), configs, results, 2)
+    assert made == ["reference", "reference", "fora,interval=2", "fora,interval=4"]
+    assert measure.left(results, "a", configs, "quality") == []
 
 
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "DEBIAN", tmp_path / "missing")  # 10,000 images take minutes
-    document = tmp_path / "caching.md"
-    document.write_text(f"{caching.BEGIN}\n{caching.END}\n")
+    monkeypatch.setattr(measure, "DEBIAN", tmp_path / "missing")  # 10,000 images take minutes
+    path = tmp_path / "caching.md"
+    path.write_text(f"{document.BEGIN}\n{document.END}\n")
     words = "--only fashion-dit --images 2 --steps 3 --phase quality --threads 1"
-    places = ["--work", str(tmp_path / "work"), "--document", str(document), "--configs"]
+    places = ["--work", str(tmp_path / "work"), "--document", str(path), "--configs"]
     configs = ["reference", "fora,interval=2", "deepcache,interval=2"]
-    caching.main([*words.split(), *places, *configs])
-    found = json.loads(document.with_suffix(".json").read_text())["models"]["fashion-dit"]
+    command.main([*words.split(), *places, *configs])
+    found = json.loads(path.with_suffix(".json").read_text())["models"]["fashion-dit"]
     reference, fora, deepcache = (found["configs"][config] for config in configs)
     assert reference["quality"]["distance"] == [0, 0]
     assert reference["cost"]["denoiser"] == 1
@@ -143,6 +177,6 @@ def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("measured twice")
 
     for name in ("images", "_make"):
-        monkeypatch.setattr(caching.Study, name, refuse)
-    caching.main([*words.split(), *places, *configs])
+        monkeypatch.setattr(Study, name, refuse)
+    command.main([*words.split(), *places, *configs])
     assert torch.get_num_threads() == 1

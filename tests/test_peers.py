@@ -9,14 +9,24 @@ import torch
 
 from diffopt.core import Pipeline
 from diffopt.engine import build
-from examples import peers
-from examples.peers import PEERS
+from examples.caching.models import load
+from examples.caching.peers import document, schedules
+from examples.caching.peers.document import BEGIN, END
+from examples.caching.peers.measure import (
+    COMPILED,
+    EAGER,
+    ENGINE,
+    UNCACHED,
+    UNCACHED_COMPILED,
+)
+from examples.caching.peers.pairs import PEERS
+from examples.caching.peers.pipelines import REQUESTS, images_of, unrolled
 
 STEPS = 6
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    names = (peers.UNCACHED, peers.UNCACHED_COMPILED, peers.EAGER, peers.COMPILED, peers.ENGINE)
+    names = (UNCACHED, UNCACHED_COMPILED, EAGER, COMPILED, ENGINE)
     times = {
         name: {"median": 0.1 / (i + 1), "spread": 0.002, "seconds": [0.1], "max_abs": 0.0}
         for i, name in enumerate(names)
@@ -42,7 +52,7 @@ MACHINE = {"cpu": "a CPU", "capability": "AVX2", "cores": 2, "threads": 2, "torc
 
 
 def test_document() -> None:
-    text = peers.document({"machine": MACHINE, "rows": {"deepcache-3": row()}})
+    text = document.document({"machine": MACHINE, "rows": {"deepcache-3": row()}})
     lines = text.splitlines()
     assert "DeepCache 0.1.1, on a CPU (AVX2), 2 threads, torch 2.13" in text
     images = "| DeepCache | `DeepCacheSDHelper` | `cache(deepcache)` | yes | 6.0e-07 | 1.3e-08 |"
@@ -54,8 +64,8 @@ def test_document() -> None:
 
 def test_document_without_what_did_not_compile() -> None:
     made = row(compile={"error": "Oops: no"}, **{"same layers": False})
-    del made["contenders"][peers.COMPILED]
-    lines = peers.document({"machine": MACHINE, "rows": {"deepcache-3": made}}).splitlines()
+    del made["contenders"][COMPILED]
+    lines = document.document({"machine": MACHINE, "rows": {"deepcache-3": made}}).splitlines()
     times = "100.0 ± 1.0 | 50.0 ± 1.0 | 33.3 ± 1.0 | - | 20.0 ± 1.0 | 1.67× | - |"
     assert f"| DeepCache, `cache(deepcache)` | 50 | {times}" in lines
     assert "- DeepCache, `cache(deepcache)`: Oops: no" in lines
@@ -71,19 +81,19 @@ def test_document_without_what_did_not_compile() -> None:
     ],
 )
 def test_long_options_are_not_shown(cache: str, shown: str) -> None:
-    assert peers.short({"cache": cache}) == f"`{shown}`"
+    assert document.short({"cache": cache}) == f"`{shown}`"
 
 
 def test_the_section_is_put_between_its_marks(tmp_path: Path) -> None:
     path = tmp_path / "caching.md"
-    path.write_text(f"# Caching\n\n{peers.BEGIN}\nold\n{peers.END}\n\n## More\n")
-    peers.put("new\n", path)
-    peers.put("newer\n", path)
-    assert path.read_text() == f"# Caching\n\n{peers.BEGIN}\n\nnewer\n\n{peers.END}\n\n## More\n"
+    path.write_text(f"# Caching\n\n{BEGIN}\nold\n{END}\n\n## More\n")
+    document.put("new\n", path)
+    document.put("newer\n", path)
+    assert path.read_text() == f"# Caching\n\n{BEGIN}\n\nnewer\n\n{END}\n\n## More\n"
 
 
 def test_signs() -> None:
-    assert peers.signs([{"a", "b"}, {"a"}, set(), {"a", "b"}]) == "#+-#"
+    assert schedules.signs([{"a", "b"}, {"a"}, set(), {"a", "b"}]) == "#+-#"
 
 
 def test_a_package_that_is_not_installed_has_no_version() -> None:
@@ -97,16 +107,16 @@ def test_the_same_layers_and_the_same_image(key: str, tmp_path: Path) -> None:
     peer = PEERS[key]
     if peer.version is None:
         pytest.skip(f"{peer.package} is not installed")
-    cached = Pipeline((peer.pass_(STEPS),)).run(peers.unrolled(peer.model, STEPS))
-    pipe = peers.load(peer.model)
-    plain = peers.images_of(peer.model, pipe, STEPS)(0)
-    make = peers.images_of(peer.model, pipe, STEPS, peer.install(pipe, STEPS))
-    paths = peers.layers(peer, STEPS)
-    expected = peers.computed_by_peer(pipe, make, paths)
-    assert peers.computed_by_engine(cached, peer, STEPS) == expected
-    assert set(peers.signs(expected)) > {"#"}
+    cached = Pipeline((peer.pass_(STEPS),)).run(unrolled(peer.model, STEPS))
+    pipe = load(peer.model)
+    plain = images_of(peer.model, pipe, STEPS)(0)
+    make = images_of(peer.model, pipe, STEPS, peer.install(pipe, STEPS))
+    paths = schedules.layers(peer, STEPS)
+    expected = schedules.computed_by_peer(pipe, make, paths)
+    assert schedules.computed_by_engine(cached, peer, STEPS) == expected
+    assert set(schedules.signs(expected)) > {"#"}
     assert expected[0] == {*paths}
     engine = build(cached, "eager", tmp_path / "cached.engine")
-    images = engine(**peers.REQUESTS[peer.model], seed=0, output_type="pt").images
+    images = engine(**REQUESTS[peer.model], seed=0, output_type="pt").images
     torch.testing.assert_close(images, make(0), rtol=0, atol=1e-5)
     assert (images - plain).abs().max() > 1e-3, "nothing was cached"

@@ -1,0 +1,61 @@
+"""Finds which layers each step computes, of a pipeline by hooks and of a program in its graphs."""
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffopt import bench, tags
+from diffopt import graph as g
+from diffopt.program import Program
+from diffopt.reuse import find_loop
+from examples.caching.models import load
+from examples.caching.peers.pairs import Peer
+from examples.caching.peers.pipelines import denoiser, unrolled
+
+
+def layers(peer: Peer, steps: int) -> list[str]:
+    """Return the layers, such as linears, for which a step without a cache pays."""
+    program = unrolled(peer.model, steps)
+    net = denoiser(load(peer.model))
+    paths = costly(find_loop(program).body)
+    return sorted(path for path in paths if not [*net.get_submodule(path).children()])
+
+
+def costly(body: torch.fx.GraphModule) -> set[str]:
+    """Return the modules whose operators in a body cost FLOPs."""
+    nodes = [n for n in body.graph.nodes if n.op == "call_function" and n.meta.get("module")]
+    return {str(n.meta["module"]) for n in nodes if g.node_flops(n)}
+
+
+def computed_by_engine(cached: Program, peer: Peer, steps: int) -> list[set[str]]:
+    """Return the layers that each step of a program computes."""
+    loop = find_loop(unrolled(peer.model, steps))
+    own = {tags.tag(call): step for (step, _), call in loop.calls.items()}
+    calls = {call: str(call.target) for call in cached.calls() if tags.tag(call) in own}
+    costs = {name: costly(cached.components[name]) for name in {*calls.values()}}
+    known = {*layers(peer, steps)}
+    found = [set[str]() for _ in range(steps)]
+    for call, name in calls.items():
+        found[own[tags.tag(call)]] |= costs[name] & known
+    return found
+
+
+def computed_by_peer(pipe: Any, make: bench.Make, paths: Collection[str]) -> list[set[str]]:
+    """Return the layers that each step of a pipeline computes."""
+    net = denoiser(pipe)
+    found: list[set[str]] = []
+    handles = [net.register_forward_pre_hook(lambda *_: found.append(set()))]
+    for path in paths:
+        hook = partial(lambda path, *_: found[-1].add(path), path)
+        handles.append(net.get_submodule(path).register_forward_hook(hook))
+    make(0)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def signs(found: Sequence[Collection[str]]) -> str:
+    """Return a sign for each step: all layers computed, some of them, none."""
+    return "".join("#" if len(s) == len(found[0]) else "+" if s else "-" for s in found)

@@ -1,0 +1,175 @@
+"""The programs, images and features of one model, each made once and kept on disk."""
+
+import json
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import diffopt
+from diffopt import graph as g
+from diffopt import metrics, tags
+from diffopt.core import Pipeline
+from diffopt.loop import find_loop
+from diffopt.program import Program
+from examples.benchmarks import report
+from examples.caching.configurations import REFERENCE, kind, shown
+from examples.caching.models import ARGUMENTS, GUIDANCE, load
+from examples.models.fashion import CLASSES
+
+SIZE = 128  # of the images that features are computed of, as in models/evaluate.py
+CHUNK = 32  # requests of one run: more are no faster
+OTHER_SEEDS = 1000  # the first seed of the reference's second set of images
+CALIBRATION = 1_000_000  # far from all seeds that images are measured on
+
+
+class Study:
+    """One model: its programs, images and features, each made once and kept on disk."""
+
+    def __init__(self, name: str, steps: int, work: Path) -> None:
+        self.name = name
+        self.steps = steps
+        self.folder = work / f"{name}-{steps}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._last: tuple[str, Program] | None = None
+
+    def request(self, index: int, seed: int) -> dict[str, Any]:
+        """Return the arguments of a call: classes take turns."""
+        label = index % len(CLASSES)
+        argument = ARGUMENTS[self.name]
+        return {argument: CLASSES[label] if argument == "prompt" else [label], "seed": seed}
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The model's own pipeline."""
+        return load(self.name)
+
+    @cached_property
+    def _traced(self) -> Program:
+        return diffopt.trace(self.pipe, **self._arguments(0, CALIBRATION - 1))
+
+    def _arguments(self, index: int, seed: int) -> dict[str, Any]:
+        request = self.request(index, seed)
+        return {
+            "generator": torch.Generator().manual_seed(request.pop("seed")),
+            **request,
+            "num_inference_steps": self.steps,
+            "guidance_scale": GUIDANCE,
+            "output_type": "np",
+        }
+
+    @cached_property
+    def _unrolled(self) -> Program:
+        return Pipeline.parse("unroll,hoist").run(self._traced, verify=False)
+
+    def path(self, config: str, ending: str) -> Path:
+        """Return the file that belongs to a configuration."""
+        return self.folder / (re.sub(r"[^\w.=-]+", "_", config).strip("_") + ending)
+
+    def forget(self, config: str) -> None:
+        """Remove all files of a configuration."""
+        endings = [f".{s}{e}" for s in (0, OTHER_SEEDS) for e in (".pt", ".features.pt")]
+        for ending in (".program", ".json", *endings):
+            self.path(config, ending).unlink(missing_ok=True)
+
+    def program(self, config: str) -> Program:
+        """Return the program of a configuration, for one request."""
+        path = self.path(config, ".program")
+        if not (path.exists() and self.path(config, ".json").exists()):
+            self._make(config)
+        return Program.load(path)
+
+    def cost(self, config: str) -> dict[str, Any]:
+        """Return what a configuration costs: FLOPs, and the seconds to find it."""
+        if not self.path(config, ".json").exists():
+            self._make(config)
+        cost: dict[str, Any] = json.loads(self.path(config, ".json").read_text())
+        return cost
+
+    def _make(self, config: str) -> None:
+        report(f"{self.name}, {config}: passes")
+        if kind(config) == REFERENCE:
+            program = self._unrolled
+        elif kind(config) == "fewer steps":
+            program = Pipeline.parse(f"{config},hoist").run(self._traced, verify=False)
+        else:
+            by_label = ARGUMENTS[self.name] != "prompt"
+            prompts = [str(k) for k in range(len(CLASSES))] if by_label else CLASSES
+            program = Pipeline.parse(shown(config)).run(
+                self._unrolled, verify=False, seed=CALIBRATION, prompts=prompts
+            )
+        cost = {
+            "denoiser": self._denoiser_flops(program),
+            "seconds": program.history[-1]["seconds"] if kind(config) in ("auto", "policy") else 0,
+            "notes": program.history[-1]["notes"],
+        }
+        program = Pipeline.parse("simplify,fuse").run(program, verify=False)
+        program.save(self.path(config, ".program"))
+        cost["program"] = program.flops()
+        self.path(config, ".json").write_text(json.dumps(cost))
+
+    def _denoiser_flops(self, program: Program) -> int:
+        """Return the FLOPs of all calls of the loop's body, and of what a cache made of them."""
+        (component,) = {
+            own.component
+            for call in find_loop(self._unrolled).calls.values()
+            if (own := tags.tag(call)) is not None
+        }
+        calls = [
+            str(call.target)
+            for call in program.calls()
+            if (own := tags.tag(call)) is not None and own.component == component
+        ]
+        return sum(g.flops(program.components[name]) for name in calls)
+
+    def images(self, config: str, count: int, first: int, tell: Callable[[int], None]) -> Tensor:
+        """Return the images of seeds from `first` on, as a tensor [count, 1, 32, 32]."""
+        path = self.path(config, f".{first}.pt")
+        made: Tensor = torch.load(path) if path.exists() else torch.empty(0, 1, 32, 32)
+        while len(made) < count:
+            batched = self._batched(config)
+            tell(len(made))
+            chunk = range(len(made), min(len(made) + CHUNK, count))
+            requests = [self.request(k, first + k) for k in chunk]
+            flat = [batched.prepare(**request) for request in requests]
+            outputs = batched.run([torch.stack(rows) for rows in zip(*flat, strict=True)])
+            new = [
+                batched.pack([tensor[k] for tensor in outputs], "pt")[0] for k in range(len(chunk))
+            ]
+            made = torch.cat([made, *new])
+            torch.save(made, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+        return made[:count]
+
+    def _batched(self, config: str) -> Program:
+        if self._last is None or self._last[0] != config:
+            # The graph fixes no number of requests: one of two is the cheapest to check.
+            program = Pipeline.parse("batch(max=2)").run(self.program(config), verify=False)
+            self._last = config, program
+        return self._last[1]
+
+    def features(self, config: str, made: Tensor, first: int) -> Tensor:
+        """Return the features of a configuration's images."""
+        return kept_features(self.path(config, f".{first}.features.pt"), made)
+
+    def pipeline_error(self, made: Tensor) -> float:
+        """Return the largest difference of the first images from the pipeline's own."""
+        own = [self.pipe(**self._arguments(k, k))[0] for k in range(min(2, len(made)))]
+        pixels = torch.cat([torch.as_tensor(x).movedim(-1, 1) for x in own])
+        return float((pixels - made[: len(own)]).abs().max())
+
+
+def kept_features(path: Path, made: Tensor) -> Tensor:
+    """Return features of images, from disk if these were computed before."""
+    if path.exists():
+        kept = torch.load(path)
+        if torch.equal(kept["sum"], made.double().sum((1, 2, 3))):
+            known: Tensor = kept["features"]
+            return known
+    found = metrics.features(made, size=SIZE)
+    torch.save({"features": found, "sum": made.double().sum((1, 2, 3))}, path)
+    return found
