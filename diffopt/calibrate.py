@@ -24,6 +24,7 @@ __all__ = [
     "Visit",
     "cached",
     "identity",
+    "places",
     "requests",
     "step_errors",
     "steps",
@@ -138,6 +139,13 @@ def identity(program: Program, inputs: Sequence[Sequence[Tensor]]) -> dict[str, 
     }
 
 
+def places(calls: Calls) -> list[list[int]]:
+    """Return where a loop's calls are in the root graph; part of a `cached` key."""
+    graph = next(iter(calls.values())).graph
+    outer = {node: index for index, node in enumerate(graph.nodes)}
+    return sorted([*at, outer[call]] for at, call in calls.items())
+
+
 def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(archive.raw(tensor)).hexdigest()
 
@@ -186,11 +194,10 @@ def step_errors(
     place = {
         n: i for call in calls.values() for i, n in enumerate(_body(program, call).graph.nodes)
     }
-    outer = {node: index for index, node in enumerate(program.root.graph.nodes)}
     key = {
         "step errors": 1,
         **identity(program, inputs),
-        "calls": sorted([*at, outer[call]] for at, call in calls.items()),
+        "calls": places(calls),
         "groups": {name: sorted(place[n] for n in group) for name, group in groups.items()},
         "reach": reach,
     }

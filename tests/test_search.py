@@ -1,6 +1,7 @@
 """The policy that chooses by measuring: what it measures is what comes out."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ from diffopt.search import Lab
 from tests.zoo import CASES
 
 STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements of other runs must not stand in for those of a test."""
+    monkeypatch.setenv("DIFFOPT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module", params=["dit", "sd"])
@@ -139,7 +146,9 @@ def test_large_values_are_studied_by_some_of_their_elements(
     assert torch.allclose(part * 4, whole, rtol=0.5, atol=0.2 * float(whole.abs().max()))
 
 
-def test_the_policy_meets_a_speedup_and_keeps_few_bodies(program: Program) -> None:
+def test_the_policy_meets_a_speedup_and_keeps_few_bodies(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "cache(auto,speedup=1.4,calls=2,reach=3,trials=6)"
     result = Pipeline.parse(text).run(program)
     notes = result.history[-1]["notes"]
@@ -148,8 +157,19 @@ def test_the_policy_meets_a_speedup_and_keeps_few_bodies(program: Program) -> No
     assert flops["measured"] <= flops["before"] / 1.4
     assert loop["bodies"] <= 3
     assert result.history[-1]["relative"] < 0.5
+    kept = tmp_path / "cache"
+    kept.rename(tmp_path / "kept")
     again = Pipeline.parse(text).run(program)
     assert again.history[-1]["notes"] == notes, "seeded"
+
+    monkeypatch.setenv("DIFFOPT_CACHE", str(tmp_path / "kept"))
+    monkeypatch.delattr("diffopt.policies.auto.Lab")
+    known = Pipeline.parse(text).run(program)
+    assert known.history[-1]["notes"] == notes, "measured before, with a cache"
+    inputs = program.sample_inputs()
+    assert all(map(torch.equal, known.run(inputs), result.run(inputs)))
+    with pytest.raises(NameError):
+        Pipeline.parse(text.replace("1.4", "1.5")).run(program)
 
 
 def test_the_policy_meets_a_budget(program: Program) -> None:

@@ -21,15 +21,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from diffopt import calibrate, mincut, schedule
+from diffopt import calibrate, mincut, schedule, spec
 from diffopt.anatomy import Anatomy
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.loop import Loop
 from diffopt.policy import Policy, option
-from diffopt.reuse import Plan, Reuse
+from diffopt.reuse import Plan, Reuse, Term
 from diffopt.schedule import Kind, Schedule
 from diffopt.search import Lab
 
@@ -59,10 +60,27 @@ class Auto(Policy):
         if loop.steps <= self.terms:
             return {}
         inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
+        key = {
+            "auto": 1,  # another number for another way to search
+            **calibrate.identity(loop.program, inputs),
+            "calls": calibrate.places(loop.calls),
+            "options": spec.unparse("auto", self),
+            "budget": budget,
+        }
+        found = calibrate.cached(key, lambda: self._search(loop, inputs, ctx))
+        if len(found["plan"]):
+            error, predicted, cost = found["result"].tolist()
+            ctx.note("calibration", {"error": error, "predicted": predicted, "FLOPs": cost})
+        return _plan(loop, found["plan"])
+
+    def _search(
+        self, loop: Loop, inputs: Sequence[Sequence[Tensor]], ctx: Context
+    ) -> dict[str, Tensor]:
+        """Return the best plan as a table, and its error, the predicted one and its FLOPs."""
         lab = Lab(loop, inputs, ctx.progress)
         cuts = self._cuts(loop, lab)
         if not cuts:
-            return {}
+            return _found(loop, {})
         lab.study(v for cut in cuts for v in cut)
         effects, full = lab.effects(), loop.flops()
         kinds = [
@@ -77,23 +95,22 @@ class Auto(Policy):
             )
             for cut in cuts
         ]
-        found = sorted(self._schedules(kinds, loop.steps), key=lambda s: (s.cost, s.error))
+        schedules = sorted(self._schedules(kinds, loop.steps), key=lambda s: (s.cost, s.error))
         search = _Search(lab, cuts, kinds, self.terms, self.trials)
         best = (
-            search.cheapest(found, budget)
-            if budget is not None
-            else search.best(found, 1 / (self.speedup or 1))
+            search.cheapest(schedules, ctx.budget)
+            if ctx.budget is not None
+            else search.best(schedules, 1 / (self.speedup or 1))
         )
         if best is None:
-            goal = f"speedup={self.speedup:g}" if budget is None else f"budget={budget:g}"
-            least = min(s.cost for s in found)
+            goal = "budget" if ctx.budget is not None else "speedup"
+            number = ctx.budget if ctx.budget is not None else self.speedup
+            least = min(s.cost for s in schedules)
             raise DiffoptError(
-                f"auto cannot meet {goal}: with reach={self.reach} the denoiser's FLOPs can be cut"
-                f" to {least:.3g} of what they are"
+                f"auto cannot meet {goal}={number:g}: with reach={self.reach} the denoiser's FLOPs"
+                f" can be cut to {least:.3g} of what they are"
             )
-        error, predicted = search.error(best), best.error**0.5
-        ctx.note("calibration", {"error": error, "predicted": predicted, "FLOPs": best.cost})
-        return search.plan(best)
+        return _found(loop, search.plan(best), search.error(best), best.error**0.5, best.cost)
 
     def _cuts(self, loop: Loop, lab: Lab) -> list[list[fx.Node]]:
         """Return the sets of values that are worth taking together."""
@@ -114,6 +131,31 @@ class Auto(Policy):
             for found in schedule.front([kinds[k] for k in chosen], steps):
                 own = tuple(None if k is None else chosen[k] for k in found.kinds)
                 yield Schedule(own, found.cost, found.error)
+
+
+def _found(loop: Loop, plan: Plan, *result: float) -> dict[str, Tensor]:
+    """Return a plan as tensors, to be kept on disk: a row for each term."""
+    rows = [
+        [step, loop.places[reuse.value], term.step, term.weight]
+        for step, own in plan.items()
+        for reuse in own
+        for term in reuse.terms
+    ]
+    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+    return {"plan": table, "result": torch.tensor(result, dtype=torch.float64)}
+
+
+def _plan(loop: Loop, table: Tensor) -> dict[int, list[Reuse]]:
+    """Return the plan in a table."""
+    nodes = list(loop.body.graph.nodes)
+    terms: dict[int, dict[fx.Node, list[Term]]] = {}
+    for step, place, source, weight in table.tolist():
+        own = terms.setdefault(int(step), {})
+        own.setdefault(nodes[int(place)], []).append(Term(int(source), weight))
+    return {
+        step: [Reuse(value, tuple(parts)) for value, parts in own.items()]
+        for step, own in terms.items()
+    }
 
 
 class _Search:
