@@ -46,12 +46,19 @@ class Magcache(Policy):
             ratios = nearest(self.ratios, loop.steps)
         else:
             inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
-            ratios = measure(loop, values, inputs)
+            key = {
+                "magnitudes": 1,
+                **calibrate.identity(loop.program, inputs),
+                "calls": calibrate.places(loop.calls),
+                "values": [loop.places[node] for node in values[0] if node is not None],
+            }
+            found = calibrate.cached(key, lambda: {"ratios": measure(loop, values, inputs)})
+            ratios = found["ratios"].tolist()
         computed = schedule(ratios, self.threshold, self.max_skip, self.retain)
         return hold(values, computed, loop.steps)
 
 
-def measure(loop: Loop, values: Sequence[Value], inputs: Sequence[Sequence[Tensor]]) -> list[float]:
+def measure(loop: Loop, values: Sequence[Value], inputs: Sequence[Sequence[Tensor]]) -> Tensor:
     """Return the mean ratios of the norms, over the last dimension, of what the blocks add.
 
     As in the authors' calibration, of the first stream and over tokens; also over calls.
@@ -67,7 +74,7 @@ def measure(loop: Loop, values: Sequence[Value], inputs: Sequence[Sequence[Tenso
                 total[visit.step] += (norm / (past[visit.branch] + 1e-8)).mean()
                 count[visit.step] += 1
             past[visit.branch] = norm
-    return [float(t / n) if n else 1.0 for t, n in zip(total, count, strict=True)]
+    return torch.where(count > 0, total / count, torch.ones(loop.steps))
 
 
 def schedule(ratios: Sequence[float], threshold: float, max_skip: int, retain: float) -> list[int]:

@@ -311,7 +311,7 @@ def test_smoothcache_and_magcache_measure_for_themselves() -> None:
     loop = find_loop(program)
     values = residuals(stack(anatomy(loop.body, changing(loop))))
     inputs = calibrate.requests(program, (), 2, 0)
-    ratios = magcache.measure(loop, values, inputs)
+    ratios = magcache.measure(loop, values, inputs).tolist()
     assert ratios[0] == 1.0
     visits = [
         next(v for v in calibrate.steps(program, loop.calls, tensors, values[0]) if v.step == at)
