@@ -24,7 +24,7 @@ __all__ = [
     "Visit",
     "cached",
     "identity",
-    "places",
+    "loop_identity",
     "requests",
     "step_errors",
     "steps",
@@ -139,11 +139,13 @@ def identity(program: Program, inputs: Sequence[Sequence[Tensor]]) -> dict[str, 
     }
 
 
-def places(calls: Calls) -> list[list[int]]:
-    """Return where a loop's calls are in the root graph; part of a `cached` key."""
-    graph = next(iter(calls.values())).graph
-    outer = {node: index for index, node in enumerate(graph.nodes)}
-    return sorted([*at, outer[call]] for at, call in calls.items())
+def loop_identity(
+    program: Program, calls: Calls, inputs: Sequence[Sequence[Tensor]]
+) -> dict[str, Any]:
+    """Return what tells a loop on some requests from others; part of a `cached` key."""
+    outer = {node: index for index, node in enumerate(program.root.graph.nodes)}
+    own = sorted([*at, outer[call]] for at, call in calls.items())
+    return {**identity(program, inputs), "calls": own}
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -196,8 +198,7 @@ def step_errors(
     }
     key = {
         "step errors": 1,
-        **identity(program, inputs),
-        "calls": places(calls),
+        **loop_identity(program, calls, inputs),
         "groups": {name: sorted(place[n] for n in group) for name, group in groups.items()},
         "reach": reach,
     }

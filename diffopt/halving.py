@@ -143,10 +143,7 @@ class _Halving:
         if axis is None or self.axes.get(node) == axis:
             return node
         if (node, axis) not in self._cuts:
-            is_argument = node.op == "placeholder"
-            before = first_after_arguments(self.body) if is_argument else node.next
-            with self.body.graph.inserting_before(before):
-                self._cuts[node, axis] = self.part.take(node, axis)
+            self._cuts[node, axis] = _slice(self.body, node, axis, self.part)
         return self._cuts[node, axis]
 
 
@@ -203,7 +200,8 @@ class Cutter:
             trail.append((at, own, found))
             ((at, own),) = found.axes.items()
         if (at, own) not in self.known:
-            return self._slice(node, axis)
+            trail = []  # nothing to compute again: the value itself is cut
+            self.known[node, axis] = _slice(self.root, node, axis, self.part)
         for at, own, found in reversed(trail):
             self.known[at, own] = self._again(at, found)
         return self.known[node, axis]
@@ -223,10 +221,10 @@ class Cutter:
         if calls(node, aten.cat.default) and len(how.args[0]) == 1:
             self.known[node, axis] = how.args[0][0]
 
-    def _slice(self, node: fx.Node, axis: int) -> fx.Node:
-        if (node, axis) not in self.known:
-            is_argument = node.op == "placeholder"
-            before = first_after_arguments(self.root) if is_argument else node.next
-            with self.root.graph.inserting_before(before):
-                self.known[node, axis] = self.part.take(node, axis)
-        return self.known[node, axis]
+
+def _slice(gm: fx.GraphModule, node: fx.Node, axis: int, part: Part) -> fx.Node:
+    """Insert a node that cuts a part out of a value, as early as that can be."""
+    before = first_after_arguments(gm) if node.op == "placeholder" else node.next
+    bounds = part.bounds(node.meta["val"].shape[axis])
+    with gm.graph.inserting_before(before):
+        return g.call(gm.graph, aten.slice.Tensor, node, axis, *bounds, like=node)

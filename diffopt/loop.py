@@ -57,6 +57,13 @@ class Loop:
         """Where each node is in the body."""
         return {node: i for i, node in enumerate(self.body.graph.nodes)}
 
+    @cached_property
+    def changing(self) -> list[fx.Node]:
+        """The arguments of the body that depend on an earlier call."""
+        late = g.descendants(self.calls.values())
+        takes = enumerate(g.placeholders(self.body))
+        return [n for i, n in takes if any(c.args[i] in late for c in self.calls.values())]
+
     def live(
         self, taken: Mapping[fx.Node, fx.Node | None], more: Iterable[fx.Node] = ()
     ) -> set[fx.Node]:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import graph as g
 from diffopt.rewrite import args, argument, calls
 from diffopt.vectorize import FOLDED, VIEWS
 
@@ -102,11 +101,6 @@ class Part:
         """Return the part of a tensor."""
         begin, end = self.bounds(tensor.shape[axis])
         return tensor.narrow(axis, begin, end - begin)
-
-    def take(self, node: fx.Node, axis: int) -> fx.Node:
-        """Insert a node that cuts the part out of a value."""
-        bounds = self.bounds(_shape(node)[axis])
-        return g.call(node.graph, aten.slice.Tensor, node, axis, *bounds, like=node)
 
     def cut_by(self, node: fx.Node) -> int | None:
         """Return the axis along which a node cuts just this part out of its argument."""

@@ -235,11 +235,12 @@ class Lab:
         """
         found: dict[tuple[int, int], list[tuple[int, float]]] = {}
         probes = self._probes(_PROBES, begin=2)
+        values: dict[int, dict[tuple[int, int], Values]] = {}  # of the steps near the probe
         with torch.no_grad():
             for index, step in enumerate(probes):
                 self.report("measuring cuts", index / len(probes))
                 near = range(max(0, step - 2 * reach), step + 1)
-                values = {at: self._values(at, cut) for at in near}
+                values = {at: values.get(at) or self._values(at, cut) for at in near}
                 for last, before in _pairs(step, reach):
                     error = self._error(cut, step, (last, before), values)
                     found.setdefault((step - last, last - before), []).append((step, error))

@@ -24,9 +24,6 @@ Not rewritten when
 
 from dataclasses import dataclass
 
-from torch import fx
-
-from diffopt import graph as g
 from diffopt import plans, reuse, stepmap
 from diffopt.anatomy import anatomy
 from diffopt.core import Context, Pass, option
@@ -59,7 +56,7 @@ class Cache(Pass):
                 f"{', '.join(policy_names())}"
             )
         loop = reuse.find_loop(program)
-        parts = anatomy(loop.body, changing(loop))
+        parts = anatomy(loop.body, loop.changing)
         check_fits(self.policy, loop.name, parts)
         plan = {i: taken for i, taken in self.policy.plan(loop, parts, ctx).items() if taken}
         if not plan:
@@ -92,10 +89,3 @@ class Cache(Pass):
                 "peak cache bytes": kept,
             },
         )
-
-
-def changing(loop: reuse.Loop) -> list[fx.Node]:
-    """Return the arguments of the loop's body that depend on an earlier call."""
-    late = g.descendants(loop.calls.values())
-    takes = g.placeholders(loop.body)
-    return [n for i, n in enumerate(takes) if any(c.args[i] in late for c in loop.calls.values())]

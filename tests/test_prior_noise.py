@@ -15,6 +15,7 @@ from diffopt.errors import DiffoptError
 from diffopt.policies import faster_diffusion
 from diffopt.program import Program
 from diffopt.reuse import find_loop
+from tests.hooks import hold_outputs
 from tests.zoo import CASES, call
 
 STEPS = 6
@@ -37,31 +38,17 @@ def cached(name: str, options: str) -> tuple[Program, Record]:
 def eager(name: str, keys: list[int], factor: float) -> list[torch.Tensor]:
     """Run the pipeline as the authors' parallel code does, one decoder after the other."""
     pipe = CASES[name].build()
-    net, step = pipe.unet, -1
-    encoder = [*net.down_blocks, net.mid_block, net.conv_in]
+    net = pipe.unet
+    step = hold_outputs(net, [*net.down_blocks, net.mid_block, net.conv_in], keys)
     initial: list[torch.Tensor] = []
     solve = pipe.scheduler.step
 
-    def count(*_: Any) -> None:
-        nonlocal step
-        step += 1
-
     def advance(noise: Any, t: Any, sample: torch.Tensor, *args: Any, **more: Any) -> Any:
         initial.append(sample)
-        if step >= STEPS / 2:
+        if step() >= STEPS / 2:
             sample = sample + factor * initial[0]
         return solve(noise, t, sample, *args, **more)
 
-    net.register_forward_pre_hook(count)
-    for module in encoder:
-        kept: list[Any] = [None]
-
-        def hook(module: Any, args: Any, output: Any, kept: list[Any] = kept) -> Any:
-            if step in keys:
-                kept[0] = output
-            return kept[0]
-
-        module.register_forward_hook(hook)
     pipe.scheduler.step = advance
     return call(pipe, inputs(name))
 

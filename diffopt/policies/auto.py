@@ -62,8 +62,7 @@ class Auto(Policy):
         inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
         key = {
             "auto": 1,  # another number for another way to search
-            **calibrate.identity(loop.program, inputs),
-            "calls": calibrate.places(loop.calls),
+            **calibrate.loop_identity(loop.program, loop.calls, inputs),
             "options": spec.unparse("auto", self),
             "budget": budget,
         }
@@ -97,17 +96,17 @@ class Auto(Policy):
         ]
         schedules = sorted(self._schedules(kinds, loop.steps), key=lambda s: (s.cost, s.error))
         search = _Search(lab, cuts, kinds, self.terms, self.trials)
-        best = (
-            search.cheapest(schedules, ctx.budget)
-            if ctx.budget is not None
-            else search.best(schedules, 1 / (self.speedup or 1))
-        )
+        if self.speedup is not None:
+            goal = f"speedup={self.speedup:g}"
+            best = search.best(schedules, 1 / self.speedup)
+        else:
+            assert ctx.budget is not None
+            goal = f"budget={ctx.budget:g}"
+            best = search.cheapest(schedules, ctx.budget)
         if best is None:
-            goal = "budget" if ctx.budget is not None else "speedup"
-            number = ctx.budget if ctx.budget is not None else self.speedup
             least = min(s.cost for s in schedules)
             raise DiffoptError(
-                f"auto cannot meet {goal}={number:g}: with reach={self.reach} the denoiser's FLOPs"
+                f"auto cannot meet {goal}: with reach={self.reach} the denoiser's FLOPs"
                 f" can be cut to {least:.3g} of what they are"
             )
         return _found(loop, search.plan(best), search.error(best), best.error**0.5, best.cost)

@@ -100,12 +100,9 @@ class NoLatents(Exception):
 def latents(loop: Loop, step: int) -> fx.Node:
     """Return what a step's call is given, before any scaling, and the scheduler reads as well."""
     call = loop.calls[step, 0]
-    others = g.descendants(n for (at, _), n in loop.calls.items() if at < loop.steps - 1)
-    last = loop.calls[loop.steps - 1, 0]
-    changing = [i for i, node in enumerate(last.args) if node in others]
     before, found = g.ancestors([call]), dict[fx.Node, None]()
-    for index in changing:
-        for node in _trail(call.args[index]):
+    for take, given in zip(g.placeholders(loop.body), call.args, strict=True):
+        for node in _trail(given) if take in loop.changing else ():
             if any(user not in before for user in node.users):
                 found[node] = None
     if len(found) != 1:

@@ -48,8 +48,7 @@ class Magcache(Policy):
             inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
             key = {
                 "magnitudes": 1,
-                **calibrate.identity(loop.program, inputs),
-                "calls": calibrate.places(loop.calls),
+                **calibrate.loop_identity(loop.program, loop.calls, inputs),
                 "values": [loop.places[node] for node in values[0] if node is not None],
             }
             found = calibrate.cached(key, lambda: {"ratios": measure(loop, values, inputs)})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt import graph as g
-from diffopt import metrics, tags
+from diffopt import metrics, stepmap
 from diffopt.core import Pipeline
 from diffopt.loop import find_loop
 from diffopt.program import Program
@@ -114,17 +114,8 @@ class Study:
 
     def _denoiser_flops(self, program: Program) -> int:
         """Return the FLOPs of all calls of the loop's body, and of what a cache made of them."""
-        (component,) = {
-            own.component
-            for call in find_loop(self._unrolled).calls.values()
-            if (own := tags.tag(call)) is not None
-        }
-        calls = [
-            str(call.target)
-            for call in program.calls()
-            if (own := tags.tag(call)) is not None and own.component == component
-        ]
-        return sum(g.flops(program.components[name]) for name in calls)
+        calls = stepmap.calls(program, find_loop(self._unrolled))
+        return sum(g.flops(program.components[str(call.target)]) for call in calls)
 
     def images(self, config: str, count: int, first: int, tell: Callable[[int], None]) -> Tensor:
         """Return the images of seeds from `first` on, as a tensor [count, 1, 32, 32]."""

@@ -18,11 +18,11 @@ from diffopt.anatomy import anatomy
 from diffopt.check import difference
 from diffopt.core import Pipeline, Record
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.passes.cache import changing
 from diffopt.policies import magcache
 from diffopt.policy import policy_names, residuals, stack
 from diffopt.program import Program
 from diffopt.reuse import Reuse, Term, apply, find_loop
+from tests.hooks import hold_outputs
 from tests.zoo import CASES, call
 
 STEPS = 6
@@ -71,22 +71,7 @@ def hooks(computed: Collection[int], paths: Iterable[str]) -> Callable[[Pipe], N
 
     def prepare(pipe: Pipe) -> None:
         net = denoiser(pipe)
-        step = -1
-
-        def count(*_: Any) -> None:
-            nonlocal step
-            step += 1
-
-        net.register_forward_pre_hook(count)
-        for path in paths:
-            kept: list[Any] = [None]
-
-            def hook(module: Any, args: Any, output: Any, kept: list[Any] = kept) -> Any:
-                if step in computed:
-                    kept[0] = output
-                return kept[0]
-
-            net.get_submodule(path).register_forward_hook(hook)
+        hold_outputs(net, map(net.get_submodule, paths), computed)
 
     return prepare
 
@@ -308,7 +293,7 @@ def test_smoothcache_and_magcache_measure_for_themselves() -> None:
     assert not none.changed
     program = unrolled("dit")
     loop = find_loop(program)
-    values = residuals(stack(anatomy(loop.body, changing(loop))))
+    values = residuals(stack(anatomy(loop.body, loop.changing)))
     inputs = calibrate.requests(program, (), 2, 0)
     ratios = magcache.measure(loop, values, inputs).tolist()
     assert ratios[0] == 1.0
@@ -395,7 +380,7 @@ def test_flops_that_are_predicted_and_measured(name: str, text: str, difference:
 def test_a_map_says_what_stands_for_a_block_that_is_not_computed() -> None:
     program = unrolled("sd").clone()
     loop = find_loop(program)
-    parts = anatomy(loop.body, changing(loop))
+    parts = anatomy(loop.body, loop.changing)
     deep = parts.middle
     assert deep is not None
     terms = {2: (Term(1),), 3: (Term(0, -1.0), Term(1, 2.0)), 4: (Term(2),), 5: (Term(3),)}
