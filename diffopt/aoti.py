@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
-from diffopt import archive, serialize
+from diffopt import archive, onednn, serialize
 from diffopt import graph as g
 from diffopt.runtime import Body, lay_out
 from diffopt.sizes import Bounds
@@ -169,6 +169,7 @@ class Kernel:
         members: Mapping[str, bytes | memoryview],
         strides: list[tuple[int, ...] | None],
         weights: Mapping[str, Tensor] | None,
+        further: Sequence[Tensor] = (),
     ) -> None:
         """Map a library into this process.
 
@@ -176,12 +177,14 @@ class Kernel:
             members: What `compile_body` returned.
             strides: The memory layout that each argument was compiled for; None: contiguous.
             weights: The component's weights by name; None if the library holds them.
+            further: Arguments behind those of a call, the same for all (see `onednn.Setup`).
         """
         with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
             for kind, content in members.items():
                 Path(folder, f"body.{kind}").write_bytes(content)
             runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
         self._strides = strides
+        self._further = list(further)
         # The library keeps bare pointers: what they point to must live as long as it does.
         self._weights: list[Tensor] = []
         if weights is not None:
@@ -198,17 +201,22 @@ class Kernel:
                 tensors[index] = tensors[index].contiguous()
             elif tensors[index].stride() != stride:
                 tensors[index] = lay_out(tensors[index], stride)
-        return self._run(tensors)
+        return self._run(tensors + self._further)
 
 
-def load(members: Mapping[str, memoryview], graph: Mapping[str, Any], weights: Any) -> Body:
+def load(
+    members: Mapping[str, memoryview],
+    graph: Mapping[str, Any],
+    weights: Any,
+    further: Sequence[Tensor] = (),
+) -> Body:
     """Return a library as a function; `graph` is the component's, as JSON."""
     values = [
         serialize.decode_value(row["val"]) for row in graph["nodes"] if row["op"] == "placeholder"
     ]
     # Of a contiguous argument some size may be another than at compilation.
     strides = [None if value.is_contiguous() else value.stride() for value in values]
-    return Kernel(members, strides, weights)
+    return Kernel(members, strides, weights, further)
 
 
 def _example(value: Tensor) -> Tensor:
@@ -241,6 +249,7 @@ def _quiet(folder: str) -> Iterator[None]:
         warnings.catch_warnings(),
         mock.patch.object(select_algorithm, "PRINT_AUTOTUNE", False),
         mock.patch.dict(os.environ, TMPDIR=folder),
+        onednn.kernels(),
     ):
         warnings.simplefilter("ignore")
         yield

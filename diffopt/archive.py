@@ -1,8 +1,11 @@
 """The container of every file: a zip of stored members, checksummed, written whole or not at all.
 
-Members are stored uncompressed at offsets that are a multiple of 64, so that weights are used where
-they are mapped. The first member says what the file is, which tells a truncated one from another
-file; `manifest.json` comes last and holds the SHA-256 of every other member.
+Members are stored at offsets that are a multiple of 64, so that weights are used where they are
+mapped. The first member says what the file is, which tells a truncated one from another file;
+`manifest.json` comes last and holds the SHA-256 of every other member's content.
+
+On request, members that shrink are compressed with zstandard: NAME is then in the zip as NAME.zst,
+and the manifest has the compressed size as "zstd". Such a member is in memory once it is read.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import zstandard
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
@@ -25,6 +29,9 @@ from diffopt.errors import DiffoptError
 KIND = "mimetype"
 MANIFEST = "manifest.json"
 ALIGNMENT = 64
+LEVELS = range(1, 23)  # of zstandard
+_SUFFIX = ".zst"
+_WORTH = 0.95  # of its size: a member that compresses to more than that stays as it is
 
 Buffers = Sequence[bytes | memoryview]
 
@@ -56,6 +63,7 @@ def write(
     kind: str,
     manifest: Mapping[str, Any],
     members: Mapping[str, Buffers],
+    compress: int | None = None,
 ) -> None:
     """Write a container; `path` has either all of it or what it had before.
 
@@ -64,9 +72,12 @@ def write(
         kind: What the file is, as a media type.
         manifest: JSON; the table of members with their sizes and checksums is added to it.
         members: Each member's content in pieces, which are not copied.
+        compress: The level, from 1 to 22, to compress with what that makes smaller; None: nothing.
     """
+    if compress is not None and compress not in LEVELS:
+        raise DiffoptError(f"compress={compress}: wants a level from 1 (fast) to 22 (small)")
     path = Path(path)
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
@@ -74,8 +85,13 @@ def write(
             with zipfile.ZipFile(file, "w") as archive:
                 _add(archive, file, KIND, [kind.encode()])
                 for name, buffers in members.items():
-                    digest = _add(archive, file, name, buffers)
-                    table[name] = {"size": sum(map(len, buffers)), "sha256": digest}
+                    table[name] = {"size": sum(map(len, buffers)), "sha256": _digest(buffers)}
+                    small = None if compress is None else _compressed(buffers, compress)
+                    if small is None:
+                        _add(archive, file, name, buffers)
+                    else:
+                        table[name]["zstd"] = len(small)
+                        _add(archive, file, name + _SUFFIX, [small])
                 text = json.dumps({**manifest, "members": table}, indent=1)
                 _add(archive, file, MANIFEST, [text.encode()])
             file.flush()
@@ -87,19 +103,31 @@ def write(
             raise
 
 
-def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, buffers: Buffers) -> str:
+def _digest(buffers: Buffers) -> str:
+    digest = hashlib.sha256()
+    for buffer in buffers:
+        digest.update(buffer)
+    return digest.hexdigest()
+
+
+def _compressed(buffers: Buffers, level: int) -> bytes | None:
+    """Return a member as a zstandard frame; None if it is not worth it."""
+    size = sum(map(len, buffers))
+    compressor = zstandard.ZstdCompressor(level).compressobj(size)
+    made = b"".join([*map(compressor.compress, buffers), compressor.flush()])
+    return made if len(made) <= _WORTH * size else None
+
+
+def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, buffers: Buffers) -> None:
     info = zipfile.ZipInfo(name)
     info.file_size = sum(map(len, buffers))
     large = info.file_size >= 1 << 31  # zipfile then writes a field of 20 more bytes
     start = file.tell() + 30 + len(name.encode()) + 4 + 20 * large
     padding = -start % ALIGNMENT
     info.extra = b"\x35\xd9" + padding.to_bytes(2, "little") + bytes(padding)
-    digest = hashlib.sha256()
     with archive.open(info, "w", force_zip64=large) as member:
         for buffer in buffers:
-            digest.update(buffer)
             member.write(buffer)
-    return digest.hexdigest()
 
 
 def _umask() -> int:
@@ -150,6 +178,10 @@ class Archive:
             raise DiffoptError(other)
         self._places = self._index(head, kind, other)
         self.manifest = self._read_manifest()
+        self._unpacked: dict[str, memoryview] = {}
+        for name in [name for name, entry in self.manifest["members"].items() if "zstd" in entry]:
+            if name + _SUFFIX in self._places:
+                self._places[name] = self._places.pop(name + _SUFFIX)
 
     def _index(self, head: bytes, kind: str, other: str) -> dict[str, tuple[int, int]]:
         ours = KIND.encode() in head[:64] and kind.encode() in head[:256]
@@ -185,9 +217,9 @@ class Archive:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 manifest = json.loads(archive.read(MANIFEST))  # zipfile checks its CRC-32
-            if not isinstance(manifest["members"], dict):
+            if not all(isinstance(entry, dict) for entry in manifest["members"].values()):
                 raise TypeError
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError):
+        except (zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError, OSError):
             raise self.damaged(f"member {MANIFEST}") from None
         return dict(manifest)
 
@@ -209,10 +241,21 @@ class Archive:
         return [name for name in self._places if name.startswith(prefix)]
 
     def read(self, name: str) -> memoryview:
-        """Return a member's content, mapped; writing to it does not change the file."""
+        """Return a member's content, mapped if it is not compressed.
+
+        Writing to it does not change the file.
+        """
         if name not in self._places:
             raise self.damaged(f"member {name}")
-        return self._slice(self._places[name])
+        entry = self.manifest["members"].get(name, {})
+        if "zstd" not in entry:
+            return self._slice(self._places[name])
+        if name not in self._unpacked:
+            try:
+                self._unpacked[name] = _unpack(self._slice(self._places[name]), entry["size"])
+            except (zstandard.ZstdError, EOFError):
+                raise self.damaged(f"member {name}") from None
+        return self._unpacked[name]
 
     def _slice(self, place: tuple[int, int]) -> memoryview:
         assert self._map is not None
@@ -233,6 +276,18 @@ class Archive:
                 flat = torch.frombuffer(content[length + start : length + end], dtype=dtype)
             result[key] = flat.view(entry["shape"])
         return result
+
+
+def _unpack(content: memoryview, size: int) -> memoryview:
+    """Return what a zstandard frame of `size` bytes holds, in memory of its own."""
+    memory = memoryview(mmap.mmap(-1, size)) if size else memoryview(b"")  # aligned, unlike bytes
+    done = 0
+    with zstandard.ZstdDecompressor().stream_reader(content) as reader:
+        while done < size and (more := reader.readinto(memory[done:])):
+            done += more
+        if done < size or reader.read(1):
+            raise EOFError
+    return memory
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffopt import graph
+from diffopt import graph, precision
 from diffopt.errors import ToleranceError, VerifyError
 
 if TYPE_CHECKING:
     from diffopt.core import Pass, Record, Size
     from diffopt.program import Program
+# Where layers read coarsely rounded values, a last bit in front of them decides which way some go,
+# and a step of sampling hands that on to the next. By so many roundings outputs may change: fewer
+# than `cast` and `quantize` themselves change them by, who round every value.
+ROUNDINGS = 4
 
 
 class State:
@@ -98,10 +102,14 @@ def enforce_bounds(step: Pass, record: Record, before: State, budget: float | No
         # Against the largest value of the outputs: sampling mixes all of them, so that a value
         # near zero carries the rounding of its neighbours.
         scale = max((float(t.abs().max()) for t in before.outputs() if t.numel()), default=0.0)
-        if not record.max_abs <= step.atol + step.rtol * scale:
+        allowed = step.atol + step.rtol * scale
+        coarse = precision.coarsest(before.program) if allowed else None
+        allowed += ROUNDINGS * coarse[1] * scale if coarse else 0.0
+        if not record.max_abs <= allowed:
+            more = f"; with roundings to {coarse[0]}, {allowed:.3g}" if coarse else ""
             raise ToleranceError(
                 f"{step} is exact and changed the output by {record.max_abs:.3g}"
-                f" (allowed: {record.tolerance or 'nothing'})"
+                f" (allowed: {record.tolerance or 'nothing'}{more})"
             )
         return
     if budget is not None and not record.relative <= budget:

@@ -135,6 +135,15 @@ def optimize(
         ),
     ] = None,
     dynamic: Dynamic = "",
+    compress: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=22,
+            metavar="LEVEL",
+            help="Compress what gets smaller: 1 is fast, 19 small. It then loads more slowly.",
+        ),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(min=0, help="Largest relative error that one approximate pass may add."),
@@ -173,7 +182,7 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """Trace a model, run passes over it, check each, and build one engine file."""
-    from diffopt import cli_optimize
+    from diffopt import cli_optimize, footprint
     from diffopt import cli_show as show
 
     _expect(output, ".engine", ".program")
@@ -181,7 +190,8 @@ def optimize(
     lengths = cli_optimize.parse_tokens(tokens, batch if more else "")
     prompts = _prompts(calibrate)
     passes = ",".join(filter(None, (passes, lengths, more)))
-    job = cli_optimize.Job.parse(passes, target if output.suffix == ".engine" else None)
+    target_text = target if output.suffix == ".engine" else None
+    job = cli_optimize.Job.parse(passes, target_text, compress)
     with show.progress(f"tracing {model}"):
         program = _trace(model, settings, steps, count, dynamic)
     if bisect is not None:
@@ -199,11 +209,13 @@ def optimize(
         prompts=prompts,
     )
     cli_optimize.write(job, result, output)
+    size = footprint.of_program(result)
     if as_json:
-        show.print_json({"output": str(output), "passes": [asdict(record) for record in records]})
+        rows = [asdict(record) for record in records]
+        show.print_json({"output": str(output), "passes": rows, "weights": size.to_json()})
     elif records:
         show.records_table(records, timing=timing, stats=stats)
-    show.stderr().print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    show.stderr().print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), {size}")
 
 
 @app.command(
@@ -328,13 +340,69 @@ def inspect(
 
     if picture is not None:
         _expect(picture, *images.PICTURES)
-    program = cli_inspect.open_engine(file) if file.endswith(".engine") else _trace(file)
+    parts: dict[str, int] = {}
+    if file.endswith(".engine"):
+        program, parts = cli_inspect.open_engine(file)
+    else:
+        program = _trace(file)
     if picture is not None:
         cli_inspect.save_picture(program, picture)
     if graph is not None:
         print(cli_inspect.graph_text(program, graph))
     else:
-        cli_inspect.inspect(program, file, as_json)
+        cli_inspect.inspect(program, file, as_json, parts)
+
+
+@app.command(
+    epilog="diffopt sensitivity fashion.program --formats int8,int4 -o heat.png\n\n"
+    'diffopt sensitivity MODEL -p "unroll(steps=25),hoist,simplify" --calibrate prompts.txt --json'
+)
+def sensitivity(
+    model: Model,
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            "--passes",
+            "-p",
+            metavar="PASSES",
+            help="Passes to run first; by default unroll,hoist,simplify, and none for a .program.",
+        ),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option(help="What to try weights in: int8, int4, fp8.")
+    ] = "int8,int4",
+    activations: Annotated[
+        str, typer.Option(help="Where inputs' scales come from: static, dynamic, rows, none.")
+    ] = "static",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Draw layers by steps, too."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts (or class labels) to measure on, one a line."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many requests to calibrate with.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first of them.")] = 0,
+    settings: Settings = None,
+    steps: Steps = None,
+    as_json: Json = False,
+) -> None:
+    """Measure which layer, in which format and at which step, costs how much accuracy."""
+    from diffopt import cli_sensitivity, images
+    from diffopt import cli_show as show
+
+    if output is not None:
+        _expect(output, *images.PICTURES)
+    options = cli_sensitivity.parse(formats, activations, passes, model)
+    prompts = _prompts(calibrate)
+    with show.progress(f"tracing {model}"):
+        program = _trace(model, settings, steps)
+    with show.progress("measuring") as report:
+        found = cli_sensitivity.measure(program, options, prompts, samples, seed, report)
+    if output is not None:
+        cli_sensitivity.save_picture(found, output)
+    cli_sensitivity.print_report(found, as_json)
 
 
 @app.command(epilog="diffopt verify out.engine  # exit code 1 if it is damaged")

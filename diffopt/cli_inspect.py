@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from diffopt import cli_show as show
-from diffopt import engine, heatmap, images, tags
+from diffopt import engine, footprint, heatmap, images, tags
 from diffopt import graph as g
 from diffopt.core import Record
 from diffopt.errors import DiffoptError, VerifyError
@@ -16,9 +17,10 @@ from diffopt.program import Program
 from diffopt.spec import suggest
 
 
-def open_engine(file: str) -> Program:
-    """Return the program inside an engine file."""
-    return engine.load(file).program
+def open_engine(file: str) -> tuple[Program, dict[str, int]]:
+    """Return the program inside an engine file, and what each part takes in the file."""
+    opened = engine.load(file)
+    return opened.program, opened.parts
 
 
 def graph_text(program: Program, name: str) -> str:
@@ -35,12 +37,16 @@ def save_picture(program: Program, output: Path) -> None:
     show.stderr().print(f"wrote {output}")
 
 
-def inspect(program: Program, title: str, as_json: bool) -> None:
-    """Print the inputs, the components, the calls in order, and which steps make them."""
+def inspect(program: Program, title: str, as_json: bool, parts: Mapping[str, int]) -> None:
+    """Print the inputs, the components, the calls in order, and which steps make them.
+
+    `parts` says what the parts of an engine file take in it.
+    """
     components = [_component(program, name) for name in program.components]
     inputs = {n.name: g.type_text(n.meta["val"]) for n in g.placeholders(program.root)}
     calls = [str(node.target) for node in program.calls()]
     found = [tags.tag(node) for node in program.calls()]
+    size = footprint.of_program(program)
     if as_json:
         show.print_json(
             {
@@ -51,16 +57,17 @@ def inspect(program: Program, title: str, as_json: bool) -> None:
                 "tags": [tag and asdict(tag) for tag in found],
                 "flops": program.flops(),
                 "bytes": g.tensor_bytes(program.weights().values()),
+                "weights": size.to_json(),
+                "file": dict(parts),
                 "passes": program.history,
             }
         )
         return
-    columns = ["component", "calls", "nodes", "parameters", "bytes", "FLOPs a call", "FLOPs"]
-    rows = [
-        [row["name"], *map(show.count, (row[key] for key in _KEYS)), show.count(row["total"])]
-        for row in components
-    ]
+    columns = ["component", "calls", "nodes", "parameters", "bytes", "of fp16", "FLOPs a call"]
+    columns.append("FLOPs")
+    rows = [_component_row(row) for row in components]
     show.table(f"{title}: {show.count(program.flops())} FLOPs a run", columns, rows)
+    _size_tables(size, parts)
     show.table("inputs", ["input", "type"], [[name, kind] for name, kind in inputs.items()])
     show.stdout().print("calls: " + ", ".join(_runs(calls)), markup=False)
     show.table("steps", ["call", "component", "branch", "steps"], _steps(calls, found))
@@ -70,20 +77,37 @@ def inspect(program: Program, title: str, as_json: bool) -> None:
         show.step_maps(records)
 
 
-_KEYS = ("calls", "nodes", "parameters", "bytes", "flops")
+def _component_row(row: dict[str, Any]) -> list[str]:
+    counts = [show.count(row[key]) for key in ("calls", "nodes", "parameters", "bytes")]
+    ratio = "" if row["fp16 bytes"] == 0 else f"{100 * row['bytes'] / row['fp16 bytes']:.0f} %"
+    return [row["name"], *counts, ratio, show.count(row["flops"]), show.count(row["total"])]
+
+
+def _size_tables(size: footprint.Footprint, parts: Mapping[str, int]) -> None:
+    """Print what weights take by the format of their numbers, and what the file consists of."""
+    rows = [[n, show.count(size.elements[n]), show.count(size.bytes[n])] for n in size.bytes]
+    show.table(str(size), ["format", "numbers", "bytes"], rows)
+    totals: dict[str, int] = {}
+    for name, count in parts.items():
+        kind = name.partition("/")[0].partition(".")[0]
+        totals[kind] = totals.get(kind, 0) + count
+    if totals:
+        rows = [[name, show.count(count)] for name, count in totals.items()]
+        show.table(f"file: {sum(totals.values()) / 1e6:.1f} MB", ["part", "bytes"], rows)
 
 
 def _component(program: Program, name: str) -> dict[str, Any]:
     body = program.components[name]
-    weights = {id(tensor): tensor for _, tensor in g.named_tensors(body)}.values()
+    size = footprint.of_graphs([body])
     calls = len(program.calls(name))
     flops = g.flops(body)
     return {
         "name": name,
         "calls": calls,
         "nodes": len(body.graph.nodes),
-        "parameters": sum(tensor.numel() for tensor in weights),
-        "bytes": g.tensor_bytes(weights),
+        "parameters": sum(size.elements.values()),
+        "bytes": size.total,
+        "fp16 bytes": size.fp16,
         "flops": flops,
         "total": calls * flops,
     }

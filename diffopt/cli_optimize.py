@@ -24,11 +24,13 @@ class Job:
 
     pipeline: Pipeline
     target: Target | None
+    compress: int | None
 
     @classmethod
-    def parse(cls, passes: str, target: str | None) -> Job:
+    def parse(cls, passes: str, target: str | None, compress: int | None) -> Job:
         """Read the texts of the command line."""
-        return cls(Pipeline.parse(passes), None if target is None else parse_target(target))
+        made = None if target is None else parse_target(target)
+        return cls(Pipeline.parse(passes), made, compress)
 
 
 def parse_batch(text: str) -> tuple[int, str]:
@@ -89,10 +91,10 @@ def rewrite(
 def write(job: Job, program: Program, output: Path) -> None:
     """Build the target's engine, or save the program where there is no target."""
     if job.target is None:
-        program.save(output)
+        program.save(output, job.compress)
         return
     with show.progress(f"building for {job.target}") as report:
-        engine.build(program, job.target, output, progress=report)
+        engine.build(program, job.target, output, compress=job.compress, progress=report)
 
 
 def find_culprit(

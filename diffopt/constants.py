@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from diffopt import graph as g
+from diffopt import qdq
 from diffopt.program import Program
 from diffopt.rewrite import graphs, is_pure, is_pure_graph, owner, replace, stored
 
@@ -19,15 +20,20 @@ def fold(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip: Skip) -> 
     """Replace nodes that depend on constants alone by their values; return how many.
 
     Views of stored tensors stay views. The nodes of `keep` stay, and so does what is larger than
-    `max_bytes` and than the constants that it is made of.
+    `max_bytes` and than the constants that it is made of. So do quantized weights, and what is made
+    of these and larger.
     """
     constant = _constant_nodes(gm)
+    widened = [node for node in constant if qdq.is_stored_small(node)]
+    kept = keep | g.ancestors(widened)
+    made_of_small = g.descendants(widened)
     needed = [n for n in constant if any(user not in constant for user in n.users)]
     folded: dict[fx.Node, None] = {}
     seen = set(needed)
     while needed:
         node = needed.pop()
-        if node.op == "get_attr" or node in keep or _stays(gm, node, max_bytes, skip):
+        limit = 0 if node in made_of_small else max_bytes
+        if node.op == "get_attr" or node in kept or _stays(gm, node, limit, skip):
             fresh = [n for n in node.all_input_nodes if n not in seen]
             seen.update(fresh)
             needed += fresh
@@ -70,7 +76,8 @@ def _stays(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> boo
         return True
     sources = [n for n in g.ancestors([node]) if n.op == "get_attr"]
     if size > max_bytes and size > sum(_bytes(n.meta["val"]) for n in sources):
-        skip(node, f"the constant would take {size / 2**20:.3g} MB, over max-constant-mb")
+        if max_bytes:
+            skip(node, f"the constant would take {size / 2**20:.3g} MB, over max-constant-mb")
         return True
     return False
 

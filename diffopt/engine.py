@@ -35,6 +35,7 @@ def build(
     target: Target | str,
     path: str | os.PathLike[str],
     *,
+    compress: int | None = None,
     progress: Progress = lambda what, fraction: None,
 ) -> Engine:
     """Lower `program` for `target`, write the engine to `path`, and return it loaded.
@@ -43,6 +44,8 @@ def build(
         program: What to build.
         target: A target, or its text such as `cpu(threads=2)`.
         path: The file; it has the whole engine or what it had before, never a part.
+        compress: The level of zstandard, from 1 (fast) to 22 (small), to compress parts of the file
+            with that get smaller; they are decompressed on loading, and not mapped. None: no part.
         progress: Called with what is being done and the fraction done, if known.
     """
     target = parse_target(target) if isinstance(target, str) else target
@@ -57,7 +60,8 @@ def build(
     progress("writing", None)
     members = _members(program, lowered)
     try:
-        archive.write(path, KIND, _manifest(program, target, lowered, members), members)
+        manifest = _manifest(program, target, lowered, members)
+        archive.write(path, KIND, manifest, members, compress)
     except OSError as error:
         raise DiffoptError(f"{path}: cannot be written: {error.strerror}") from None
     return load(path, verify=False)
@@ -68,6 +72,7 @@ def _members(program: Program, lowered: Lowered) -> dict[str, archive.Buffers]:
     if lowered.holds_weights:
         outer = [graph for name, graph in data["graphs"].items() if not _is_component(name)]
         used = {key for graph in outer for key, _, _ in graph["tensors"].values()}
+        used |= {data["graphs"][name]["tensors"][part][0] for name, part in lowered.reads}
         tensors = {k: t for k, t in tensors.items() if k in used or k.startswith("sample/")}
     kernels = {f"kernels/{name}": [content] for name, content in lowered.members.items()}
     return {
@@ -246,6 +251,12 @@ class Engine:
         return self._outer.batch
 
     @property
+    def parts(self) -> dict[str, int]:
+        """The bytes that each part takes in the file, compressed or not."""
+        table = self.manifest["members"]
+        return {name: entry.get("zstd", entry["size"]) for name, entry in table.items()}
+
+    @property
     def inputs(self) -> dict[str, str]:
         """The flat inputs of `run` in order, each with its type."""
         return dict(self.manifest["inputs"])
@@ -285,7 +296,7 @@ class Engine:
                     )
 
     def __repr__(self) -> str:
-        size = sum(entry["size"] for entry in self.manifest["members"].values())
+        size = sum(self.parts.values())
         arguments = ", ".join(self.manifest["arguments"])
         passes = self.manifest["passes"] or "none"
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -35,6 +35,11 @@ def draw(made: Program | Record) -> Image.Image:
             "no pass has made a step take values of earlier steps, so there is no map to draw: "
             "optimize with one that does, as in unroll,hoist,cache(fora)"
         )
+    return stacked(pictures)
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Return pictures one below the other."""
     size = max(p.width for p in pictures), sum(p.height for p in pictures)
     sheet = Image.new("RGB", size, "white")
     top = 0
@@ -45,13 +50,32 @@ def draw(made: Program | Record) -> Image.Image:
 
 
 def _picture(report: Report) -> Image.Image:
-    rows: dict[str, str] = report.note["map"]
+    legend = {meaning: report.colour(sign) for sign, meaning in report.note["legend"].items()}
+    rows = {
+        label: [report.colour(sign) for sign in signs]
+        for label, signs in report.note["map"].items()
+    }
+    return cells(report.text, _facts(report), legend, rows)
+
+
+def cells(
+    text: str, notes: Sequence[str], legend: Mapping[str, str], rows: Mapping[str, Sequence[str]]
+) -> Image.Image:
+    """Return a picture of what is true of parts of a loop at each step.
+
+    Args:
+        text: Its title.
+        notes: What to write below that.
+        legend: What colours mean, by the meaning.
+        rows: The colour of each step, by the part.
+    """
+    steps = max(len(row) for row in rows.values())
     small, large = ImageFont.load_default(SMALL), ImageFont.load_default(LARGE)
-    cell = min(CELLS[1], max(CELLS[0], GRID // report.steps))
+    cell = min(CELLS[1], max(CELLS[0], GRID // steps))
     left = MARGIN + math.ceil(max(small.getlength(label) for label in rows)) + 8
-    width = max(left + cell * report.steps + MARGIN, 640)
-    title = list(_wrapped(report.text, large, width - 2 * MARGIN))
-    facts = [line for fact in _facts(report) for line in _wrapped(fact, small, width - 2 * MARGIN)]
+    width = max(left + cell * steps + MARGIN, 640)
+    title = list(_wrapped(text, large, width - 2 * MARGIN))
+    facts = [line for note in notes for line in _wrapped(note, small, width - 2 * MARGIN)]
     grid = MARGIN + LINE * (len(title) + len(facts) + 2) + MARGIN
     sheet = Image.new("RGB", (width, grid + LINE * (len(rows) + 1) + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
@@ -59,12 +83,12 @@ def _picture(report: Report) -> Image.Image:
         pen.text((MARGIN, MARGIN + LINE * index), line, "black", large)
     for index, line in enumerate(facts, len(title)):
         pen.text((MARGIN, MARGIN + LINE * index + 4), line, GREY, small)
-    _legend(pen, report, grid - LINE - MARGIN, small)
-    for index, (label, signs) in enumerate(rows.items()):
+    _legend(pen, legend, grid - LINE - MARGIN, small)
+    for index, (label, colours) in enumerate(rows.items()):
         top = grid + LINE * index
         pen.text((left - 8, top + LINE // 2), label, "black", small, anchor="rm")
-        _row(pen, report, signs, (left, top), cell)
-    _numbers(pen, report.steps, (left, grid + LINE * len(rows)), cell, small)
+        _row(pen, colours, (left, top), cell)
+    _numbers(pen, steps, (left, grid + LINE * len(rows)), cell, small)
     return sheet
 
 
@@ -83,23 +107,23 @@ def _facts(report: Report) -> list[str]:
     ]
 
 
-def _legend(pen: ImageDraw.ImageDraw, report: Report, top: int, font: Font) -> None:
+def _legend(pen: ImageDraw.ImageDraw, legend: Mapping[str, str], top: int, font: Font) -> None:
     left = float(MARGIN)
-    for sign, meaning in report.note["legend"].items():
-        pen.rectangle((left, top + 3, left + 13, top + 16), report.colour(sign))
+    for meaning, colour in legend.items():
+        pen.rectangle((left, top + 3, left + 13, top + 16), colour)
         pen.text((left + 19, top + LINE // 2), meaning, "black", font, anchor="lm")
         left += 19 + font.getlength(meaning) + 20
 
 
 def _row(
-    pen: ImageDraw.ImageDraw, report: Report, signs: str, corner: tuple[int, int], cell: int
+    pen: ImageDraw.ImageDraw, colours: Sequence[str], corner: tuple[int, int], cell: int
 ) -> None:
     left, top = corner
     gap = 2 if cell > 4 else 1  # between neighbours' cells there is a line, as long as it fits
-    for step, sign in enumerate(signs):
+    for step, colour in enumerate(colours):
         start = left + cell * step
         box = (start, top + 1, start + cell - gap, top + LINE - 2)
-        pen.rectangle(box, report.colour(sign))
+        pen.rectangle(box, colour)
 
 
 def _numbers(

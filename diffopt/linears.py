@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
+from diffopt import qdq
 from diffopt.program import Program
 from diffopt.rewrite import (
     args,
@@ -51,8 +52,9 @@ def merge_linears(program: Program, max_bytes: int, skip: Skip) -> int:
     A weight that several components share is merged the same way in all of them, or not at all, so
     that none is stored twice.
     """
-    for gm in graphs(program).values():
+    for name, gm in graphs(program).items():
         share_equal_nodes(gm)
+        _skip_quantized(name, gm, skip)
     by_weight: dict[int, list[_Linear]] = {}
     for layer in _layers(program):
         by_weight.setdefault(id(layer.weight), []).append(layer)
@@ -90,6 +92,19 @@ def _layers(program: Program) -> list[_Linear]:
             if weight.dim() == 2 and weight.dtype == args(node)[0].meta["val"].dtype:
                 found.append(_Linear(name, node, args(node)[0], weight, stored(gm, bias)))
     return found
+
+
+def _skip_quantized(name: str, gm: fx.GraphModule, skip: Skip) -> None:
+    """Say of which layers nothing is looked for, though others read what they read."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for layer in qdq.layers(gm):
+        if not layer.convolution:
+            readers.setdefault(layer.x, []).append(layer.node)
+    for nodes in readers.values():
+        first = next((n for n in nodes if qdq.weight(args(n)[1]) is not None), None)
+        if first is not None and len(nodes) > 1:
+            where = f"{name}.{first.name}" if name else first.name
+            skip(where, "its weight is quantized: run fuse before quantize")
 
 
 def _crowded(by_weight: dict[int, list[_Linear]]) -> set[tuple[str, fx.Node]]:

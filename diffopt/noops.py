@@ -38,7 +38,8 @@ def unchanged(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None
     for rule in (_same_layout, _only_part, _eval_dropout, _there_and_back, _neutral, _permuted):
         source = rule(gm, node)
-        if source is not None and same_layout(node, source):
+        # vmap leaves operators on bare numbers behind.
+        if isinstance(source, fx.Node) and same_layout(node, source):
             return source
     return None
 
@@ -75,6 +76,8 @@ def _there_and_back(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None
     source: fx.Node = args(inner)[0]
     narrow, wide = source.meta["val"].dtype, inner.meta["val"].dtype
+    if any(dtype.is_floating_point and dtype.itemsize == 1 for dtype in (narrow, wide)):
+        return None  # torch has no promotion for the floats of 8 bits
     if narrow == wide or torch.promote_types(narrow, wide) != wide or narrow == torch.bool:
         return None
     # Promotion is no promise for integers: int64 and float32 promote to float32.

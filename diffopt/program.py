@@ -397,9 +397,12 @@ class Program:
             lengths=[sizes.Length.from_json(row) for row in data.get("lengths", ())],
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the program to one file: whole, or as it was before."""
-        programfile.write(path, *self.to_members())
+    def save(self, path: str | os.PathLike[str], compress: int | None = None) -> None:
+        """Write the program to one file: whole, or as it was before.
+
+        `compress` is the level of zstandard, 1 to 22, for parts that get smaller; None: no part.
+        """
+        programfile.write(path, *self.to_members(), compress)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Program":

@@ -19,15 +19,16 @@ def write(
     data: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     assets: Mapping[str, bytes],
+    compress: int | None = None,
 ) -> None:
-    """Write a program's pieces; the file is whole or is not there."""
+    """Write a program's pieces; the file is whole or is not there. `compress`: see `archive`."""
     members: dict[str, archive.Buffers] = {
         "program.json": [json.dumps(data).encode()],
         **{f"assets/{name}": [content] for name, content in assets.items()},
         "weights.safetensors": archive.pack_tensors(tensors),
     }
     try:
-        archive.write(path, KIND, {}, members)
+        archive.write(path, KIND, {}, members, compress)
     except OSError as error:
         raise DiffoptError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from None
 

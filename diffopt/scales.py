@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
+from diffopt import qdq
 from diffopt.folding import (
     PRECISE,
     TIMES,
@@ -88,7 +89,9 @@ def combine_scales(gm: fx.GraphModule) -> int:
     for node in list(gm.graph.nodes):
         outer = factor_of(gm, node)
         inner = factor_of(gm, outer.source) if outer and len(outer.source.users) == 1 else None
-        if outer is None or inner is None:
+        if outer is None or inner is None or qdq.is_fp8_scaling(node):
+            continue
+        if qdq.is_fp8_scaling(outer.source):
             continue
         dtype = node.meta["val"].dtype
         if dtype not in PRECISE or dtype != inner.source.meta["val"].dtype:

@@ -1,6 +1,7 @@
 """Graphs as JSON: the whole IR without pickle and without the model's code."""
 
 import dataclasses
+import importlib
 import operator
 from typing import Any
 
@@ -16,6 +17,9 @@ _ENUMS: dict[str, type] = {
     "layout": torch.layout,
     "memory_format": torch.memory_format,
 }
+
+_REGISTER = {"quantized_decomposed": "diffopt.qdq", "diffopt": "diffopt.qdq"}
+"""What has to be imported for the operators of a namespace to be there."""
 
 _KEPT = ("module", "where", "reuse")
 
@@ -100,6 +104,8 @@ def find_target(name: str) -> Any:
     try:
         if space == "operator":
             return getattr(operator, rest)
+        if space in _REGISTER:
+            importlib.import_module(_REGISTER[space])
         packet, overload = rest.rsplit(".", 1)
         return getattr(getattr(getattr(torch.ops, space), packet), overload)
     except (AttributeError, ValueError):

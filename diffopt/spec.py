@@ -6,8 +6,10 @@
     value  = WORD | STRING | "(" [value ("," value)*] ")"
 
 Options are the fields of a frozen dataclass, written in kebab-case; a value without a name is
-taken by position. A field whose type is a `Choice` is written as a word, and what is chosen brings
-its own options to the same call: `cache(deepcache,interval=3,max-cache-mb=64)`.
+taken by position, and one behind a named option of several values belongs to that:
+`keep=first:2,last:2` is `keep=(first:2,last:2)`. A field whose type is a `Choice` is written as a
+word, and what is chosen brings its own options to the same call:
+`cache(deepcache,interval=3,max-cache-mb=64)`.
 """
 
 from __future__ import annotations
@@ -221,7 +223,7 @@ def _read(
     """Return the written values by field."""
     by_position = iter(hints)
     values: dict[str, Any] = {}
-    for argument in arguments:
+    for argument in _joined(arguments, hints):
         key = next(by_position, None) if argument.name is None else _field(argument.name)
         if key is None:
             message = f"{name} takes at most {len(hints)} options by position"
@@ -241,6 +243,30 @@ def _read(
             message = f"option '{_kebab(key)}' of {name} wants {wanted}, got '{got}'"
             raise DiffoptError(message, text=text, span=argument.value.span) from None
     return values
+
+
+def _joined(arguments: Sequence[Argument], hints: Mapping[str, Any]) -> list[Argument]:
+    """Read `keep=first:2,last:2` as `keep=(first:2,last:2)` where the option takes several values.
+
+    Nothing else could follow an option with a name: what has no name comes before them.
+    """
+    joined: list[Argument] = []
+    for argument in arguments:
+        last = joined[-1] if joined else None
+        many = last is not None and last.name is not None and _takes_many(hints, last.name)
+        if last is None or argument.name is not None or not many:
+            joined.append(argument)
+            continue
+        items = last.value.items or (last.value,)
+        span = last.value.span[0], argument.value.span[1]
+        text = f"{last.value.text},{argument.value.text}"
+        value = Value(text, span, items=(*items, argument.value))
+        joined[-1] = Argument(last.name, (last.span[0], span[1]), value)
+    return joined
+
+
+def _takes_many(hints: Mapping[str, Any], name: str) -> bool:
+    return any(typing.get_origin(each) is tuple for each in _members(hints.get(_field(name))))
 
 
 def unparse(name: str, instance: Any) -> str:

@@ -135,3 +135,15 @@ def first_after_arguments(gm: fx.GraphModule) -> fx.Node:
 def as_row(tensors: Sequence[Tensor]) -> Tensor:
     """Return tensors of one dtype laid end to end."""
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def pass_rows(root: fx.GraphModule, calls: list[fx.Node], rows: list[Tensor], name: str) -> None:
+    """Pass each call its row, as a last argument, of a table of the distinct rows."""
+    index: dict[bytes, int] = {}
+    places = [index.setdefault(row.view(torch.uint8).numpy().tobytes(), len(index)) for row in rows]
+    table = torch.stack([rows[places.index(k)] for k in range(len(index))])
+    for call, place in zip(calls, places, strict=True):
+        with root.graph.inserting_before(call):
+            source = g.get_attr(root, name, table)
+            row = g.call(root.graph, aten.select.int, source, 0, place)
+        call.args = (*call.args, row)

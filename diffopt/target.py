@@ -29,12 +29,14 @@ class Lowered:
         requires: JSON that `Target.unfit` compares with the machine that is to run the engine.
         bodies: JSON about each component: how long it took, whether it came from the cache.
         holds_weights: The kernels hold the components' weights, so the engine need not.
+        reads: Of these weights, those that are read all the same: components with attributes.
     """
 
     members: dict[str, bytes] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
     bodies: dict[str, dict[str, Any]] = field(default_factory=dict)
     holds_weights: bool = False
+    reads: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass

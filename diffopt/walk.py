@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
+from diffopt import qdq
 
 aten = torch.ops.aten
 
@@ -60,6 +61,14 @@ def _mixes_space(node: fx.Node) -> bool:
         return False
     weight = shape(node.args[1]) if isinstance(node.args[1], fx.Node) else None
     return weight is not None and weight[1] > 1 and any(size > 1 for size in weight[2:])
+
+
+def _part_of(node: fx.Node) -> fx.Node | None:
+    """Return what a value is a part of, quantized or not; None if it is none."""
+    if (quantized := qdq.activation(node)) is not None:
+        return quantized.source
+    is_part = packet(node) in _PIECES or node.target is operator.getitem
+    return node.all_input_nodes[0] if is_part else None
 
 
 class Walk:
@@ -125,6 +134,8 @@ class Walk:
             return None
         if kind is aten.cat:
             return self._whole(node)
+        if (quantized := qdq.activation(node)) is not None:
+            return quantized.source if self.lives(quantized.source) else None
         if kind in _LAYOUT:
             return living[0] if living[0] is node.args[0] else None
         if kind not in _ARITHMETIC or node.args[0] is node.args[1]:
@@ -148,8 +159,8 @@ class Walk:
         """Return the value of which a concatenation puts the pieces together again."""
         wholes = set()
         for piece in cat.all_input_nodes:
-            while packet(piece) in _PIECES or piece.target is operator.getitem:
-                piece = piece.all_input_nodes[0]
+            while (part := _part_of(piece)) is not None:
+                piece = part
             wholes.add(piece)
         whole = wholes.pop()
         return whole if not wholes and shape(whole) == shape(cat) else None

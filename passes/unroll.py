@@ -26,7 +26,7 @@ from diffopt import graph as g
 from diffopt import interface, rewrite, sampler
 from diffopt.core import Context, Pass, option
 from diffopt.program import Program
-from diffopt.tables import as_row, first_after_arguments, frontier, take_rows
+from diffopt.tables import as_row, first_after_arguments, frontier, pass_rows, take_rows
 
 aten = torch.ops.aten
 
@@ -80,7 +80,7 @@ class Unroll(Pass):
         groups = take_rows(body, shapes, "row")
         for members in groups:
             table = [as_row([stored[m][c] for m in members]) for c in range(len(calls))]
-            _pass_rows(program.root, calls, table, f"{name}_table")
+            pass_rows(program.root, calls, table, f"{name}_table")
         interface.drop_unread_arguments(program, name)
         ctx.note(name, {"calls": len(calls), "values in tables": len(varying), "table bytes": size})
 
@@ -130,15 +130,3 @@ def _one_row(tensors: list[Tensor]) -> list[Tensor]:
     ):
         return tensors
     return [t[:1] for t in tensors]
-
-
-def _pass_rows(root: fx.GraphModule, calls: list[fx.Node], rows: list[Tensor], name: str) -> None:
-    """Pass each call its row of a table of the distinct rows."""
-    index: dict[bytes, int] = {}
-    places = [index.setdefault(row.view(torch.uint8).numpy().tobytes(), len(index)) for row in rows]
-    table = torch.stack([rows[places.index(k)] for k in range(len(index))])
-    for call, place in zip(calls, places, strict=True):
-        with root.graph.inserting_before(call):
-            source = g.get_attr(root, name, table)
-            row = g.call(root.graph, aten.select.int, source, 0, place)
-        call.args = (*call.args, row)

@@ -1,8 +1,10 @@
 """Compiles every component ahead of time for this machine's CPU, with AOTInductor.
 
 A component becomes a shared library that takes its weights from the engine file, where they are
-stored once: components share them, and one changed in place is changed for all. With `freeze` the
-libraries hold the weights instead, packed for the matrix library; what else is constant is folded.
+stored once: components share them, and one changed in place is changed for all. With `pack` those
+of layers are packed for the matrix library when the engine is loaded. With `freeze` the libraries
+hold the weights instead, packed; what else is constant is folded. Quantized weights are always
+stored once as they are, and packed on loading (see `onednn`).
 
 The libraries use what this CPU has, so an engine says which instructions it needs. They are kept in
 a cache under the hash of the component's graph and of all else that they depend on.
@@ -11,20 +13,21 @@ a cache under the hash of the component's graph and of all else that they depend
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from diffopt import aoti, batching, cachedir, serialize
+from diffopt import aoti, batching, cachedir, onednn, serialize
 from diffopt import graph as g
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
@@ -36,6 +39,11 @@ from diffopt.target import Image, Lowered, Target, option
 # What a compiler told to use all of this CPU may emit instructions of.
 _ISA = ("avx", "amx", "fma", "bmi", "sse4", "f16c", "sha", "vaes", "gfni", "sve", "asimd", "i8mm")
 
+# These multiply 8-bit integers into 32 bits; without, sums of two products saturate in 16.
+_INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+_SETUP = "(setup).json"
+
 log = logging.getLogger("diffopt")
 
 
@@ -43,16 +51,15 @@ log = logging.getLogger("diffopt")
 class Cpu(Target):
     """Compile for this machine's CPU with AOTInductor."""
 
-    dtype: str = option("fp32", "what to compute in; only fp32 so far")
+    pack: bool = option(False, "pack the weights on loading; later changes in place do nothing")
     freeze: bool = option(False, "pack the weights into the kernels, instead of sharing them")
     threads: int = option(0, "threads to run on, set on loading; 0: as many as torch has now")
     max_autotune: bool = option(False, "try several kernels for each matrix product; wants freeze")
 
     def __post_init__(self) -> None:
-        if self.dtype != "fp32":
+        if self.pack and self.freeze:
             raise DiffoptError(
-                f"target cpu cannot compute in {self.dtype}: it keeps the dtype of the program;"
-                " casting is for a pass to do, leave dtype=fp32"
+                "pack packs the weights on loading, freeze when the engine is built: choose one"
             )
         if self.threads < 0:
             raise DiffoptError(f"threads={self.threads}: wants 0 or more")
@@ -62,13 +69,16 @@ class Cpu(Target):
             )
 
     def refuses(self, program: Program) -> str | None:
-        """Refuse what is not on the CPU, and machines without a C++ compiler."""
+        """Refuse what is not on the CPU, fp8 inputs, and machines without a C++ compiler."""
         graphs = {"the program": program.root, **program.components}
         for name, gm in graphs.items():
             for node in gm.graph.nodes:
                 value = node.meta.get("val")
                 if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
                     return f"{node.name} of {name} is on {value.device}; trace the model on the CPU"
+        for name, gm in program.components.items():
+            if (reason := onednn.refused(gm)) is not None:
+                return f"in {name} {reason}"
         if _compiler() is None:
             return "it needs a C++ compiler: install g++, or name one in $CXX"
         return None
@@ -87,7 +97,8 @@ class Cpu(Target):
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Take the components from the cache, or compile as many at once as there are cores."""
-        bodies = program.components
+        lowered = onednn.lower(program.components, self.pack, _lack())
+        bodies = lowered.bodies
         free = _sizes(program)
         keys = {name: cachedir.key(self._key(gm, free.get(name))) for name, gm in bodies.items()}
         done: dict[str, dict[str, bytes]] = {}
@@ -108,12 +119,25 @@ class Cpu(Target):
         for name, members, seconds in self._compile(missing, free):
             cachedir.put(keys[name], members)
             report(name, members, f"compiled in {seconds:.1f} s")
+        members = {f"{n}.{kind}": done[n][kind] for n in bodies for kind in done[n]}
+        if lowered.setup.takes:
+            members[_SETUP] = json.dumps(lowered.setup.to_json()).encode()
         return Lowered(
-            members={f"{n}.{kind}": done[n][kind] for n in bodies for kind in done[n]},
+            members=members,
             requires=_requires(),
-            bodies={n: {"kernel": f"{n}.so", "threads": self._threads()} for n in bodies},
+            bodies={name: self._about(name, lowered) for name in bodies},
             holds_weights=self.freeze,
+            reads=list(lowered.setup.sources.values()),
         )
+
+    def _about(self, name: str, lowered: onednn.Lowered) -> dict[str, Any]:
+        """Return what the manifest says about a component."""
+        about: dict[str, Any] = {"kernel": f"{name}.so", "threads": self._threads()}
+        if name in lowered.layers:
+            about["layers"] = lowered.layers[name]
+        for note in lowered.notes.get(name, []):
+            log.warning("%s: %s", name, note)
+        return about
 
     def _compile(
         self, bodies: Mapping[str, fx.GraphModule], sizes: Mapping[str, Bounds]
@@ -128,14 +152,19 @@ class Cpu(Target):
         """Map the libraries into this process and give them their weights."""
         if self.threads:
             torch.set_num_threads(self.threads)  # for the operators that call back into torch
-        return {name: self._load(name, image) for name in image.graphs}
+        further: dict[str, list[Tensor]] = {}
+        if _SETUP in image.members:
+            setup = json.loads(bytes(image.members[_SETUP]))
+            results = onednn.run_setup(setup, partial(_weight, image))
+            further = {name: [results[i] for i in own] for name, own in setup["takes"].items()}
+        return {name: self._load(name, image, further.get(name, [])) for name in image.graphs}
 
-    def _load(self, name: str, image: Image) -> Body:
+    def _load(self, name: str, image: Image, further: list[Tensor]) -> Body:
         graph = image.graphs[name]
         kinds = {kind: f"{name}.{kind}" for kind in ("so", "json")}
         members = {k: image.members[file] for k, file in kinds.items() if file in image.members}
         weights = None if self.freeze else _Weights(graph["tensors"], image.tensors)
-        return aoti.load(members, graph, weights)
+        return aoti.load(members, graph, weights, further)
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
@@ -205,6 +234,10 @@ class _Weights:
         return lay_out(self._tensors[key], tuple(stride))
 
 
+def _weight(image: Image, component: str, name: str) -> Tensor:
+    return _Weights(image.graphs[component]["tensors"], image.tensors)[name]
+
+
 def _content(tensor: Tensor, by_value: bool) -> Any:
     what = [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
     if by_value:
@@ -228,6 +261,15 @@ def _requires() -> dict[str, Any]:
     }
 
 
+def _lack() -> str | None:
+    """Say why nothing can run on integers here."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this torch has no oneDNN"
+    if not set(_INTEGERS).intersection(_requires()["isa"]):
+        return "this CPU has no products of 8-bit integers (AVX-VNNI or AMX)"
+    return None
+
+
 def _compiler() -> str | None:
     """Return the C++ compiler's name and version; None where there is none."""
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -243,4 +285,5 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the lowering, which decides what comes out of the compiler."""
-    return hashlib.sha256(Path(aoti.__file__).read_bytes()).hexdigest()
+    files = (aoti.__file__, onednn.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

@@ -38,6 +38,8 @@ def read(text: str) -> list[Cache]:
         ("cache(auto)", Cache("auto")),
         ("cache(auto,0.5)", Cache("auto", 0.5)),
         ("cache( auto , budget = 1e-3 )", Cache("auto", 0.001)),
+        ("cache(layers=a,b:2,budget=0.5)", Cache(layers=("a", "b:2"), budget=0.5)),
+        ("cache(layers=(a,b),c)", Cache(layers=("a", "b", "c"))),
         ("cache(max-bytes=1_000)", Cache(max_bytes=1000)),
         ("cache(max_bytes=none,eager=TRUE)", Cache(eager=True)),
         ("cache(layers=(a,'b c'))", Cache(layers=("a", "b c"))),

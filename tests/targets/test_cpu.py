@@ -319,9 +319,9 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> No
     ("text", "message"),
     [
         (
-            "cpu(dtype=bf16)",
-            "target cpu cannot compute in bf16: it keeps the dtype of the program;"
-            " casting is for a pass to do, leave dtype=fp32\n  cpu(dtype=bf16)\n  ^^^",
+            "cpu(pack=true,freeze=true)",
+            "pack packs the weights on loading, freeze when the engine is built: choose one\n"
+            "  cpu(pack=true,freeze=true)\n  ^^^",
         ),
         (
             "cpu(max-autotune=true)",

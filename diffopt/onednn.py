@@ -1,0 +1,466 @@
+"""Lowers quantized layers to oneDNN's integer kernels, and packs weights once, on loading.
+
+A layer whose weight and input are both quantized becomes one operator on integers; other quantized
+weights are widened and packed for the kernels of their type. What follows from stored tensors alone
+(unpacking 4-bit numbers, widening, packing for the kernels) leaves the components for one graph,
+the setup, that runs when the engine is loaded; its results are further arguments of the components:
+
+    %w: float32[16,8] = quantized_decomposed.dequantize_per_channel(%values, %scales, None, 0, …)
+    %y: float32[4,16] = aten.linear(%d, %w, %bias)
+
+    setup:     %packed: int8[8,16] = onednn.qlinear_prepack(%values, [4, 8])
+    component: %y: float32[4,16] = onednn.qlinear_pointwise.tensor(%q, %scale, %zero, %packed, …)
+
+So components share what is stored and what is packed, and no kernel depends on a weight's value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+
+from diffopt import graph as g
+from diffopt import qdq, serialize
+from diffopt.rewrite import args, argument, calls, is_pure, replace, repropagate, share_equal_nodes
+
+aten = torch.ops.aten
+qd = torch.ops.quantized_decomposed
+onednn = torch.ops.onednn
+mkldnn = torch.ops.mkldnn
+
+_Post = tuple[str, list[float], str]  # what a kernel applies to its results
+_NO_POST: _Post = ("none", [], "")
+_UNSIGNED = 128  # what is added to signed numbers where a kernel takes unsigned ones
+
+
+@dataclass
+class Setup:
+    """What is computed from stored tensors once, when an engine is loaded.
+
+    Attributes:
+        gm: Computes it.
+        sources: Where each of its tensors is, as a component and an attribute of it.
+        takes: For each component, which of the results are its further arguments.
+    """
+
+    gm: fx.GraphModule = field(default_factory=lambda: g.new_body("setup"))
+    sources: dict[str, tuple[str, str]] = field(default_factory=dict)
+    takes: dict[str, list[int]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the setup as JSON, without its tensors."""
+        return {
+            "nodes": serialize.graph_to_json(self.gm),
+            "sources": self.sources,
+            "takes": self.takes,
+        }
+
+
+def run_setup(data: Mapping[str, Any], tensor: Callable[[str, str], Tensor]) -> list[Tensor]:
+    """Run what `Setup.to_json` gave; `tensor` returns a component's attribute."""
+    tensors = {name: tensor(*source) for name, source in data["sources"].items()}
+    gm = serialize.graph_from_json(data["nodes"], "setup", tensors, {})
+    with torch.no_grad():
+        return list(gm(*[]))
+
+
+@dataclass
+class Lowered:
+    """Components whose quantized layers run on integers.
+
+    Attributes:
+        bodies: The components; those without quantized weights are as they were.
+        setup: What is to be run on loading.
+        layers: For each component that is lowered, how many layers run on what.
+        notes: Why layers of a component run on floats though their inputs are quantized.
+    """
+
+    bodies: dict[str, fx.GraphModule] = field(default_factory=dict)
+    setup: Setup = field(default_factory=Setup)
+    layers: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def lower(components: Mapping[str, fx.GraphModule], pack: bool, lack: str | None) -> Lowered:
+    """Return components with kernels for integers, and what these need on loading.
+
+    Args:
+        components: Components by name.
+        pack: Also pack the weights of layers in floats, which are then no longer those stored.
+        lack: Why nothing can run on integers.
+    """
+    result = Lowered()
+    moved: dict[str, list[fx.Node]] = {}
+    for name, gm in components.items():
+        result.bodies[name] = gm
+        if not pack and not any(map(qdq.is_stored_small, gm.graph.nodes)):
+            continue
+        body = result.bodies[name] = g.clone(gm)
+        known = set(body.graph.nodes)
+        counts, notes = _lower_body(body, pack, lack)
+        result.layers[name] = counts
+        if notes:
+            result.notes[name] = notes
+        moved[name] = _move(name, body, known, result.setup)
+    setup = result.setup.gm
+    ends = list({node: None for nodes in moved.values() for node in nodes})
+    setup.graph.output(tuple(ends))
+    g.set_outputs(setup, ends)
+    places = {name: [ends.index(node) for node in nodes] for name, nodes in moved.items()}
+    share_equal_nodes(setup)
+    distinct = list(dict.fromkeys(g.outputs(setup)))
+    index = [distinct.index(node) for node in g.outputs(setup)]
+    result.setup.takes = {name: [index[i] for i in own] for name, own in places.items()}
+    g.set_outputs(setup, distinct)
+    setup.recompile()
+    return result
+
+
+# Layers
+
+
+def refused(gm: fx.GraphModule) -> str | None:
+    """Say which layer's input has a format that no kernel here takes."""
+    for layer in qdq.layers(gm):
+        x = qdq.activation(layer.x)
+        if x is not None and x.number == "fp8":
+            return (
+                f"the input of {layer.node.name} is in fp8, for which this CPU has no kernels;"
+                " quantize activations to int8, or weights alone"
+            )
+    return None
+
+
+def _lower_body(
+    gm: fx.GraphModule, pack: bool, lack: str | None
+) -> tuple[dict[str, int], list[str]]:
+    """Put kernels with packed weights in place of layers; return how many run on what, and why."""
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    changed: set[fx.Node] = set()
+    outputs = [node.meta["val"] for node in g.outputs(gm)]
+    inputs = _Inputs(gm)
+    for node in list(gm.graph.nodes):
+        layer = qdq.layer(node)  # as it is by now: what it reads may have been replaced
+        if layer is None:
+            continue
+        weight, x = qdq.weight(layer.weight), qdq.activation(layer.x)
+        if weight is None and not pack:
+            continue
+        reason = None if weight is None or x is None else lack or _obstacle(layer, weight, x)
+        on_integers = weight is not None and x is not None and reason is None
+        counts["int8" if on_integers else "float"] += 1
+        reasons.update([reason] if reason else [])
+        last = layer.node
+        with gm.graph.inserting_before(layer.node):
+            if weight is not None and x is not None and reason is None:
+                last, post = _activated(layer, x)
+                lowering = _convolution if layer.convolution else _linear
+                made = lowering(gm.graph, layer, weight, x, inputs, post)
+            elif _packs(layer):
+                made = _float(gm.graph, layer)
+            else:
+                continue
+        replace(last, made)
+        if last is not layer.node:
+            gm.graph.erase_node(layer.node)
+        changed.add(made)
+    repropagate(gm, changed)
+    _restore_layouts(gm, outputs)
+    g.prune_unused(gm)
+    gm.recompile()
+    notes = [f"{n} layers with quantized inputs run on floats: {why}" for why, n in reasons.items()]
+    return dict(counts), notes
+
+
+def _obstacle(layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation) -> str | None:
+    """Say why a layer cannot run on integers."""
+    if weight.number == "fp8":
+        return "weights in fp8"
+    if weight.group is not None:
+        return f"weights with a scale for every {weight.group} inputs"
+    if layer.convolution and x.rows:
+        return "a convolution adds over rows, whose scales differ"
+    if layer.convolution and x.node.meta["val"].dim() != layer.weight.meta["val"].dim():
+        return "a convolution without a batch axis"
+    return None
+
+
+class _Inputs:
+    """A body's quantized inputs in the form that kernels take, each made once."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._made: dict[Any, tuple[fx.Node, ...]] = {}
+
+    def unsigned(self, x: qdq.Activation, rank: int) -> tuple[fx.Node, ...]:
+        """Return unsigned numbers of at least four axes and their zero point."""
+        key = x.quantized, rank
+        if key not in self._made:
+            graph = self._gm.graph
+            source, zero = x.source, x.zero
+            with graph.inserting_before(x.quantized):
+                zero = g.call(graph, aten.add.Tensor, zero, _UNSIGNED)
+                if rank == 3:
+                    source = g.call(graph, aten.unsqueeze.default, source, 2)
+                limits = (x.scale, zero, 0, 255, torch.uint8)
+                quantize = qd.quantize_per_tensor.tensor
+                self._made[key] = g.call(graph, quantize, source, *limits), zero
+        return self._made[key]
+
+    def rows(self, x: qdq.Activation) -> tuple[fx.Node, ...]:
+        """Return the numbers of rows that have scales of their own, in plain operators."""
+        if x.quantized not in self._made:
+            graph = self._gm.graph
+            with graph.inserting_before(x.quantized):
+                wide = args(x.quantized)[0]
+                inverse = g.call(graph, aten.reciprocal.default, x.scale)
+                scaled = g.call(graph, aten.mul.Tensor, wide, inverse)
+                whole = g.call(graph, aten.round.default, scaled)
+                inside = g.call(graph, aten.clamp.default, whole, -128, 127)
+                q = g.call(graph, aten._to_copy.default, inside, dtype=torch.int8)
+                self._made[x.quantized] = (q,)
+        return self._made[x.quantized]
+
+
+def _linear(
+    graph: fx.Graph,
+    layer: qdq.Layer,
+    weight: qdq.Weight,
+    x: qdq.Activation,
+    inputs: _Inputs,
+    post: _Post,
+) -> fx.Node:
+    shape, dtype = x.node.meta["val"].shape, layer.node.meta["val"].dtype
+    rows = [math.prod(shape[:-1]), shape[-1]]
+    packed = _packed(graph, onednn.qlinear_prepack.default, weight.values, rows)
+    zeros = _zeros(graph, weight)
+    if not x.rows:
+        given: tuple[Any, ...] = (x.quantized, x.scale, x.zero, packed, weight.scales, zeros)
+        end: tuple[Any, ...] = (_bias(graph, layer), 1.0, 0, _computed(dtype), *post)
+        result = g.call(graph, onednn.qlinear_pointwise.tensor, *given, *end, like=layer.node)
+        return _in(graph, result, dtype)
+    (q,) = inputs.rows(x)
+    one = _full(graph, [1], 1.0, torch.float32)
+    none = _full(graph, [1], 0, torch.int32)
+    given = (q, one, none, packed, weight.scales, zeros)
+    end = (None, 1.0, 0, torch.float32, *post)
+    product = g.call(graph, onednn.qlinear_pointwise.tensor, *given, *end, like=layer.node)
+    result = g.call(graph, aten.mul.Tensor, product, x.scale)
+    if layer.bias is not None:
+        result = g.call(graph, aten.add.Tensor, result, _bias(graph, layer))
+    return _in(graph, result, dtype)
+
+
+def _convolution(
+    graph: fx.Graph,
+    layer: qdq.Layer,
+    weight: qdq.Weight,
+    x: qdq.Activation,
+    inputs: _Inputs,
+    post: _Post,
+) -> fx.Node:
+    rank, dtype = layer.weight.meta["val"].dim(), layer.node.meta["val"].dtype
+    geometry = _geometry(layer)
+    values = weight.values
+    if rank == 3:  # kernels have two axes or more
+        values = g.call(graph, aten.unsqueeze.default, values, 2)
+    q, zero = inputs.unsigned(x, rank)
+    given = (values, weight.scales, 1.0, _UNSIGNED, *geometry, list(q.meta["val"].shape))
+    packed = _packed(graph, onednn.qconv_prepack.default, *given)
+    taken = (q, x.scale, zero, packed, weight.scales, _zeros(graph, weight), _bias(graph, layer))
+    end: tuple[Any, ...] = (*geometry, 1.0, 0, _computed(dtype), *post)
+    result = g.call(graph, onednn.qconv_pointwise.tensor, *taken, *end, like=layer.node)
+    if rank == 3:
+        result = g.call(graph, aten.squeeze.dim, result, 2)
+    return _in(graph, result, dtype)
+
+
+def _packs(layer: qdq.Layer) -> bool:
+    """Tell whether a layer on floats has a kernel that takes a packed weight."""
+    weight, dtype = layer.weight.meta["val"], layer.node.meta["val"].dtype
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return False
+    return not layer.convolution or weight.dim() == layer.x.meta["val"].dim() == 4
+
+
+def _activated(layer: qdq.Layer, x: qdq.Activation) -> tuple[fx.Node, _Post]:
+    """Return the activation function that follows a layer, or the layer, and what a kernel does."""
+    users, dtype = list(layer.node.users), layer.node.meta["val"].dtype
+    if len(users) == 1 and not x.rows and dtype == _computed(dtype):
+        if calls(users[0], aten.gelu.default):
+            return users[0], ("gelu", [], argument(users[0], 1, "approximate", "none"))
+        if calls(users[0], aten.silu.default):
+            return users[0], ("swish", [], "")
+    return layer.node, _NO_POST
+
+
+def _float(graph: fx.Graph, layer: qdq.Layer) -> fx.Node:
+    shape, like = layer.x.meta["val"].shape, layer.node
+    end = _NO_POST
+    if not layer.convolution:
+        rows = math.prod(shape[:-1])
+        packed = _packed(graph, mkldnn._reorder_linear_weight.default, layer.weight, rows)
+        given: tuple[Any, ...] = (layer.x, packed, layer.bias)
+        return g.call(graph, mkldnn._linear_pointwise.default, *given, *end, like=like)
+    stride, padding, dilation, groups = _geometry(layer)
+    geometry = (padding, stride, dilation, groups)
+    target = mkldnn._reorder_convolution_weight.default
+    packed = _packed(graph, target, layer.weight, *geometry, list(shape))
+    given = (layer.x, packed, layer.bias, *geometry)
+    return g.call(graph, mkldnn._convolution_pointwise.default, *given, *end, like=like)
+
+
+def _geometry(layer: qdq.Layer) -> tuple[list[int], list[int], list[int], int]:
+    """Return a convolution's strides, paddings, dilations and groups."""
+    count = layer.weight.meta["val"].dim() - 2
+    stride, padding, dilation = (
+        _spread(argument(layer.node, at, name, default), count, default)
+        for at, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    )
+    return stride, padding, dilation, argument(layer.node, 6, "groups", 1)
+
+
+def _spread(sizes: Any, count: int, default: int) -> list[int]:
+    """Return a size for each axis; one axis gets another in front, which nothing happens to."""
+    given = [sizes] if isinstance(sizes, int) else list(sizes)
+    spread = given * count if len(given) == 1 else given
+    return spread if count > 1 else [default, *spread]
+
+
+def _packed(graph: fx.Graph, target: Any, values: fx.Node, *given: Any) -> fx.Node:
+    """Insert a packed weight. To a graph it is a plain tensor; how it lies is for kernels alone."""
+    node = graph.call_function(target, (values, *given))
+    shape = values.meta["val"]
+    with g.FAKE:
+        turned = target is onednn.qlinear_prepack.default
+        node.meta["val"] = torch.empty_like(shape).t() if turned else torch.empty_like(shape)
+    return node
+
+
+def _zeros(graph: fx.Graph, weight: qdq.Weight) -> fx.Node:
+    return _full(graph, list(weight.scales.meta["val"].shape), 0, torch.int32)
+
+
+def _full(graph: fx.Graph, shape: list[int], value: float, dtype: torch.dtype) -> fx.Node:
+    return g.call(graph, aten.full.default, shape, value, dtype=dtype)
+
+
+def _bias(graph: fx.Graph, layer: qdq.Layer) -> fx.Node | None:
+    return layer.bias if layer.bias is None else _in(graph, layer.bias, torch.float32)
+
+
+def _in(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    return g.call(graph, aten._to_copy.default, node, dtype=dtype)
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that a kernel is to give results in: it lacks some."""
+    return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+
+
+def _restore_layouts(gm: fx.GraphModule, before: list[Tensor]) -> None:
+    """Give outputs the memory layout that they had: who reads them counts on it."""
+    outputs = g.outputs(gm)
+    for index, (node, value) in enumerate(zip(outputs, before, strict=True)):
+        if node.meta["val"].stride() == value.stride():
+            continue
+        stride = value.stride()
+        order = sorted(range(value.dim()), key=lambda axis: -stride[axis])
+        back = sorted(range(value.dim()), key=order.__getitem__)
+        with gm.graph.inserting_before(g.output_node(gm)):
+            turned = g.call(gm.graph, aten.permute.default, node, order)
+            form = torch.contiguous_format
+            copy = g.call(gm.graph, aten.clone.default, turned, memory_format=form)
+            outputs[index] = g.call(gm.graph, aten.permute.default, copy, back)
+    g.set_outputs(gm, outputs)
+
+
+# The setup
+
+
+def _move(name: str, gm: fx.GraphModule, known: set[fx.Node], setup: Setup) -> list[fx.Node]:
+    """Move what follows from stored tensors alone into the setup; return its results there.
+
+    That is what widens quantized weights, and of what is not among the `known` nodes everything,
+    with what these read.
+    """
+    constant: set[fx.Node] = set()
+    needs: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if is_pure(node) and constant.issuperset(node.all_input_nodes):
+            constant.add(node)
+            is_new = not known.issuperset([node, *node.users])
+            begins = node.op != "get_attr" and (is_new or qdq.is_stored_small(node))
+            if begins or not needs.isdisjoint(node.all_input_nodes):
+                needs.add(node)
+    ends = [n for n in gm.graph.nodes if n in needs and not constant.issuperset(n.users)]
+    above = g.ancestors(ends)
+    env: dict[fx.Node, fx.Node] = {}
+    g.copy_nodes([n for n in gm.graph.nodes if n in above], gm, setup.gm, env)
+    for node in above:
+        if node.op == "get_attr":
+            setup.sources.setdefault(str(env[node].target), (name, str(node.target)))
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    for index, node in enumerate(ends):
+        with gm.graph.inserting_before(first):
+            taken = gm.graph.placeholder(f"setup_{index}")
+        taken.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(taken)
+    g.prune_unused(gm)
+    gm.recompile()
+    return [env[node] for node in ends]
+
+
+# The compiler
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Let the compiler take packed weights that are arguments; its own rules want constants."""
+    from torch._inductor import lowering, mkldnn_ir
+
+    rules = {onednn.qlinear_pointwise.tensor: _rule(mkldnn_ir.QLinearPointwisePT2E, 3)}
+    products = ((mkldnn_ir.LinearUnary, 1, "default"), (mkldnn_ir.LinearBinary, 2, "binary"))
+    for kernel, at, overload in products:
+        target = getattr(mkldnn._linear_pointwise, overload)
+        if target in lowering.lowerings:
+            rules[target] = _rule(kernel, at, lowering.lowerings[target])
+    with mock.patch.dict(lowering.lowerings, rules):
+        yield
+
+
+def _rule(kernel: Any, at: int, known: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Return how the compiler is to call a kernel on matrices.
+
+    Args:
+        kernel: The compiler's class for it.
+        at: Which argument is the weight.
+        known: The compiler's own rule, for weights that are constants.
+    """
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import view
+    from torch._inductor.virtualized import V
+
+    def lower_call(x: Any, *given: Any) -> Any:
+        if known is not None and given[at - 1].get_name() in V.graph.constants:
+            return known(x, *given)
+        sizes = x.get_size()
+        matrices = [x, *given[: at - 1]] if known is not None else [x]
+        flat = [view(m, [-1, m.get_size()[-1]]) if len(sizes) != 2 else m for m in matrices]
+        result = TensorBox.create(kernel.create(*flat, *given[len(matrices) - 1 :]))
+        return view(result, [*sizes[:-1], result.get_size()[-1]]) if len(sizes) != 2 else result
+
+    return lower_call

@@ -1,0 +1,395 @@
+"""Writes Q/DQ into the bodies of a program; which layer gets which format is others' choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from diffopt import adaround, calibrate, qdq, ranges, tables, tags, weights
+from diffopt import graph as g
+from diffopt.errors import DiffoptError
+from diffopt.program import Program
+from diffopt.rewrite import args, stored
+from diffopt.shared import Shared
+from diffopt.spec import suggest
+
+aten = torch.ops.aten
+
+Activations = Literal["static", "dynamic", "rows", "none"]
+
+CALLS = 64
+"""On how many calls of the denoiser rounding is learned."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a layer is quantized.
+
+    Attributes:
+        number: What its weight is stored as.
+        activations: Where its input's scales come from; "none": the input is not quantized.
+        group: How many weights of a row share a scale; None: all of an output.
+    """
+
+    number: qdq.Number
+    activations: Activations
+    group: int | None = None
+
+    @property
+    def input(self) -> qdq.Number:
+        """What its input is quantized to, if it is."""
+        return "fp8" if self.number == "fp8" else "int8"
+
+    def for_layer(self, layer: qdq.Layer) -> Format:
+        """Return the format as far as a layer can have it.
+
+        Convolutions have no rows, and groups have to fit into what an output has of weights.
+        """
+        rows = self.activations == "rows" and layer.convolution
+        fits = self.group is not None and layer.weight.meta["val"][0].numel() % self.group == 0
+        return Format(
+            self.number, "dynamic" if rows else self.activations, self.group if fits else None
+        )
+
+    def __str__(self) -> str:
+        weights = self.number if self.group is None else f"{self.number} by {self.group}"
+        return weights if self.activations == "none" else f"{weights}, {self.activations}"
+
+
+Formats = dict[str, dict[fx.Node, Format]]
+"""Of layers' nodes, by component."""
+
+Range = Callable[[fx.Node, int], tuple[float, float]]
+"""Returns the range that a value has in a step (or in its group of steps)."""
+
+
+def module(layer: qdq.Layer) -> str:
+    """Return what the user calls a layer: the path of its module, or its node's name."""
+    return str(layer.node.meta.get("module") or layer.node.name)
+
+
+def quantize_body(
+    program: Program,
+    name: str,
+    formats: Mapping[fx.Node, Format],
+    at: Sequence[tuple[fx.Node, int]],
+    found: Range | None,
+    store: Store,
+) -> None:
+    """Quantize layers of a component in place.
+
+    Args:
+        program: Where it is.
+        name: The component.
+        formats: Of the layers to quantize, by their nodes.
+        at: Its calls, each with its step.
+        found: The ranges of inputs with static scales.
+        store: Quantizes weights; asked for the same weight again, it returns the same.
+    """
+    gm = program.components[name]
+    own = [layer for layer in qdq.layers(gm) if layer.node in formats]
+    static: dict[tuple[fx.Node, qdq.Number], int] = {}
+    for layer in own:
+        if formats[layer.node].activations == "static":
+            static.setdefault((layer.x, formats[layer.node].input), len(static))
+    rows = _Rows(program, name, list(static), at, found) if found and static else None
+    inputs: dict[tuple[fx.Node, Activations, qdq.Number], fx.Node] = {}
+    placed: dict[tuple[fx.Node, Format], fx.Node] = {}
+    for layer in own:
+        how, x = formats[layer.node], layer.x
+        with gm.graph.inserting_before(layer.node):
+            if (layer.weight, how) not in placed:
+                tensor = stored(gm, layer.weight)
+                assert tensor is not None
+                placed[layer.weight, how] = qdq.place_weight(
+                    gm, str(layer.weight.target), store(tensor, how), tensor.dtype
+                )
+            key = x, how.activations, how.input
+            if key not in inputs and how.activations != "none":
+                at_step = static.get((x, how.input)) if how.activations == "static" else None
+                given = rows.at(at_step, how.input) if rows and at_step is not None else ()
+                inputs[key] = qdq.quantize(gm, x, how.activations, *given, number=how.input)
+        layer.node.args = (inputs.get(key, x), placed[layer.weight, how], *args(layer.node)[2:])
+
+
+class _Rows:
+    """A body's static scales and zero points: constants, or one row of a table for each call."""
+
+    def __init__(
+        self,
+        program: Program,
+        name: str,
+        sites: Sequence[tuple[fx.Node, qdq.Number]],
+        at: Sequence[tuple[fx.Node, int]],
+        found: Range,
+    ) -> None:
+        self._gm = gm = program.components[name]
+        scales, zeros = [], []
+        for _, step in at:
+            pairs = [qparams(number, *found(node, step)) for node, number in sites]
+            scales.append(torch.tensor([scale for scale, _ in pairs], dtype=torch.float32))
+            zeros.append(torch.tensor([zero for _, zero in pairs], dtype=torch.int32))
+        self._nodes = []
+        for rows, what in ((scales, "scales"), (zeros, "zeros")):
+            if all(torch.equal(row, rows[0]) for row in rows):
+                with gm.graph.inserting_before(tables.first_after_arguments(gm)):
+                    self._nodes.append(g.get_attr(gm, f"input_{what}", rows[0]))
+                continue
+            node = tables.add_placeholder(gm, f"input_{what}")
+            node.meta["val"] = g.fake(rows[0])
+            tables.pass_rows(program.root, [call for call, _ in at], rows, f"{name}_{what}")
+            self._nodes.append(node)
+
+    def at(self, index: int, number: qdq.Number) -> tuple[fx.Node, ...]:
+        """Insert what a layer's input is scaled with."""
+        wanted = self._nodes[:1] if number == "fp8" else self._nodes
+        return tuple(g.call(self._gm.graph, aten.select.int, n, 0, index) for n in wanted)
+
+
+def qparams(number: qdq.Number, low: float, high: float) -> tuple[float, int]:
+    """Return the scale and zero point with which a range is quantized."""
+    if number == "fp8":
+        return max(-low, high, qdq.EPS) / qdq.FP8_MAX, 0
+    return ranges.affine(low, high)
+
+
+# What there is to quantize
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """The components to quantize.
+
+    Attributes:
+        calls: The calls of each, with their steps; 0 for those outside of the loop.
+        loop: Those that the sampling loop calls.
+        weights: Those whose weights alone are quantized.
+    """
+
+    calls: dict[str, list[tuple[fx.Node, int]]]
+    loop: list[str]
+    weights: frozenset[str]
+
+
+def choose(program: Program, wanted: Sequence[str]) -> Scope:
+    """Return the components that `wanted` means: "loop", "all", or names.
+
+    "loop" is the component that is called in several steps (of several, the one on which most is
+    spent), in all of its bodies, and what is called in front of the loop on its behalf; "all" adds
+    the weights of all others.
+    """
+    calls: dict[str, list[tuple[fx.Node, int]]] = {}
+    spent: dict[str, int] = {}
+    steps: dict[str, set[int]] = {}
+    source: dict[str, str | None] = {}
+    for call in program.calls():
+        name, tag = str(call.target), tags.tag(call)
+        calls.setdefault(name, []).append((call, tag.step if tag else 0))
+        source[name] = tag.component if tag else None
+        if tag:
+            cost = g.flops(program.components[name])
+            spent[tag.component] = spent.get(tag.component, 0) + cost
+            steps.setdefault(tag.component, set()).add(tag.step)
+    # A small denoiser may cost less than what decodes its result once.
+    heaviest = max(spent, key=lambda c: (len(steps[c]) > 1, spent[c]), default=None)
+    loop = [name for name in calls if source[name] == heaviest]
+    before = [name for name in calls if source[name] is None and heaviest is not None]
+    if tuple(wanted) == ("loop",):
+        chosen, weights = [*before, *loop], before
+    elif tuple(wanted) == ("all",):
+        chosen, weights = list(calls), [name for name in calls if name not in loop]
+    else:
+        for name in wanted:
+            if name not in calls:
+                raise DiffoptError(f"there is no component '{name}'{suggest(name, calls)}")
+        chosen, weights = list(wanted), []
+    own = {name: calls[name] for name in calls if name in chosen}
+    return Scope(own, [name for name in loop if name in own], frozenset(weights))
+
+
+def keep_steps(program: Program, scope: Scope, steps: Collection[int]) -> Scope:
+    """Let the loop's calls of some steps go to bodies that stay as they are; return the others."""
+    calls = dict(scope.calls)
+    for name in scope.loop:
+        kept = [call for call, step in calls[name] if step in steps]
+        if not kept:
+            continue
+        copy = program.add_component(f"{name}_kept", g.clone(program.components[name]))
+        for call in kept:
+            call.target = copy
+        calls[name] = [(call, step) for call, step in calls[name] if step not in steps]
+    return Scope(calls, scope.loop, scope.weights)
+
+
+def by_step(scope: Scope) -> dict[tuple[int, int], fx.Node]:
+    """Return the calls whose inputs are watched, each by its step and a number of its own."""
+    watched = [at for name, own in scope.calls.items() if name not in scope.weights for at in own]
+    return {(step, number): call for number, (call, step) in enumerate(watched)}
+
+
+def ends(program: Program, scope: Scope) -> list[Tensor]:
+    """Return the weights of the first layers that see the latents, and of the last ones.
+
+    They read and make what the sampler works on, are small, and lose most by rounding.
+    """
+    found: list[Tensor] = []
+    late = g.descendants(call for name in scope.loop for call, _ in scope.calls[name])
+    bodies = sorted(scope.loop, key=lambda n: g.flops(program.components[n]))
+    for name in bodies[-1:]:  # bodies with less in them begin and end inside of it
+        gm = program.components[name]
+        given = [call.args for call, _ in scope.calls[name]]
+        takes = enumerate(g.placeholders(gm))
+        seen = g.descendants(n for i, n in takes if any(own[i] in late for own in given))
+        layers = [layer for layer in qdq.layers(gm) if layer.node in seen]
+        nodes = {layer.node for layer in layers}
+        for layer in layers:
+            is_first = not nodes & (g.ancestors([layer.node]) - {layer.node})
+            is_last = not nodes & (g.descendants([layer.node]) - {layer.node})
+            tensor = stored(gm, layer.weight)
+            if (is_first or is_last) and tensor is not None:
+                found.append(tensor)
+    return found
+
+
+class Store:
+    """Quantizes weights, each once, however many bodies use it.
+
+    Attributes:
+        scale: How the ranges of weights are chosen.
+        before: Bytes of the weights that were quantized.
+        after: What they take now.
+    """
+
+    def __init__(self, scale: weights.Scale, is_wide: bool = True) -> None:
+        """Choose how.
+
+        Args:
+            scale: How the ranges of weights are chosen.
+            is_wide: Whether weights in groups are rounded again for kernels for integers.
+        """
+        self.before = self.after = 0
+        self.scale = scale
+        self._is_wide = is_wide
+        self._shared = Shared()
+        self._better: dict[int, tuple[Tensor, qdq.Packed]] = {}
+
+    def prefer(self, tensor: Tensor, packed: qdq.Packed) -> None:
+        """Take these numbers for a weight, in place of the nearest ones."""
+        self._better[id(tensor)] = tensor, packed
+
+    def __call__(self, tensor: Tensor, how: Format) -> qdq.Packed:
+        """Return a weight [out, in, …] in a format."""
+        is_wide = how.activations != "none" and how.number != "fp8" and how.group is not None
+        key = how.number, how.group, is_wide and self._is_wide
+        return self._shared.get(tensor, key, lambda: self._make(tensor, *key))
+
+    def _make(
+        self, tensor: Tensor, number: qdq.Number, group: int | None, is_wide: bool
+    ) -> qdq.Packed:
+        if id(tensor) in self._better:
+            packed = self._better[id(tensor)][1]
+        else:
+            plain = tensor.detach().float()
+            packed = weights.quantize_weight(plain, number, group, self.scale)
+        if is_wide:
+            most = weights.dequantized(packed).flatten(1).abs().amax(1)
+            packed = replace(packed, wide=most.clamp_min(qdq.EPS) / qdq.LIMITS["int8"][1])
+        self.before += tensor.nbytes
+        self.after += packed.bytes
+        return packed
+
+
+# Calibration
+
+
+def calibrated(
+    program: Program,
+    scope: Scope,
+    formats: Formats,
+    inputs: Sequence[Sequence[Tensor]],
+    observer: ranges.Observer,
+    groups: int,
+    report: Callable[[str, float | None], None],
+) -> tuple[dict[str, Range], dict[str, list[list[int]]]]:
+    """Return the ranges of what layers with static scales read, and the groups of steps of each.
+
+    Args:
+        program: Where the layers are.
+        scope: The components' calls.
+        formats: Of the layers.
+        inputs: The flat inputs of requests.
+        observer: How a range is chosen.
+        groups: How many groups of steps have their own; 0: as many as differ.
+        report: Called with what is being done and the fraction done.
+    """
+    sites: dict[str, dict[fx.Node, str]] = {}
+    for name, own in formats.items():
+        for layer in qdq.layers(program.components[name]):
+            if layer.node in own and own[layer.node].activations == "static":
+                sites.setdefault(name, {})[layer.x] = f"{name}.{module(layer)}"
+    if not sites:
+        return {}, {}
+    every = {node: text for own in sites.values() for node, text in own.items()}
+    found = ranges.measure(program, by_step(scope), inputs, every, observer, report)
+    made: dict[str, Range] = {}
+    grouped: dict[str, list[list[int]]] = {}
+    for name, nodes in sites.items():
+        steps = sorted({step for _, step in scope.calls[name]})
+        grouped[name] = ranges.group_steps([found[node] for node in nodes], steps, groups)
+        made[name] = _by_group(found, grouped[name])
+    return made, grouped
+
+
+def _by_group(found: Mapping[fx.Node, ranges.Ranges], groups: list[list[int]]) -> Range:
+    group = {step: members for members in groups for step in members}
+    return lambda node, step: found[node].over(group[step])
+
+
+def learn_rounding(
+    program: Program,
+    scope: Scope,
+    formats: Formats,
+    found: Mapping[str, Range],
+    inputs: Sequence[Sequence[Tensor]],
+    store: Store,
+    seed: int,
+    report: Callable[[str, float | None], None],
+) -> int:
+    """Let `store` have better numbers than the nearest; return of how many layers.
+
+    They are learned on the body on which most is spent; others share its weights.
+    """
+    names = [name for name in scope.loop if name in formats]
+    name = max(names, key=lambda n: g.flops(program.components[n]), default=None)
+    if name is None:
+        return 0
+    body, trial = program.components[name], program.clone()
+    copy, root = (
+        {n.name: n for n in gm.graph.nodes} for gm in (trial.components[name], trial.root)
+    )
+    own = {copy[node.name]: how for node, how in formats[name].items()}
+    at = [(root[call.name], step) for call, step in scope.calls[name]]
+    original = {copy[node.name]: node for node in body.graph.nodes}
+    given = found.get(name)
+
+    def here(node: fx.Node, step: int) -> tuple[float, float]:
+        assert given is not None
+        return given(original[node], step)
+
+    plain = Store(store.scale, is_wide=False)
+    quantize_body(trial, name, own, at, here, plain)
+    trial.refresh()
+    steps = {(step, number): call for number, (call, step) in enumerate(at)}
+    visits = [v for tensors in inputs for v in calibrate.steps(trial, steps, tensors)]
+    stride = -(-len(visits) // CALLS)
+    samples = [visit.arguments for visit in visits[::stride]]
+    better = adaround.reconstruct(body, trial.components[name], samples, seed=seed, report=report)
+    for layer in qdq.layers(body):
+        tensor = stored(body, layer.weight)
+        if layer.node.name in better and tensor is not None:
+            store.prefer(tensor, better[layer.node.name])
+    return len(better)

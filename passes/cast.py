@@ -1,0 +1,135 @@
+"""Compute in bfloat16 or float16, but for islands that measurements say should stay in float32.
+
+Before:
+
+    %x: float32[2,8]
+    %1: float32[8,8] = weight
+    %2: float32[2,8] = aten.linear(%x, %1)
+    %3: float32[2,8] = aten.layer_norm(%2, [8])
+    %4: float32[2,8] = aten.linear(%3, %1)
+    return %4
+
+After `cast(bf16,islands=norms)`:
+
+    %x: float32[2,8]
+    %1: bfloat16[2,8] = aten._to_copy(%x, dtype=bfloat16)
+    %2: bfloat16[8,8] = weight
+    %3: bfloat16[2,8] = aten.linear(%1, %2)
+    %4: float32[2,8] = aten._to_copy(%3, dtype=float32)
+    %5: float32[2,8] = aten.layer_norm(%4, [8])
+    %6: bfloat16[2,8] = aten._to_copy(%5, dtype=bfloat16)
+    %7: bfloat16[2,8] = aten.linear(%6, %2)
+    %8: float32[2,8] = aten._to_copy(%7, dtype=float32)
+    return %8
+
+Layers and what reads their values change; the pipeline graph, what only leads up to layers or comes
+after the last one, float64 and integers do not (see `diffopt.precision` for the terms). Components
+take and return float32, but for values that go from component to component alone. With
+`islands=auto` each component runs on a few of its calls, as a whole in the low type and with each
+kind of island in float32, and a kind stays that takes at least `share` off the squared error.
+
+Not rewritten when
+- a component has no layers, or one that computes in 16 bits already;
+- values of a component overflow the type wherever its islands are;
+- an operator has no kernel for the type: it stays in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from diffopt.casting import Weights, cast_body, update_calls
+from diffopt.core import Context, Pass, option
+from diffopt.crossings import find_crossings
+from diffopt.errors import DiffoptError
+from diffopt.precision import Cut, halves, islands, layers, timed_arguments
+from diffopt.program import Program
+from diffopt.requests import requests
+from diffopt.trials import Chosen, Trial, choose, record
+
+Islands = Literal["auto", "none", "norms", "softmax", "time", "output"]
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Cast(Pass):
+    """Compute in bfloat16 or float16, with islands in float32."""
+
+    exact = False
+
+    dtype: Literal["bf16", "fp16"] = option("bf16", "what to compute in")
+    islands: tuple[Islands, ...] = option(
+        ("auto",), "what stays in float32: auto, none, or of norms, softmax, time, output"
+    )
+    share: float = option(0.1, "least part of the squared error that an island of auto takes away")
+    calls: int = option(4, "calls of each component to measure on, spread over the steps")
+    budget: float | None = option(None, "largest relative error that the pass may add")
+
+    def __post_init__(self) -> None:
+        alone = {"auto", "none"} & set(self.islands)
+        if not self.islands or (alone and len(self.islands) > 1):
+            raise DiffoptError(
+                f"cast has islands={','.join(self.islands)}; write auto, none or kinds of islands,"
+                " as in cast(bf16,islands=norms,output)"
+            )
+        if self.calls < 1 or not 0 < self.share <= 1:
+            raise DiffoptError("cast wants calls >= 1 and 0 < share <= 1")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Choose islands for each component, and rewrite it."""
+        low = _TYPES[self.dtype]
+        cuts = self._cuts(program, low, ctx)
+        if not cuts:
+            return
+        find_crossings(program, cuts)
+        weights = Weights(low)
+        (inputs,) = requests(program, ctx.prompts, 1, ctx.seed)
+        ctx.progress("cast: running the program in float32")
+        seen = record(program, cuts, inputs, self.calls)
+        for number, name in enumerate(list(cuts)):
+            ctx.progress(f"cast: measuring {name}", number / len(cuts))
+            found = self._choose(program, name, cuts[name], seen.pop(name), weights)
+            if found.reason:
+                ctx.skip(name, found.reason)
+                del cuts[name]
+                continue
+            for node, reason in found.unsupported.items():
+                ctx.skip(f"{name}.{node}", f"stays in float32: {reason}")
+            ctx.note(name, _note(found))
+        find_crossings(program, cuts)
+        for name, cut in cuts.items():
+            program.root._modules[name] = cast_body(cut, weights)
+        update_calls(program)
+
+    def _cuts(self, program: Program, low: torch.dtype, ctx: Context) -> dict[str, Cut]:
+        cuts = {}
+        for name, body in program.components.items():
+            already = halves(body)
+            if not layers(body):
+                ctx.skip(name, "has no layers, nothing would be faster")
+            elif already is not None:
+                ctx.skip(name, f"computes in {str(already).removeprefix('torch.')} already")
+            elif program.calls(name):
+                cuts[name] = Cut(body, low)
+        return cuts
+
+    def _choose(
+        self, program: Program, name: str, cut: Cut, calls: list[list[torch.Tensor]], made: Weights
+    ) -> Chosen:
+        kinds = islands(cut, timed_arguments(program, name))
+        fixed = None if self.islands == ("auto",) else [k for k in kinds if k in self.islands]
+        return choose(Trial(cut, calls, made), kinds, fixed, self.share)
+
+
+def _note(found: Chosen) -> dict[str, Any]:
+    shares = {kind: round(share, 3) for kind, share in found.shares.items()}
+    return {
+        "islands": list(found.kinds),
+        "share of the squared error": shares,
+        "relative error": float(f"{found.error**0.5:.3g}"),
+        "without islands": float(f"{found.without**0.5:.3g}"),
+    }

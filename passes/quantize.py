@@ -1,0 +1,264 @@
+"""Quantize what layers read and their weights, with scales that follow the sampling steps.
+
+Before:
+
+    %1: float32[4,16] = aten.linear(%x, %w, %b)
+
+After `quantize(int8)`, where `%input_scales` and `%input_zeros` are the step's rows of two tables:
+
+    %5: int8[4,8] = quantized_decomposed.quantize_per_tensor.tensor(%x, %scale, %zero, -128, 127, …)
+    %6: float32[4,8] = quantized_decomposed.dequantize_per_tensor.tensor(%5, %scale, %zero, …)
+    %9: float32[16,8] = quantized_decomposed.dequantize_per_channel(%w_int8, %w_scales, None, 0, …)
+    %10: float32[4,16] = aten.linear(%6, %9, %b)
+
+The first word is the format of the weights: int8, int4 or fp8 (E4M3). `activations` says where the
+scales of what layers read come from: `static` ones are calibrated over the whole trajectory and
+both guidance branches, for groups of steps whose ranges are alike; `dynamic` ones are computed from
+the tensor, and `rows` from each row of it; `none` leaves activations alone. Layers of the sampling
+loop are quantized like that; those in front of it (which `hoist` moved there) have their weights
+quantized alone. What the layers compute in stays what it was: run `cast(bf16)` for the rest.
+
+With `auto` each layer gets the format that costs least (`goal`) of those in `formats`, with its
+input quantized or not, such that the error on requests that calibration has not seen is within the
+budget.
+
+A layer that reads a concatenation is split, so that each operand has scales of its own
+(Q-Diffusion). Weights of 4 bits have a scale for each group of 64 inputs, and kernels for integers
+get them rounded to int8 again.
+
+Not rewritten when
+- a layer's module matches `skip`, or none of `layers`;
+- it is the first or the last of the denoiser, unless `ends`;
+- its step is one of `keep`: those steps keep their weights as they were, beside the quantized ones;
+- its weight is computed, or a layer's type is none of linear and conv1d to conv3d.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, fx
+
+from diffopt import automatic, qdq, quantizer, ranges, rewrite, transforms
+from diffopt.core import Context, Pass, option
+from diffopt.errors import DiffoptError
+from diffopt.program import Program
+from diffopt.quantizer import Activations, Format, Formats, Range, Scope, Store, choose
+from diffopt.requests import requests
+from diffopt.shared import Shared
+from diffopt.simulate import Simulator
+from diffopt.spec import suggest
+
+INT4_GROUP = 64
+HELD_SEED = 1 << 20
+"""How far the seeds of requests that formats are tried on are from those of calibration."""
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Quantize weights and activations of layers, by step."""
+
+    exact = False
+
+    format: Literal["int8", "int4", "fp8", "auto"] = option(
+        "int8", "what weights are stored as; auto: chosen for each layer, within the budget"
+    )
+    activations: Activations = option(  # noqa: RUF009 (a string)
+        "static", "where scales of inputs come from: static, dynamic, rows (tokens), none"
+    )
+    group: int | None = option(
+        None, "inputs that share a weight scale; 0: all. By default 64 for int4, else all"
+    )
+    keep: tuple[str, ...] = option((), "steps that are not quantized: first:2,last:2,7")
+    layers: tuple[str, ...] = option(("*",), "patterns of the modules to quantize")
+    skip: tuple[str, ...] = option((), "patterns of modules to leave alone")
+    ends: bool = option(False, "quantize the first and the last layers as well")
+    split: bool = option(True, "give operands of a concatenation layers of their own")
+    observer: ranges.Observer = option(  # noqa: RUF009 (a string)
+        "minmax", "how static ranges are chosen: minmax, percentile, mse, entropy"
+    )
+    groups: int = option(0, "groups of steps with ranges of their own; 0: as many as differ")
+    scale: Literal["max", "mse"] = option("mse", "how weight scales are chosen")
+    smooth: bool = option(False, "move the range of inputs into weights (SmoothQuant)")
+    rank: int = option(0, "of a branch beside each layer, for what is hard to round (SVDQuant)")
+    rounding: Literal["nearest", "adaround"] = option(
+        "nearest", "adaround learns, block by block, which weights to round up (BRECQ)"
+    )
+    samples: int = option(8, "requests to calibrate with")
+    components: tuple[str, ...] = option(
+        ("loop",), "loop; all: weights of the others too; or names of components"
+    )
+    budget: float | None = option(
+        None, "largest relative error that the pass may add; auto: 0.02 by default"
+    )
+    formats: tuple[str, ...] = option(("int8", "int4"), "what auto chooses from")
+    goal: automatic.Goal = option(  # noqa: RUF009 (a string)
+        "both", "what auto makes little of: size, speed, both"
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.group or 0, self.groups, self.samples, self.budget or 0) < 0:
+            raise DiffoptError("quantize wants group, groups, samples and budget to be 0 or more")
+        if self.format == "fp8" and self.group:
+            raise DiffoptError("fp8 weights have a scale for each output: leave group out")
+        if self.activations == "static" and self.samples == 0:
+            raise DiffoptError(
+                "static scales are calibrated: ask for samples=1 or more, or write"
+                " activations=dynamic"
+            )
+        if self.format == "auto" and self.samples == 0:
+            raise DiffoptError("auto measures what formats cost: ask for samples=1 or more")
+        automatic.columns(self.formats, self.activations)
+        for text in self.keep:
+            read_steps(text, 1 << 30)
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Choose layers, make them easier to quantize, calibrate, and write Q/DQ."""
+        scope = choose(program, self.components)
+        shared, store, report = Shared(), Store(self.scale), ctx.progress
+        notes: dict[str, Any] = {}
+        if self.split:
+            bodies = [program.components[name] for name in scope.loop]
+            notes["layers split"] = sum(transforms.split_concats(gm, shared) for gm in bodies)
+        formats = self._formats(program, scope, ctx)
+        scope = quantizer.keep_steps(program, scope, self._kept(scope))
+        needs = self.activations == "static" or self.smooth or self.rounding != "nearest"
+        needs |= self.format == "auto"
+        inputs = requests(program, ctx.prompts, self.samples, ctx.seed) if needs else []
+        if self.smooth:
+            notes["layers smoothed"] = transforms.smooth_layers(
+                program, scope, formats, inputs, self.scale, shared, report
+            )
+        if self.rank:
+            notes["branches"] = transforms.branch_layers(
+                program, scope, formats, self.rank, self.scale, shared, report
+            )
+        found, groups = quantizer.calibrated(
+            program, scope, formats, inputs, self.observer, self.groups, report
+        )
+        if self.format == "auto":
+            formats, notes["auto"] = self._chosen(program, scope, formats, found, inputs, ctx)
+        if self.rounding == "adaround":
+            notes["rounding learned"] = quantizer.learn_rounding(
+                program, scope, formats, found, inputs, store, ctx.seed, report
+            )
+        for name, own in formats.items():
+            at = scope.calls[name]
+            quantizer.quantize_body(program, name, own, at, found.get(name), store)
+        notes["layers"] = {name: len(own) for name, own in formats.items()}
+        notes["groups of steps"] = {n: [len(group) for group in own] for n, own in groups.items()}
+        notes["weight bytes"] = {"before": store.before, "after": store.after}
+        for what, value in notes.items():
+            if value:
+                ctx.note(what, value)
+
+    def _chosen(
+        self,
+        program: Program,
+        scope: Scope,
+        formats: Formats,
+        found: Mapping[str, Range],
+        inputs: Sequence[Sequence[Tensor]],
+        ctx: Context,
+    ) -> tuple[Formats, dict[str, Any]]:
+        """Return the formats of layers within the budget, and what they were chosen by."""
+        store = Store(self.scale)
+        held = requests(program, ctx.prompts, automatic.HELD, ctx.seed + HELD_SEED)
+        return automatic.choose(
+            Simulator(program, scope, found, store),
+            {name: list(own) for name, own in formats.items()},
+            automatic.columns(self.formats, self.activations, self.group),
+            self.goal,
+            automatic.BUDGET if ctx.budget is None else ctx.budget,
+            inputs[: automatic.FEW],
+            [list(ctx.inputs), *held],
+            store,
+            ctx.progress,
+        )
+
+    def _kept(self, scope: Scope) -> set[int]:
+        """Return the steps that stay as they are."""
+        steps = sorted({step for name in scope.loop for _, step in scope.calls[name]})
+        kept = {steps[i] for text in self.keep for i in read_steps(text, len(steps))}
+        if steps and kept == set(steps):
+            raise DiffoptError(f"keep={','.join(self.keep)} leaves no step to quantize")
+        return kept
+
+    def _formats(self, program: Program, scope: Scope, ctx: Context) -> Formats:
+        """Return the format of each layer to quantize, by component."""
+        ends = [] if self.ends else quantizer.ends(program, scope)
+        used: set[str] = set()
+        formats: Formats = {}
+        for name in scope.calls:
+            body, own = program.components[name], dict[fx.Node, Format]()
+            for layer in qdq.layers(body):
+                path = f"{name}.{quantizer.module(layer)}"
+                wanted = _matching(path, self.layers)
+                unwanted = _matching(path, self.skip)
+                used |= wanted | unwanted
+                if unwanted or not wanted:
+                    continue
+                if layer.weight.op != "get_attr":
+                    ctx.skip(path, "its weight is quantized already")
+                elif name in scope.loop and any(
+                    rewrite.stored(body, layer.weight) is t for t in ends
+                ):
+                    ctx.skip(path, "one of the first or the last layers")
+                else:
+                    own[layer.node] = self._format(name in scope.weights, layer)
+            if own:
+                formats[name] = own
+        for pattern in (*self.layers, *self.skip):
+            if pattern != "*" and pattern not in used:
+                raise DiffoptError(_unmatched(pattern, program, scope))
+        if not formats:
+            raise DiffoptError(
+                f"there is no layer to quantize in {', '.join(scope.calls)}: its layers are"
+                " skipped, or quantized already"
+            )
+        return formats
+
+    def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:
+        if self.format == "auto":  # what there is to choose from has its inputs scaled like this
+            return Format("int8", "none" if weights_only else self.activations).for_layer(layer)
+        group = INT4_GROUP if self.group is None and self.format == "int4" else self.group or None
+        if group is not None:
+            row = layer.weight.meta["val"][0].numel()
+            # The largest group that divides the row: 54 where it is 9 times 96.
+            group = next((n for n in range(group, min(group, 16) - 1, -1) if row % n == 0), None)
+        how = Format(self.format, "none" if weights_only else self.activations, group)
+        return how.for_layer(layer)
+
+
+def read_steps(text: str, count: int) -> range:
+    """Return the steps that `first:2`, `last:2`, `7` or `3-6` mean, of `count`."""
+    found = re.fullmatch(r"(first|last):(\d+)|(\d+)(?:-(\d+))?", text)
+    if not found:
+        raise DiffoptError(f"keep={text}: write first:2, last:2, 7 or 3-6")
+    where, number, low, high = found.groups()
+    if where == "first":
+        return range(min(int(number), count))
+    if where == "last":
+        return range(max(0, count - int(number)), count)
+    if int(high or low) >= count:
+        raise DiffoptError(f"keep={text}: there are only the steps 0 to {count - 1}")
+    return range(int(low), int(high or low) + 1)
+
+
+def _matching(path: str, patterns: tuple[str, ...]) -> set[str]:
+    """Return the patterns that a layer's path matches, whole or behind its component's name."""
+    names = (path, path.partition(".")[2])
+    return {p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)}
+
+
+def _unmatched(pattern: str, program: Program, scope: Scope) -> str:
+    paths = [
+        quantizer.module(layer) for n in scope.calls for layer in qdq.layers(program.components[n])
+    ]
+    near = suggest(pattern, set(paths)) if len(set(paths)) <= 20 else ""
+    example = near or f"; modules are called like {paths[len(paths) // 2]}" if paths else ""
+    return f"no layer of {', '.join(scope.calls)} matches '{pattern}'{example}"

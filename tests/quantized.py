@@ -1,0 +1,118 @@
+"""Programs whose layers are quantized from the extremes of one run, for passes to work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from diffopt import graph as g
+from diffopt import qdq
+from diffopt.program import Program
+from diffopt.rewrite import stored
+
+Ranges = dict[Tensor, tuple[float, float]]
+"""The least and the largest value that the layer with a weight reads."""
+
+
+def pack(weight: Tensor, number: qdq.Number, group: int | None = None) -> qdq.Packed:
+    """Round a weight to the nearest numbers, with scales that reach its extremes."""
+    wide = weight.detach().float()
+    rows = wide.reshape(len(wide), -1, group or wide[0].numel())
+    high = qdq.FP8_MAX if number == "fp8" else float(qdq.LIMITS[number][1])
+    scales = rows.abs().amax(-1).clamp_min(1e-12) / high
+    scaled = (rows / scales[..., None]).reshape(wide.shape)
+    if number == "fp8":
+        return qdq.Packed.of(number, scaled.to(qdq.FP8), scales[:, 0])
+    values = scaled.round().clamp(*qdq.LIMITS[number]).to(torch.int8)
+    return qdq.Packed.of(number, values, scales if group else scales[:, 0], group)
+
+
+def quantized(
+    program: Program,
+    number: qdq.Number = "int8",
+    scaling: qdq.Scaling | None = "static",
+    group: int | None = None,
+    is_wanted: Callable[[qdq.Layer], bool] = lambda layer: True,
+) -> Program:
+    """Return a program whose components have quantized layers.
+
+    Args:
+        program: Stays as it is.
+        number: Of the weights; activations are "fp8" if these are and "int8" otherwise.
+        scaling: Of the activations; None leaves them alone.
+        group: See `qdq.Packed`; a layer whose rows are no multiple of it has no groups.
+        is_wanted: Says which layers to quantize.
+    """
+    made = program.clone()
+    ranges = _ranges(made) if scaling == "static" else {}
+    packed: dict[int, qdq.Packed] = {}
+    for gm in made.components.values():
+        for layer in qdq.layers(gm):
+            weight = stored(gm, layer.weight)
+            if weight is None or not is_wanted(layer):
+                continue
+            if id(weight) not in packed:
+                fits = group is not None and weight[0].numel() % group == 0
+                packed[id(weight)] = pack(weight, number, group if fits else None)
+            with gm.graph.inserting_before(layer.node):
+                _rewrite(gm, layer, packed[id(weight)], scaling, ranges.get(weight))
+    made.refresh()
+    made.verify()
+    return made
+
+
+def _rewrite(
+    gm: fx.GraphModule,
+    layer: qdq.Layer,
+    packed: qdq.Packed,
+    scaling: qdq.Scaling | None,
+    extremes: tuple[float, float] | None,
+) -> None:
+    x, name = layer.x, str(layer.weight.target)
+    if scaling is not None:
+        if scaling == "rows" and layer.convolution:
+            scaling = "dynamic"
+        given = []
+        kind: qdq.Number = "fp8" if packed.number == "fp8" else "int8"
+        if scaling == "static":
+            assert extremes is not None
+            given = [
+                g.get_attr(gm, f"{name}_{i}", t) for i, t in enumerate(_limits(*extremes, kind))
+            ]
+        x = qdq.quantize(gm, x, scaling, *given, number=kind)
+    weight = qdq.place_weight(gm, name, packed, layer.weight.meta["val"].dtype)
+    layer.node.update_arg(0, x)
+    layer.node.update_arg(1, weight)
+
+
+def _limits(low: float, high: float, number: qdq.Number) -> list[Tensor]:
+    if number == "fp8":
+        return [torch.tensor(max(-low, high, 1e-6) / qdq.FP8_MAX)]
+    low, high = min(low, 0.0), max(high, 1e-6)
+    scale = (high - low) / 255
+    return [torch.tensor(scale), torch.tensor(round(-128 - low / scale), dtype=torch.int32)]
+
+
+def _ranges(program: Program) -> Ranges:
+    """Return the extremes that each weight's layers read in one run."""
+    found: Ranges = {}
+
+    class Inner(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            layer = qdq.layer(n)
+            if layer is not None and layer.weight.op == "get_attr":
+                low, high = (float(v) for v in self.env[layer.x].aminmax())
+                before = found.get(self.env[layer.weight], (low, high))
+                found[self.env[layer.weight]] = min(low, before[0]), max(high, before[1])
+            return super().run_node(n)
+
+    class Outer(fx.Interpreter):
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return Inner(program.components[str(target)]).run(*args)
+
+    with torch.no_grad():
+        Outer(program.root).run(*program.sample_inputs())
+    return found
