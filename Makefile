@@ -1,7 +1,8 @@
 # make demo    environment, install, then the main job: optimize, run, benchmark
 # make test    the whole test suite
 # make lint    ruff and mypy
-# make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md
+# make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md;
+#              make bench-quantization: docs/quantization.md
 #
 # Another environment than .venv: make VENV=/path/to/venv test
 
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := examples/models/fashion-sd
 
-.PHONY: venv demo test lint bench bench-caching clean
+.PHONY: venv demo test lint bench bench-caching bench-quantization clean
 
 venv: $(VENV)/.installed
 
@@ -41,6 +42,9 @@ bench: venv
 
 bench-caching: venv
 	$(BIN)/python -m examples.caching
+
+bench-quantization: venv
+	$(BIN)/python -m examples.quantization
 
 clean:
 	rm -rf build dist *.egg-info fashion.engine boots.png

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -450,6 +451,9 @@ def targets(
 
 def main() -> None:
     """Run the command line; the exit code is 0, 1 (a check did not hold) or 2 (wrong input)."""
+    for name in ("torchao", "torch.utils._pytree"):
+        # What binaries torchao lacks here is of no use to whom diffusers imports it for.
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(prog_name="diffopt", standalone_mode=False)
     except DiffoptError as error:

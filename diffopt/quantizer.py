@@ -21,6 +21,8 @@ aten = torch.ops.aten
 
 Activations = Literal["static", "dynamic", "rows", "none"]
 
+LEAST_GROUP = 16
+"""A row that no group from this on divides has one scale: 54 inputs share one where 9 x 96 are."""
 CALLS = 64
 """On how many calls of the denoiser rounding is learned."""
 
@@ -45,15 +47,18 @@ class Format:
         return "fp8" if self.number == "fp8" else "int8"
 
     def for_layer(self, layer: qdq.Layer) -> Format:
-        """Return the format as far as a layer can have it.
-
-        Convolutions have no rows, and groups have to fit into what an output has of weights.
-        """
+        """Return the format as far as a layer can have it: convolutions have no rows."""
         rows = self.activations == "rows" and layer.convolution
-        fits = self.group is not None and layer.weight.meta["val"][0].numel() % self.group == 0
-        return Format(
-            self.number, "dynamic" if rows else self.activations, self.group if fits else None
-        )
+        how = replace(self, activations="dynamic") if rows else self
+        return how.that_fits(layer.weight.meta["val"])
+
+    def that_fits(self, weight: Tensor) -> Format:
+        """Return the format with the largest group of at most its own that divides a row."""
+        if self.group is None:
+            return self
+        row, least = weight[0].numel(), min(self.group, LEAST_GROUP)
+        sizes = range(self.group, least - 1, -1)
+        return replace(self, group=next((n for n in sizes if row % n == 0), None))
 
     def __str__(self) -> str:
         weights = self.number if self.group is None else f"{self.number} by {self.group}"
@@ -114,6 +119,22 @@ def quantize_body(
                 given = rows.at(at_step, how.input) if rows and at_step is not None else ()
                 inputs[key] = qdq.quantize(gm, x, how.activations, *given, number=how.input)
         layer.node.args = (inputs.get(key, x), placed[layer.weight, how], *args(layer.node)[2:])
+
+
+def quantize_tables(gm: fx.GraphModule, how: Format, store: Store) -> int:
+    """Quantize tables of embeddings, of which rows are read; return how many."""
+    count = 0
+    for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default):
+        source = args(node)[0]
+        tensor = stored(gm, source)
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        packed = store(tensor, how.that_fits(tensor))
+        with gm.graph.inserting_before(node):
+            table = qdq.place_weight(gm, str(source.target), packed, tensor.dtype)
+        node.update_arg(0, table)
+        count += 1
+    return count
 
 
 class _Rows:

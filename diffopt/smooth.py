@@ -32,7 +32,7 @@ class Smoothing:
     Attributes:
         scales: s of each input channel; None: no s is better than 1.
         alpha: Where on the grid.
-        error: The relative squared error of what the quantized layer returns.
+        error: The relative squared error of what the quantized layer returns, weighted.
         plain: The same without smoothing.
     """
 
@@ -51,6 +51,7 @@ def search(
     group: int | None = None,
     scale: weights.Scale = "max",
     scaling: qdq.Scaling | None = None,
+    repeats: int = 1,
     grid: int = GRID,
 ) -> Smoothing:
     """Return the best scales for a layer.
@@ -63,6 +64,8 @@ def search(
         group: How many of the weights in a row share a scale; None: all of an output.
         scale: How the ranges of the weight are chosen.
         scaling: Of the activations, in int8; None: these are not quantized.
+        repeats: How often a loop calls the layer. What rounding the weight changes is the same
+            every time and adds up, while errors of activations are different ones each time.
         grid: How many values of `a` are tried.
     """
     weight = _weight(gm, layer)
@@ -72,13 +75,18 @@ def search(
     x_most, w_most = input_range(layer, wide), weight_range(layer, weight)
 
     def error(s: Tensor) -> float:
-        packed = weights.quantize_weight(
-            weight * _of_weight(layer, weight, s), number, group, scale
-        )
-        read = _rounded([x / _of_input(layer, s) for x in wide], scaling)
-        made = (_apply(layer, x, weights.dequantized(packed)) for x in read)
-        wrong = (float((m - y).square().sum()) for m, y in zip(made, exact, strict=True))
-        return sum(wrong) / power
+        moved = weight * _of_weight(layer, weight, s)
+        rounded = weights.dequantized(weights.quantize_weight(moved, number, group, scale))
+        given = [x / _of_input(layer, s) for x in wide]
+        read = _rounded(given, scaling)
+        wrong = repeats * distance(given, rounded)
+        if scaling is not None:
+            wrong += distance(read, moved)
+        return wrong / power
+
+    def distance(read: list[Tensor], by: Tensor) -> float:
+        made = (_apply(layer, x, by) for x in read)
+        return sum(float((m - y).square().sum()) for m, y in zip(made, exact, strict=True))
 
     plain = error(torch.ones_like(x_most))
     best = Smoothing(None, 0.0, plain, plain)

@@ -16,7 +16,7 @@ from diffopt import calibrate, lowrank, qdq, smooth, weights
 from diffopt import graph as g
 from diffopt.program import Program
 from diffopt.quantizer import Format, Formats, Scope, by_step
-from diffopt.rewrite import args, argument, calls, stored
+from diffopt.rewrite import args, argument, calls, replace, stored
 from diffopt.shared import Shared
 
 aten = torch.ops.aten
@@ -24,6 +24,41 @@ Report = Callable[[str, float | None], None]
 
 FEW = 4
 """In how many steps, of how many requests, layers' inputs are looked at to smooth them."""
+
+# Matrix products
+
+
+def as_linears(gm: fx.GraphModule) -> None:
+    """Write products with a stored matrix as the linear layers that they were before `hoist`."""
+    for node in list(gm.graph.nodes):
+        bias: fx.Node | None = None
+        if calls(node, aten.mm.default):
+            x, turned = args(node)
+        elif calls(node, aten.addmm.default) and not node.kwargs:
+            bias, x, turned = args(node)
+        else:
+            continue
+        weight = _turned(turned)
+        if weight is None or (bias is not None and bias.meta["val"].ndim != 1):
+            continue
+        with gm.graph.inserting_before(node):
+            new = g.call(gm.graph, aten.linear.default, x, weight, bias, like=node)
+        for key in ("module", "where"):
+            if key not in new.meta and key in turned.meta:
+                new.meta[key] = turned.meta[key]
+        replace(node, new)
+
+
+def _turned(node: fx.Node) -> fx.Node | None:
+    """Return the stored matrix of which a node is the transpose."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return None
+    source = node.all_input_nodes[0]
+    turns = {aten.t.default: (), aten.transpose.int: (0, 1), aten.permute.default: ([1, 0],)}
+    if node.target not in turns or tuple(args(node)[1:]) != turns[node.target]:
+        return None
+    return source if source.op == "get_attr" and source.meta["val"].ndim == 2 else None
+
 
 # Concatenations
 
@@ -98,7 +133,9 @@ def smooth_layers(
     """
     todo = _of_loop(program, scope, formats)
     reads = {layer.x for _, layer, _ in todo}
-    seen = _sample(program, by_step(scope), inputs, reads, report)
+    calls = by_step(scope)
+    seen = _sample(program, calls, inputs, reads, report)
+    steps = len({step for step, _ in calls})
     count = 0
     for index, (gm, layer, how) in enumerate(todo):
         report("smoothing", index / len(todo))
@@ -108,7 +145,8 @@ def smooth_layers(
         def search(gm: fx.GraphModule = gm, la: qdq.Layer = layer, how: Format = how) -> Any:
             scaling = None if how.activations == "none" else how.activations
             kinds: Any = {"number": how.number, "group": how.group, "scale": scale}
-            return smooth.search(gm, la, seen[la.x], scaling=scaling, **kinds).scales
+            kinds |= {"scaling": scaling, "repeats": steps}
+            return smooth.search(gm, la, seen[la.x], **kinds).scales
 
         s = shared.get(weight, "smoothing", search)
         if s is not None:

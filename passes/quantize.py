@@ -24,7 +24,8 @@ budget.
 
 A layer that reads a concatenation is split, so that each operand has scales of its own
 (Q-Diffusion). Weights of 4 bits have a scale for each group of 64 inputs, and kernels for integers
-get them rounded to int8 again.
+get them rounded to int8 again. With int4, weights in front of the loop have 8 bits, unless their
+component is named: they are few, and read once.
 
 Not rewritten when
 - a layer's module matches `skip`, or none of `layers`;
@@ -36,9 +37,10 @@ Not rewritten when
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -56,6 +58,8 @@ from diffopt.spec import suggest
 INT4_GROUP = 64
 HELD_SEED = 1 << 20
 """How far the seeds of requests that formats are tried on are from those of calibration."""
+
+log = logging.getLogger("diffopt")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Quantize(Pass):
         "nearest", "adaround learns, block by block, which weights to round up (BRECQ)"
     )
     samples: int = option(8, "requests to calibrate with")
+    tables: bool = option(True, "quantize tables of embeddings as well, in the same components")
     components: tuple[str, ...] = option(
         ("loop",), "loop; all: weights of the others too; or names of components"
     )
@@ -101,8 +106,10 @@ class Quantize(Pass):
     )
 
     def __post_init__(self) -> None:
-        if min(self.group or 0, self.groups, self.samples, self.budget or 0) < 0:
-            raise DiffoptError("quantize wants group, groups, samples and budget to be 0 or more")
+        if min(self.group or 0, self.groups, self.rank, self.samples, self.budget or 0) < 0:
+            raise DiffoptError(
+                "quantize wants group, groups, rank, samples and budget to be 0 or more"
+            )
         if self.format == "fp8" and self.group:
             raise DiffoptError("fp8 weights have a scale for each output: leave group out")
         if self.activations == "static" and self.samples == 0:
@@ -119,6 +126,8 @@ class Quantize(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Choose layers, make them easier to quantize, calibrate, and write Q/DQ."""
         scope = choose(program, self.components)
+        for name in scope.calls:
+            transforms.as_linears(program.components[name])
         shared, store, report = Shared(), Store(self.scale), ctx.progress
         notes: dict[str, Any] = {}
         if self.split:
@@ -129,6 +138,12 @@ class Quantize(Pass):
         needs = self.activations == "static" or self.smooth or self.rounding != "nearest"
         needs |= self.format == "auto"
         inputs = requests(program, ctx.prompts, self.samples, ctx.seed) if needs else []
+        if needs and not ctx.prompts and "prompt" in program.host.inputs():
+            log.warning(
+                "%s calibrates with the prompt of the capture alone, whose ranges may not hold for"
+                " others: give prompts with --calibrate FILE, or prompts= in Python",
+                self,
+            )
         if self.smooth:
             notes["layers smoothed"] = transforms.smooth_layers(
                 program, scope, formats, inputs, self.scale, shared, report
@@ -149,6 +164,13 @@ class Quantize(Pass):
         for name, own in formats.items():
             at = scope.calls[name]
             quantizer.quantize_body(program, name, own, at, found.get(name), store)
+        if self.tables:
+            notes["tables"] = sum(
+                quantizer.quantize_tables(
+                    program.components[name], self._weights(name in scope.weights), store
+                )
+                for name in scope.calls
+            )
         notes["layers"] = {name: len(own) for name, own in formats.items()}
         notes["groups of steps"] = {n: [len(group) for group in own] for n, own in groups.items()}
         notes["weight bytes"] = {"before": store.before, "after": store.after}
@@ -223,15 +245,20 @@ class Quantize(Pass):
         return formats
 
     def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:
-        if self.format == "auto":  # what there is to choose from has its inputs scaled like this
-            return Format("int8", "none" if weights_only else self.activations).for_layer(layer)
-        group = INT4_GROUP if self.group is None and self.format == "int4" else self.group or None
-        if group is not None:
-            row = layer.weight.meta["val"][0].numel()
-            # The largest group that divides the row: 54 where it is 9 times 96.
-            group = next((n for n in range(group, min(group, 16) - 1, -1) if row % n == 0), None)
-        how = Format(self.format, "none" if weights_only else self.activations, group)
+        how = self._weights(weights_only)
+        if not weights_only:
+            how = replace(how, activations=self.activations)
         return how.for_layer(layer)
+
+    def _weights(self, is_beside: bool) -> Format:
+        """Return the format of weights; with `auto`, what there is to choose from replaces it.
+
+        Those beside the loop are read once: 4 bits would spare little and cost as much as in it.
+        """
+        if self.format == "auto" or (self.format == "int4" and is_beside):
+            return Format("int8", "none")
+        group = INT4_GROUP if self.group is None and self.format == "int4" else self.group or None
+        return Format(self.format, "none", group)
 
 
 def read_steps(text: str, count: int) -> range:

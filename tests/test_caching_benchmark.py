@@ -10,10 +10,12 @@ import torch
 
 from diffopt.errors import DiffoptError
 from examples.caching import __main__ as command
-from examples.caching import document, measure, ranking
+from examples.caching import document, ranking
 from examples.caching.configurations import CONFIGS
-from examples.caching.results import Results
-from examples.caching.study import CALIBRATION, OTHER_SEEDS, Study
+from examples.study import measure
+from examples.study.document import BEGIN, END, rewrite
+from examples.study.results import Results
+from examples.study.study import CALIBRATION, OTHER_SEEDS, Study
 
 DPM = "unroll(steps=25,scheduler=DPMSolverMultistep)"
 SLOW = "unroll(steps=33,scheduler=DDIM)"
@@ -92,24 +94,24 @@ def test_the_table() -> None:
 
 def test_the_document_is_rewritten_between_the_markers(tmp_path: Path) -> None:
     path = tmp_path / "caching.md"
-    path.write_text(f"before\n{document.BEGIN}\nstale\n{document.END}\nafter\n")
+    path.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
     configs = copy.deepcopy(ROWS) | {"deepcache,interval=2": {"left out": "it has no skips"}}
     data = {"setup": {"images": 4, "steps": 50}, "models": {"a": {"configs": configs}}}
     for _ in range(2):
-        document.rewrite(path, data)
+        rewrite(path, document.section(data, tmp_path))
         text = path.read_text()
-        assert text.startswith(f"before\n{document.BEGIN}\n`make bench-caching` writes")
-        assert text.endswith(f"{document.END}\nafter\n")
+        assert text.startswith(f"before\n{BEGIN}\n`make bench-caching` writes")
+        assert text.endswith(f"{END}\nafter\n")
         assert "stale" not in text
         assert "- Left out: `cache(deepcache,interval=2)`: it has no skips." in text
     path.write_text("nothing")
     with pytest.raises(DiffoptError, match="has no lines"):
-        document.rewrite(path, data)
+        rewrite(path, document.section(data, tmp_path))
 
 
 def test_the_document_has_the_markers() -> None:
     text = document.DOCUMENT.read_text()
-    assert 0 < text.index(document.BEGIN) < text.index(document.END)
+    assert 0 < text.index(BEGIN) < text.index(END)
 
 
 def test_seeds_of_calibration_are_of_no_image() -> None:
@@ -143,22 +145,20 @@ def test_two_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
         def features(self, config: str, images: torch.Tensor, first: int) -> torch.Tensor:
             return images.flatten(1)
 
-        def cost(self, config: str) -> dict[str, Any]:
-            return {"denoiser": 1, "program": 1}
-
         def pipeline_error(self, images: torch.Tensor) -> float:
             return 0.0
 
     configs = ["fora,interval=2", "fora,interval=3", "fora,interval=4"]
-    measure.quality(cast(Study, Fake()), configs, results, 2)
+    at = "models", "a"
+    measure.quality(cast(Study, Fake()), at, configs, results, 2, lambda study, config: {})
     assert made == ["reference", "reference", "fora,interval=2", "fora,interval=4"]
-    assert measure.left(results, "a", configs, "quality") == []
+    assert measure.left(results, at, configs, "quality") == []
 
 
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "DEBIAN", tmp_path / "missing")  # 10,000 images take minutes
     path = tmp_path / "caching.md"
-    path.write_text(f"{document.BEGIN}\n{document.END}\n")
+    path.write_text(f"{BEGIN}\n{END}\n")
     words = "--only fashion-dit --images 2 --steps 3 --phase quality --threads 1"
     places = ["--work", str(tmp_path / "work"), "--document", str(path), "--configs"]
     configs = ["reference", "fora,interval=2", "deepcache,interval=2"]
@@ -176,7 +176,7 @@ def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("measured twice")
 
-    for name in ("images", "_make"):
+    for name in ("images", "_need"):
         monkeypatch.setattr(Study, name, refuse)
     command.main([*words.split(), *places, *configs])
     assert torch.get_num_threads() == 1

@@ -9,7 +9,6 @@ import torch
 
 from diffopt.core import Pipeline
 from diffopt.engine import build
-from examples.caching.models import load
 from examples.caching.peers import document, schedules
 from examples.caching.peers.document import BEGIN, END
 from examples.caching.peers.measure import (
@@ -21,6 +20,7 @@ from examples.caching.peers.measure import (
 )
 from examples.caching.peers.pairs import PEERS
 from examples.caching.peers.pipelines import REQUESTS, images_of, unrolled
+from examples.study.models import load
 
 STEPS = 6
 

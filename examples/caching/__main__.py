@@ -14,72 +14,36 @@ alone, only the section is written.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from diffopt import cachedir
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError
-from examples.benchmarks import machine, report
-from examples.caching.configurations import CONFIGS, REFERENCE, shown
-from examples.caching.document import DOCUMENT, draw, rewrite
-from examples.caching.measure import quality, times
-from examples.caching.models import ARGUMENTS
-from examples.caching.results import Results
-from examples.caching.study import OTHER_SEEDS, Study
+from examples.benchmarks import report
+from examples.caching.configurations import CONFIGS, shown
+from examples.caching.document import DOCUMENT, picture_rows, section
+from examples.caching.programs import make, relative_cost
+from examples.study.command import check_images, check_machine, check_setup, forget, parser_of
+from examples.study.document import draw, rewrite
+from examples.study.measure import quality, times
+from examples.study.results import Results
+from examples.study.study import REFERENCE, Study
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.caching", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--only", choices=ARGUMENTS, nargs="+", default=list(ARGUMENTS))
-    phases = ("quality", "time")
-    parser.add_argument("--phase", choices=phases, nargs="*", default=phases, help="default: both")
+    about = __doc__.partition("\n")[0]
+    parser = parser_of("examples.caching", about, ("quality", "time"), DOCUMENT)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="default: all")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--target", default="cpu", help="of the engines that are timed")
-    parser.add_argument("--again", action="store_true", help="measure what is known once more")
-    parser.add_argument("--work", type=Path, default=cachedir.folder() / "caching")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args(words)
     for config in options.configs:
         if config != REFERENCE:
             Pipeline.parse(shown(config))
-    if not 2 <= options.images <= OTHER_SEEDS:
-        parser.error(f"--images: wants 2 to {OTHER_SEEDS}, other seeds follow")
+    check_images(parser, options.images)
     return options
-
-
-def prepare(options: argparse.Namespace, results: Results) -> None:
-    """Check that known results are of the same kind, and forget those that are made again."""
-    setup = {"images": options.images, "steps": options.steps}
-    if results.get("setup") not in (None, setup):
-        raise DiffoptError(
-            f"{results.path} has results of {results.get('setup')}: remove it, or ask for the same"
-        )
-    results.put(setup, "setup")
-    if "time" in options.phase:
-        now = machine(options.threads)
-        if results.get("machine") not in (None, now):
-            raise DiffoptError(f"{results.path} has times of another machine, or thread count")
-        results.put(now, "machine")
-    if not options.again:
-        return
-    for name in options.only:
-        for config in options.configs:
-            row = results.get("models", name, "configs", config) or {}
-            for phase in options.phase:
-                row.pop(phase, None)
-            row = {key: value for key, value in row.items() if key not in ("left out", "failed")}
-            results.put(row, "models", name, "configs", config)
-            if "quality" in options.phase:
-                Study(name, options.steps, options.work).forget(config)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -88,17 +52,22 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     results = Results(options.document.with_suffix(".json"), options.work / "lock")
-    prepare(options, results)
+    check_setup(results, {"images": options.images, "steps": options.steps})
+    if "time" in options.phase:
+        check_machine(results, options.threads)
     for name in options.only:
-        study = Study(name, options.steps, options.work)
+        study, at = Study(name, options.steps, options.work, make), ("models", name)
+        if options.again:
+            forget(study, at, options.configs, options.phase, results)
         if "quality" in options.phase:
-            quality(study, options.configs, results, options.images)
+            quality(study, at, options.configs, results, options.images, relative_cost)
         if "time" in options.phase:
-            times(study, options.configs, results, options.rounds, options.target)
-        rows = results.get("models", name, "configs") or {}
+            rounds, target = options.rounds, options.target
+            times(study, at, options.configs, results, rounds, target, relative_cost)
+        rows = results.get(*at, "configs") or {}
         rows = {c: r for c, r in rows.items() if "quality" in r}
-        draw(study, rows, options.document.parent / f"caching-{name}.png")
-    rewrite(options.document, results.read())
+        draw(study, picture_rows(rows), options.document.parent / f"caching-{name}.png")
+    rewrite(options.document, section(results.read(), options.document.parent))
     report(f"wrote {options.document} and {results.path}")
 
 

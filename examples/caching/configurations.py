@@ -2,7 +2,8 @@
 
 import re
 
-REFERENCE = "reference"
+from examples.study.study import REFERENCE
+
 CONFIGS = (
     REFERENCE,
     *(f"auto,speedup={n}" for n in (1.5, 2, 2.5, 3)),

@@ -1,32 +1,16 @@
 """Writes the section of docs/caching.md, and its pictures, from the results."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
-from diffopt.errors import DiffoptError
-from examples.caching.configurations import REFERENCE, kind, shown
-from examples.caching.models import GUIDANCE
+from examples.caching.configurations import kind, shown
 from examples.caching.ranking import SLACK, best_of, distance, duels, front, measured
-from examples.caching.study import Study
+from examples.study.document import floor_lines, left_out, milliseconds, number
+from examples.study.models import GUIDANCE
+from examples.study.study import REFERENCE
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "caching.md"
-BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
-
-
-def rewrite(document: Path, data: Mapping[str, Any]) -> None:
-    """Replace what is between the markers of the document."""
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, marker, after = rest.partition(END)
-    if not marker:
-        raise DiffoptError(f"{document}: has no lines {BEGIN} and {END} to write between")
-    text = f"{before}{BEGIN}\n{section(data, document.parent)}\n{END}{after}"
-    document.write_text(text, encoding="utf-8")
 
 
 def section(data: Mapping[str, Any], folder: Path) -> str:
@@ -55,7 +39,12 @@ def section(data: Mapping[str, Any], folder: Path) -> str:
         lines += ["", f"### {name}", "", *table(rows), "", *floor_lines(own, rows)]
         if duels(rows):
             lines += ["", *duel_table(rows)]
-        lines += ["", *verdicts(rows), *kid_goal(own, rows), *left_out(own["configs"])]
+        lines += [
+            "",
+            *verdicts(rows),
+            *kid_goal(own, rows),
+            *left_out(own["configs"], "cost", shown),
+        ]
         picture = picture_rows(rows)
         if (folder / f"caching-{name}.png").exists():
             names = ", ".join(f"`{c}`" for c in picture)
@@ -86,20 +75,12 @@ def table(rows: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def number(pair: Sequence[float] | None, scale: float, digits: int) -> str:
-    """Return a number with its error."""
-    if pair is None:
-        return "-"
-    return f"{pair[0] * scale:.{digits}f} ± {pair[1] * scale:.{digits}f}"
-
-
 def time_cells(row: Mapping[str, Any]) -> list[str]:
     """Return the time, and how much faster it is than the reference, measured and promised."""
     promised = f"{1 / row['cost']['program']:.2f}×"
     if "time" not in row:
         return ["-", "-", promised]
-    low, middle, high = statistics.quantiles(row["time"]["seconds"], n=4, method="inclusive")
-    return [f"{middle * 1e3:.1f} ({(high - low) * 1e3:.1f})", f"{measured(row):.2f}×", promised]
+    return [milliseconds(row["time"]["seconds"]), f"{measured(row):.2f}×", promised]
 
 
 def duel_table(rows: Mapping[str, Any]) -> list[str]:
@@ -169,51 +150,8 @@ def kid_goal(own: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def floor_lines(own: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
-    """Return what the numbers are to be compared with."""
-    floors = own.get("floors", {})
-    lines = []
-    if REFERENCE in rows and "quality" in rows[REFERENCE]:
-        base = rows[REFERENCE]["quality"]
-        real = f", of real images {number(floors['real'], 1000, 2)}" if "real" in floors else ""
-        lines += [
-            f"- Floors of KID: of the reference to its own images of other seeds"
-            f" {number(base['kid other seeds'], 1000, 2)}; to held-out images, of the reference"
-            f" {number(base.get('kid held-out'), 1000, 2)}{real}.",
-        ]
-    if floors and "real" not in floors:
-        lines.append("- The held-out images were not at hand: there is no KID to them.")
-    if floors:
-        lines += [
-            f"- Two images of the reference of one class and different seeds have the distance"
-            f" {number(floors['other seeds'], 1, 4)}. The reference's pixels differ from the"
-            f" pipeline's own by at most {floors['pipeline']:.1e}.",
-        ]
-    return lines
-
-
-def left_out(configs: Mapping[str, Any]) -> list[str]:
-    """Return which configurations do not fit the model, and why: one line a reason."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for config, row in configs.items():
-        for what in {"left out", "failed"} & row.keys() if "cost" not in row else ():
-            reasons.setdefault((what, row[what]), []).append(f"`{shown(config)}`")
-    return [f"- {what.capitalize()}: {', '.join(n)}: {why}." for (what, why), n in reasons.items()]
-
-
 def picture_rows(rows: Mapping[str, Any]) -> list[str]:
     """Return the configurations that the picture shows, from the top."""
     wanted = [REFERENCE, "auto,speedup=2", "auto,speedup=3"]
     wanted += [c for c in (best_of(rows, "policy", 3), best_of(rows, "fewer steps", 3)) if c]
     return [c for c in wanted if c in rows]
-
-
-def draw(study: Study, rows: Mapping[str, Any], path: Path) -> None:
-    """Write the first images of some configurations as a PNG, enlarged three times."""
-    files = [study.path(c, ".0.pt") for c in picture_rows(rows)]
-    if not files or not all(file.exists() for file in files):
-        return
-    grid = torch.cat([torch.cat(list(torch.load(file)[:10, 0]), 1) for file in files])
-    image = Image.fromarray((grid * 255).round().byte().numpy())
-    size = (image.width * 3, image.height * 3)
-    image.resize(size, Image.Resampling.NEAREST).save(path, optimize=True)

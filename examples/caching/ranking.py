@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from examples.caching.configurations import REFERENCE, kind
+from examples.caching.configurations import kind
+from examples.study.study import REFERENCE
 
 SPEEDUPS = (1.5, 2, 3)  # at which `auto` is compared with the others
 SLACK = 1.03  # a rival may cost this much more: 17 of 50 steps are 2 % over a third

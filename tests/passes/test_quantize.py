@@ -10,13 +10,12 @@ from torch import Tensor, fx
 
 import diffopt
 from diffopt import graph as g
-from diffopt import qdq, quantizer, rewrite, tags
+from diffopt import qdq, quantizer, rewrite, tags, transforms
 from diffopt.core import Pipeline, Record
 from diffopt.errors import DiffoptError, ToleranceError
 from diffopt.program import Program
 from diffopt.ranges import affine
 from diffopt.shared import Shared
-from diffopt.transforms import split_concats
 from tests.passes import build
 from tests.zoo import CASES
 
@@ -203,6 +202,73 @@ def test_four_bits_by_group_reach_the_kernels_as_eight() -> None:
     assert {(w.number, w.group) for w in found if w} == {("int4", 8)}
 
 
+def test_weights_beside_the_loop_have_eight_bits_unless_they_are_named() -> None:
+    """In front of the transformer's loop are products that `hoist` wrote as `mm`, and tables."""
+    program, record = quantized("dit", "quantize(int4)")
+    assert record.notes["tables"] > 0
+    found = layers(program, "transformer_steps").values()
+    weights = [qdq.weight(layer.weight) for layer in found]
+    assert {w.number for w in weights if w} == {"int8"}
+    assert len(weights) == record.notes["layers"]["transformer_steps"] > 0
+    assert not any(qdq.activation(layer.x) for layer in found)
+    tables = program.components["transformer_once"].graph.find_nodes(
+        op="call_function", target=aten.embedding.default
+    )
+    assert [qdq.weight(rewrite.args(n)[0]).number for n in tables] == ["int8"] * len(tables)  # type: ignore[union-attr]
+    text = "quantize(int4,group=8,activations=none,components=transformer_steps)"
+    program, _ = quantized("dit", text)
+    weights = [qdq.weight(la.weight) for la in layers(program, "transformer_steps").values()]
+    assert {w.number for w in weights if w} == {"int4"}
+    _, record = quantized("dit", "quantize(int4,tables=false)")
+    assert "tables" not in record.notes
+
+
+def test_products_with_a_stored_matrix_are_layers() -> None:
+    w, b, x = build.parameter(4, 8), build.parameter(4, seed=1), build.randn(2, 8)
+
+    def make(at: build.Builder, x: fx.Node) -> list[fx.Node]:
+        turned = at(aten.t.default, w)
+        half = at(aten.addmm.default, b, x, turned, beta=0.5)
+        return [at(aten.mm.default, x, turned), at(aten.addmm.default, b, x, turned), half]
+
+    body = build.body(make, x)
+    expected = body(x)
+    transforms.as_linears(body)
+    body.recompile()
+    assert len(qdq.layers(body)) == 2  # not the one that takes half of the bias
+    for one, other in zip(body(x), expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("better", "plain"),
+    [
+        ("int4,group=0,rank=2", "int4,group=0"),
+        ("int8,smooth=true", None),
+        ("int4,group=0,activations=none,rounding=adaround,samples=4", None),
+    ],
+)
+def test_what_makes_layers_easier_to_quantize(better: str, plain: str | None) -> None:
+    _, record = quantized("dit", f"quantize({better})")
+    (count,) = (
+        record.notes[k]
+        for k in ("branches", "layers smoothed", "rounding learned")
+        if k in record.notes
+    )
+    assert count > 0
+    assert 1e-5 < record.relative < 0.3
+    if plain:
+        assert record.relative < quantized("dit", f"quantize({plain})")[1].relative
+
+
+def test_one_prompt_is_told_to_be_few(caplog: pytest.LogCaptureFixture) -> None:
+    quantized("sd", "quantize(int8,layers=mid_block.*)")
+    assert "calibrates with the prompt of the capture alone" in caplog.text
+    caplog.clear()
+    quantized("sd", "quantize(int8,layers=mid_block.*,activations=dynamic)")
+    assert not caplog.text
+
+
 # Steps
 
 
@@ -247,7 +313,7 @@ def test_splitting_is_exact() -> None:
 
     body = build.body(make, a, c)
     expected = body(a, c)[0]
-    assert split_concats(body, Shared()) == 1
+    assert transforms.split_concats(body, Shared()) == 1
     g.prune_unused(body)
     body.recompile()
     assert torch.allclose(body(a, c)[0], expected, atol=1e-5)
@@ -267,7 +333,7 @@ def test_a_concatenation_along_another_axis_or_of_groups_stays() -> None:
 
     for make in (rows, groups):
         body = build.body(make, a, a)
-        assert split_concats(body, Shared()) == 0
+        assert transforms.split_concats(body, Shared()) == 0
 
 
 # In combination with other passes
@@ -337,7 +403,10 @@ def test_what_the_program_lacks(text: str, message: str) -> None:
     [
         ("quantize(int8,samples=0)", "static scales are calibrated: ask for samples=1 or more"),
         ("quantize(int8,keep=early)", "keep=early: write first:2, last:2, 7 or 3-6"),
-        ("quantize(int8,groups=-1)", "wants group, groups, samples and budget to be 0 or more"),
+        (
+            "quantize(int8,groups=-1)",
+            "wants group, groups, rank, samples and budget to be 0 or more",
+        ),
         ("quantize(fp8,group=16)", "fp8 weights have a scale for each output: leave group out"),
         ("quantize(int3)", "wants one of int8, int4, fp8"),
     ],

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.caching.models import GUIDANCE
 from examples.caching.peers.measure import (
     COMPILED,
     EAGER,
@@ -14,6 +13,7 @@ from examples.caching.peers.measure import (
     UNCACHED,
     UNCACHED_COMPILED,
 )
+from examples.study.models import GUIDANCE
 
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 

@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 import diffopt
 from diffopt import bench
 from examples.benchmarks import report
-from examples.caching.models import load
 from examples.caching.peers.pairs import Peer
 from examples.caching.peers.pipelines import REQUESTS, denoiser, images_of, unrolled
 from examples.caching.peers.schedules import computed_by_engine, computed_by_peer, layers, signs
+from examples.study.models import load
 
 SEEDS = 4
 UNCACHED, EAGER, COMPILED, ENGINE = (

@@ -33,9 +33,9 @@ from diffopt.policies.magcache import Magcache
 from diffopt.policies.taylorseer import Taylorseer
 from diffopt.policy import Part, Policy, hold, option, residuals, stack
 from diffopt.reuse import Loop, Plan
-from examples.caching.models import load
 from examples.caching.peers.pipelines import Begin, images_of
 from examples.pyramid_attention import PyramidAttention
+from examples.study.models import load
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import diffopt
 from diffopt import bench
 from diffopt.program import Program
 from examples.benchmarks import report
-from examples.caching.models import GUIDANCE, load
+from examples.study.models import GUIDANCE, load
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "fashion-sd": {"prompt": "ankle boot"},

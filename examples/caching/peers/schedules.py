@@ -10,9 +10,9 @@ from diffopt import bench, tags
 from diffopt import graph as g
 from diffopt.program import Program
 from diffopt.reuse import find_loop
-from examples.caching.models import load
 from examples.caching.peers.pairs import Peer
 from examples.caching.peers.pipelines import denoiser, unrolled
+from examples.study.models import load
 
 
 def layers(peer: Peer, steps: int) -> list[str]:

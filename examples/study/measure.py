@@ -1,10 +1,12 @@
 """Measures configurations: their costs, how far their images are from the reference's, times."""
 
+import contextlib
 import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,43 @@ import diffopt
 from diffopt import bench, metrics
 from diffopt.errors import DiffoptError
 from examples.benchmarks import report
-from examples.caching.configurations import REFERENCE
-from examples.caching.results import Results
-from examples.caching.study import OTHER_SEEDS, Study, kept_features
 from examples.models.fashion import DEBIAN, images
+from examples.study.results import Results
+from examples.study.study import OTHER_SEEDS, REFERENCE, Study, kept_features
 
 GROUP = 3  # engines that are timed in turn with the reference's
 
+At = tuple[str, ...]
+"""Where a model's results are: keys."""
 
-def quality(study: Study, configs: Sequence[str], results: Results, count: int) -> None:
-    """Measure the images of all configurations that are not in the results yet."""
-    configs = left(results, study.name, configs, "quality")
+Cost = Callable[[Study, str], dict[str, Any]]
+"""Returns what a configuration costs, as JSON."""
+
+Look = Callable[[str, diffopt.Engine], dict[str, Any]]
+"""Returns what else there is to know of a configuration's engine, as JSON."""
+
+
+def quality(
+    study: Study,
+    at: At,
+    configs: Sequence[str],
+    results: Results,
+    count: int,
+    cost: Cost,
+    each: bool = False,
+) -> None:
+    """Measure the images of all configurations that are not in the results yet.
+
+    Args:
+        study: The model.
+        at: Where its results are.
+        configs: What to measure.
+        results: Where the measurements go.
+        count: How many images.
+        cost: What a configuration costs.
+        each: Keep the distance of each image as well.
+    """
+    configs = left(results, at, configs, "quality")
     if not configs:
         return
     clock = Clock(f"{study.name}, images of the reference", 2)
@@ -40,21 +68,20 @@ def quality(study: Study, configs: Sequence[str], results: Results, count: int) 
     )
     x, y = study.features(REFERENCE, reference, 0), study.features(REFERENCE, other, OTHER_SEEDS)
     held = held_out(study.folder.parent)
-    if results.get("models", study.name, "floors") is None:
+    if results.get(*at, "floors") is None:
         floors = {
             "pipeline": study.pipeline_error(reference),
             "other seeds": compare(reference, x, other, y)["distance"],
             **({"real": kid(train(study.folder.parent, count), held)} if held is not None else {}),
         }
-        results.put(floors, "models", study.name, "floors")
+        results.put(floors, *at, "floors")
     clock = Clock(f"{study.name}, images", len(configs))
     for index, config in enumerate(configs):
-        at = ("models", study.name, "configs", config)
-        if not left(results, study.name, [config], "quality"):
+        if not left(results, at, [config], "quality"):
             continue  # another process has measured it meanwhile
         clock.tell(config, index)
-        cost = cost_of(study, config, results)
-        if cost is None:
+        own_cost = cost_of(study, at, config, results, cost)
+        if own_cost is None:
             continue
         made = study.images(
             config,
@@ -64,62 +91,97 @@ def quality(study: Study, configs: Sequence[str], results: Results, count: int) 
         )
         own = study.features(config, made, 0)
         found = compare(made, own, reference, x)
+        if each:
+            distances = metrics.feature_distance(own, x).tolist()
+            found["distances"] = [round(distance, 5) for distance in distances]
         found["kid other seeds"] = kid(own, y)
         if held is not None:
             found["kid held-out"] = kid(own, held)
-        results.put(cost, *at, "cost")
-        results.put(found, *at, "quality")
+        results.put(own_cost, *at, "configs", config, "cost")
+        results.put(found, *at, "configs", config, "quality")
 
 
-def times(study: Study, configs: Sequence[str], results: Results, rounds: int, target: str) -> None:
-    """Time the engines of all configurations that are not in the results yet."""
-    configs = [c for c in left(results, study.name, configs, "time") if c != REFERENCE]
+def times(
+    study: Study,
+    at: At,
+    configs: Sequence[str],
+    results: Results,
+    rounds: int,
+    target: str,
+    cost: Cost,
+    beside: Sequence[str] = (REFERENCE,),
+    look: Look = lambda config, engine: {},
+) -> None:
+    """Time the engines of all configurations that are not in the results yet.
+
+    Args:
+        study: The model.
+        at: Where its results are.
+        configs: What to time.
+        results: Where the times go.
+        rounds: How often each engine runs.
+        target: Of the engines.
+        cost: What a configuration costs.
+        beside: Whose engines take turns with those of every group of configurations.
+        look: Returns what else is to be known of an engine.
+    """
+    configs = [c for c in left(results, at, configs, "time") if c not in beside]
     clock = Clock(f"{study.name}, times", len(configs))
     with tempfile.TemporaryDirectory() as name:
         for start in range(0, len(configs), GROUP):
-            group = (REFERENCE, *configs[start : start + GROUP])
-            found_costs = {c: cost_of(study, c, results) for c in group}
-            costs = {c: cost for c, cost in found_costs.items() if cost is not None}
-            contenders = {}
+            group = (*beside, *configs[start : start + GROUP])
+            found_costs = {c: cost_of(study, at, c, results, cost) for c in group}
+            costs = {c: own for c, own in found_costs.items() if own is not None}
+            engines = {}
             for config in costs:
                 clock.tell(f"building {config}", start)
-                contenders[config] = engine(study, config, target, Path(name))
+                path = Path(name) / study.path(config, ".engine").name
+                with refusals(at, config, results):
+                    engines[config] = diffopt.build(study.program(config), target, path)
             clock.tell("timing", start)
+            contenders = {c: images_of(study, engine) for c, engine in engines.items()}
             found = bench.measure(contenders, REFERENCE, rounds=rounds)
-            for config, cost in costs.items():
-                at = ("models", study.name, "configs", config)
+            for config, engine in engines.items():
                 taken = {
                     "target": target,
                     "load": os.getloadavg()[0],
                     "seconds": found[config].seconds,
-                    "reference": found[REFERENCE].seconds,
+                    **{other: found[other].seconds for other in beside},
+                    **look(config, engine),
                 }
-                results.put(cost, *at, "cost")
-                results.put(taken, *at, "time")
+                results.put(costs[config], *at, "configs", config, "cost")
+                results.put(taken, *at, "configs", config, "time")
 
 
-def left(results: Results, name: str, configs: Sequence[str], phase: str) -> list[str]:
-    """Return which configurations a phase has yet to measure."""
-    done = results.get("models", name, "configs") or {}
-    return [c for c in configs if not {phase, "left out"} & done.get(c, {}).keys()]
-
-
-def cost_of(study: Study, config: str, results: Results) -> dict[str, Any] | None:
-    """Return what a configuration costs relative to the reference; None if it does not fit."""
-    full = study.cost(REFERENCE)
+@contextlib.contextmanager
+def refusals(at: At, config: str, results: Results) -> Iterator[None]:
+    """Record why a configuration cannot be had, instead of stopping."""
     try:
-        cost = study.cost(config)
+        yield
     except DiffoptError as error:
         # A subclass says that the result is wrong, and not that the model is another.
         what = "left out" if type(error) is DiffoptError else "failed"
-        report(f"{study.name}: {what} {config}: {error}")
-        results.put(str(error), "models", study.name, "configs", config, what)
-        return None
-    return {
-        **cost,
-        "denoiser": cost["denoiser"] / full["denoiser"],
-        "program": cost["program"] / full["program"],
-    }
+        report(f"{', '.join(at[1:])}: {what} {config}: {error}")
+        results.put(str(error), *at, "configs", config, what)
+    except Exception as error:  # one that cannot be measured must not stop the others
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        results.put(text, *at, "configs", config, "failed")
+
+
+def left(results: Results, at: At, configs: Sequence[str], phase: str) -> list[str]:
+    """Return which configurations a phase has yet to measure."""
+    done = results.get(*at, "configs") or {}
+    return [c for c in configs if not {phase, "left out"} & done.get(c, {}).keys()]
+
+
+def cost_of(
+    study: Study, at: At, config: str, results: Results, cost: Cost
+) -> dict[str, Any] | None:
+    """Return what a configuration costs; None if it does not fit."""
+    with refusals(at, config, results):
+        return cost(study, config)
+    return None
 
 
 def compare(made: Tensor, own: Tensor, reference: Tensor, x: Tensor) -> dict[str, Any]:
@@ -165,11 +227,9 @@ def train(work: Path, count: int) -> Tensor:
     return kept_features(work / "train.pt", images(DEBIAN, "train")[:count] / 2 + 0.5)
 
 
-def engine(study: Study, config: str, target: str, folder: Path) -> bench.Make:
-    """Build an engine for one request; return it as a function from a seed to images."""
-    path = folder / study.path(config, ".engine").name
-    built = diffopt.build(study.program(config), target, path)
-    return lambda seed: built(**study.request(9, seed), output_type="pt")[0]
+def images_of(study: Study, engine: diffopt.Engine) -> bench.Make:
+    """Return an engine as a function from a seed to images."""
+    return lambda seed: engine(**study.request(9, seed), output_type="pt")[0]
 
 
 class Clock:

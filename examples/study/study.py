@@ -11,30 +11,32 @@ import torch
 from torch import Tensor
 
 import diffopt
-from diffopt import graph as g
-from diffopt import metrics, stepmap
+from diffopt import metrics
 from diffopt.core import Pipeline
-from diffopt.loop import find_loop
 from diffopt.program import Program
 from examples.benchmarks import report
-from examples.caching.configurations import REFERENCE, kind, shown
-from examples.caching.models import ARGUMENTS, GUIDANCE, load
 from examples.models.fashion import CLASSES
+from examples.study.models import ARGUMENTS, GUIDANCE, load
 
 SIZE = 128  # of the images that features are computed of, as in models/evaluate.py
 CHUNK = 32  # requests of one run: more are no faster
 OTHER_SEEDS = 1000  # the first seed of the reference's second set of images
 CALIBRATION = 1_000_000  # far from all seeds that images are measured on
+REFERENCE = "reference"  # the configuration of the pipeline as it is
+
+Make = Callable[["Study", str], tuple[Program, dict[str, Any]]]
+"""Makes the program of a configuration, and says as JSON what it costs."""
 
 
 class Study:
     """One model: its programs, images and features, each made once and kept on disk."""
 
-    def __init__(self, name: str, steps: int, work: Path) -> None:
+    def __init__(self, name: str, steps: int, work: Path, make: Make) -> None:
         self.name = name
         self.steps = steps
         self.folder = work / f"{name}-{steps}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._make = make
         self._last: tuple[str, Program] | None = None
 
     def request(self, index: int, seed: int) -> dict[str, Any]:
@@ -43,13 +45,20 @@ class Study:
         argument = ARGUMENTS[self.name]
         return {argument: CLASSES[label] if argument == "prompt" else [label], "seed": seed}
 
+    @property
+    def prompts(self) -> list[str]:
+        """What passes that measure values calibrate with."""
+        by_label = ARGUMENTS[self.name] != "prompt"
+        return [str(k) for k in range(len(CLASSES))] if by_label else [*CLASSES]
+
     @cached_property
     def pipe(self) -> Any:
         """The model's own pipeline."""
         return load(self.name)
 
     @cached_property
-    def _traced(self) -> Program:
+    def traced(self) -> Program:
+        """The program of the pipeline's call, before any pass."""
         return diffopt.trace(self.pipe, **self._arguments(0, CALIBRATION - 1))
 
     def _arguments(self, index: int, seed: int) -> dict[str, Any]:
@@ -61,10 +70,6 @@ class Study:
             "guidance_scale": GUIDANCE,
             "output_type": "np",
         }
-
-    @cached_property
-    def _unrolled(self) -> Program:
-        return Pipeline.parse("unroll,hoist").run(self._traced, verify=False)
 
     def path(self, config: str, ending: str) -> Path:
         """Return the file that belongs to a configuration."""
@@ -78,44 +83,22 @@ class Study:
 
     def program(self, config: str) -> Program:
         """Return the program of a configuration, for one request."""
-        path = self.path(config, ".program")
-        if not (path.exists() and self.path(config, ".json").exists()):
-            self._make(config)
-        return Program.load(path)
+        self._need(config)
+        return Program.load(self.path(config, ".program"))
 
     def cost(self, config: str) -> dict[str, Any]:
-        """Return what a configuration costs: FLOPs, and the seconds to find it."""
-        if not self.path(config, ".json").exists():
-            self._make(config)
+        """Return what `make` said a configuration costs."""
+        self._need(config)
         cost: dict[str, Any] = json.loads(self.path(config, ".json").read_text())
         return cost
 
-    def _make(self, config: str) -> None:
+    def _need(self, config: str) -> None:
+        if all(self.path(config, ending).exists() for ending in (".program", ".json")):
+            return
         report(f"{self.name}, {config}: passes")
-        if kind(config) == REFERENCE:
-            program = self._unrolled
-        elif kind(config) == "fewer steps":
-            program = Pipeline.parse(f"{config},hoist").run(self._traced, verify=False)
-        else:
-            by_label = ARGUMENTS[self.name] != "prompt"
-            prompts = [str(k) for k in range(len(CLASSES))] if by_label else CLASSES
-            program = Pipeline.parse(shown(config)).run(
-                self._unrolled, verify=False, seed=CALIBRATION, prompts=prompts
-            )
-        cost = {
-            "denoiser": self._denoiser_flops(program),
-            "seconds": program.history[-1]["seconds"] if kind(config) in ("auto", "policy") else 0,
-            "notes": program.history[-1]["notes"],
-        }
-        program = Pipeline.parse("simplify,fuse").run(program, verify=False)
+        program, cost = self._make(self, config)
         program.save(self.path(config, ".program"))
-        cost["program"] = program.flops()
         self.path(config, ".json").write_text(json.dumps(cost))
-
-    def _denoiser_flops(self, program: Program) -> int:
-        """Return the FLOPs of all calls of the loop's body, and of what a cache made of them."""
-        calls = stepmap.calls(program, find_loop(self._unrolled))
-        return sum(g.flops(program.components[str(call.target)]) for call in calls)
 
     def images(self, config: str, count: int, first: int, tell: Callable[[int], None]) -> Tensor:
         """Return the images of seeds from `first` on, as a tensor [count, 1, 32, 32]."""
@@ -139,7 +122,10 @@ class Study:
     def _batched(self, config: str) -> Program:
         if self._last is None or self._last[0] != config:
             # The graph fixes no number of requests: one of two is the cheapest to check.
-            program = Pipeline.parse("batch(max=2)").run(self.program(config), verify=False)
+            # Products over several requests sum in another order: in 16 bits that may be seen.
+            program = Pipeline.parse("batch(max=2)").run(
+                self.program(config), verify=False, enforce=False
+            )
             self._last = config, program
         return self._last[1]
 

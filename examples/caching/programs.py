@@ -1,0 +1,43 @@
+"""Makes the programs that are compared, and says what they cost."""
+
+from typing import Any
+
+from diffopt import graph as g
+from diffopt import stepmap
+from diffopt.core import Pipeline
+from diffopt.loop import find_loop
+from diffopt.program import Program
+from examples.caching.configurations import kind, shown
+from examples.study.study import CALIBRATION, REFERENCE, Study
+
+
+def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
+    """Return the program of a configuration; its FLOPs, and the seconds to find it."""
+    unrolled = Pipeline.parse("unroll,hoist").run(study.traced, verify=False)
+    if kind(config) == REFERENCE:
+        program = unrolled
+    elif kind(config) == "fewer steps":
+        program = Pipeline.parse(f"{config},hoist").run(study.traced, verify=False)
+    else:
+        program = Pipeline.parse(shown(config)).run(
+            unrolled, verify=False, seed=CALIBRATION, prompts=study.prompts
+        )
+    cost = {
+        "denoiser": _denoiser_flops(program, unrolled),
+        "seconds": program.history[-1]["seconds"] if kind(config) in ("auto", "policy") else 0,
+        "notes": program.history[-1]["notes"],
+    }
+    program = Pipeline.parse("simplify,fuse").run(program, verify=False)
+    return program, {**cost, "program": program.flops()}
+
+
+def _denoiser_flops(program: Program, unrolled: Program) -> int:
+    """Return the FLOPs of all calls of the loop's body, and of what a cache made of them."""
+    calls = stepmap.calls(program, find_loop(unrolled))
+    return sum(g.flops(program.components[str(call.target)]) for call in calls)
+
+
+def relative_cost(study: Study, config: str) -> dict[str, Any]:
+    """Return what a configuration costs, its FLOPs next to the reference's."""
+    full, cost = study.cost(REFERENCE), study.cost(config)
+    return {**cost, **{key: cost[key] / full[key] for key in ("denoiser", "program")}}

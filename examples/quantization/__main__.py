@@ -1,0 +1,106 @@
+"""Compares quantized pipelines; writes the measurements in docs/quantization.md.
+
+    python -m examples.quantization --phase quality --only fashion-sd --threads 1   # both at the
+    python -m examples.quantization --phase quality --only fashion-dit --threads 1  # same time
+    python -m examples.quantization --phase time large    # by itself, on a machine that is idle
+    pip install --target peers openvino nncf
+    PYTHONPATH=peers python -m examples.quantization --phase peers
+
+Every configuration is kept in docs/quantization.json as soon as it is measured, and what is there
+is not measured again, so a run that was stopped goes on where it was. Programs, images and features
+are kept in --work. What `--again` names is made anew; after a change of a pass it is needed. With
+`--phase` alone, only the section is written.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+
+from diffopt.errors import DiffoptError
+from examples.benchmarks import report
+from examples.quantization import large, peers
+from examples.quantization.configurations import BF16, CONFIGS, EMULATED, split
+from examples.quantization.document import DOCUMENT, pictured, section
+from examples.quantization.measure import looker
+from examples.quantization.programs import make
+from examples.study.command import check_images, check_machine, check_setup, forget, parser_of
+from examples.study.document import draw, rewrite
+from examples.study.measure import quality, times
+from examples.study.results import Results
+from examples.study.study import REFERENCE, Study
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    phases = ("quality", "time", "large", "peers")
+    about = __doc__.partition("\n")[0]
+    parser = parser_of("examples.quantization", about, phases, DOCUMENT)
+    parser.add_argument("--steps", type=int, choices=CONFIGS, nargs="+", default=[*CONFIGS])
+    parser.add_argument("--configs", nargs="+", help="default: all")
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--engine-images", type=int, default=64, help="of the engines' own")
+    parser.add_argument("--target", default="cpu(pack=true)", help="of the engines that are timed")
+    parser.add_argument("--large", choices=large.MAKE, nargs="+", default=[*large.MAKE])
+    parser.add_argument("--large-steps", type=int, default=25)
+    parser.add_argument(
+        "--large-targets", nargs="+", default=["cpu(pack=true)", "cpu(freeze=true)"]
+    )
+    options = parser.parse_args(words)
+    check_images(parser, options.images)
+    for config in options.configs or ():
+        split(config)
+    return options
+
+
+def small(options: argparse.Namespace, results: Results) -> None:
+    """Measure quality and times of the trained models."""
+    cost = Study.cost
+    for name, steps in product(options.only, options.steps):
+        study = Study(name, steps, options.work, make)
+        at = "models", f"{name}, {steps} steps"
+        configs = options.configs or CONFIGS[steps]
+        if options.again:
+            forget(study, at, configs, options.phase, results)
+        if "quality" in options.phase:
+            quality(study, at, configs, results, options.images, cost, each=True)
+        if "time" in options.phase:
+            timed = [c for c in configs if c not in EMULATED]
+            look = looker(study, options.target, min(options.engine_images, options.images))
+            beside = REFERENCE, BF16
+            times(study, at, timed, results, options.rounds, options.target, cost, beside, look)
+        rows = results.get(*at, "configs") or {}
+        draw(study, pictured(rows), options.document.parent / f"quantization-{name}-{steps}.png")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what was asked for, and write the section of the document."""
+    options = arguments(words)
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = Results(options.document.with_suffix(".json"), options.work / "lock")
+    check_setup(results, {"images": options.images})
+    if {"time", "large", "peers"} & {*options.phase}:
+        check_machine(results, options.threads)
+    if {"quality", "time"} & {*options.phase}:
+        small(options, results)
+    for name in options.large:
+        steps, rounds = options.large_steps, options.rounds
+        if "large" in options.phase:
+            large.measure(name, steps, options.large_targets, rounds, results, options.again)
+        if "peers" in options.phase and peers.versions() is None:
+            report(f"no comparison with {' and '.join(peers.PACKAGES)}: install them")
+        elif "peers" in options.phase:
+            targets, threads, again = options.large_targets, options.threads, options.again
+            peers.measure(name, steps, targets, threads, rounds, results, again)
+    rewrite(options.document, section(results.read(), options.document.parent))
+    report(f"wrote {options.document} and {results.path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DiffoptError as error:
+        sys.exit(f"examples.quantization: error: {error}")

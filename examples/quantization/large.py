@@ -1,0 +1,109 @@
+"""Times engines of models that are large enough for matrix products to matter."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+import diffopt
+from diffopt import bench, footprint
+from diffopt.core import Pipeline
+from diffopt.program import Program
+from examples.benchmarks import PROMPT, larger, report
+from examples.models.fashion import NULL_CLASS
+from examples.quantization.configurations import BF16, INT4, INT4_ALL, INT4_WEIGHTS, INT8
+from examples.study.measure import refusals
+from examples.study.models import GUIDANCE, load
+from examples.study.results import Results
+from examples.study.study import REFERENCE
+
+PIPELINES = (REFERENCE, BF16, INT8, INT4, INT4_WEIGHTS, INT4_ALL)
+
+
+def transformer() -> Any:
+    """Make a pipeline around a transformer of 512 channels, 256 tokens and random weights."""
+    pipe = load("fashion-dit")
+    torch.manual_seed(0)
+    pipe.register_modules(
+        transformer=DiTTransformer2DModel(
+            num_attention_heads=8,
+            attention_head_dim=64,
+            in_channels=4,
+            out_channels=4,
+            num_layers=10,
+            patch_size=2,
+            sample_size=32,
+            num_embeds_ada_norm=NULL_CLASS,
+        ).eval()
+    )
+    return pipe
+
+
+MAKE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "unet": (larger, {"prompt": PROMPT}),
+    "transformer": (transformer, {"class_labels": [9]}),
+}
+"""The models: how each is made, and what it is told to draw."""
+
+
+def base(name: str, steps: int, fuse: str) -> tuple[Program, int]:
+    """Return a model's program before anything approximate, and its denoiser's parameters."""
+    report(f"tracing {name}")
+    make, request = MAKE[name]
+    pipe = make()
+    denoiser = pipe.components.get("unet") or pipe.components["transformer"]
+    program = diffopt.trace(
+        pipe,
+        **request,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(0),
+    )
+    program = Pipeline.parse(f"unroll,hoist,simplify,{fuse}").run(program, verify=False)
+    return program, sum(p.numel() for p in denoiser.parameters())
+
+
+def rewritten(program: Program, config: str) -> Program:
+    """Return what a configuration makes of a program."""
+    if config == REFERENCE:
+        return program
+    report(f"{config}: passes")
+    return Pipeline.parse(config).run(program, verify=False, enforce=False)
+
+
+def measure(
+    name: str, steps: int, targets: Sequence[str], rounds: int, results: Results, again: bool
+) -> None:
+    """Time all pipelines on all targets, in turn, if that has not been done."""
+    at = "large", f"{name}, {steps} steps"
+    if results.get(*at, "times") is not None and not again:
+        return
+    program, parameters = base(name, steps, "fuse")
+    request = MAKE[name][1]
+    engines: dict[str, diffopt.Engine] = {}
+    sizes: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for config in PIPELINES:
+            with refusals(at, config, results):
+                own = rewritten(program, config)
+                for target in targets:
+                    report(f"building {config} for {target}")
+                    key = f"{config} on {target}"
+                    path = Path(folder) / f"{len(engines)}.engine"
+                    engines[key] = diffopt.build(own, target, path)
+                    weights = footprint.of_program(own).to_json()
+                    sizes[key] = {"file": path.stat().st_size, "weights": weights}
+        contenders: dict[str, bench.Make] = {
+            key: lambda seed, e=engine: e(**request, seed=seed, output_type="pt")[0]
+            for key, engine in engines.items()
+        }
+        found = bench.measure(contenders, next(iter(contenders)), rounds=rounds, report=report)
+    times = {
+        key: {"seconds": own.seconds, "psnr": own.psnr, "max_abs": own.max_abs, **sizes[key]}
+        for key, own in found.items()
+    }
+    results.put(parameters, *at, "parameters")
+    results.put(times, *at, "times")

@@ -1,0 +1,203 @@
+"""Measures OpenVINO, with NNCF's quantization, on the denoisers whose engines are timed.
+
+The same graph goes to both sides: a call of the sampling loop, in one process, in turn. NNCF gets
+the calls that `quantize` calibrates with. What is compared is how far the results of other calls
+are from those in fp32, and how long one takes.
+"""
+
+import importlib.metadata
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import calibrate
+from diffopt import graph as g
+from diffopt.loop import Loop, find_loop
+from diffopt.program import Program
+from diffopt.requests import requests
+from diffopt.runtime import Body
+from diffopt.target import Image, parse_target
+from examples.benchmarks import report
+from examples.quantization.configurations import BF16, INT8
+from examples.quantization.large import base, rewritten
+from examples.study.results import Results
+from examples.study.study import REFERENCE
+
+PACKAGES = ("openvino", "nncf")
+SAMPLES = 8  # requests that are calibrated with, as `quantize` has by default
+HELD_OUT = 1_000_000  # the seed of the request whose calls are compared
+OURS = {"fp32": REFERENCE, "bf16": BF16, "int8": INT8}
+THEIRS = "OpenVINO"
+
+Run = Callable[[], list[Tensor]]
+"""Computes one call again."""
+
+
+def versions() -> dict[str, str] | None:
+    """Return the versions of the packages; None where one is not installed."""
+    try:
+        return {name: importlib.metadata.version(name) for name in PACKAGES}
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def measure(
+    name: str,
+    steps: int,
+    targets: Sequence[str],
+    threads: int,
+    rounds: int,
+    results: Results,
+    again: bool,
+) -> None:
+    """Compare one model's denoiser on both sides, if that has not been done."""
+    at = "peers", f"{name}, {steps} steps"
+    if results.get(*at) is not None and not again:
+        return
+    # The scheduler's arithmetic stays outside: what is compared is what the denoiser returns.
+    program, parameters = base(name, steps, "fuse(steps=false)")
+    loop = find_loop(program)
+    (inputs,) = requests(program, [], 1, HELD_OUT)
+    visits = list(calibrate.steps(program, loop.calls, inputs))
+    makers = _ours(program, loop, inputs, targets) | _theirs(program, loop, threads)
+    with torch.no_grad():
+        truth = [list(loop.body(*visit.arguments)) for visit in visits]
+    errors = {}
+    for key, make in makers.items():
+        report(f"{name}, {key}: errors")
+        made = [make(index, visit.arguments)() for index, visit in enumerate(visits)]
+        errors[key] = statistics.mean(map(error, made, truth))
+    index = len(visits) // 2
+    seconds = take_turns(
+        {key: make(index, visits[index].arguments) for key, make in makers.items()}, rounds
+    )
+    found = {key: {"error": errors[key], "seconds": seconds[key]} for key in makers}
+    shape = list(visits[0].arguments[0].shape)
+    about = {"parameters": parameters, "shape": shape, "packages": versions()}
+    results.put({**about, "contenders": found}, *at)
+
+
+Make = Callable[[int, Sequence[Tensor]], Run]
+"""Prepares a call of the loop, given its number and its arguments in fp32."""
+
+
+def _ours(
+    program: Program, loop: Loop, inputs: Sequence[Tensor], targets: Sequence[str]
+) -> dict[str, Make]:
+    makers = {}
+    for number, config in OURS.items():
+        own = rewritten(program, config)
+        for target in targets:
+            report(f"building {config} for {target}")
+            makers[f"{number}, {target}"] = calls_of(own, loop, inputs, target)
+    return makers
+
+
+def calls_of(program: Program, plain: Loop, inputs: Sequence[Tensor], target: str) -> Make:
+    """Prepare calls of a program's compiled loop.
+
+    Args:
+        program: What a configuration made.
+        plain: The loop before that.
+        inputs: Of the request whose calls are made: what a configuration has added to the
+            arguments, such as scales, comes from the program's own calls.
+        target: What to compile for.
+    """
+    loop = find_loop(program)
+    added = [list(visit.arguments) for visit in calibrate.steps(program, loop.calls, inputs)]
+    names = {node.name: i for i, node in enumerate(g.placeholders(plain.body))}
+    places = [names.get(node.name) for node in g.placeholders(loop.body)]
+    body = compiled(program, loop.name, target)
+
+    def make(index: int, arguments: Sequence[Tensor]) -> Run:
+        own = [
+            tensor if place is None else arguments[place].to(tensor.dtype)
+            for tensor, place in zip(added[index], places, strict=True)
+        ]
+        return lambda: list(body(own))
+
+    return make
+
+
+def compiled(program: Program, name: str, target: str) -> Body:
+    """Return one component of a program as a function, as an engine has it."""
+    chosen = parse_target(target)
+    alone = program.clone()
+    for other in program.components:
+        if other != name:
+            del alone.root._modules[other]
+    lowered = chosen.compile(alone, report)
+    data, tensors, _ = program.to_members()
+    image = Image(
+        members={member: memoryview(content) for member, content in lowered.members.items()},
+        graphs={name: data["graphs"][name]},
+        tensors=tensors,
+        program=lambda: program,
+    )
+    return chosen.load(image)[name]
+
+
+def _theirs(program: Program, loop: Loop, threads: int) -> dict[str, Make]:
+    import nncf
+    import openvino
+
+    given = requests(program, [], SAMPLES, 0)
+    calls = [v.arguments for x in given for v in calibrate.steps(program, loop.calls, x)]
+    report("OpenVINO: converting")
+    model = openvino.convert_model(torch.export.export(loop.body, tuple(calls[0])))
+    model.reshape(dict(enumerate([list(tensor.shape) for tensor in calls[0]])))
+    report("NNCF: quantizing")
+    has_attention = any("attention" in str(node.target) for node in loop.body.graph.nodes)
+    quantized = nncf.quantize(
+        model,
+        nncf.Dataset([[tensor.numpy() for tensor in call] for call in calls]),
+        subset_size=len(calls),
+        model_type=nncf.ModelType.TRANSFORMER if has_attention else None,
+    )
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    makers = {}
+    for number, own, precision in (
+        ("fp32", model, "f32"),
+        ("bf16", model, "bf16"),
+        ("int8", quantized, "bf16"),
+    ):
+        hint = {"INFERENCE_PRECISION_HINT": precision}
+        ready = openvino.Core().compile_model(own, "CPU", settings | hint)
+        makers[f"{number}, {THEIRS}"] = _request(ready.create_infer_request())
+    return makers
+
+
+def _request(request: Any) -> Make:
+    def make(index: int, arguments: Sequence[Tensor]) -> Run:
+        own = [tensor.numpy() for tensor in arguments]
+
+        def run() -> list[Tensor]:
+            made = request.infer(own, share_inputs=True, share_outputs=True)
+            return [torch.from_numpy(array).clone() for array in made.values()]
+
+        return run
+
+    return make
+
+
+def error(made: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Return the relative error of all results of a call together."""
+    pairs = list(zip(made, truth, strict=True))
+    wrong = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return float((wrong / sum(float(b.double().square().sum()) for _, b in pairs)) ** 0.5)
+
+
+def take_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each, which take turns; the first two rounds do not count."""
+    seconds: dict[str, list[float]] = {key: [] for key in runs}
+    for number, (key, run) in itertools.product(range(rounds + 2), runs.items()):
+        started = time.perf_counter()
+        run()
+        if number >= 2:
+            seconds[key].append(time.perf_counter() - started)
+    return seconds

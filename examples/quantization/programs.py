@@ -1,0 +1,56 @@
+"""Makes the programs that are compared, and says what they take."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from diffopt import footprint, ranges
+from diffopt.core import Pipeline
+from diffopt.program import Program
+from examples.quantization.configurations import ONE_STEP, beginning, split
+from examples.study.study import CALIBRATION, Study
+
+
+def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
+    """Return the program of a configuration; its weights' bytes, and what the last pass noted."""
+    front, behind = split(config)
+    base = study.program(front) if behind else study.traced
+    one = one_step() if config.startswith(ONE_STEP) else contextlib.nullcontext()
+    with one:
+        program = Pipeline.parse(behind or beginning(front)).run(
+            base, verify=False, enforce=False, seed=CALIBRATION, prompts=study.prompts
+        )
+    records = program.history[len(base.history) :]
+    own = footprint.of_program(program)
+    return program, {
+        "weights": own.to_json(),
+        "seconds": sum(record["seconds"] for record in records),
+        "notes": records[-1]["notes"],
+        "program": program.flops(),
+    }
+
+
+@contextlib.contextmanager
+def one_step() -> Iterator[None]:
+    """Let every step have the ranges of the one in the middle of those that a value is seen in."""
+    whole = ranges.measure
+
+    def measure(*args: Any, **kwargs: Any) -> Any:
+        return {node: middle(own) for node, own in whole(*args, **kwargs).items()}
+
+    with mock.patch.object(ranges, "measure", measure):
+        yield
+
+
+def middle(own: ranges.Ranges) -> ranges.Ranges:
+    """Return the ranges with those of the middle step in all."""
+    seen = own.low <= own.high
+    steps = seen.nonzero().flatten()
+    if not len(steps):
+        return own
+    at = steps[len(steps) // 2]
+    low, high = (torch.where(seen, values[at], values) for values in (own.low, own.high))
+    return ranges.Ranges(low, high)

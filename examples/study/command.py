@@ -1,0 +1,69 @@
+"""What the benchmarks' command lines have in common."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffopt import cachedir
+from diffopt.errors import DiffoptError
+from examples.benchmarks import machine
+from examples.study.models import ARGUMENTS
+from examples.study.results import Results
+from examples.study.study import OTHER_SEEDS, Study
+
+
+def parser_of(
+    module: str, about: str, phases: Sequence[str], document: Path
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have."""
+    name = module.rpartition(".")[2]
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    parser.add_argument("--only", choices=ARGUMENTS, nargs="+", default=list(ARGUMENTS))
+    parser.add_argument("--phase", choices=phases, nargs="*", default=phases, help="default: all")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="measure what is known once more")
+    parser.add_argument("--work", type=Path, default=cachedir.folder() / name)
+    parser.add_argument("--document", type=Path, default=document)
+    return parser
+
+
+def check_images(parser: argparse.ArgumentParser, count: int) -> None:
+    """Stop if so many images would have seeds of others."""
+    if not 2 <= count <= OTHER_SEEDS:
+        parser.error(f"--images: wants 2 to {OTHER_SEEDS}, other seeds follow")
+
+
+def check_setup(results: Results, setup: dict[str, Any]) -> None:
+    """Check that known results are of the same kind."""
+    if results.get("setup") not in (None, setup):
+        raise DiffoptError(
+            f"{results.path} has results of {results.get('setup')}: remove it, or ask for the same"
+        )
+    results.put(setup, "setup")
+
+
+def check_machine(results: Results, threads: int) -> None:
+    """Check that known times are of this machine."""
+    now = machine(threads)
+    if results.get("machine") not in (None, now):
+        raise DiffoptError(f"{results.path} has times of another machine, or thread count")
+    results.put(now, "machine")
+
+
+def forget(
+    study: Study,
+    at: tuple[str, ...],
+    configs: Iterable[str],
+    phases: Sequence[str],
+    results: Results,
+) -> None:
+    """Forget the results of phases, and the images of the first of all."""
+    for config in configs:
+        row = results.get(*at, "configs", config) or {}
+        gone = {*phases, "left out", "failed"}
+        kept = {key: value for key, value in row.items() if key not in gone}
+        results.put(kept, *at, "configs", config)
+        if "quality" in phases:
+            study.forget(config)

@@ -1,0 +1,90 @@
+"""Writes sections of documents, between two markers, and pictures for them."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffopt.errors import DiffoptError
+from examples.study.study import REFERENCE, Study
+
+BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
+
+
+def rewrite(document: Path, section: str) -> None:
+    """Replace what is between the markers of the document."""
+    text = document.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, marker, after = rest.partition(END)
+    if not marker:
+        raise DiffoptError(f"{document}: has no lines {BEGIN} and {END} to write between")
+    document.write_text(f"{before}{BEGIN}\n{section}\n{END}{after}", encoding="utf-8")
+
+
+def number(pair: Sequence[float] | None, scale: float, digits: int) -> str:
+    """Return a number with its error."""
+    if pair is None:
+        return "-"
+    return f"{pair[0] * scale:.{digits}f} ± {pair[1] * scale:.{digits}f}"
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    """Return the median of times and, in parentheses, their interquartile range."""
+    if len(seconds) < 2:
+        return f"{seconds[0] * 1e3:.1f} (-)"
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return f"{middle * 1e3:.1f} ({(high - low) * 1e3:.1f})"
+
+
+def floor_lines(own: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+    """Return what the numbers are to be compared with."""
+    floors = own.get("floors", {})
+    lines = []
+    if REFERENCE in rows and "quality" in rows[REFERENCE]:
+        base = rows[REFERENCE]["quality"]
+        real = f", of real images {number(floors['real'], 1000, 2)}" if "real" in floors else ""
+        lines += [
+            f"- Floors of KID: of the reference to its own images of other seeds"
+            f" {number(base['kid other seeds'], 1000, 2)}; to held-out images, of the reference"
+            f" {number(base.get('kid held-out'), 1000, 2)}{real}.",
+        ]
+    if floors and "real" not in floors:
+        lines.append("- The held-out images were not at hand: there is no KID to them.")
+    if floors:
+        lines += [
+            f"- Two images of the reference of one class and different seeds have the distance"
+            f" {number(floors['other seeds'], 1, 4)}. The reference's pixels differ from the"
+            f" pipeline's own by at most {floors['pipeline']:.1e}.",
+        ]
+    return lines
+
+
+def left_out(
+    configs: Mapping[str, Any], measured: str, shown: Callable[[str], str] = str
+) -> list[str]:
+    """Return which configurations do not fit the model, and why: one line a reason.
+
+    Args:
+        configs: Their rows in the results.
+        measured: What rows have that do fit.
+        shown: Returns a configuration as it is to be read.
+    """
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for config, row in configs.items():
+        for what in {"left out", "failed"} & row.keys() if measured not in row else ():
+            reasons.setdefault((what, row[what]), []).append(f"`{shown(config)}`")
+    return [f"- {what.capitalize()}: {', '.join(n)}: {why}." for (what, why), n in reasons.items()]
+
+
+def draw(study: Study, configs: Iterable[str], path: Path) -> None:
+    """Write the first images of some configurations as a PNG, enlarged three times."""
+    files = [study.path(c, ".0.pt") for c in configs]
+    if not files or not all(file.exists() for file in files):
+        return
+    grid = torch.cat([torch.cat(list(torch.load(file)[:10, 0]), 1) for file in files])
+    image = Image.fromarray((grid * 255).round().byte().numpy())
+    size = (image.width * 3, image.height * 3)
+    image.resize(size, Image.Resampling.NEAREST).save(path, optimize=True)
