@@ -119,7 +119,7 @@ def items(
             if id(tensor) not in found:
                 sizes = [tensor.nbytes, *(store(tensor, how).bytes for how in formats)]
                 errors = torch.zeros(len(formats), count, dtype=torch.float64)
-                label = f"{name}.{module(layer)}"
+                label = f"{name}.{module(layer.node)}"
                 found[id(tensor)] = Item([], label, [], errors, sizes, [0.0] * len(sizes))
             item = found[id(tensor)]
             item.layers.append((name, node))

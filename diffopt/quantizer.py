@@ -72,9 +72,9 @@ Range = Callable[[fx.Node, int], tuple[float, float]]
 """Returns the range that a value has in a step (or in its group of steps)."""
 
 
-def module(layer: qdq.Layer) -> str:
-    """Return what the user calls a layer: the path of its module, or its node's name."""
-    return str(layer.node.meta.get("module") or layer.node.name)
+def module(node: fx.Node) -> str:
+    """Return what the user calls a layer's node: the path of its module, or its own name."""
+    return str(node.meta.get("module") or node.name)
 
 
 def quantize_body(
@@ -121,13 +121,15 @@ def quantize_body(
         layer.node.args = (inputs.get(key, x), placed[layer.weight, how], *args(layer.node)[2:])
 
 
-def quantize_tables(gm: fx.GraphModule, how: Format, store: Store) -> int:
+def quantize_tables(
+    gm: fx.GraphModule, how: Format, store: Store, is_wanted: Callable[[fx.Node], bool]
+) -> int:
     """Quantize tables of embeddings, of which rows are read; return how many."""
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default):
         source = args(node)[0]
         tensor = stored(gm, source)
-        if tensor is None or not tensor.is_floating_point():
+        if tensor is None or not tensor.is_floating_point() or not is_wanted(node):
             continue
         packed = store(tensor, how.that_fits(tensor))
         with gm.graph.inserting_before(node):
@@ -237,13 +239,14 @@ def keep_steps(program: Program, scope: Scope, steps: Collection[int]) -> Scope:
     calls = dict(scope.calls)
     for name in scope.loop:
         kept = [call for call, step in calls[name] if step in steps]
-        if not kept:
-            continue
-        copy = program.add_component(f"{name}_kept", g.clone(program.components[name]))
-        for call in kept:
-            call.target = copy
         calls[name] = [(call, step) for call, step in calls[name] if step not in steps]
-    return Scope(calls, scope.loop, scope.weights)
+        if not calls[name]:
+            del calls[name]
+        elif kept:
+            copy = program.add_component(f"{name}_kept", g.clone(program.components[name]))
+            for call in kept:
+                call.target = copy
+    return Scope(calls, [name for name in scope.loop if name in calls], scope.weights)
 
 
 def by_step(scope: Scope) -> dict[tuple[int, int], fx.Node]:
@@ -351,7 +354,7 @@ def calibrated(
     for name, own in formats.items():
         for layer in qdq.layers(program.components[name]):
             if layer.node in own and own[layer.node].activations == "static":
-                sites.setdefault(name, {})[layer.x] = f"{name}.{module(layer)}"
+                sites.setdefault(name, {})[layer.x] = f"{name}.{module(layer.node)}"
     if not sites:
         return {}, {}
     every = {node: text for own in sites.values() for node, text in own.items()}

@@ -133,8 +133,8 @@ class Quantize(Pass):
         if self.split:
             bodies = [program.components[name] for name in scope.loop]
             notes["layers split"] = sum(transforms.split_concats(gm, shared) for gm in bodies)
-        formats = self._formats(program, scope, ctx)
         scope = quantizer.keep_steps(program, scope, self._kept(scope))
+        formats = self._formats(program, scope, ctx)
         needs = self.activations == "static" or self.smooth or self.rounding != "nearest"
         needs |= self.format == "auto"
         inputs = requests(program, ctx.prompts, self.samples, ctx.seed) if needs else []
@@ -165,12 +165,7 @@ class Quantize(Pass):
             at = scope.calls[name]
             quantizer.quantize_body(program, name, own, at, found.get(name), store)
         if self.tables:
-            notes["tables"] = sum(
-                quantizer.quantize_tables(
-                    program.components[name], self._weights(name in scope.weights), store
-                )
-                for name in scope.calls
-            )
+            notes["tables"] = sum(self._tables(program, n, scope, store) for n in scope.calls)
         notes["layers"] = {name: len(own) for name, own in formats.items()}
         notes["groups of steps"] = {n: [len(group) for group in own] for n, own in groups.items()}
         notes["weight bytes"] = {"before": store.before, "after": store.after}
@@ -218,7 +213,7 @@ class Quantize(Pass):
         for name in scope.calls:
             body, own = program.components[name], dict[fx.Node, Format]()
             for layer in qdq.layers(body):
-                path = f"{name}.{quantizer.module(layer)}"
+                path = f"{name}.{quantizer.module(layer.node)}"
                 wanted = _matching(path, self.layers)
                 unwanted = _matching(path, self.skip)
                 used |= wanted | unwanted
@@ -243,6 +238,14 @@ class Quantize(Pass):
                 " skipped, or quantized already"
             )
         return formats
+
+    def _tables(self, program: Program, name: str, scope: Scope, store: Store) -> int:
+        def is_wanted(node: fx.Node) -> bool:
+            path = f"{name}.{quantizer.module(node)}"
+            return bool(_matching(path, self.layers)) and not _matching(path, self.skip)
+
+        how = self._weights(name in scope.weights)
+        return quantizer.quantize_tables(program.components[name], how, store, is_wanted)
 
     def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:
         how = self._weights(weights_only)
@@ -284,7 +287,9 @@ def _matching(path: str, patterns: tuple[str, ...]) -> set[str]:
 
 def _unmatched(pattern: str, program: Program, scope: Scope) -> str:
     paths = [
-        quantizer.module(layer) for n in scope.calls for layer in qdq.layers(program.components[n])
+        quantizer.module(layer.node)
+        for n in scope.calls
+        for layer in qdq.layers(program.components[n])
     ]
     near = suggest(pattern, set(paths)) if len(set(paths)) <= 20 else ""
     example = near or f"; modules are called like {paths[len(paths) // 2]}" if paths else ""

@@ -45,7 +45,7 @@ def layers(program: Program, component: str) -> dict[str, qdq.Layer]:
     """Return the layers of a component by module, with a number where a module has several."""
     found: dict[str, qdq.Layer] = {}
     for layer in qdq.layers(program.components[component]):
-        name = quantizer.module(layer)
+        name = quantizer.module(layer.node)
         found[name if name not in found else f"{name}/{len(found)}"] = layer
     return found
 
@@ -113,7 +113,7 @@ def test_all_layers_but_the_ends_are_quantized(name: str) -> None:
         assert qdq.activation(found[path].x) is not None, path
     assert 1e-4 < record.relative < 0.05
     sizes = record.notes["weight bytes"]
-    assert sizes["after"] < 0.3 * sizes["before"]
+    assert sizes["after"] < 0.35 * sizes["before"]  # rows of a few numbers, with a scale each
     assert {s.split(": ")[1] for s in record.skipped} == {"one of the first or the last layers"}
 
 
@@ -219,8 +219,9 @@ def test_weights_beside_the_loop_have_eight_bits_unless_they_are_named() -> None
     program, _ = quantized("dit", text)
     weights = [qdq.weight(la.weight) for la in layers(program, "transformer_steps").values()]
     assert {w.number for w in weights if w} == {"int4"}
-    _, record = quantized("dit", "quantize(int4,tables=false)")
-    assert "tables" not in record.notes
+    for option in ("tables=false", "skip=*emb*", "layers=*attn1*"):
+        _, record = quantized("dit", f"quantize(int4,{option})")
+        assert "tables" not in record.notes
 
 
 def test_products_with_a_stored_matrix_are_layers() -> None:
@@ -284,6 +285,21 @@ def test_kept_steps_compute_what_they_did(name: str, text: str) -> None:
 
 def _body(program: Program, call: fx.Node) -> fx.GraphModule:
     return program.components[str(call.target)]
+
+
+def test_a_body_all_of_whose_steps_are_kept() -> None:
+    text = "unroll,hoist,cache(fora,interval=2,start=1),simplify"
+    plain = unrolled("dit", text)
+    names = [
+        str(c.target) for c in plain.calls() if (t := tags.tag(c)) and t.component in BODY["dit"]
+    ]
+    full = names[0]
+    assert full not in (names[2], names[4])  # these reuse all but the first and the last layers
+    steps = ",".join(str(i) for i, name in enumerate(names) if name == full)
+    program, record = quantized("dit", f"quantize(int8,keep=({steps}))", text)
+    assert full not in record.notes["layers"]
+    assert record.notes["layers"]["transformer_steps"] > 0
+    assert not any(map(qdq.activation, program.components[full].graph.nodes))
 
 
 # Concatenations
