@@ -13,7 +13,6 @@ block's rounding is kept if its error on held-out samples is less than that of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -141,10 +140,7 @@ class _Rounding:
         values = up.clamp(*self._limits).to(torch.int8)
         old = self._nearest
         packed = qdq.Packed.of(old.number, values, old.scales, old.group)
-        if not self._is_wide:
-            return packed
-        most = weights.dequantized(packed).flatten(1).abs().amax(1)
-        return replace(packed, wide=most.clamp_min(qdq.EPS) / qdq.LIMITS["int8"][1])
+        return weights.widened(packed) if self._is_wide else packed
 
 
 def _roundings(body: fx.GraphModule, quantized: fx.GraphModule) -> list[_Rounding]:

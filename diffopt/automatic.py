@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
 from diffopt import allocate, qdq, sensitivity
 from diffopt import graph as g
+from diffopt.calibrate import run_root
 from diffopt.errors import DiffoptError
-from diffopt.quantizer import Activations, Format, Formats, Store, module
+from diffopt.quantizer import INT4_GROUP, Activations, Format, Formats, Store, module
 from diffopt.rewrite import stored
 from diffopt.sensitivity import Sensitivity
-from diffopt.simulate import Simulator, relative, run_root
+from diffopt.simulate import Simulator, relative
 from diffopt.spec import suggest
 
 Goal = Literal["size", "speed", "both"]
 Report = Callable[[str, float | None], None]
 
-GROUP = 64  # of 4-bit weights
 BUDGET = 0.02
-_NUMBERS: dict[str, qdq.Number] = {"int8": "int8", "int4": "int4", "fp8": "fp8"}
 
 FEW = 2
 """On how many requests sensitivity is measured."""
@@ -36,44 +35,39 @@ FASTER = 0.5
 """What a matrix product of 8-bit numbers costs, of one of 16-bit numbers."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A format to try of every layer: what weights are, and whether inputs are quantized."""
-
-    number: qdq.Number
-    activations: Activations
-    group: int | None = None
-
-    def __str__(self) -> str:
-        inputs = "weights alone" if self.activations == "none" else self.activations
-        return f"{self.number}, {inputs}"
+def label(how: Format) -> str:
+    """Return what the user calls a format to try of every layer, whatever fits into its rows."""
+    inputs = "weights alone" if how.activations == "none" else how.activations
+    return f"{how.number}, {inputs}"
 
 
 def columns(
     numbers: Sequence[str], activations: Activations, group: int | None = None
-) -> list[Column]:
+) -> list[Format]:
     """Return the formats to try: each with quantized inputs, and of weights alone."""
     if not numbers:
         raise DiffoptError("there is no format to try: write some of int8, int4, fp8")
     ways: list[Activations] = list(dict.fromkeys((activations, "none")))
+    known: tuple[qdq.Number, ...] = get_args(qdq.Number)
     made = []
     for text in dict.fromkeys(numbers):
-        if text not in _NUMBERS:
-            raise DiffoptError(f"there is no format '{text}'{suggest(text, _NUMBERS)}")
-        number = _NUMBERS[text]
-        own = (GROUP if group is None else group or None) if number == "int4" else None
-        made += [Column(number, way, own) for way in ways]
+        if text not in known:
+            raise DiffoptError(f"there is no format '{text}'{suggest(text, known)}")
+        number = known[known.index(text)]
+        own = (INT4_GROUP if group is None else group or None) if number == "int4" else None
+        made += [Format(number, way, own) for way in ways]
     return made
 
 
 def candidates(
-    simulator: Simulator, nodes: Mapping[str, Sequence[fx.Node]], tried: Sequence[Column]
+    simulator: Simulator, nodes: Mapping[str, Sequence[fx.Node]], tried: Sequence[Format]
 ) -> dict[str, dict[fx.Node, list[Format]]]:
     """Return the formats of each layer, by component, that are nearest to those to be tried."""
     made: dict[str, dict[fx.Node, list[Format]]] = {}
     for name, own in nodes.items():
-        alone = name in simulator.scope.weights
-        plain = [Format(c.number, "none" if alone else c.activations, c.group) for c in tried]
+        plain = list(tried)
+        if name in simulator.scope.weights:
+            plain = [replace(how, activations="none") for how in tried]
         layers = simulator.layers[name].own
         made[name] = {node: [how.for_layer(layers[node]) for how in plain] for node in own}
     return made
@@ -119,8 +113,8 @@ def items(
             if id(tensor) not in found:
                 sizes = [tensor.nbytes, *(store(tensor, how).bytes for how in formats)]
                 errors = torch.zeros(len(formats), count, dtype=torch.float64)
-                label = f"{name}.{module(layer.node)}"
-                found[id(tensor)] = Item([], label, [], errors, sizes, [0.0] * len(sizes))
+                path = f"{name}.{module(layer.node)}"
+                found[id(tensor)] = Item([], path, [], errors, sizes, [0.0] * len(sizes))
             item = found[id(tensor)]
             item.layers.append((name, node))
             item.formats.append(list(formats))
@@ -143,7 +137,7 @@ def costs(own: Sequence[Item], goal: Goal) -> Tensor:
 def choose(
     simulator: Simulator,
     nodes: Mapping[str, Sequence[fx.Node]],
-    tried: Sequence[Column],
+    tried: Sequence[Format],
     goal: Goal,
     budget: float,
     inputs: Sequence[Sequence[Tensor]],
@@ -193,8 +187,8 @@ def choose(
             f" {least:.2g}; allow more, or leave quantize out"
         )
     chosen = _chosen(own, found.choice)
-    every = [(how.number, how.activations) for layers in chosen.values() for how in layers.values()]
-    counts = Counter(str(Column(*pair)) for pair in every)
+    every = [how for layers in chosen.values() for how in layers.values()]
+    counts = Counter(map(label, every))
     counts["as it was"] = sum(map(len, nodes.values())) - len(every)
     notes = {
         "budget": budget,

@@ -26,6 +26,7 @@ __all__ = [
     "identity",
     "loop_identity",
     "requests",
+    "run_root",
     "step_errors",
     "steps",
     "values",
@@ -113,6 +114,36 @@ def steps(
             yield Visit(*keys[node], list(arguments), reader.values)
         for dead in outer.user_to_last_uses.get(node, ()):
             del outer.env[dead]
+
+
+def run_root(
+    program: Program,
+    inputs: Sequence[Tensor],
+    visit: Callable[[fx.Node, Sequence[Tensor]], Sequence[Tensor] | None],
+    known: dict[fx.Node, Any] | None = None,
+) -> list[Tensor]:
+    """Run a program; `visit` may give the results of a call.
+
+    Args:
+        program: What to run.
+        inputs: The flat inputs of the request.
+        visit: Called with each call of a component and its arguments; None: it runs as it is.
+        known: Where all values of the outer graph are put.
+    """
+
+    class Run(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            made = None
+            if n.op == "call_module":
+                given, _ = self.fetch_args_kwargs_from_env(n)
+                made = visit(n, list(given))
+            value = super().run_node(n) if made is None else tuple(made)
+            if known is not None:
+                known[n] = value
+            return value
+
+    with torch.no_grad():
+        return list(Run(program.root).run(*inputs))
 
 
 # Measurements

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from diffopt import graph as g
 from diffopt.precision import Cut, is_float
 from diffopt.program import Program
-from diffopt.rewrite import args, calls, stored
+from diffopt.rewrite import args, calls, propagate, stored
 from diffopt.tables import is_view
 
 aten = torch.ops.aten
@@ -99,14 +99,14 @@ class _Caster:
         if is_same and self.changed.isdisjoint(node.all_input_nodes):
             return
         try:
-            value = _propagate(node)
+            value = propagate(node)
             if dtype == self.low and _widens(value, node.meta["val"], self.low):
                 self._give(node, dtype, scalars=True)
-                value = _propagate(node)
+                value = propagate(node)
         except (RuntimeError, ValueError, TypeError):
             node.args, node.kwargs = given  # the operator has no such type
             self._give(node, torch.float32, scalars=True)
-            value = _propagate(node)
+            value = propagate(node)
         node.meta["val"] = value
         self.changed.add(node)
 
@@ -226,17 +226,6 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
 def _widens(new: Any, old: Any, low: torch.dtype) -> bool:
     """Tell whether a value is still in float32."""
     return isinstance(new, Tensor) and new.dtype == old.dtype == torch.float32 != low
-
-
-def _propagate(node: fx.Node) -> Any:
-    """Return a node's value; a view that another layout does not allow becomes a `reshape`."""
-    try:
-        return g.propagate(node)
-    except (RuntimeError, ValueError):
-        if node.target not in (aten.view.default, aten._unsafe_view.default):
-            raise
-        node.target = aten.reshape.default
-        return g.propagate(node)
 
 
 def update_calls(program: Program) -> None:

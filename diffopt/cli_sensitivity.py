@@ -14,10 +14,11 @@ from torch import Tensor
 
 from diffopt import automatic, heatmap, images, qdq, quantizer, sensitivity, transforms
 from diffopt import cli_show as show
-from diffopt.automatic import Column, Item
+from diffopt.automatic import Item, label
 from diffopt.core import Pipeline, Progress
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
+from diffopt.quantizer import Format
 from diffopt.requests import requests
 from diffopt.shared import Shared
 from diffopt.simulate import Simulator
@@ -42,7 +43,7 @@ class Report:
         items: The layers, with their numbers.
     """
 
-    columns: Sequence[Column]
+    columns: Sequence[Format]
     items: Sequence[Item]
 
     def shares(self, column: int) -> Tensor:
@@ -55,7 +56,7 @@ class Report:
 class Options:
     """What to do, read before the program is traced, so that a typing error costs nothing."""
 
-    columns: Sequence[Column]
+    columns: Sequence[Format]
     pipeline: Pipeline
 
 
@@ -113,23 +114,23 @@ def measure(
 def print_report(found: Report, as_json: bool) -> None:
     """Print a table for each format: layers, those first that cost most."""
     if as_json:
-        show.print_json({str(c): _json(found, i) for i, c in enumerate(found.columns)})
+        show.print_json({label(c): _json(found, i) for i, c in enumerate(found.columns)})
         return
     for index, column in enumerate(found.columns):
         shares = found.shares(index)
         order = shares.argsort(descending=True).tolist()
         rows = [_row(found.items[at], index, float(shares[at])) for at in order]
         words = ["layer", "share", "error", "worst step", "bytes", "saved"]
-        show.table(f"{column}: {_total(found, index)}", words, rows)
+        show.table(f"{label(column)}: {_total(found, index)}", words, rows)
 
 
 def _row(item: Item, column: int, share: float) -> list[str]:
     errors = item.errors[column]
-    label = item.label if len(item.layers) == 1 else f"{item.label} ({len(item.layers)} calls)"
+    name = item.label if len(item.layers) == 1 else f"{item.label} ({len(item.layers)} calls)"
     saved = item.sizes[0] - item.sizes[column + 1]
     numbers = [f"{100 * share:.1f} %", f"{float(errors.sum()) ** 0.5:.2g}"]
     numbers += [str(int(errors.argmax())), show.count(item.sizes[0]), show.count(saved)]
-    return [label, *numbers]
+    return [name, *numbers]
 
 
 def _total(found: Report, column: int) -> str:
@@ -176,18 +177,18 @@ def _picture(found: Report, column: int) -> Image.Image:
     rows = {}
     for at in sorted(most.tolist()):
         item = found.items[at]
-        label = item.label
+        name = item.label
         for number in itertools.count(2):  # a module may have several layers
-            if label not in rows:
+            if name not in rows:
                 break
-            label = f"{item.label} ({number})"
-        rows[label] = [_colour(float(error)) for error in item.errors[column].sqrt()]
+            name = f"{item.label} ({number})"
+        rows[name] = [_colour(float(error)) for error in item.errors[column].sqrt()]
     bounds = [f"below {_LEVELS[0]:g}", *(f"{level:g}" for level in _LEVELS)]
     legend = dict(zip(bounds, _COLOURS, strict=True))
     less = len(found.items) - len(rows)
     notes = [_total(found, column), "colour: relative error of the outputs, at least"]
     notes += [f"{less} layers that cost less are left out"] if less else []
-    return heatmap.cells(str(found.columns[column]), notes, legend, rows)
+    return heatmap.cells(label(found.columns[column]), notes, legend, rows)
 
 
 def _colour(error: float) -> str:

@@ -23,6 +23,8 @@ Activations = Literal["static", "dynamic", "rows", "none"]
 
 LEAST_GROUP = 16
 """A row that no group from this on divides has one scale: 54 inputs share one where 9 x 96 are."""
+INT4_GROUP = 64
+"""How many inputs share a scale of 4-bit weights, unless one says otherwise."""
 CALLS = 64
 """On how many calls of the denoiser rounding is learned."""
 
@@ -320,8 +322,7 @@ class Store:
             plain = tensor.detach().float()
             packed = weights.quantize_weight(plain, number, group, self.scale)
         if is_wide:
-            most = weights.dequantized(packed).flatten(1).abs().amax(1)
-            packed = replace(packed, wide=most.clamp_min(qdq.EPS) / qdq.LIMITS["int8"][1])
+            packed = weights.widened(packed)
         self.before += tensor.nbytes
         self.after += packed.bytes
         return packed

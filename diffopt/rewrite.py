@@ -174,6 +174,17 @@ def separate_outputs(program: Program, before: set[tuple[Any, ...]]) -> None:
 # Values that change
 
 
+def propagate(node: fx.Node) -> Any:
+    """Return a node's value; a view that another layout does not allow becomes a `reshape`."""
+    try:
+        return g.propagate(node)
+    except (RuntimeError, ValueError):
+        if node.target not in (aten.view.default, aten._unsafe_view.default):
+            raise
+        node.target = aten.reshape.default
+        return g.propagate(node)
+
+
 def repropagate(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
     """Record the values behind nodes whose memory layout changed.
 
@@ -182,13 +193,7 @@ def repropagate(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
     for node in gm.graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
             continue
-        try:
-            value = g.propagate(node)
-        except (RuntimeError, ValueError):
-            if node.target not in (aten.view.default, aten._unsafe_view.default):
-                raise
-            node.target = aten.reshape.default
-            value = g.propagate(node)
+        value = propagate(node)
         if _layouts(value) != _layouts(node.meta["val"]):
             node.meta["val"] = value
             changed.add(node)

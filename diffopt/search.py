@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import rewrite
+from diffopt.calibrate import run_root
 from diffopt.evaluator import Evaluator, Values
 from diffopt.loop import Key, Loop
 from diffopt.reuse import Plan, Reuse, Term
@@ -68,19 +68,14 @@ class Lab:
         self, inputs: Sequence[Tensor], visit: Callable[[Key, list[Tensor]], Values]
     ) -> list[Tensor]:
         """Run the program with `visit` in place of the loop's calls."""
-        keys, results = self._keys, self.body.results
 
-        class Run(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                if n not in keys:
-                    return super().run_node(n)
-                given, _ = self.fetch_args_kwargs_from_env(n)
-                made = visit(keys[n], list(given))
-                return tuple(made[r] for r in results)
+        def results(call: fx.Node, given: Sequence[Tensor]) -> list[Tensor] | None:
+            if call not in self._keys:
+                return None
+            made = visit(self._keys[call], list(given))
+            return [made[r] for r in self.body.results]
 
-        with torch.no_grad():
-            made: list[Tensor] = list(Run(self.loop.program.root).run(*inputs))
-        return made
+        return run_root(self.loop.program, inputs, results)
 
     @cached_property
     def candidates(self) -> list[fx.Node]:

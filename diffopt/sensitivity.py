@@ -26,7 +26,7 @@ from diffopt import graph as g
 from diffopt.evaluator import Evaluator
 from diffopt.quantizer import Format
 from diffopt.rewrite import args
-from diffopt.simulate import Simulator, relative, rerun, run_root
+from diffopt.simulate import Simulator, relative, rerun
 
 Candidates = Mapping[str, Mapping[fx.Node, Sequence[Format]]]
 """The formats to try of each layer, by component: as many, in the same order, of each."""
@@ -143,7 +143,7 @@ class _Bench:
         whole = torch.zeros(self._columns, dtype=torch.float64)
         for index, request in enumerate(self._inputs):
             known: dict[fx.Node, Any] = {}
-            exact = run_root(self._sim.program, request, lambda call, given: None, known)
+            exact = calibrate.run_root(self._sim.program, request, lambda call, given: None, known)
             for name, at, step in self._visits():
                 if (at - index) % len(self._inputs) == 0:  # requests take turns: this takes long
                     errors[name][:, :, at] = self._errors(name, step, known)

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import qdq
+from diffopt.calibrate import run_root
 from diffopt.program import Program
 from diffopt.quantizer import Format, Range, Scope, Store, qparams
 from diffopt.rewrite import args, stored
@@ -162,36 +163,6 @@ class Simulator:
             return self.call(name, formats[name], step, given) if name in formats else None
 
         return run_root(self.program, inputs, visit)
-
-
-def run_root(
-    program: Program,
-    inputs: Sequence[Tensor],
-    visit: Callable[[fx.Node, Sequence[Tensor]], Sequence[Tensor] | None],
-    known: dict[fx.Node, Any] | None = None,
-) -> list[Tensor]:
-    """Run a program; `visit` may give the results of a call.
-
-    Args:
-        program: What to run.
-        inputs: The flat inputs of the request.
-        visit: Called with each call of a component and its arguments; None: it runs as it is.
-        known: Where all values of the outer graph are put.
-    """
-
-    class Run(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            made = None
-            if n.op == "call_module":
-                given, _ = self.fetch_args_kwargs_from_env(n)
-                made = visit(n, list(given))
-            value = super().run_node(n) if made is None else tuple(made)
-            if known is not None:
-                known[n] = value
-            return value
-
-    with torch.no_grad():
-        return list(Run(program.root).run(*inputs))
 
 
 def rerun(

@@ -7,6 +7,7 @@ of smaller ranges is tried, and each channel or group takes the one with the lea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -47,6 +48,12 @@ def dequantized(packed: qdq.Packed) -> Tensor:
         return weight
     wide = packed.wide.reshape(-1, *[1] * (weight.dim() - 1))
     return rounded(weight / wide, "int8").float() * wide
+
+
+def widened(packed: qdq.Packed) -> qdq.Packed:
+    """Return a weight that is rounded to int8 again, with one scale for each output."""
+    most = dequantized(packed).flatten(1).abs().amax(1)
+    return replace(packed, wide=most.clamp_min(qdq.EPS) / qdq.LIMITS["int8"][1])
 
 
 def numbers(packed: qdq.Packed) -> Tensor:

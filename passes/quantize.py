@@ -55,7 +55,6 @@ from diffopt.shared import Shared
 from diffopt.simulate import Simulator
 from diffopt.spec import suggest
 
-INT4_GROUP = 64
 HELD_SEED = 1 << 20
 """How far the seeds of requests that formats are tried on are from those of calibration."""
 
@@ -260,7 +259,9 @@ class Quantize(Pass):
         """
         if self.format == "auto" or (self.format == "int4" and is_beside):
             return Format("int8", "none")
-        group = INT4_GROUP if self.group is None and self.format == "int4" else self.group or None
+        group = self.group or None
+        if self.group is None and self.format == "int4":
+            group = quantizer.INT4_GROUP
         return Format(self.format, "none", group)
 
 

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import fx
 
-from diffopt import automatic, qdq, quantizer, sensitivity, weights
+from diffopt import automatic, calibrate, qdq, quantizer, sensitivity, weights
 from diffopt.core import Pipeline, Record
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from diffopt.quantizer import Format, Scope, Store
 from diffopt.requests import requests
 from diffopt.rewrite import stored
-from diffopt.simulate import Simulator, relative, run_root
+from diffopt.simulate import Simulator, relative
 from tests import loops
 from tests.command import Run
 from tests.passes import build
@@ -36,7 +36,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def prepared(
-    program: Program, tried: Sequence[automatic.Column] = TRIED
+    program: Program, tried: Sequence[Format] = TRIED
 ) -> tuple[Simulator, dict[str, dict[fx.Node, list[Format]]], Scope, dict[str, Any]]:
     """Return a simulator, the formats of layers, and what quantizing the program takes."""
     scope, store = quantizer.choose(program, ("loop",)), Store("mse")
@@ -92,7 +92,7 @@ def test_a_layer_that_loses_nothing_and_the_effects_of_steps(program: Program) -
     simulator, formats, _, _ = prepared(made)
     inputs = requests(made, None, 1)
     found = sensitivity.measure(simulator, formats, inputs, {})["denoiser"]
-    alone = TRIED.index(automatic.Column("int8", "none"))
+    alone = TRIED.index(Format("int8", "none"))
     assert found.nodes[0] is layer.node
     assert float(found.errors[0, alone].max()) < 1e-11
     assert float(found.errors[0, 0].min()) > 1e-9  # its input is quantized
@@ -100,7 +100,7 @@ def test_a_layer_that_loses_nothing_and_the_effects_of_steps(program: Program) -
     assert bool((found.errors[:, 3] > found.errors[:, 1])[1:].all()), "4 bits and 8 bits"
 
     own = {node: how[0] for node, how in formats["denoiser"].items()}
-    exact = run_root(made, inputs[0], lambda call, given: None)
+    exact = calibrate.run_root(made, inputs[0], lambda call, given: None)
     for at, step in enumerate(found.steps):
         if at not in sensitivity._probes(len(found.steps)):
             continue
@@ -113,7 +113,7 @@ def test_a_layer_that_loses_nothing_and_the_effects_of_steps(program: Program) -
             changes.append(relative(results, body(*given)))
             return results
 
-        outputs = relative(run_root(made, inputs[0], visit), exact)
+        outputs = relative(calibrate.run_root(made, inputs[0], visit), exact)
         assert float(found.effects[at]) == pytest.approx(outputs / changes[0], rel=1e-6)
 
 
@@ -212,7 +212,7 @@ def test_the_command_prints_tables_and_draws(diffopt: Run, file: Path) -> None:
     assert (done.code, done.err) == (0, "wrote heat.png\n")
     assert "int8, weights alone: all " in done.out
     told = json.loads(diffopt("sensitivity", file, "--samples", 2, "--json").out)
-    assert list(told) == [str(column) for column in TRIED]
+    assert list(told) == [automatic.label(column) for column in TRIED]
     for column in told.values():
         assert sum(layer["share"] for layer in column["layers"]) == pytest.approx(1)
         squares = sum(layer["error"] ** 2 for layer in column["layers"])

@@ -15,18 +15,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError
 from examples.benchmarks import report
 from examples.caching.configurations import CONFIGS, shown
 from examples.caching.document import DOCUMENT, picture_rows, section
 from examples.caching.programs import make, relative_cost
-from examples.study.command import check_images, check_machine, check_setup, forget, parser_of
+from examples.study.command import begin, check_images, check_machine, forget, parser_of
 from examples.study.document import draw, rewrite
 from examples.study.measure import quality, times
-from examples.study.results import Results
 from examples.study.study import REFERENCE, Study
 
 
@@ -49,10 +46,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Run what was asked for, and write the section of the document."""
     options = arguments(words)
-    torch.set_num_threads(options.threads)
-    options.work.mkdir(parents=True, exist_ok=True)
-    results = Results(options.document.with_suffix(".json"), options.work / "lock")
-    check_setup(results, {"images": options.images, "steps": options.steps})
+    results = begin(options, {"images": options.images, "steps": options.steps})
     if "time" in options.phase:
         check_machine(results, options.threads)
     for name in options.only:

@@ -17,8 +17,6 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 
-import torch
-
 from diffopt.errors import DiffoptError
 from examples.benchmarks import report
 from examples.quantization import large, peers
@@ -26,7 +24,7 @@ from examples.quantization.configurations import BF16, CONFIGS, EMULATED, split
 from examples.quantization.document import DOCUMENT, pictured, section
 from examples.quantization.measure import looker
 from examples.quantization.programs import make
-from examples.study.command import check_images, check_machine, check_setup, forget, parser_of
+from examples.study.command import begin, check_images, check_machine, forget, parser_of
 from examples.study.document import draw, rewrite
 from examples.study.measure import quality, times
 from examples.study.results import Results
@@ -78,10 +76,7 @@ def small(options: argparse.Namespace, results: Results) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Run what was asked for, and write the section of the document."""
     options = arguments(words)
-    torch.set_num_threads(options.threads)
-    options.work.mkdir(parents=True, exist_ok=True)
-    results = Results(options.document.with_suffix(".json"), options.work / "lock")
-    check_setup(results, {"images": options.images})
+    results = begin(options, {"images": options.images})
     if {"time", "large", "peers"} & {*options.phase}:
         check_machine(results, options.threads)
     if {"quality", "time"} & {*options.phase}:

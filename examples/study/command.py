@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffopt import cachedir
 from diffopt.errors import DiffoptError
 from examples.benchmarks import machine
@@ -42,6 +44,15 @@ def check_setup(results: Results, setup: dict[str, Any]) -> None:
             f"{results.path} has results of {results.get('setup')}: remove it, or ask for the same"
         )
     results.put(setup, "setup")
+
+
+def begin(options: argparse.Namespace, setup: dict[str, Any]) -> Results:
+    """Set the threads, and return the known results of this setup."""
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = Results(options.document.with_suffix(".json"), options.work / "lock")
+    check_setup(results, setup)
+    return results
 
 
 def check_machine(results: Results, threads: int) -> None:
