@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -123,22 +124,24 @@ def quantize_body(
         layer.node.args = (inputs.get(key, x), placed[layer.weight, how], *args(layer.node)[2:])
 
 
-def quantize_tables(
-    gm: fx.GraphModule, how: Format, store: Store, is_wanted: Callable[[fx.Node], bool]
-) -> int:
-    """Quantize tables of embeddings, of which rows are read; return how many."""
-    count = 0
-    for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default):
-        source = args(node)[0]
-        tensor = stored(gm, source)
-        if tensor is None or not tensor.is_floating_point() or not is_wanted(node):
-            continue
-        packed = store(tensor, how.that_fits(tensor))
-        with gm.graph.inserting_before(node):
-            table = qdq.place_weight(gm, str(source.target), packed, tensor.dtype)
-        node.update_arg(0, table)
-        count += 1
-    return count
+def readers_of_tables(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the operators that read rows of tables of embeddings in floating point."""
+    return [
+        node
+        for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default)
+        if (tensor := stored(gm, args(node)[0])) is not None and tensor.is_floating_point()
+    ]
+
+
+def quantize_table(gm: fx.GraphModule, node: fx.Node, how: Format, store: Store) -> None:
+    """Quantize the table that an operator reads rows of."""
+    source = args(node)[0]
+    tensor = stored(gm, source)
+    assert tensor is not None
+    packed = store(tensor, how.that_fits(tensor))
+    with gm.graph.inserting_before(node):
+        table = qdq.place_weight(gm, str(source.target), packed, tensor.dtype)
+    node.update_arg(0, table)
 
 
 class _Rows:
@@ -201,7 +204,7 @@ class Scope:
 
 
 def choose(program: Program, wanted: Sequence[str]) -> Scope:
-    """Return the components that `wanted` means: "loop", "all", or names.
+    """Return the components that `wanted` means: "loop", "all", or patterns of names.
 
     "loop" is the component that is called in several steps (of several, the one on which most is
     spent), in all of its bodies, and what is called in front of the loop on its behalf; "all" adds
@@ -229,9 +232,9 @@ def choose(program: Program, wanted: Sequence[str]) -> Scope:
         chosen, weights = list(calls), [name for name in calls if name not in loop]
     else:
         for name in wanted:
-            if name not in calls:
+            if not fnmatch.filter(calls, name):
                 raise DiffoptError(f"there is no component '{name}'{suggest(name, calls)}")
-        chosen, weights = list(wanted), []
+        chosen, weights = [name for word in wanted for name in fnmatch.filter(calls, word)], []
     own = {name: calls[name] for name in calls if name in chosen}
     return Scope(own, [name for name in loop if name in own], frozenset(weights))
 

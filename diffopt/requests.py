@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diffopt.errors import DiffoptError
 from diffopt.program import Program
 
 aten = torch.ops.aten
+log = logging.getLogger("diffopt")
 
 # Operators whose result has no other values than their arguments have.
 _MOVES = {
@@ -69,6 +71,19 @@ def requests(
         _check(program, tensors, arguments.get("prompt"))
         made.append(tensors)
     return made
+
+
+def representative(
+    what: str, program: Program, prompts: Sequence[str] | None, count: int, seed: int = 0
+) -> list[list[Tensor]]:
+    """Return `requests` that stand for all later ones to `what`; warn if they can hardly do so."""
+    if not prompts and "prompt" in program.host.inputs():
+        log.warning(
+            "%s calibrates with the prompt of the capture alone, and what it finds may not hold for"
+            " others: give prompts with --calibrate FILE, or prompts= in Python",
+            what,
+        )
+    return requests(program, prompts, count, seed)
 
 
 def _turn(texts: Sequence[str], index: int, size: int) -> list[str]:

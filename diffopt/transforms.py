@@ -6,7 +6,7 @@ Bodies share weights, so what is made of a weight for one body is used in all of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def smooth_layers(
     Each layer's scales are searched on what it reads in a few steps (SmoothQuant, Xiao et al. 2023,
     with the grid of SVDQuant).
     """
-    todo = _of_loop(program, scope, formats)
+    todo = _to_quantize(program, scope.loop, formats)
     reads = {layer.x for _, layer, _ in todo}
     calls = by_step(scope)
     seen = _sample(program, calls, inputs, reads, report)
@@ -156,11 +156,11 @@ def smooth_layers(
     return count
 
 
-def _of_loop(
-    program: Program, scope: Scope, formats: Formats
+def _to_quantize(
+    program: Program, names: Iterable[str], formats: Formats
 ) -> list[tuple[fx.GraphModule, qdq.Layer, Format]]:
-    """Return the layers of the loop's bodies that are to be quantized."""
-    bodies = [(program.components[n], formats[n]) for n in scope.loop if n in formats]
+    """Return the layers of some components that are to be quantized."""
+    bodies = [(program.components[n], formats[n]) for n in names if n in formats]
     return [(gm, la, own[la.node]) for gm, own in bodies for la in qdq.layers(gm) if la.node in own]
 
 
@@ -197,12 +197,13 @@ def branch_layers(
     shared: Shared,
     report: Report,
 ) -> int:
-    """Take the largest singular values out of the loop's weights (SVDQuant); return of how many.
+    """Take the largest singular values out of weights (SVDQuant); return of how many.
 
-    Weights with fewer than four times `rank` inputs or outputs stay: the branch would take about as
-    much as it spares.
+    Those of the loop get branches, and those of components that were named. Weights with fewer than
+    four times `rank` inputs or outputs stay: the branch would take about as much as it spares.
     """
-    todo = _of_loop(program, scope, formats)
+    names = [name for name in scope.calls if name not in scope.weights]
+    todo = _to_quantize(program, names, formats)
     count = 0
     for index, (gm, layer, how) in enumerate(todo):
         report("decomposing weights", index / len(todo))

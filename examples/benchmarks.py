@@ -43,8 +43,15 @@ def fashion() -> Any:
     return pipe
 
 
-def larger() -> Any:
-    """Make an SD-like pipeline around a UNet of 17.8 M parameters with random weights."""
+def larger(
+    channels: tuple[int, int, int] = (64, 128, 256), heads: tuple[int, int, int] = (8, 8, 8)
+) -> Any:
+    """Make an SD-like pipeline around a UNet with random weights.
+
+    Args:
+        channels: Of its levels; these make 17.8 M parameters.
+        heads: In an attention layer of each level.
+    """
     pipe = fashion()
     torch.manual_seed(0)
     text = CLIPTextConfig(
@@ -59,11 +66,11 @@ def larger() -> Any:
     )
     unet = UNet2DConditionModel(
         sample_size=32,
-        block_out_channels=(64, 128, 256),
+        block_out_channels=channels,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=128,
-        attention_head_dim=8,
+        attention_head_dim=heads,  # diffusers' name for how many there are
     )
     parts = {"text_encoder": CLIPTextModel(text).eval(), "unet": unet.eval()}
     pipe = StableDiffusionPipeline(**{**pipe.components, **parts}, requires_safety_checker=False)

@@ -24,8 +24,8 @@ budget.
 
 A layer that reads a concatenation is split, so that each operand has scales of its own
 (Q-Diffusion). Weights of 4 bits have a scale for each group of 64 inputs, and kernels for integers
-get them rounded to int8 again. With int4, weights in front of the loop have 8 bits, unless their
-component is named: they are few, and read once.
+get them rounded to int8 again. With int4, tables of embeddings have 8 bits, and so have weights in
+front of the loop, unless their component is named: they are few, and read once.
 
 Not rewritten when
 - a layer's module matches `skip`, or none of `layers`;
@@ -37,7 +37,6 @@ Not rewritten when
 from __future__ import annotations
 
 import fnmatch
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,15 +49,13 @@ from diffopt.core import Context, Pass, option
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from diffopt.quantizer import Activations, Format, Formats, Range, Scope, Store, choose
-from diffopt.requests import requests
+from diffopt.requests import representative, requests
 from diffopt.shared import Shared
 from diffopt.simulate import Simulator
 from diffopt.spec import suggest
 
 HELD_SEED = 1 << 20
 """How far the seeds of requests that formats are tried on are from those of calibration."""
-
-log = logging.getLogger("diffopt")
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class Quantize(Pass):
     samples: int = option(8, "requests to calibrate with")
     tables: bool = option(True, "quantize tables of embeddings as well, in the same components")
     components: tuple[str, ...] = option(
-        ("loop",), "loop; all: weights of the others too; or names of components"
+        ("loop",), "loop; all: weights of the others too; or names, which may be patterns"
     )
     budget: float | None = option(
         None, "largest relative error that the pass may add; auto: 0.02 by default"
@@ -136,13 +133,9 @@ class Quantize(Pass):
         formats = self._formats(program, scope, ctx)
         needs = self.activations == "static" or self.smooth or self.rounding != "nearest"
         needs |= self.format == "auto"
-        inputs = requests(program, ctx.prompts, self.samples, ctx.seed) if needs else []
-        if needs and not ctx.prompts and "prompt" in program.host.inputs():
-            log.warning(
-                "%s calibrates with the prompt of the capture alone, whose ranges may not hold for"
-                " others: give prompts with --calibrate FILE, or prompts= in Python",
-                self,
-            )
+        inputs: list[list[Tensor]] = []
+        if needs:
+            inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
         if self.smooth:
             notes["layers smoothed"] = transforms.smooth_layers(
                 program, scope, formats, inputs, self.scale, shared, report
@@ -163,8 +156,12 @@ class Quantize(Pass):
         for name, own in formats.items():
             at = scope.calls[name]
             quantizer.quantize_body(program, name, own, at, found.get(name), store)
-        if self.tables:
-            notes["tables"] = sum(self._tables(program, n, scope, store) for n in scope.calls)
+        read = self._tables(program, scope)
+        for name, node in read:
+            # A row is what it is: no sum over inputs averages the errors of 4 bits.
+            how = self._weights(is_beside=True)
+            quantizer.quantize_table(program.components[name], node, how, store)
+        notes["tables"] = len(read)
         notes["layers"] = {name: len(own) for name, own in formats.items()}
         notes["groups of steps"] = {n: [len(group) for group in own] for n, own in groups.items()}
         notes["weight bytes"] = {"before": store.before, "after": store.after}
@@ -231,20 +228,22 @@ class Quantize(Pass):
         for pattern in (*self.layers, *self.skip):
             if pattern != "*" and pattern not in used:
                 raise DiffoptError(_unmatched(pattern, program, scope))
-        if not formats:
+        if not formats and (self.format == "auto" or not self._tables(program, scope)):
             raise DiffoptError(
                 f"there is no layer to quantize in {', '.join(scope.calls)}: its layers are"
                 " skipped, or quantized already"
             )
         return formats
 
-    def _tables(self, program: Program, name: str, scope: Scope, store: Store) -> int:
-        def is_wanted(node: fx.Node) -> bool:
-            path = f"{name}.{quantizer.module(node)}"
-            return bool(_matching(path, self.layers)) and not _matching(path, self.skip)
-
-        how = self._weights(name in scope.weights)
-        return quantizer.quantize_tables(program.components[name], how, store, is_wanted)
+    def _tables(self, program: Program, scope: Scope) -> list[tuple[str, fx.Node]]:
+        """Return what reads tables that are to be quantized, with the component it is in."""
+        found = []
+        for name in scope.calls if self.tables else ():
+            for node in quantizer.readers_of_tables(program.components[name]):
+                path = f"{name}.{quantizer.module(node)}"
+                if _matching(path, self.layers) and not _matching(path, self.skip):
+                    found.append((name, node))
+        return found
 
     def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:
         how = self._weights(weights_only)

@@ -167,6 +167,25 @@ def test_auto_is_within_the_budget_and_saves_more_where_it_may(program: Program)
     assert saved[0] < saved[-1]
 
 
+@pytest.mark.parametrize(
+    ("before", "option"),
+    [
+        ("", "smooth=true"),
+        ("", "rank=1"),
+        ("", "keep=first:1"),
+        ("cache(auto,speedup=1.2,calls=1,trials=3,reach=2),", "samples=2"),
+    ],
+)
+def test_auto_beside_what_else_there_is(program: Program, before: str, option: str) -> None:
+    """What is chosen from is what the other options made, and the budget holds for all of it."""
+    record = auto(program, f"{before}quantize(auto,ends=true,budget=0.05,{option})")
+    note = record.notes["auto"]
+    assert 0 < note["measured error"] <= 0.05
+    assert record.relative <= 0.05
+    assert sum(note["layers"].values()) > 0
+    assert record.after.bytes < record.before.bytes
+
+
 def test_speed_wants_quantized_inputs_and_size_does_not(program: Program) -> None:
     names = {
         goal: auto(program, f"quantize(auto,ends=true,goal={goal},budget=0.5)").notes["auto"][

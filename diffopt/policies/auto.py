@@ -30,6 +30,7 @@ from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.loop import Loop
 from diffopt.policy import Policy, option
+from diffopt.requests import representative
 from diffopt.reuse import Plan, Reuse, Term
 from diffopt.schedule import Kind, Schedule
 from diffopt.search import Lab
@@ -59,7 +60,9 @@ class Auto(Policy):
             raise DiffoptError("auto wants either speedup, as in speedup=2, or a budget of error")
         if loop.steps <= self.terms:
             return {}
-        inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
+        inputs = representative(
+            f"cache({self.name})", loop.program, ctx.prompts, self.calls, ctx.seed
+        )
         key = {
             "auto": 1,  # another number for another way to search
             **calibrate.loop_identity(loop.program, loop.calls, inputs),

@@ -16,6 +16,7 @@ from diffopt.anatomy import Anatomy
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.policy import Part, Policy, Value, hold, option, residuals, stack
+from diffopt.requests import representative
 from diffopt.reuse import Loop, Plan
 
 
@@ -45,7 +46,9 @@ class Magcache(Policy):
         if self.ratios:
             ratios = nearest(self.ratios, loop.steps)
         else:
-            inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
+            inputs = representative(
+                f"cache({self.name})", loop.program, ctx.prompts, self.calls, ctx.seed
+            )
             key = {
                 "magnitudes": 1,
                 **calibrate.loop_identity(loop.program, loop.calls, inputs),

@@ -15,6 +15,7 @@ from diffopt.anatomy import Anatomy
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.policy import ATTENTION_AND_MLP, Part, Policy, branch_values, hold, merge, option
+from diffopt.requests import representative
 from diffopt.reuse import Loop, Plan
 
 Rows = Sequence[Sequence[float]]
@@ -55,7 +56,9 @@ class Smoothcache(Policy):
         self, loop: Loop, parts: Anatomy, kinds: Sequence[str], ctx: Context
     ) -> Mapping[str, Rows]:
         groups = {kind: [value for value, _ in branch_values(parts, [kind])] for kind in kinds}
-        inputs = calibrate.requests(loop.program, ctx.prompts, self.calls, ctx.seed)
+        inputs = representative(
+            f"cache({self.name})", loop.program, ctx.prompts, self.calls, ctx.seed
+        )
         tables = calibrate.step_errors(
             loop.program, loop.calls, groups, inputs, reach=self.max_interval, report=ctx.progress
         )

@@ -37,7 +37,7 @@ SHORTCUTS_UNSPLIT = quantized(f"int8,layers={SHORTCUTS},split=false")
 INT4_ADAROUND = quantized("int4,rounding=adaround")
 INT4_RANK = quantized("int4,rank=16")
 INT4_BOTH = quantized("int4,rounding=adaround,rank=16")
-INT4_ALL = quantized("int4,components=all")
+INT4_ALL = quantized("int4,components=*")
 CACHE_INT8 = f"{CACHE},{INT8}"
 
 ACTIVATIONS = tuple(quantized(f"int8,activations={a}") for a in ("dynamic", "rows", "none"))

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def transformer() -> Any:
 
 MAKE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "unet": (larger, {"prompt": PROMPT}),
+    "wide-unet": (partial(larger, (128, 256, 512), (2, 4, 8)), {"prompt": PROMPT}),
     "transformer": (transformer, {"class_labels": [9]}),
 }
 """The models: how each is made, and what it is told to draw."""

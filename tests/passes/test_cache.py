@@ -309,6 +309,15 @@ def test_smoothcache_and_magcache_measure_for_themselves() -> None:
     assert set(blocks(own).values()) == {"##---#"}
 
 
+def test_one_prompt_is_told_to_be_few(caplog: pytest.LogCaptureFixture) -> None:
+    cached("sd", "cache(auto,speedup=1.2,calls=1,trials=1,reach=2)")
+    assert "cache(auto) calibrates with the prompt of the capture alone" in caplog.text
+    caplog.clear()
+    cached("sd", "cache(deepcache,interval=3)")
+    cached("dit", "cache(smoothcache,alpha=0,calls=1)")
+    assert not caplog.text
+
+
 def test_smoothcache(tmp_path: Any) -> None:
     path = tmp_path / "errors.json"
     path.write_text('{"attention": [[0,0,0,0,0], [9,9,9,9]], "mlp": [[9,9,9,9,9], [0,9,9,9]]}')

@@ -219,6 +219,13 @@ def test_weights_beside_the_loop_have_eight_bits_unless_they_are_named() -> None
     program, _ = quantized("dit", text)
     weights = [qdq.weight(la.weight) for la in layers(program, "transformer_steps").values()]
     assert {w.number for w in weights if w} == {"int4"}
+    program, record = quantized("dit", "quantize(int4,group=8,components=transformer_once)")
+    assert record.notes["tables"] == len(tables), "tables alone"
+    assert not record.notes["layers"]
+    found = program.components["transformer_once"].graph.find_nodes(
+        op="call_function", target=aten.embedding.default
+    )
+    assert {qdq.weight(rewrite.args(n)[0]).number for n in found} == {"int8"}  # type: ignore[union-attr]
     for option in ("tables=false", "skip=*emb*", "layers=*attn1*"):
         _, record = quantized("dit", f"quantize(int4,{option})")
         assert "tables" not in record.notes
@@ -394,6 +401,18 @@ def test_components_outside_of_the_loop() -> None:
     program, _ = quantized("sd", "quantize(int8,components=vae_decode)")
     assert any(qdq.activation(layer.x) for layer in layers(program, "vae_decode").values())
     assert not any(qdq.activation(layer.x) for layer in layers(program, "unet").values())
+    names = {}
+    for words in ("all", "*"):
+        text = f"quantize(int4,group=4,rank=1,activations=none,components={words})"
+        program, record = quantized("sd", text)
+        names[words] = [
+            qdq.weight(layer.weight).number  # type: ignore[union-attr]
+            for layer in layers(program, "text_encoder").values()
+        ]
+        names[words].append(record.notes["branches"])
+    assert set(names["all"][:-1]) == {"int8"}
+    assert set(names["*"][:-1]) == {"int4"}
+    assert names["*"][-1] > names["all"][-1], "components that are named have branches as well"
 
 
 # What is refused
