@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffopt.capture import trace
     from diffopt.core import Pipeline
-    from diffopt.engine import Engine, build, load
+    from diffopt.engine import Engine, build, load, write
     from diffopt.errors import CaptureError, DiffoptError
     from diffopt.program import Program
 
@@ -24,6 +24,7 @@ __all__ = [
     "build",
     "load",
     "trace",
+    "write",
 ]
 
 _MODULES = {
@@ -35,6 +36,7 @@ _MODULES = {
     "build": "engine",
     "load": "engine",
     "trace": "capture",
+    "write": "engine",
 }
 
 

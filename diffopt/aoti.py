@@ -38,14 +38,14 @@ def compile_body(
 
     Where the library calls operators that it has no entry point for, "json" says which.
     """
-    arguments = tuple(_example(n.meta["val"]) for n in g.placeholders(gm))
+    arguments = tuple(example(n.meta["val"]) for n in g.placeholders(gm))
     known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
     with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, _quiet(folder):
         options = {key: value for key, value in settings.items() if key in known}
         options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
         module: Any = g.clone(gm)
         if sizes:  # without them the graph is what an export would give
-            shapes = _dynamic_shapes(len(arguments), sizes)
+            shapes = dynamic_shapes(len(arguments), sizes)
             exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
             module = exported.module()
         torch._inductor.aot_compile(module, arguments, options=options)
@@ -219,11 +219,12 @@ def load(
     return Kernel(members, strides, weights, further)
 
 
-def _example(value: Tensor) -> Tensor:
+def example(value: Tensor) -> Tensor:
+    """Return a tensor of zeros like a value, to compile or export with."""
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
 
 
-def _dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:
+def dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:
     """Return what `torch.export` is to leave open; it finds out itself which sizes are related."""
     return tuple(
         {

@@ -317,4 +317,7 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:
 def raw(tensor: Tensor) -> memoryview:
     """Return a tensor's values as bytes in row-major order, in its own memory where that is so."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    if not flat.numel():
+        return memoryview(b"")
+    # One element may have any stride, and be contiguous all the same.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data

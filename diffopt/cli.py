@@ -236,6 +236,10 @@ def run(
     guidance_scale: Annotated[
         float | None, typer.Option(help="How much the prompt counts.")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="Run it on eager instead of what it was built for."),
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Run an engine and write what it makes."""
@@ -246,7 +250,7 @@ def run(
     named = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
     arguments |= {name: value for name, value in named.items() if value is not None}
     with show.progress(f"loading {engine}") as report:
-        made = cli_run.run(engine, arguments, seed, number, output, report)
+        made = cli_run.run(engine, arguments, seed, number, output, report, target)
     show.stderr().print(f"wrote {output} ({made})")
 
 
@@ -319,7 +323,8 @@ def compare(
 
 @app.command(
     epilog="diffopt inspect fashion.program\n\ndiffopt inspect out.engine --json\n\n"
-    "diffopt inspect cached.program --picture heat.png"
+    "diffopt inspect cached.program --picture heat.png\n\n"
+    "diffopt inspect fashion.program --target h100"
 )
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help=f"An .engine file, or {MODEL_HELP}")],
@@ -334,11 +339,22 @@ def inspect(
             help="Also draw which blocks each step computes, reuses or extrapolates.",
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="DEVICE",
+            help="Show instead what each component costs on this device at best, and why.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a program or an engine consists of, and what each step calls."""
     from diffopt import cli_inspect, images
+    from diffopt.target import parse_hardware
 
+    hardware = None if target is None else parse_hardware(target)
     if picture is not None:
         _expect(picture, *images.PICTURES)
     parts: dict[str, int] = {}
@@ -350,6 +366,8 @@ def inspect(
         cli_inspect.save_picture(program, picture)
     if graph is not None:
         print(cli_inspect.graph_text(program, graph))
+    elif hardware is not None:
+        cli_inspect.print_roofline(program, file, hardware, as_json)
     else:
         cli_inspect.inspect(program, file, as_json, parts)
 
@@ -438,12 +456,14 @@ def passes(
     cli_list.passes(name, as_json)
 
 
-@app.command(epilog="diffopt targets\n\ndiffopt targets cpu")
+@app.command(epilog="diffopt targets\n\ndiffopt targets cpu\n\ndiffopt targets h100")
 def targets(
-    name: Annotated[str | None, typer.Argument(help="Show this target's options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this lowering's options, or describe this device.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the targets, or show one with its options."""
+    """List lowerings and devices, or show one: --target is DEVICE:LOWERING, or one of the two."""
     from diffopt import cli_list
 
     cli_list.targets(name, as_json)

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from diffopt import cli_show as show
-from diffopt import engine, footprint, heatmap, images, tags
+from diffopt import engine, footprint, heatmap, images, roofline, tags
 from diffopt import graph as g
 from diffopt.core import Record
 from diffopt.errors import DiffoptError, VerifyError
+from diffopt.hardware import Hardware
 from diffopt.program import Program
 from diffopt.spec import suggest
 
 
 def open_engine(file: str) -> tuple[Program, dict[str, int]]:
     """Return the program inside an engine file, and what each part takes in the file."""
-    opened = engine.load(file)
+    opened = engine.load(file, target="eager")  # it may be another machine's
     return opened.program, opened.parts
 
 
@@ -75,6 +76,36 @@ def inspect(program: Program, title: str, as_json: bool, parts: Mapping[str, int
         records = [Record.from_json(row) for row in program.history]
         show.records_table(records, timing=True, stats=False)
         show.step_maps(records)
+
+
+def print_roofline(program: Program, title: str, hardware: Hardware, as_json: bool) -> None:
+    """Print what each component costs on a device at best; see `diffopt.roofline`."""
+    found = roofline.roofline(program, hardware)
+    if as_json:
+        show.print_json(found.to_json())
+        return
+    columns = ["component", "calls", "steps", "FLOPs a call", "bytes a call", "bound by"]
+    columns += ["a call", "at least", "a run"]
+    cores = f", {hardware.cores} cores" if hardware.cores else ""
+    times = f"{_time(found.seconds)} a run predicted, {_time(found.limit)} at least"
+    rows = list(map(_roofline_row, found.rows))
+    show.table(f"{title} on {hardware.name}{cores}: {times}", columns, rows)
+    weights = f"weights {found.weights / 1e6:.1f} MB of {hardware.memory / 1e9:.4g} GB memory"
+    show.stdout().print(weights + ("" if found.weights < hardware.memory else ": they do not fit"))
+
+
+def _roofline_row(row: roofline.Row) -> list[str]:
+    flops = ", ".join(f"{show.count(count)} {number}" for number, count in row.flops.items())
+    left = [row.component, str(row.calls), _ranges(list(row.steps)), flops, show.count(row.bytes)]
+    return [*left, row.bound, *map(_time, (row.seconds, row.limit, row.calls * row.seconds))]
+
+
+def _time(seconds: float) -> str:
+    for unit in ("s", "ms", "µs"):
+        if seconds >= 1:
+            return f"{seconds:.3g} {unit}"
+        seconds *= 1000
+    return f"{seconds:.3g} ns"
 
 
 def _component_row(row: dict[str, Any]) -> list[str]:

@@ -94,7 +94,7 @@ def write(job: Job, program: Program, output: Path) -> None:
         program.save(output, job.compress)
         return
     with show.progress(f"building for {job.target}") as report:
-        engine.build(program, job.target, output, compress=job.compress, progress=report)
+        engine.write(program, job.target, output, compress=job.compress, progress=report)
 
 
 def find_culprit(

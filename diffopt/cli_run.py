@@ -12,11 +12,18 @@ from diffopt.errors import DiffoptError
 from diffopt.program import Program
 
 
-def load(path: Path) -> Any:
-    """Return the engine or program in a file; both are called alike."""
+def load(path: Path, target: str | None = None) -> Any:
+    """Return the engine or program in a file; both are called alike.
+
+    `target` is what an engine is to run on instead of what it was built for.
+    """
     if not path.is_file():
         raise DiffoptError(f"there is no file {path}")
-    return Program.load(path) if path.suffix == ".program" else engine.load(path)
+    if path.suffix != ".program":
+        return engine.load(path, target=target)
+    if target is not None:
+        raise DiffoptError(f"--target {target}: {path} is a program, which runs without a target")
+    return Program.load(path)
 
 
 def traced_arguments(loaded: Any) -> dict[str, Any]:
@@ -53,10 +60,16 @@ def make(
 
 
 def run(
-    file: Path, arguments: Mapping[str, Any], seed: int, number: int, output: Path, report: Progress
+    file: Path,
+    arguments: Mapping[str, Any],
+    seed: int,
+    number: int,
+    output: Path,
+    report: Progress,
+    target: str | None = None,
 ) -> str:
     """Make `number` images, one seed after another, and write them; return how many of what."""
     kind = images.output_type(output)  # before the engine is loaded: a wrong name costs nothing
-    results = make(load(file), {**arguments, "output_type": kind}, seed, number, report)
+    results = make(load(file, target), {**arguments, "output_type": kind}, seed, number, report)
     written = images.save(results, output, number)
     return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

@@ -19,7 +19,10 @@ from diffopt import stepmap
 from diffopt.core import Progress as Report
 from diffopt.core import Record, Size
 
-TEXTS = ("kind", "summary", "type", "default", "help", "changed", "promise", "component", "steps")
+TEXTS = (
+    *("kind", "summary", "type", "default", "help", "changed", "promise", "component", "steps"),
+    *("description", "devices"),
+)
 WIDTH = 180  # of tables that do not go to a terminal: a file has no edge to wrap at
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import archive, batching
+from diffopt import archive, batching, formats
 from diffopt import graph as g
 from diffopt import program as p
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.host import Host
 from diffopt.program import Program
-from diffopt.runtime import Plan
 from diffopt.target import Image, Lowered, Target, parse_target
 
 FORMAT = f"1.{p.FORMAT}"
@@ -42,14 +41,31 @@ def build(
 
     Args:
         program: What to build.
-        target: A target, or its text such as `cpu(threads=2)`.
+        target: A target that this machine can run, or its text such as `cpu(threads=2)`.
         path: The file; it has the whole engine or what it had before, never a part.
         compress: The level of zstandard, from 1 (fast) to 22 (small), to compress parts of the file
             with that get smaller; they are decompressed on loading, and not mapped. None: no part.
         progress: Called with what is being done and the fraction done, if known.
     """
+    write(program, target, path, compress=compress, progress=progress)
+    return load(path, verify=False)
+
+
+def write(
+    program: Program,
+    target: Target | str,
+    path: str | os.PathLike[str],
+    *,
+    compress: int | None = None,
+    progress: Progress = lambda what, fraction: None,
+) -> None:
+    """Lower `program` for `target` and write the engine to `path`, as `build` does.
+
+    The target may be another machine's, as `rtx4090:tensorrt` is where there is no GPU.
+    """
     target = parse_target(target) if isinstance(target, str) else target
-    if reason := target.refuses(program):
+    lacking = target.hardware and formats.refused(program, target.hardware)
+    if reason := lacking or target.refuses(program):
         raise DiffoptError(f"target {target} cannot take this program: {reason}")
     folder = Path(path).parent
     if not folder.is_dir():
@@ -64,7 +80,6 @@ def build(
         archive.write(path, KIND, manifest, members, compress)
     except OSError as error:
         raise DiffoptError(f"{path}: cannot be written: {error.strerror}") from None
-    return load(path, verify=False)
 
 
 def _members(program: Program, lowered: Lowered) -> dict[str, archive.Buffers]:
@@ -99,6 +114,7 @@ def _manifest(
         "source": program.source,
         "digests": program.digests,
         "target": str(target),
+        "lowering": target.name,
         "requires": lowered.requires,
         "holds_weights": lowered.holds_weights,
         "passes": ",".join(record["text"] for record in program.history),
@@ -168,7 +184,7 @@ class Engine:
         outer = {name: graph for name, graph in graphs.items() if not _is_component(name)}
         self._outer = self._program({**data, "graphs": outer})
         bodies = {name: graph for name, graph in graphs.items() if _is_component(name)}
-        self._plan = Plan(self._outer.root, self.target.load(self._image(bodies)))
+        self._plan = self.target.outer(self._outer.root, self.target.load(self._image(bodies)))
 
     def _check_format(self) -> None:
         found = self.manifest.get("format")
@@ -181,7 +197,8 @@ class Engine:
     def _choose_target(self, wanted: Target | str | None) -> Target:
         text = str(self.manifest["target"])
         target = parse_target(wanted) if isinstance(wanted, str) else wanted
-        built_for = text.partition("(")[0]
+        # Engines of earlier versions were built for lowerings that no device was named for.
+        built_for = self.manifest.get("lowering") or text.partition("(")[0]
         if target is not None and target.name not in (built_for, "eager"):
             raise DiffoptError(
                 f"{self.path}: built for target {text}, not {target}; build it again for {target}"
@@ -189,16 +206,14 @@ class Engine:
         if target is not None and target.name != built_for and self.manifest["holds_weights"]:
             raise DiffoptError(
                 f"{self.path}: target {text} keeps the weights in its kernels, so {target} cannot"
-                " run it; build it again without that option"
+                f" run it; build it again so that it keeps them, see `diffopt targets {built_for}`"
             )
         if target is None or target.name == built_for:
             # What it was built with, and not the options asked for now: the kernels are there.
             target = self._parse_own_target(text)
         if target.name == built_for and (reason := target.unfit(self.manifest["requires"])):
-            raise DiffoptError(
-                f"{self.path}: {reason}; build it again on this machine,"
-                ' or load it with target="eager"'
-            )
+            instead = "" if self.manifest["holds_weights"] else ', or load it with target="eager"'
+            raise DiffoptError(f"{self.path}: {reason}; build it again for this machine{instead}")
         return target
 
     def _parse_own_target(self, text: str) -> Target:
@@ -236,7 +251,8 @@ class Engine:
         if self.manifest["holds_weights"]:
             raise DiffoptError(
                 f"{self.path}: target {self.target} keeps the weights in its kernels, so its"
-                " program cannot be had; build it again without that option"
+                " program cannot be had; build it again so that it keeps them,"
+                f" see `diffopt targets {self.target.name}`"
             )
         return self._program(self._read_program())
 

@@ -127,18 +127,6 @@ def lower(components: Mapping[str, fx.GraphModule], pack: bool, lack: str | None
 # Layers
 
 
-def refused(gm: fx.GraphModule) -> str | None:
-    """Say which layer's input has a format that no kernel here takes."""
-    for layer in qdq.layers(gm):
-        x = qdq.activation(layer.x)
-        if x is not None and x.number == "fp8":
-            return (
-                f"the input of {layer.node.name} is in fp8, for which this CPU has no kernels;"
-                " quantize activations to int8, or weights alone"
-            )
-    return None
-
-
 def _lower_body(
     gm: fx.GraphModule, pack: bool, lack: str | None
 ) -> tuple[dict[str, int], list[str]]:
@@ -162,11 +150,12 @@ def _lower_body(
         last = layer.node
         with gm.graph.inserting_before(layer.node):
             if weight is not None and x is not None and reason is None:
-                last, post = _activated(layer, x)
+                last, post = _activated(layer, x.rows)
                 lowering = _convolution if layer.convolution else _linear
                 made = lowering(gm.graph, layer, weight, x, inputs, post)
             elif _packs(layer):
-                made = _float(gm.graph, layer)
+                last, post = _activated(layer)
+                made = _float(gm.graph, layer, post)
             else:
                 continue
         replace(last, made)
@@ -294,10 +283,13 @@ def _packs(layer: qdq.Layer) -> bool:
     return not layer.convolution or weight.dim() == layer.x.meta["val"].dim() == 4
 
 
-def _activated(layer: qdq.Layer, x: qdq.Activation) -> tuple[fx.Node, _Post]:
-    """Return the activation function that follows a layer, or the layer, and what a kernel does."""
+def _activated(layer: qdq.Layer, rows: bool = False) -> tuple[fx.Node, _Post]:
+    """Return the activation function that follows a layer, or the layer, and what a kernel does.
+
+    Results are multiplied by the scales of `rows` behind the kernel, so nothing can follow in it.
+    """
     users, dtype = list(layer.node.users), layer.node.meta["val"].dtype
-    if len(users) == 1 and not x.rows and dtype == _computed(dtype):
+    if len(users) == 1 and not rows and dtype == _computed(dtype):
         if calls(users[0], aten.gelu.default):
             return users[0], ("gelu", [], argument(users[0], 1, "approximate", "none"))
         if calls(users[0], aten.silu.default):
@@ -305,20 +297,19 @@ def _activated(layer: qdq.Layer, x: qdq.Activation) -> tuple[fx.Node, _Post]:
     return layer.node, _NO_POST
 
 
-def _float(graph: fx.Graph, layer: qdq.Layer) -> fx.Node:
+def _float(graph: fx.Graph, layer: qdq.Layer, post: _Post) -> fx.Node:
     shape, like = layer.x.meta["val"].shape, layer.node
-    end = _NO_POST
     if not layer.convolution:
         rows = math.prod(shape[:-1])
         packed = _packed(graph, mkldnn._reorder_linear_weight.default, layer.weight, rows)
         given: tuple[Any, ...] = (layer.x, packed, layer.bias)
-        return g.call(graph, mkldnn._linear_pointwise.default, *given, *end, like=like)
+        return g.call(graph, mkldnn._linear_pointwise.default, *given, *post, like=like)
     stride, padding, dilation, groups = _geometry(layer)
     geometry = (padding, stride, dilation, groups)
     target = mkldnn._reorder_convolution_weight.default
     packed = _packed(graph, target, layer.weight, *geometry, list(shape))
     given = (layer.x, packed, layer.bias, *geometry)
-    return g.call(graph, mkldnn._convolution_pointwise.default, *given, *end, like=like)
+    return g.call(graph, mkldnn._convolution_pointwise.default, *given, *post, like=like)
 
 
 def _geometry(layer: qdq.Layer) -> tuple[list[int], list[int], list[int], int]:

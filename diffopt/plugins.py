@@ -24,7 +24,12 @@ def sources(package: ModuleType, plural: str) -> dict[str, str]:
     for module in pkgutil.iter_modules(package.__path__):
         camel = "".join(map(str.capitalize, module.name.split("_")))
         found[module.name.replace("_", "-")] = f"{package.__name__}.{module.name}:{camel}"
-    for entry in entry_points(group=package.__name__):
+    return add_entries(found, package.__name__, plural)
+
+
+def add_entries(found: dict[str, str], group: str, plural: str) -> dict[str, str]:
+    """Add the entry points of a group to what is known by name; two of one name are an error."""
+    for entry in entry_points(group=group):
         if found.setdefault(entry.name, entry.value) != entry.value:
             raise DiffoptError(
                 f"two {plural} are called '{entry.name}': {found[entry.name]} and {entry.value};"
@@ -33,12 +38,17 @@ def sources(package: ModuleType, plural: str) -> dict[str, str]:
     return found
 
 
+def load(place: str) -> Any:
+    """Return what is at a place, "module:name"."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def find(name: str, known: Mapping[str, str], base: type[Any], noun: str) -> Any:
     """Return the subclass of `base` called `name`, of those in `known`."""
     if name not in known:
         raise DiffoptError(f"there is no {noun} '{name}'{spec.suggest(name, known)}")
-    module, _, attribute = known[name].partition(":")
-    found: Any = getattr(importlib.import_module(module), attribute)
+    found = load(known[name])
     is_one = isinstance(found, type) and issubclass(found, base)
     if not is_one or found.name != name:
         raise DiffoptError(f"{known[name]} is not a {base.__name__} named '{name}'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,14 +15,28 @@ from diffopt import graph as g
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
 """Runs one lowered component on its flat arguments."""
 
+
+class Runs(Protocol):
+    """Runs the outer graph."""
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs for flat inputs."""
+
+
 # (what to call, where its arguments are, where its results go, what nobody reads afterwards)
 _Step = tuple[Callable[[list[Any]], Any], tuple[int, ...], int | tuple[int, ...], tuple[int, ...]]
 
 
 class Plan:
-    """The outer graph with every value in a numbered slot, so that a run is one plain loop."""
+    """The outer graph with every value in a numbered slot, so that a run is one plain loop.
 
-    def __init__(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> None:
+    What it computes itself it computes on `device`, where inputs have to be.
+    """
+
+    def __init__(
+        self, root: fx.GraphModule, bodies: Mapping[str, Body], device: str = "cpu"
+    ) -> None:
+        self._device = torch.device(device)
         slots, self._size = _slots(root.graph)
         self._inputs = len(g.placeholders(root))
         self._constants: list[Any] = [None] * self._size
@@ -31,7 +45,7 @@ class Plan:
         steps: list[_Step] = []
         for node in root.graph.nodes:
             if node.op == "get_attr":
-                self._constants[slots[node]] = g.attribute(root, str(node.target))
+                self._constants[slots[node]] = g.attribute(root, str(node.target)).to(self._device)
                 kept.add(slots[node])
             elif node.op in ("call_function", "call_module") and not _is_item(node):
                 steps.append(self._step(node, slots, bodies))
@@ -45,7 +59,7 @@ class Plan:
         if node.op == "call_module":
             call, arguments = bodies[str(node.target)], node.args
         else:
-            call, arguments = _bind(node)
+            call, arguments = _bind(node, self._device)
         results: int | tuple[int, ...] = slots[node]
         if isinstance(node.meta["val"], (tuple, list)):
             spare = self._size - 1
@@ -102,9 +116,10 @@ def _with_frees(steps: list[_Step], kept: set[int]) -> list[_Step]:
     return result[::-1]
 
 
-def _bind(node: fx.Node) -> tuple[Callable[[list[Any]], Any], list[fx.Node]]:
+def _bind(node: fx.Node, device: torch.device) -> tuple[Callable[[list[Any]], Any], list[fx.Node]]:
     """Return a call of an operator on a list of the values it takes, and the nodes of these."""
-    operator_, args, kwargs = node.target, node.args, node.kwargs
+    operator_ = node.target
+    args, kwargs = _placed(node, device)
     assert callable(operator_)
     leading = list(itertools.takewhile(lambda argument: isinstance(argument, fx.Node), args))
     rest = args[len(leading) :]
@@ -122,6 +137,21 @@ def _bind(node: fx.Node) -> tuple[Callable[[list[Any]], Any], list[fx.Node]]:
         return operator_(*fx.map_arg(args, env.__getitem__), **fx.map_arg(kwargs, env.__getitem__))
 
     return general, nodes
+
+
+def _placed(node: fx.Node, device: torch.device) -> tuple[Any, Any]:
+    """Return a node's arguments with `device` for the one that it was captured on."""
+
+    def place(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), place)
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and not node.all_input_nodes:  # then no tensor says where it computes
+        behind = [argument.name for argument in schema.arguments[len(args) :]]
+        if "device" in behind and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": device}
+    return args, kwargs
 
 
 def lay_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:

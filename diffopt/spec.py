@@ -190,13 +190,17 @@ class _Parser:
         raise DiffoptError(message, text=self.text, span=span)
 
 
-def bind(call: Call, cls: Callable[..., T], text: str) -> T:
-    """Make an instance of the dataclass `cls` with the options written in `call`."""
+def bind(call: Call, cls: Callable[..., T], text: str, **given: Any) -> T:
+    """Make an instance of the dataclass `cls` with the options written in `call`.
+
+    `given` are values of fields that are no options.
+    """
     hints = options(cls)
     kind = choice(cls)
     first = call.arguments[0] if call.arguments else None
     if kind is None or first is None or first.name not in (None, _kebab(kind[0])):
-        return _make(call, cls, _read(call.name, call.arguments, hints, text), text)
+        values = _read(call.name, call.arguments, hints, text)
+        return _make(call, cls, {**values, **given}, text)
     key, base = kind
     try:
         chosen = base.find(first.value.text)
@@ -207,7 +211,7 @@ def bind(call: Call, cls: Callable[..., T], text: str) -> T:
     name = f"{call.name}({chosen.name})"
     values = _read(name, call.arguments[1:], {**own, **hints}, text)
     inner = _make(call, chosen, {k: values.pop(k) for k in own if k in values}, text)
-    return _make(call, cls, {key: inner, **values}, text)
+    return _make(call, cls, {key: inner, **values, **given}, text)
 
 
 def _make(call: Call, cls: Callable[..., T], values: Mapping[str, Any], text: str) -> T:
@@ -305,9 +309,14 @@ def choice(cls: Any) -> tuple[str, type[Choice]] | None:
 
 
 def options(cls: Any) -> dict[str, Any]:
-    """Return the options of a dataclass in order, each with its type."""
+    """Return the options of a dataclass in order, each with its type.
+
+    A field with `written: False` in its metadata is none: what `bind` is given for it stands before
+    the parentheses.
+    """
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+    fields = [f for f in dataclasses.fields(cls) if f.init and f.metadata.get("written", True)]
+    return {f.name: hints[f.name] for f in fields}
 
 
 def describe(hint: Any) -> str:

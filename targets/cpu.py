@@ -12,7 +12,6 @@ a cache under the hash of the component's graph and of all else that they depend
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import aoti, batching, cachedir, onednn, serialize
-from diffopt import graph as g
+from diffopt import aoti, cachedir, onednn
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
+from diffopt.hardware import Hardware, hardware
+from diffopt.lowering import elsewhere, free_sizes, identity, source
 from diffopt.program import Program
 from diffopt.runtime import Body, lay_out
-from diffopt.sizes import Bounds, bounds
+from diffopt.sizes import Bounds
 from diffopt.target import Image, Lowered, Target, option
 
 # What a compiler told to use all of this CPU may emit instructions of.
@@ -68,17 +68,15 @@ class Cpu(Target):
                 "max-autotune chooses among kernels for packed weights: add freeze=true"
             )
 
+    @property
+    def hardware(self) -> Hardware | None:
+        """The CPU, or as much of it as the threads have."""
+        return (super().hardware or hardware("cpu")).share(self.threads)
+
     def refuses(self, program: Program) -> str | None:
-        """Refuse what is not on the CPU, fp8 inputs, and machines without a C++ compiler."""
-        graphs = {"the program": program.root, **program.components}
-        for name, gm in graphs.items():
-            for node in gm.graph.nodes:
-                value = node.meta.get("val")
-                if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
-                    return f"{node.name} of {name} is on {value.device}; trace the model on the CPU"
-        for name, gm in program.components.items():
-            if (reason := onednn.refused(gm)) is not None:
-                return f"in {name} {reason}"
+        """Refuse what is not on the CPU, and machines without a C++ compiler."""
+        if (reason := elsewhere(program)) is not None:
+            return reason
         if _compiler() is None:
             return "it needs a C++ compiler: install g++, or name one in $CXX"
         return None
@@ -99,7 +97,7 @@ class Cpu(Target):
         """Take the components from the cache, or compile as many at once as there are cores."""
         lowered = onednn.lower(program.components, self.pack, _lack())
         bodies = lowered.bodies
-        free = _sizes(program)
+        free = free_sizes(program)
         keys = {name: cachedir.key(self._key(gm, free.get(name))) for name, gm in bodies.items()}
         done: dict[str, dict[str, bytes]] = {}
 
@@ -171,16 +169,8 @@ class Cpu(Target):
 
     def _key(self, gm: fx.GraphModule, sizes: Bounds | None = None) -> dict[str, Any]:
         """Return all that a library depends on, as JSON."""
-        rows = serialize.graph_to_json(gm)
-        for row in rows:
-            for key in ("name", "where", "module"):
-                row.pop(key, None)
-            if row["op"] == "placeholder":
-                del row["target"]
         return {
-            "graph": rows,
-            "tensors": {name: _content(t, self.freeze) for name, t in g.named_tensors(gm)},
-            "sizes": [[i, sorted(axes.items())] for i, axes in sorted((sizes or {}).items())],
+            **identity(gm, sizes, by_value=self.freeze),
             "settings": self._settings(),
             "requires": _requires(),
             "compiler": _compiler(),
@@ -207,21 +197,6 @@ class Cpu(Target):
         }
 
 
-def _sizes(program: Program) -> dict[str, Bounds]:
-    """Return the sizes that may change, of requests or tokens, of components that have some."""
-    if program.lengths:
-        return bounds(program)
-    low, high = program.batch or (1, 1)
-    if low == high:
-        return {}
-    axes = batching.batch_axes(program.root, high)
-    return {
-        name: {index: {axis: (low, high)} for index, axis in own.items()}
-        for name, own in axes.items()
-        if own
-    }
-
-
 class _Weights:
     """A component's weights by name: the engine's, in the memory layout of the trace."""
 
@@ -236,14 +211,6 @@ class _Weights:
 
 def _weight(image: Image, component: str, name: str) -> Tensor:
     return _Weights(image.graphs[component]["tensors"], image.tensors)[name]
-
-
-def _content(tensor: Tensor, by_value: bool) -> Any:
-    what = [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
-    if by_value:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        what.append(hashlib.sha256(flat.numpy().data).hexdigest())
-    return what
 
 
 def _requires() -> dict[str, Any]:
@@ -285,5 +252,4 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the lowering, which decides what comes out of the compiler."""
-    files = (aoti.__file__, onednn.__file__)
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    return source((aoti.__file__, onednn.__file__))

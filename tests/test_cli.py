@@ -154,6 +154,8 @@ def test_a_program_runs_and_is_optimized_without_a_target(diffopt: Run, program:
     assert diffopt("run", "b.program", "-o", "b.pt").code == 0
     assert diffopt("run", program, "-o", "a.pt").code == 0
     assert torch.equal(torch.load("a.pt"), torch.load("b.pt"))
+    done = diffopt("run", program, "-t", "eager", "-o", "a.pt")
+    assert f"--target eager: {program} is a program, which runs without a target" in done.err
 
 
 # Reports

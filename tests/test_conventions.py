@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PASSES = [name for name in pass_names() if find_pass(name).__module__.startswith("diffopt.")]
 SOURCES = sorted(
     path
-    for folder in ("diffopt", "diffopt/policies", "passes", "targets")
+    for folder in ("diffopt", "diffopt/onnx", "diffopt/policies", "passes", "targets")
     for path in (ROOT / folder).glob("*.py")
 )
 

@@ -55,11 +55,12 @@ def test_the_wheel_has_every_module(tmp_path: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entries,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert "diffopt = diffopt.cli:main" in archive.read(entries).decode()
-    ours = {f"diffopt/{path.name}" for path in (ROOT / "diffopt").glob("*.py")}
-    ours |= {f"diffopt/policies/{p.name}" for p in (ROOT / "diffopt" / "policies").glob("*.py")}
-    for name in TOP[1:]:
-        ours |= {f"diffopt/{name}/{path.name}" for path in (ROOT / name).glob("*.py")}
-    assert names == ours | {"diffopt/py.typed"}
+    ours = {
+        f"{package.replace('.', '/')}/{path.name}"
+        for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()
+        for path in (ROOT / folder).glob("*.py")
+    }
+    assert names == ours | {"diffopt/py.typed", "diffopt/targets/devices.toml"}
 
 
 def test_the_pinned_torch_is_the_same_everywhere() -> None:

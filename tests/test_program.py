@@ -45,6 +45,13 @@ def operators(gm: fx.GraphModule) -> list[fx.Node]:
 # Files
 
 
+@pytest.mark.parametrize("stride", [0, 1, 7])
+def test_a_single_number_of_any_stride_is_written(stride):
+    number = torch.arange(8).as_strided((1,), (stride,), 5)
+    assert number.is_contiguous()
+    assert bytes(archive.raw(number)) == (5).to_bytes(8, "little")
+
+
 def test_a_saved_program_gives_the_same_bits(program, file):
     loaded = Program.load(file)
     loaded.verify()

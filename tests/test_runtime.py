@@ -104,3 +104,28 @@ def test_lay_out_copies_only_where_it_must() -> None:
     turned = lay_out(tensor, (1, 2))
     assert turned.stride() == (1, 2)
     assert torch.equal(turned, tensor)
+
+
+def test_the_outer_graph_computes_on_the_device_that_it_is_for() -> None:
+    root = g.new_body("root")
+    graph = root.graph
+    x = graph.placeholder("x")
+    x.meta["val"] = g.fake(torch.zeros(3))
+    captured = {"device": torch.device("cpu"), "pin_memory": False}
+    values = [
+        x,
+        g.get_attr(root, "constant", torch.ones(3)),
+        g.call(graph, aten.full.default, [3], 2.0, **captured),
+        g.call(graph, aten.arange.start_step, 0, 3, 1, dtype=torch.float32),
+        g.call(graph, aten.zeros.default, [3], device=None),
+        g.call(graph, aten._to_copy.default, x, dtype=torch.float64, device=torch.device("cpu")),
+        g.call(graph, aten.new_full.default, x, [3], 1.0, **captured),
+    ]
+    total = values[0]
+    for value in values[1:]:
+        total = g.call(graph, aten.add.Tensor, total, value)
+    finish(root, [total])
+    (found,) = Plan(root, {}).run([torch.tensor([1.0, 2.0, 3.0])])
+    assert found.tolist() == [6.0, 9.0, 12.0]
+    (found,) = Plan(root, {}, "meta").run([torch.zeros(3, device="meta")])
+    assert found.device.type == "meta"

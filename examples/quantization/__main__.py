@@ -84,7 +84,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in options.large:
         steps, rounds = options.large_steps, options.rounds
         if "large" in options.phase:
-            large.measure(name, steps, options.large_targets, rounds, results, options.again)
+            timed = options.configs or large.PIPELINES
+            large.measure(name, steps, options.large_targets, timed, rounds, results, options.again)
         if "peers" in options.phase and peers.versions() is None:
             report(f"no comparison with {' and '.join(peers.PACKAGES)}: install them")
         elif "peers" in options.phase:

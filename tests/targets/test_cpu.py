@@ -18,6 +18,7 @@ from diffopt import aoti, archive, cachedir, graph
 from diffopt.core import Pipeline
 from diffopt.engine import KIND, Engine, build, load
 from diffopt.errors import DiffoptError
+from diffopt.lowering import free_sizes
 from diffopt.program import Program
 from diffopt.target import parse_target
 from diffopt.targets import cpu
@@ -174,10 +175,10 @@ def test_one_engine_serves_a_range_of_batch_sizes(captured: Program, tmp_path: P
     built = build(batched, "cpu", tmp_path / "x.engine")
     built.verify()
     # Another range is another kernel, the same one is in the cache.
-    sizes = cpu._sizes(batched)
+    sizes = free_sizes(batched)
     keys = [Cpu()._key(gm, sizes.get(name)) for name, gm in batched.components.items()]
     assert all(cachedir.get(cachedir.key(key)) for key in keys)
-    wider = cpu._sizes(Pipeline.parse("batch(max=4)").run(captured))
+    wider = free_sizes(Pipeline.parse("batch(max=4)").run(captured))
     assert not any(
         cachedir.get(cachedir.key(Cpu()._key(gm, wider[name])))
         for name, gm in batched.components.items()
@@ -380,7 +381,7 @@ def test_engine_of_another_machine(
     with pytest.raises(DiffoptError) as caught:
         load(tmp_path / "x")
     assert str(caught.value) == (
-        f"{tmp_path}/x: {message.format(**requires)}; build it again on this machine,"
+        f"{tmp_path}/x: {message.format(**requires)}; build it again for this machine,"
         ' or load it with target="eager"'
     )
     assert isinstance(load(tmp_path / "x", target="eager"), Engine)

@@ -93,6 +93,10 @@ LAYERS: dict[str, tuple[str, Layer]] = {
     ),
     "rows, gelu": ("int8", lambda m: m.make(aten.gelu.default, m.linear("rows"))),
     "weight alone": ("float", lambda m: m.linear(None)),
+    "weight alone, gelu by tanh": (
+        "float",
+        lambda m: m.make(aten.gelu.default, m.linear(None), approximate="tanh"),
+    ),
     "fp8 weight alone": ("float", lambda m: m.linear(None, number="fp8")),
     "convolution": ("int8", lambda m: m.convolution("static", [1, 1], [1, 1])),
     "strided in groups": (
@@ -101,6 +105,10 @@ LAYERS: dict[str, tuple[str, Layer]] = {
     ),
     "convolution of rows": ("float", lambda m: m.convolution("rows", [1, 1])),
     "convolution, weight alone": ("float", lambda m: m.convolution(None, [1, 1])),
+    "convolution, weight alone, silu": (
+        "float",
+        lambda m: m.make(aten.silu.default, m.convolution(None, [1, 1])),
+    ),
     "convolution, silu": (
         "int8",
         lambda m: m.make(aten.silu.default, m.convolution("static", [1, 1], [1, 1])),
@@ -389,8 +397,9 @@ def test_fp8_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DiffoptError) as caught:
         build(refused, "cpu", tmp_path / "x")
     assert str(caught.value) == (
-        f"target cpu cannot take this program: in body the input of {node.name} is in fp8, for"
-        " which this CPU has no kernels; quantize activations to int8, or weights alone"
+        f"target cpu cannot take this program: in body the input of {node.name} is in fp8, and"
+        " cpu has no fp8 products: they need a GPU of compute capability 8.9; quantize activations"
+        " to int8, or weights alone"
     )
 
 

@@ -1,0 +1,267 @@
+"""Builds a TensorRT plan of every component, through ONNX.
+
+What builds and runs the plans is TensorRT for RTX or the full TensorRT, whichever is installed and
+knows the device: their Python API is the same. The one for RTX builds without a GPU. Types are
+those of the graph, and quantized layers get what TensorRT has kernels for (see `trt.scales`).
+
+A plan holds its weights. Plans are kept in a cache under the hash of the component's graph and
+weights, and of all else that they depend on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+import diffopt.onnx
+import diffopt.trt
+from diffopt import cachedir, cuda, formats
+from diffopt import graph as g
+from diffopt.core import Progress
+from diffopt.errors import DiffoptError
+from diffopt.lowering import free_sizes, identity, source
+from diffopt.onnx import export, require
+from diffopt.onnx.exporting import NEEDS
+from diffopt.program import Program
+from diffopt.rewrite import calls
+from diffopt.runtime import Body, Plan
+from diffopt.sizes import Bounds
+from diffopt.target import Image, Lowered, Target, option
+from diffopt.trt import library, runtime, scales
+from diffopt.trt.builder import Ranges, Settings, build
+from diffopt.trt.library import Library
+
+aten = torch.ops.aten
+
+_BUILD = "(build).json"
+
+_PRODUCTS = (
+    aten.linear.default,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.scaled_dot_product_attention.default,
+)
+
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-graphsurgeon")
+
+_Tell = Callable[[str, float], None]
+
+log = logging.getLogger("diffopt")
+
+
+@dataclass(frozen=True)
+class Tensorrt(Target):
+    """Build TensorRT plans, for NVIDIA GPUs."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("cuda",)
+
+    builder: Literal["auto", "tensorrt", "tensorrt-rtx"] = option(
+        "auto", "the package to build with; auto: tensorrt if it can here, else tensorrt-rtx"
+    )
+    level: int | None = option(
+        None, "how long to search for faster kernels, from 0 to 5; none: the builder's own default"
+    )
+    workspace: int = option(0, "MiB that kernels may use besides their data; 0: all there is")
+    stream_weights: bool = option(
+        False, "leave in the host's memory the weights that do not fit into the GPU's"
+    )
+    keep_weights: bool = option(
+        False, "keep the weights beside the plans too, so that the target eager can run the engine"
+    )
+    cuda_graph: bool = option(
+        False, "replay a whole run as one CUDA graph, from the second on with inputs of a shape"
+    )
+
+    def __post_init__(self) -> None:
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise DiffoptError(f"level={self.level}: wants a number from 0 to 5")
+        if self.workspace < 0:
+            raise DiffoptError(f"workspace={self.workspace}: wants 0 or more")
+
+    def refuses(self, program: Program) -> str | None:
+        """Refuse devices that no builder here knows, and types that TensorRT lacks."""
+        try:
+            require(*NEEDS)
+            chosen = self._library()
+        except DiffoptError as error:
+            return error.message
+        for name, gm in program.components.items():
+            for node in gm.graph.nodes:
+                if (reason := _refused(node, chosen)) is not None:
+                    return f"{node.name} of {name}: {reason}"
+        return None
+
+    def compile(self, program: Program, progress: Progress) -> Lowered:
+        """Take the plans from the cache, or build them one after another."""
+        chosen = self._library()
+        free = free_sizes(program)
+        members: dict[str, bytes] = {}
+        names: dict[str, Any] = {}
+        about: dict[str, dict[str, Any]] = {}
+        count = len(program.components)
+        for index, (name, gm) in enumerate(program.components.items()):
+
+            def tell(what: str, done: float, index: int = index, name: str = name) -> None:
+                progress(f"{name}: {what}", (index + done) / count)
+
+            key = cachedir.key(self._key(gm, free.get(name), chosen))
+            entry = cachedir.get(key)
+            if entry is None:
+                started = time.perf_counter()
+                entry = self._build(name, gm, free.get(name), chosen, tell)
+                cachedir.put(key, entry)
+                tell(f"built in {time.perf_counter() - started:.1f} s", 1.0)
+            else:
+                tell("from the cache", 1.0)
+            members[f"{name}.plan"] = entry["plan"]
+            own = json.loads(entry["json"])
+            names[name] = own["names"]
+            about[name] = {"kernel": f"{name}.plan", **own["about"]}
+        members[_BUILD] = json.dumps({"builder": chosen.name, "names": names}).encode()
+        return Lowered(
+            members=members,
+            requires=self._requires(chosen),
+            bodies=about,
+            holds_weights=not self.keep_weights,
+        )
+
+    def _build(
+        self,
+        name: str,
+        gm: fx.GraphModule,
+        sizes: Bounds | None,
+        chosen: Library,
+        tell: _Tell,
+    ) -> dict[str, bytes]:
+        tell("exporting to ONNX", 0.0)
+        model = export(scales.rewrite(gm), name, sizes=sizes)
+        names = {
+            "inputs": [value.name for value in model.graph.input],
+            "outputs": [value.name for value in model.graph.output],
+        }
+        ranges = _ranges(gm, names["inputs"], sizes)
+        tell("building", 0.5)
+
+        def building(done: float) -> None:
+            tell("building", (1 + done) / 2)
+
+        plan = build(name, model, chosen, self._settings(), ranges, building)
+        for warning in plan.warnings:
+            log.info("%s: %s", name, warning)
+        text = json.dumps({"names": names, "about": plan.about})
+        return {"plan": plan.content, "json": text.encode()}
+
+    def _settings(self) -> Settings:
+        return Settings(self.level, self.workspace, self.stream_weights)
+
+    def _library(self) -> Library:
+        device = self.hardware
+        if device is None or device.capability is None:
+            raise DiffoptError("it needs a GPU of a known compute capability")
+        return library.choose(self.builder, device.name, device.capability)
+
+    def _requires(self, chosen: Library) -> dict[str, Any]:
+        device = self.hardware
+        assert device is not None
+        return {
+            "device": device.name,
+            "capability": list(device.capability or ()),
+            "builder": chosen.name,
+            "version": chosen.version,
+            "platform": _platform(),
+        }
+
+    def _key(self, gm: fx.GraphModule, sizes: Bounds | None, chosen: Library) -> dict[str, Any]:
+        """Return all that a plan depends on, as JSON."""
+        return {
+            **identity(gm, sizes, by_value=True),
+            "settings": asdict(self._settings()),
+            "requires": {**self._requires(chosen), "device": None},
+            # Kernels that were timed are the fastest on one kind of GPU.
+            "gpu": torch.cuda.get_device_name() if chosen.name == "tensorrt" else None,
+            "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "lowering": _source(),
+        }
+
+    def unfit(self, requires: Mapping[str, Any]) -> str | None:
+        """Compare the GPU, its platform and the installed TensorRT with what the plans need."""
+        wanted = ".".join(map(str, requires["capability"]))
+        needs = f"its plans need a GPU of compute capability {wanted} ({requires['device']})"
+        at_hand = library.gpu()
+        if at_hand is None:
+            return f"{needs}, and torch finds none here"
+        if list(at_hand) != requires["capability"]:
+            return f"{needs}, and the one here has {'.'.join(map(str, at_hand))}"
+        if requires["platform"] != _platform():
+            return f"it was built for {requires['platform']}, this is {_platform()}"
+        name = requires["builder"]
+        if not library.is_installed(name):
+            return f"its plans need the package {name}, which is not installed"
+        if (version := library.open_for(name).version) != requires["version"]:
+            return f"its plans need {name} {requires['version']}, this is {version}"
+        return None
+
+    def load(self, image: Image) -> dict[str, Body]:
+        """Give the plans to the TensorRT that has built them."""
+        made = json.loads(bytes(image.members[_BUILD]))
+        chosen = library.open_for(made["builder"])
+        return {
+            name: runtime.Body(
+                name,
+                chosen,
+                image.members[f"{name}.plan"],
+                **made["names"][name],
+                stream_weights=self.stream_weights,
+                eager=self.cuda_graph,
+            )
+            for name in image.graphs
+        }
+
+    def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> cuda.GpuPlan:
+        """Run what is between the components on the GPU too."""
+        return cuda.GpuPlan(Plan(root, bodies, "cuda"), self.cuda_graph)
+
+
+def _refused(node: fx.Node, chosen: Library) -> str | None:
+    """Say why TensorRT cannot take a node."""
+    if node.op == "placeholder" and (kind := node.meta["val"].dtype) not in runtime.DTYPES.values():
+        return f"TensorRT has no type {str(kind).removeprefix('torch.')}"
+    if calls(node, *_PRODUCTS) and (number := formats.of_products(node)):
+        return chosen.lacks(number)
+    return None
+
+
+def _ranges(gm: fx.GraphModule, names: list[str], sizes: Bounds | None) -> Ranges:
+    """Return the smallest and the largest shape of each argument that has several."""
+    ranges = {}
+    for index, node in enumerate(g.placeholders(gm)):
+        if axes := (sizes or {}).get(index):
+            both = [list(node.meta["val"].shape), list(node.meta["val"].shape)]
+            for axis, limits in axes.items():
+                both[0][axis], both[1][axis] = limits
+            ranges[names[index]] = tuple(both[0]), tuple(both[1])
+    return ranges
+
+
+def _platform() -> str:
+    return f"{platform.system().lower()}-{platform.machine()}"
+
+
+@cache
+def _source() -> str:
+    """Return the hash of what turns a component into a plan."""
+    folders = (Path(str(package.__file__)).parent for package in (diffopt.onnx, diffopt.trt))
+    return source(path for folder in folders for path in sorted(folder.glob("*.py")))
