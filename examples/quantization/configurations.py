@@ -36,6 +36,7 @@ SHORTCUTS_INT8 = quantized(f"int8,layers={SHORTCUTS}")
 SHORTCUTS_UNSPLIT = quantized(f"int8,layers={SHORTCUTS},split=false")
 INT4_ADAROUND = quantized("int4,rounding=adaround")
 INT4_RANK = quantized("int4,rank=16")
+INT4_RANK_32 = quantized("int4,rank=32")
 INT4_BOTH = quantized("int4,rounding=adaround,rank=16")
 INT4_ALL = quantized("int4,components=*")
 CACHE_INT8 = f"{CACHE},{INT8}"
@@ -54,7 +55,7 @@ def fewer(steps: int, then: str) -> str:
 FEWER = {25: (23, 20, 17), 50: (46, 40, 33)}
 """Steps at which bf16 takes about as long as int8 does with all of them, by all steps."""
 
-MAIN = (REFERENCE, BF16, INT8, INT8_ONE_STEP, INT4, INT4_ADAROUND, INT4_RANK)
+MAIN = (REFERENCE, BF16, INT8, INT8_ONE_STEP, INT4, INT4_ADAROUND, INT4_RANK, INT4_RANK_32)
 CONFIGS: Mapping[int, tuple[str, ...]] = {
     25: (
         *MAIN,
@@ -117,7 +118,7 @@ PAIRS = (
 SUMS = ((CACHE_INT8, (CACHE, INT8)), (f"{CACHE},{BF16}", (CACHE, BF16)))
 """Configurations, and the parts that they are made of."""
 
-FOUR_BITS = (INT4_ADAROUND, INT4_RANK, INT4_BOTH)
+FOUR_BITS = (INT4_ADAROUND, INT4_RANK, INT4_RANK_32, INT4_BOTH)
 """Better than the nearest weights of 4 bits."""
 
 
