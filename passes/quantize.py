@@ -144,6 +144,9 @@ class Quantize(Pass):
             notes["branches"] = transforms.branch_layers(
                 program, scope, formats, self.rank, self.scale, shared, report
             )
+            if not notes["branches"]:
+                wanted = f"a branch of rank {self.rank} wants {4 * self.rank} inputs and outputs"
+                ctx.skip("rank", f"{wanted}, which no weight has")
         found, groups = quantizer.calibrated(
             program, scope, formats, inputs, self.observer, self.groups, report
         )

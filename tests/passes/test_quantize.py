@@ -269,6 +269,13 @@ def test_what_makes_layers_easier_to_quantize(better: str, plain: str | None) ->
         assert record.relative < quantized("dit", f"quantize({plain})")[1].relative
 
 
+def test_a_branch_that_no_weight_has_room_for_is_told() -> None:
+    _, record = quantized("dit", "quantize(int4,group=8,rank=64,layers=*attn1*,samples=1)")
+    assert "branches" not in record.notes
+    told = "rank: a branch of rank 64 wants 256 inputs and outputs, which no weight has"
+    assert told in record.skipped
+
+
 def test_one_prompt_is_told_to_be_few(caplog: pytest.LogCaptureFixture) -> None:
     quantized("sd", "quantize(int8,layers=mid_block.*)")
     assert "calibrates with the prompt of the capture alone" in caplog.text
