@@ -221,7 +221,7 @@ def test_weights_beside_the_loop_have_eight_bits_unless_they_are_named() -> None
     assert {w.number for w in weights if w} == {"int4"}
     program, record = quantized("dit", "quantize(int4,group=8,components=transformer_once)")
     assert record.notes["tables"] == len(tables), "tables alone"
-    assert not record.notes["layers"]
+    assert "layers" not in record.notes
     found = program.components["transformer_once"].graph.find_nodes(
         op="call_function", target=aten.embedding.default
     )
