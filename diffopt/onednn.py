@@ -330,12 +330,16 @@ def _spread(sizes: Any, count: int, default: int) -> list[int]:
 
 
 def _packed(graph: fx.Graph, target: Any, values: fx.Node, *given: Any) -> fx.Node:
-    """Insert a packed weight. To a graph it is a plain tensor; how it lies is for kernels alone."""
+    """Insert a packed weight. To a graph it is a plain tensor; how it lies is for kernels alone.
+
+    It counts as contiguous however the weight lies: a compiler would turn another around.
+    """
     node = graph.call_function(target, (values, *given))
-    shape = values.meta["val"]
+    weight = values.meta["val"]
     with g.FAKE:
         turned = target is onednn.qlinear_prepack.default
-        node.meta["val"] = torch.empty_like(shape).t() if turned else torch.empty_like(shape)
+        packed = torch.empty(weight.shape, dtype=weight.dtype)
+        node.meta["val"] = packed.t() if turned else packed
     return node
 
 

@@ -148,6 +148,17 @@ def operators(gm: fx.GraphModule) -> Counter[str]:
 # What is computed
 
 
+def test_the_compiler_takes_a_packed_weight_as_it_is_however_the_weight_lay() -> None:
+    turned = parameter(16, 24).to(torch.bfloat16).t()  # its rows are not one after another
+    x = randn(2, 5, 16).to(torch.bfloat16)
+    gm = body(lambda make, x: [make(aten.linear.default, x, turned)], x)
+    result, further = lowered(gm, pack=True)
+    made = result.bodies["body"]
+    files = compile_body(made, Cpu(threads=1)._settings())
+    kernel = Kernel(files, [None], dict(g.named_tensors(made)), further)
+    torch.testing.assert_close(kernel([x])[0], gm(x)[0])
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_runs_on_what_it_should_and_gives_the_same(name: str) -> None:
     gm = layers(name)
