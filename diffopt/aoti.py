@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from diffopt import archive, onednn, serialize
 from diffopt import graph as g
+from diffopt.lowering import dynamic_shapes, example
 from diffopt.runtime import Body, lay_out
 from diffopt.sizes import Bounds
 
@@ -217,22 +218,6 @@ def load(
     # Of a contiguous argument some size may be another than at compilation.
     strides = [None if value.is_contiguous() else value.stride() for value in values]
     return Kernel(members, strides, weights, further)
-
-
-def example(value: Tensor) -> Tensor:
-    """Return a tensor of zeros like a value, to compile or export with."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
-
-
-def dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:
-    """Return what `torch.export` is to leave open; it finds out itself which sizes are related."""
-    return tuple(
-        {
-            axis: torch.export.Dim.DYNAMIC(min=low, max=high)
-            for axis, (low, high) in sizes.get(index, {}).items()
-        }
-        for index in range(count)
-    )
 
 
 def _is_product(path: Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffopt import cli_show as show
-from diffopt import spec
+from diffopt import spec, target
 from diffopt.core import find_pass, pass_names
 from diffopt.errors import DiffoptError
 from diffopt.hardware import FORMATS, SPARSE, Hardware, hardware, hardware_names
@@ -52,8 +52,7 @@ def targets(name: str | None, as_json: bool) -> None:
 
 def _lowering(name: str) -> dict[str, Any]:
     cls = find_target(name)
-    taken = [each for each in hardware_names() if hardware(each).kind in cls.kinds]
-    return {"name": name, "kind": "lowering", **_about(cls), "devices": taken}
+    return {"name": name, "kind": "lowering", **_about(cls), "devices": target.devices(cls)}
 
 
 def _device(own: Hardware) -> dict[str, Any]:

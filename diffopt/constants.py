@@ -41,9 +41,9 @@ def fold(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip: Skip) -> 
             folded[node] = None
     values: dict[fx.Node, Any] = {}
     for node in [n for n in constant if n in folded]:
-        tensor = _evaluate(gm, node, values)
+        tensor = evaluate(gm, node, values)
         # A slice of a larger temporary would keep all of its memory.
-        tensor = tensor.clone() if tensor.untyped_storage().nbytes() > _bytes(tensor) else tensor
+        tensor = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
         with gm.graph.inserting_before(node):
             result = g.get_attr(gm, f"constant_{node.name}", tensor)
         if "module" in node.meta:
@@ -71,29 +71,26 @@ def _stays(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> boo
     value = node.meta["val"]
     if not isinstance(value, Tensor) or not is_non_overlapping_and_dense_or_false(value):
         return True
-    size = _bytes(value)
+    size = value.nbytes
     if owner(node).op == "get_attr":
         return True
     sources = [n for n in g.ancestors([node]) if n.op == "get_attr"]
-    if size > max_bytes and size > sum(_bytes(n.meta["val"]) for n in sources):
+    if size > max_bytes and size > sum(n.meta["val"].nbytes for n in sources):
         if max_bytes:
             skip(node, f"the constant would take {size / 2**20:.3g} MB, over max-constant-mb")
         return True
     return False
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any] | None = None) -> Any:
     """Return the value of a constant node; `values` keeps those of the nodes before it."""
     tensor = stored(gm, node)
     if tensor is not None:
         return tensor.detach()
+    values = {} if values is None else values
     if node not in values:
         for source in node.all_input_nodes:
-            values[source] = _evaluate(gm, source, values)
+            values[source] = evaluate(gm, source, values)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         with torch.no_grad():
             if node.op == "call_module":

@@ -92,6 +92,13 @@ def call(
     return node
 
 
+def to_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return a tensor in another type, which is itself if it has that."""
+    if node.meta["val"].dtype == dtype:
+        return node
+    return call(graph, aten._to_copy.default, node, dtype=dtype)
+
+
 def propagate(node: fx.Node, gm: fx.GraphModule | None = None) -> Any:
     """Return the fake value of a `call_function` node from its arguments' values."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -398,6 +405,13 @@ def _may_cost(target: Any) -> bool:
         word in name
         for word in ("mm", "linear", "conv", "attention", "matmul", "einsum", "bilinear")
     )
+
+
+def value_bytes(value: Any) -> int:
+    """Return what a node's value takes: a tensor, several, or what takes nothing."""
+    if isinstance(value, (list, tuple)):
+        return sum(map(value_bytes, value))
+    return value.nbytes if isinstance(value, Tensor) else 0
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

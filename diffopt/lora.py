@@ -1,7 +1,6 @@
 """Sees low-rank adapters as a change of the weights that they adapt."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +15,7 @@ from diffopt.folding import (
     noops_skipped,
     weights_key,
 )
-from diffopt.rewrite import args, calls, same_layout
+from diffopt.rewrite import args, calls, geometry, same_layout
 
 aten = torch.ops.aten
 
@@ -52,16 +51,6 @@ def _scaled(gm: fx.GraphModule, node: fx.Node) -> tuple[float, fx.Node]:
     return scale, node
 
 
-def _geometry(node: fx.Node) -> tuple[Any, ...]:
-    """Return stride, padding, dilation and groups of a convolution."""
-    defaults: list[Any] = [[1], [0], [1], 1]
-    given = [args(node)[i] if len(node.args) > i else defaults[i - 3] for i in range(3, 7)]
-    dims = args(node)[1].meta["val"].dim() - 2
-    *sizes, groups = given
-    lists = [[s] if isinstance(s, int) else list(s) for s in sizes]
-    return (*(tuple(s * dims if len(s) == 1 else s) for s in lists), groups)
-
-
 def _is_low_rank(
     gm: fx.GraphModule, base: fx.Node, up: fx.Node, down: fx.Node, weight: Tensor, second: Tensor
 ) -> bool:
@@ -71,10 +60,10 @@ def _is_low_rank(
         return False
     if base.target is LINEAR:
         return True
-    plain = _geometry(up)[:-1] == tuple((n,) * (second.dim() - 2) for n in (1, 0, 1))
+    plain = geometry(up)[:-1] == tuple([n] * (second.dim() - 2) for n in (1, 0, 1))
     pointwise = all(size == 1 for size in second.shape[2:])
-    alike = _geometry(down) == _geometry(base)
-    grouped = _geometry(up)[-1] != 1 or _geometry(base)[-1] != 1
+    alike = geometry(down) == geometry(base)
+    grouped = geometry(up)[-1] != 1 or geometry(base)[-1] != 1
     return plain and pointwise and alike and not grouped
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from diffopt import archive, batching, serialize
@@ -38,6 +40,27 @@ def elsewhere(program: Program) -> str | None:
             if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
                 return f"{node.name} of {name} is on {value.device}; trace the model on the CPU"
     return None
+
+
+def machine() -> str:
+    """Return the operating system and the kind of processor, which libraries are made for."""
+    return f"{platform.system().lower()}-{platform.machine()}"
+
+
+def example(value: Tensor) -> Tensor:
+    """Return a tensor of zeros like a value, to compile or export with."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
+
+
+def dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:
+    """Return what `torch.export` is to leave open; it finds out itself which sizes are related."""
+    return tuple(
+        {
+            axis: torch.export.Dim.DYNAMIC(min=low, max=high)
+            for axis, (low, high) in sizes.get(index, {}).items()
+        }
+        for index in range(count)
+    )
 
 
 def identity(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> dict[str, Any]:

@@ -112,8 +112,11 @@ def place_lowrank(
     ones = [1] * (weight.dim() - 2)
     with graph.inserting_before(node):
         main = g.get_attr(gm, f"{name}_rest", left)
-        first = _widened(gm, f"{name}_down", down, weight.dtype)
-        second = _widened(gm, f"{name}_up", up.reshape(*up.shape, *ones), weight.dtype)
+        parts = {"down": down, "up": up.reshape(*up.shape, *ones)}
+        first, second = (
+            g.to_dtype(graph, g.get_attr(gm, f"{name}_{which}", part), weight.dtype)
+            for which, part in parts.items()
+        )
         inner = g.call(graph, target, source, first, None, *args(node)[3:], like=node)
         branch = g.call(graph, target, inner, second, like=node)
     with graph.inserting_after(node):
@@ -123,10 +126,3 @@ def place_lowrank(
     total.args = (node, branch)
     total.meta = {key: node.meta[key] for key in ("module", "where", "val") if key in node.meta}
     return qdq.Layer(node, x, main, layer.bias, layer.convolution)
-
-
-def _widened(gm: fx.GraphModule, name: str, value: Tensor, dtype: torch.dtype) -> fx.Node:
-    node = g.get_attr(gm, name, value)
-    if value.dtype == dtype:
-        return node
-    return g.call(gm.graph, aten._to_copy.default, node, dtype=dtype)

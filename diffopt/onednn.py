@@ -29,7 +29,16 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import qdq, serialize
-from diffopt.rewrite import args, argument, calls, is_pure, replace, repropagate, share_equal_nodes
+from diffopt.rewrite import (
+    args,
+    argument,
+    calls,
+    geometry,
+    is_pure,
+    replace,
+    repropagate,
+    share_equal_nodes,
+)
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -236,7 +245,7 @@ def _linear(
         given: tuple[Any, ...] = (x.quantized, x.scale, x.zero, packed, weight.scales, zeros)
         end: tuple[Any, ...] = (_bias(graph, layer), 1.0, 0, _computed(dtype), *post)
         result = g.call(graph, onednn.qlinear_pointwise.tensor, *given, *end, like=layer.node)
-        return _in(graph, result, dtype)
+        return g.to_dtype(graph, result, dtype)
     (q,) = inputs.rows(x)
     one = _full(graph, [1], 1.0, torch.float32)
     none = _full(graph, [1], 0, torch.int32)
@@ -246,7 +255,7 @@ def _linear(
     result = g.call(graph, aten.mul.Tensor, product, x.scale)
     if layer.bias is not None:
         result = g.call(graph, aten.add.Tensor, result, _bias(graph, layer))
-    return _in(graph, result, dtype)
+    return g.to_dtype(graph, result, dtype)
 
 
 def _convolution(
@@ -258,19 +267,19 @@ def _convolution(
     post: _Post,
 ) -> fx.Node:
     rank, dtype = layer.weight.meta["val"].dim(), layer.node.meta["val"].dtype
-    geometry = _geometry(layer)
+    sizes = _geometry(layer)
     values = weight.values
     if rank == 3:  # kernels have two axes or more
         values = g.call(graph, aten.unsqueeze.default, values, 2)
     q, zero = inputs.unsigned(x, rank)
-    given = (values, weight.scales, 1.0, _UNSIGNED, *geometry, list(q.meta["val"].shape))
+    given = (values, weight.scales, 1.0, _UNSIGNED, *sizes, list(q.meta["val"].shape))
     packed = _packed(graph, onednn.qconv_prepack.default, *given)
     taken = (q, x.scale, zero, packed, weight.scales, _zeros(graph, weight), _bias(graph, layer))
-    end: tuple[Any, ...] = (*geometry, 1.0, 0, _computed(dtype), *post)
+    end: tuple[Any, ...] = (*sizes, 1.0, 0, _computed(dtype), *post)
     result = g.call(graph, onednn.qconv_pointwise.tensor, *taken, *end, like=layer.node)
     if rank == 3:
         result = g.call(graph, aten.squeeze.dim, result, 2)
-    return _in(graph, result, dtype)
+    return g.to_dtype(graph, result, dtype)
 
 
 def _packs(layer: qdq.Layer) -> bool:
@@ -305,28 +314,19 @@ def _float(graph: fx.Graph, layer: qdq.Layer, post: _Post) -> fx.Node:
         given: tuple[Any, ...] = (layer.x, packed, layer.bias)
         return g.call(graph, mkldnn._linear_pointwise.default, *given, *post, like=like)
     stride, padding, dilation, groups = _geometry(layer)
-    geometry = (padding, stride, dilation, groups)
+    sizes = (padding, stride, dilation, groups)
     target = mkldnn._reorder_convolution_weight.default
-    packed = _packed(graph, target, layer.weight, *geometry, list(shape))
-    given = (layer.x, packed, layer.bias, *geometry)
+    packed = _packed(graph, target, layer.weight, *sizes, list(shape))
+    given = (layer.x, packed, layer.bias, *sizes)
     return g.call(graph, mkldnn._convolution_pointwise.default, *given, *post, like=like)
 
 
 def _geometry(layer: qdq.Layer) -> tuple[list[int], list[int], list[int], int]:
-    """Return a convolution's strides, paddings, dilations and groups."""
-    count = layer.weight.meta["val"].dim() - 2
-    stride, padding, dilation = (
-        _spread(argument(layer.node, at, name, default), count, default)
-        for at, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-    )
-    return stride, padding, dilation, argument(layer.node, 6, "groups", 1)
-
-
-def _spread(sizes: Any, count: int, default: int) -> list[int]:
-    """Return a size for each axis; one axis gets another in front, which nothing happens to."""
-    given = [sizes] if isinstance(sizes, int) else list(sizes)
-    spread = given * count if len(given) == 1 else given
-    return spread if count > 1 else [default, *spread]
+    """Return a convolution's geometry; one axis gets another in front, which nothing happens to."""
+    stride, padding, dilation, groups = geometry(layer.node)
+    if len(stride) == 1:
+        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+    return stride, padding, dilation, groups
 
 
 def _packed(graph: fx.Graph, target: Any, values: fx.Node, *given: Any) -> fx.Node:
@@ -352,13 +352,7 @@ def _full(graph: fx.Graph, shape: list[int], value: float, dtype: torch.dtype) -
 
 
 def _bias(graph: fx.Graph, layer: qdq.Layer) -> fx.Node | None:
-    return layer.bias if layer.bias is None else _in(graph, layer.bias, torch.float32)
-
-
-def _in(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    if node.meta["val"].dtype == dtype:
-        return node
-    return g.call(graph, aten._to_copy.default, node, dtype=dtype)
+    return layer.bias if layer.bias is None else g.to_dtype(graph, layer.bias, torch.float32)
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:

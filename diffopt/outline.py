@@ -169,13 +169,8 @@ def _stays_small(node: fx.Node, after: dict[fx.Node, int], place: dict[fx.Node, 
     ]
     if not more or is_view(node):
         return True
-    sizes = [_bytes(n) for n in (*more, node)]
+    sizes = [g.value_bytes(n.meta["val"]) for n in (*more, node)]
     return sum(sizes[:-1]) < sizes[-1]
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return g.tensor_bytes(value if isinstance(value, (tuple, list)) else [value])
 
 
 def _find_common(model: Step, steps: Sequence[Step]) -> list[fx.Node]:

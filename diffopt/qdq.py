@@ -223,13 +223,13 @@ def quantize(
         return _quantize_fp8(graph, x, scaling, given, dtype)
     limits: tuple[Any, ...] = (-128, 127, torch.int8)
     if scaling == "rows":
-        wide = _float32(graph, x)
+        wide = g.to_dtype(graph, x, torch.float32)
         scale = _row_scale(graph, wide, 127.0)
         limits = (scale, g.call(graph, aten.zeros_like.default, scale), *limits)
         q = g.call(graph, qd.quantize_per_token.default, wide, *limits)
         return g.call(graph, qd.dequantize_per_token.default, q, *limits, dtype)
     if scaling == "dynamic":
-        wide = _float32(graph, x)
+        wide = g.to_dtype(graph, x, torch.float32)
         both = g.call(graph, qd.choose_qparams.tensor, wide, -128, 127, EPS, torch.int8)
         found = [g.call(graph, operator.getitem, both, i) for i in (0, 1)]
         types = (torch.float32, torch.int32)  # the operator has float64 and int64
@@ -243,7 +243,7 @@ def quantize(
 def _quantize_fp8(
     graph: fx.Graph, x: fx.Node, scaling: Scaling, given: tuple[fx.Node, ...], dtype: torch.dtype
 ) -> fx.Node:
-    wide = _float32(graph, x)
+    wide = g.to_dtype(graph, x, torch.float32)
     if scaling == "rows":
         scale = _row_scale(graph, wide, FP8_MAX)
     elif scaling == "dynamic":
@@ -258,12 +258,6 @@ def _quantize_fp8(
     back = g.call(graph, aten._to_copy.default, q, dtype=torch.float32)
     product = g.call(graph, aten.mul.Tensor, back, scale)
     return g.call(graph, aten._to_copy.default, product, dtype=dtype)
-
-
-def _float32(graph: fx.Graph, x: fx.Node) -> fx.Node:
-    if x.meta["val"].dtype == torch.float32:
-        return x
-    return g.call(graph, aten._to_copy.default, x, dtype=torch.float32)
 
 
 def _row_scale(graph: fx.Graph, x: fx.Node, high: float) -> fx.Node:

@@ -231,10 +231,12 @@ def choose(program: Program, wanted: Sequence[str]) -> Scope:
     elif tuple(wanted) == ("all",):
         chosen, weights = list(calls), [name for name in calls if name not in loop]
     else:
-        for name in wanted:
-            if not fnmatch.filter(calls, name):
-                raise DiffoptError(f"there is no component '{name}'{suggest(name, calls)}")
-        chosen, weights = [name for word in wanted for name in fnmatch.filter(calls, word)], []
+        chosen, weights = [], []
+        for pattern in wanted:
+            names = fnmatch.filter(calls, pattern)
+            if not names:
+                raise DiffoptError(f"there is no component '{pattern}'{suggest(pattern, calls)}")
+            chosen += names
     own = {name: calls[name] for name in calls if name in chosen}
     return Scope(own, [name for name in loop if name in own], frozenset(weights))
 

@@ -44,6 +44,19 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return args(node)[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+    """Return a convolution's strides, paddings, dilations, each for every axis, and groups."""
+    count = args(node)[1].meta["val"].dim() - 2
+
+    def each(position: int, name: str, default: int) -> list[int]:
+        given = argument(node, position, name, default)
+        sizes = [given] if isinstance(given, int) else list(given)
+        return sizes * count if len(sizes) == 1 else sizes
+
+    sizes = each(3, "stride", 1), each(4, "padding", 0), each(5, "dilation", 1)
+    return *sizes, argument(node, 6, "groups", 1)
+
+
 def stored(gm: fx.GraphModule, node: Any) -> Tensor | None:
     """Return the tensor that a `get_attr` node reads; None for anything else."""
     if isinstance(node, fx.Node) and node.op == "get_attr":

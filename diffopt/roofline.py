@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from diffopt import formats, qdq, tables, tags
 from diffopt import graph as g
@@ -264,8 +264,10 @@ class _Graph:
             if flops:
                 kernel.number, kernel.flops = formats.of_products(node), flops
             taken = self._reads(node)
-            again = _bytes(node.all_input_nodes[0].meta["val"]) if calls(node, *_TWICE) else 0
-            most += _total(taken) + again + _bytes(node.meta["val"])
+            again = (
+                g.value_bytes(node.all_input_nodes[0].meta["val"]) if calls(node, *_TWICE) else 0
+            )
+            most += _total(taken) + again + g.value_bytes(node.meta["val"])
             # The first time that is part of what computes it elementwise.
             kernel.bytes += again if self._flops.get(_base(node.all_input_nodes[0])) != 0 else 0
             for source, parts in taken.items():
@@ -277,7 +279,7 @@ class _Graph:
         for own, taken in reads.items():
             kernels[own].bytes += _total(taken)
         for node in written & self._flops.keys():
-            kernels[self._kernel(node)].bytes += _bytes(node.meta["val"])
+            kernels[self._kernel(node)].bytes += g.value_bytes(node.meta["val"])
         return Work(list(kernels.values()), most, self._least(reads.values()))
 
     def _reads(self, node: fx.Node) -> _Reads:
@@ -293,9 +295,9 @@ class _Graph:
                 part = node.meta["val"]
             if base.op != "get_attr" and base in self._constant:
                 for leaf in self._constant[base]:
-                    found[leaf] = {leaf: min(_bytes(leaf.meta["val"]), _bytes(part))}
+                    found[leaf] = {leaf: min(g.value_bytes(leaf.meta["val"]), g.value_bytes(part))}
             else:
-                found.setdefault(base, {})[source] = _bytes(part)
+                found.setdefault(base, {})[source] = g.value_bytes(part)
         return found
 
     def _least(self, reads: Iterable[_Reads]) -> int:
@@ -306,13 +308,14 @@ class _Graph:
                 if source not in self._flops:
                     outside.setdefault(source, {}).update(parts)
         ends = {_base(node) for node in g.outputs(self._gm)} & self._flops.keys()
-        return _total(outside) + sum(_bytes(node.meta["val"]) for node in ends)
+        return _total(outside) + sum(g.value_bytes(node.meta["val"]) for node in ends)
 
 
 def _total(reads: _Reads) -> int:
     """Return the bytes that are read: of each value its parts, together at most the whole."""
     return sum(
-        min(sum(parts.values()), _bytes(source.meta["val"])) for source, parts in reads.items()
+        min(sum(parts.values()), g.value_bytes(source.meta["val"]))
+        for source, parts in reads.items()
     )
 
 
@@ -329,10 +332,3 @@ def _base(node: fx.Node) -> fx.Node:
     while _is_free(node):
         node = node.all_input_nodes[0]
     return node
-
-
-def _bytes(value: Any) -> int:
-    """Return what values take in memory."""
-    if isinstance(value, (list, tuple)):
-        return sum(map(_bytes, value))
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -29,6 +29,7 @@ __all__ = [
     "Image",
     "Lowered",
     "Target",
+    "devices",
     "find_target",
     "lowerings",
     "option",
@@ -138,6 +139,11 @@ def find_target(name: str) -> type[Target]:
     return found
 
 
+def devices(cls: type[Target]) -> list[str]:
+    """Return the names of the devices that a lowering takes."""
+    return [name for name in hardware_names() if hardware(name).kind in cls.kinds]
+
+
 def lowerings(device: Hardware) -> list[str]:
     """Return the names of the lowerings that take a device."""
     return [name for name in target_names() if device.kind in find_target(name).kinds]
@@ -183,7 +189,7 @@ def _alone(name: str) -> tuple[type[Target], str]:
         cls = find_target(name)
         if "cpu" in cls.kinds:
             return cls, ""
-        ways = ", ".join(f"{device}:{name}" for device in _devices(cls)) or "none here fits"
+        ways = ", ".join(f"{device}:{name}" for device in devices(cls)) or "none here fits"
         raise DiffoptError(f"{name} needs a device: {ways}")
     if name not in hardware_names():
         known = {*target_names(), *hardware_names()}
@@ -199,13 +205,9 @@ def _taking(device: Hardware, name: str) -> type[Target]:
     """Return the lowering called `name`, which has to take a device."""
     cls: type[Target] = plugins.find(name, _sources(), Target, "lowering")
     if device.kind not in cls.kinds:
-        takes = ", ".join(_devices(cls)) or "none that is described"
+        takes = ", ".join(devices(cls)) or "none that is described"
         raise DiffoptError(f"{name} does not take {device.name}; it takes {takes}")
     return cls
-
-
-def _devices(cls: type[Target]) -> list[str]:
-    return [name for name in hardware_names() if hardware(name).kind in cls.kinds]
 
 
 @contextmanager

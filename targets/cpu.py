@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import aoti, cachedir, onednn
+from diffopt import aoti, cachedir, lowering, onednn
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.hardware import Hardware, hardware
-from diffopt.lowering import elsewhere, free_sizes, identity, source
+from diffopt.lowering import elsewhere, free_sizes, identity, machine, source
 from diffopt.program import Program
 from diffopt.runtime import Body, lay_out
 from diffopt.sizes import Bounds
@@ -222,7 +221,7 @@ def _requires() -> dict[str, Any]:
                 flags.update(line.partition(":")[2].split())
                 break
     return {
-        "platform": f"{platform.system().lower()}-{platform.machine()}",
+        "platform": machine(),
         "isa": sorted(f for f in flags if f.startswith(_ISA)),
         "torch": ".".join(torch.__version__.split(".")[:2]),
     }
@@ -252,4 +251,4 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the lowering, which decides what comes out of the compiler."""
-    return source((aoti.__file__, onednn.__file__))
+    return source((aoti.__file__, lowering.__file__, onednn.__file__))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from diffopt import cachedir, cuda, formats
 from diffopt import graph as g
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
-from diffopt.lowering import free_sizes, identity, source
+from diffopt.lowering import free_sizes, identity, machine, source
 from diffopt.onnx import export, require
 from diffopt.onnx.exporting import NEEDS
 from diffopt.program import Program
@@ -181,7 +180,7 @@ class Tensorrt(Target):
             "capability": list(device.capability or ()),
             "builder": chosen.name,
             "version": chosen.version,
-            "platform": _platform(),
+            "platform": machine(),
         }
 
     def _key(self, gm: fx.GraphModule, sizes: Bounds | None, chosen: Library) -> dict[str, Any]:
@@ -205,8 +204,8 @@ class Tensorrt(Target):
             return f"{needs}, and torch finds none here"
         if list(at_hand) != requires["capability"]:
             return f"{needs}, and the one here has {'.'.join(map(str, at_hand))}"
-        if requires["platform"] != _platform():
-            return f"it was built for {requires['platform']}, this is {_platform()}"
+        if requires["platform"] != machine():
+            return f"it was built for {requires['platform']}, this is {machine()}"
         name = requires["builder"]
         if not library.is_installed(name):
             return f"its plans need the package {name}, which is not installed"
@@ -232,7 +231,7 @@ class Tensorrt(Target):
 
     def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> cuda.GpuPlan:
         """Run what is between the components on the GPU too."""
-        return cuda.GpuPlan(Plan(root, bodies, "cuda"), self.cuda_graph)
+        return cuda.GpuPlan(Plan(root, bodies, cuda.DEVICE), self.cuda_graph)
 
 
 def _refused(node: fx.Node, chosen: Library) -> str | None:
@@ -254,10 +253,6 @@ def _ranges(gm: fx.GraphModule, names: list[str], sizes: Bounds | None) -> Range
                 both[0][axis], both[1][axis] = limits
             ranges[names[index]] = tuple(both[0]), tuple(both[1])
     return ranges
-
-
-def _platform() -> str:
-    return f"{platform.system().lower()}-{platform.machine()}"
 
 
 @cache

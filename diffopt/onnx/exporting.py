@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from diffopt import aoti
 from diffopt import graph as g
 from diffopt.errors import DiffoptError
+from diffopt.lowering import dynamic_shapes, example
 from diffopt.onnx import prepare
 from diffopt.sizes import Bounds
 
@@ -89,8 +89,8 @@ def _translate(gm: fx.GraphModule, opset: int, sizes: Bounds | None) -> Any:
     """Return a prepared component in ONNX's IR, constants folded and weights untouched."""
     from diffopt.onnx import translations
 
-    arguments = tuple(aoti.example(n.meta["val"]) for n in g.placeholders(gm))
-    shapes = aoti.dynamic_shapes(len(arguments), sizes) if sizes else None
+    arguments = tuple(example(n.meta["val"]) for n in g.placeholders(gm))
+    shapes = dynamic_shapes(len(arguments), sizes) if sizes else None
     with _quiet(), torch.no_grad():
         exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
         made: Any = torch.onnx.export(

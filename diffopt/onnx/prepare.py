@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import qdq
-from diffopt.rewrite import args, argument, calls, replace, stored
+from diffopt.rewrite import args, argument, calls, geometry, replace, stored
 
 aten = torch.ops.aten
 
@@ -140,22 +140,8 @@ def _complex(graph: fx.Graph, node: fx.Node) -> None:
 
 def _convolution(node: fx.Node) -> None:
     """Give a convolution a size for each axis where one stands for all."""
-    count = node.args[1].meta["val"].dim() - 2  # type: ignore[union-attr]
-    geometry = {
-        key: argument(node, place, key)
-        for place, key in ((3, "stride"), (4, "padding"), (5, "dilation"))
-    }
-    spread = {key: sizes * count for key, sizes in geometry.items() if _is_one(sizes)}
-    if spread and count > 1:
-        for place, key in ((3, "stride"), (4, "padding"), (5, "dilation")):
-            if key in spread and len(node.args) > place:
-                node.update_arg(place, spread[key])
-            elif key in spread:
-                node.update_kwarg(key, spread[key])
-
-
-def _is_one(sizes: Any) -> bool:
-    return isinstance(sizes, (list, tuple)) and len(sizes) == 1
+    node.args = (*args(node)[:2], argument(node, 2, "bias"), *geometry(node))
+    node.kwargs = {}
 
 
 def _attention(graph: fx.Graph, node: fx.Node) -> None:

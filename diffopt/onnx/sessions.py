@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from diffopt import archive
 from diffopt.errors import DiffoptError
 from diffopt.runtime import lay_out
 
@@ -38,16 +39,12 @@ def run_setup(model: bytes, weights: Mapping[str, Tensor], threads: int) -> list
         threads: To run on.
     """
     made = options(threads, pack=True)
-    files = {name: _bytes(tensor) for name, tensor in weights.items()}
-    buffers = list(files.values())
+    files = {name: archive.raw(tensor) for name, tensor in weights.items()}
+    buffers = [np.frombuffer(content, np.uint8) for content in files.values()]
     lengths = [len(buffer) for buffer in buffers]
     made.add_external_initializers_from_files_in_memory(list(files), buffers, lengths)
     session = ort.InferenceSession(model, made, providers=_PROVIDERS)
     return [_tensor(result) for result in session.run_with_ort_values(None, {})]
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _value(tensor: Tensor) -> ort.OrtValue:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from diffopt import cachedir
+from diffopt.cuda import DEVICE
 from diffopt.errors import DiffoptError
 from diffopt.trt.library import Library, complaints, logger
-
-DEVICE = "cuda"
 
 DTYPES = {
     "FLOAT": torch.float32,

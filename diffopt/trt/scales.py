@@ -22,7 +22,8 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import qdq
-from diffopt.rewrite import args, argument, calls, replace, stored
+from diffopt.constants import evaluate
+from diffopt.rewrite import args, calls, geometry, replace, stored
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -69,14 +70,14 @@ def _activation(
     source = _padded(graph, layer, x.source) if zero and layer.convolution else x.source
     scale = x.scale if x.rows else g.call(graph, aten.view.default, x.scale, [])
     factor = g.call(graph, aten.mul.Tensor, scale, 1 / constant)
-    scaled = g.call(graph, aten.div.Tensor, _float32(graph, source), factor)
+    scaled = g.call(graph, aten.div.Tensor, g.to_dtype(graph, source, torch.float32), factor)
     if zero is not None:
-        zero = _float32(graph, g.call(graph, aten.view.default, zero, []))
+        zero = g.to_dtype(graph, g.call(graph, aten.view.default, zero, []), torch.float32)
         zero = g.call(graph, aten.mul.Tensor, zero, constant)
         scaled = g.call(graph, aten.add.Tensor, scaled, zero)
     constants = [g.get_attr(gm, "constant", tensor) for tensor in given]
     quantized = qdq.quantize(gm, scaled, "static", *constants, number=x.number)
-    layer.node.update_arg(0, _to(graph, quantized, layer.node.meta["val"].dtype))
+    layer.node.update_arg(0, g.to_dtype(graph, quantized, layer.node.meta["val"].dtype))
     return factor, zero
 
 
@@ -93,7 +94,7 @@ def _one_scale(gm: fx.GraphModule, layer: qdq.Layer, weight: qdq.Weight) -> fx.N
 
     It is the scale of some output in the middle, so that sums are about as large as they were.
     """
-    scales, name = _value(gm, weight.scales).float(), layer.node.name
+    scales, name = evaluate(gm, weight.scales).float(), layer.node.name
     used = scales[scales > 0]
     middle = torch.full_like(scales, float(used.median()) if len(used) else 1.0)
     inside = g.ancestors([weight.node])
@@ -111,16 +112,17 @@ def _behind(gm: fx.GraphModule, layer: qdq.Layer, factor: fx.Node, shift: fx.Nod
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
     users = list(node.users)
     with graph.inserting_before(node.next):
-        result = _float32(graph, node)
+        result = g.to_dtype(graph, node, torch.float32)
         if shift is not None:
             sums = g.get_attr(gm, f"{node.name}_sums", _sums(gm, layer))
             product = g.call(graph, aten.mul.Tensor, sums, shift)
             result = g.call(graph, aten.sub.Tensor, result, product)
         result = g.call(graph, aten.mul.Tensor, result, factor)
         if bias is not None:
-            wide = g.call(graph, aten.view.default, _float32(graph, bias), _rows(layer))
+            wide = g.to_dtype(graph, bias, torch.float32)
+            wide = g.call(graph, aten.view.default, wide, _rows(layer))
             result = g.call(graph, aten.add.Tensor, result, wide)
-        result = _to(graph, result, node.meta["val"].dtype)
+        result = g.to_dtype(graph, result, node.meta["val"].dtype)
     for user in users:
         user.replace_input_with(node, result)
 
@@ -133,16 +135,14 @@ def _rows(layer: qdq.Layer) -> list[int]:
 
 def _sums(gm: fx.GraphModule, layer: qdq.Layer) -> Tensor:
     """Return the sum of the weights of each output."""
-    weight = _value(gm, layer.weight).float()
+    weight: Tensor = evaluate(gm, layer.weight).float()
     return weight.flatten(1).sum(1).reshape(_rows(layer))
 
 
 def _padded(graph: fx.Graph, layer: qdq.Layer, source: fx.Node) -> fx.Node:
     """Pad what a convolution reads, so that the convolution need not."""
     node, sizes = layer.node, layer.node.meta["val"].dim() - 2
-    padding = argument(node, 4, "padding", 0)
-    padding = [padding] * sizes if isinstance(padding, int) else list(padding)
-    padding = padding * sizes if len(padding) == 1 else padding
+    padding = geometry(node)[1]
     if not any(padding):
         return source
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "padding"}
@@ -158,7 +158,7 @@ def _weight(gm: fx.GraphModule, layer: qdq.Layer) -> None:
     if weight is None or weight.number == "fp8":
         return
     if weight.number == "int8" and not _is_stored(weight.values):  # rounded again, see qdq.Packed
-        values = g.get_attr(gm, f"{layer.node.name}_values", _value(gm, weight.values))
+        values = g.get_attr(gm, f"{layer.node.name}_values", evaluate(gm, weight.values))
         weight.node.update_arg(0, values)
     if weight.number == "int4" and len(layer.weight.meta["val"].shape) == 2:
         _group(gm, layer, weight)
@@ -171,7 +171,7 @@ def _group(gm: fx.GraphModule, layer: qdq.Layer, weight: qdq.Weight) -> None:
     group = weight.group or (fits[0] if fits else None)
     if group is None:
         return
-    scales = _value(gm, weight.scales).float()
+    scales = evaluate(gm, weight.scales).float()
     if weight.group is None:
         scales = scales[:, None].expand(-1, value.shape[1] // group).contiguous()
     if scales.abs().min() >= torch.finfo(value.dtype).tiny:  # else it would lose digits
@@ -187,24 +187,3 @@ def _is_stored(values: fx.Node) -> bool:
     while calls(values, aten.view.default, torch.ops.diffopt.unpack_int4.default):
         values = args(values)[0]
     return values.op == "get_attr"
-
-
-def _value(gm: fx.GraphModule, node: fx.Node) -> Tensor:
-    """Return what a node computes from stored tensors alone."""
-    tensor = stored(gm, node)
-    if tensor is not None:
-        return tensor.detach()
-    given, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _value(gm, n))
-    with torch.no_grad():
-        value: Tensor = node.target(*given, **kwargs)  # type: ignore[operator]
-    return value
-
-
-def _float32(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    return _to(graph, node, torch.float32)
-
-
-def _to(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    if node.meta["val"].dtype == dtype:
-        return node
-    return g.call(graph, aten._to_copy.default, node, dtype=dtype)

@@ -12,17 +12,22 @@ alone, only the section is written.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from diffopt.core import Pipeline
-from diffopt.errors import DiffoptError
-from examples.benchmarks import report
 from examples.caching.configurations import CONFIGS, shown
 from examples.caching.document import DOCUMENT, picture_rows, section
 from examples.caching.programs import make, relative_cost
-from examples.study.command import begin, check_images, check_machine, forget, parser_of
-from examples.study.document import draw, rewrite
+from examples.study.command import (
+    begin,
+    check_images,
+    check_machine,
+    finish,
+    forget,
+    parser_of,
+    run,
+)
+from examples.study.document import draw
 from examples.study.measure import quality, times
 from examples.study.study import REFERENCE, Study
 
@@ -61,12 +66,8 @@ def main(words: Sequence[str] | None = None) -> None:
         rows = results.get(*at, "configs") or {}
         rows = {c: r for c, r in rows.items() if "quality" in r}
         draw(study, picture_rows(rows), options.document.parent / f"caching-{name}.png")
-    rewrite(options.document, section(results.read(), options.document.parent))
-    report(f"wrote {options.document} and {results.path}")
+    finish(options, results, section(results.read(), options.document.parent))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DiffoptError as error:
-        sys.exit(f"examples.caching: error: {error}")
+    run("examples.caching", main)

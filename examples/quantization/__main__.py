@@ -13,19 +13,25 @@ are kept in --work. What `--again` names is made anew; after a change of a pass 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from itertools import product
 
-from diffopt.errors import DiffoptError
 from examples.benchmarks import report
 from examples.quantization import large, peers
 from examples.quantization.configurations import BF16, CONFIGS, EMULATED, split
 from examples.quantization.document import DOCUMENT, pictured, section
 from examples.quantization.measure import looker
 from examples.quantization.programs import make
-from examples.study.command import begin, check_images, check_machine, forget, parser_of
-from examples.study.document import draw, rewrite
+from examples.study.command import (
+    begin,
+    check_images,
+    check_machine,
+    finish,
+    forget,
+    parser_of,
+    run,
+)
+from examples.study.document import draw
 from examples.study.measure import quality, times
 from examples.study.results import Results
 from examples.study.study import REFERENCE, Study
@@ -91,12 +97,8 @@ def main(words: Sequence[str] | None = None) -> None:
         elif "peers" in options.phase:
             targets, threads, again = options.large_targets, options.threads, options.again
             peers.measure(name, steps, targets, threads, rounds, results, again)
-    rewrite(options.document, section(results.read(), options.document.parent))
-    report(f"wrote {options.document} and {results.path}")
+    finish(options, results, section(results.read(), options.document.parent))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DiffoptError as error:
-        sys.exit(f"examples.quantization: error: {error}")
+    run("examples.quantization", main)

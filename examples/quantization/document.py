@@ -168,7 +168,7 @@ def _large(data: Mapping[str, Any]) -> list[str]:
             base = times.get(f"{BF16} on {target}")
             ratio = (
                 statistics.median(base["seconds"]) / statistics.median(row["seconds"])
-                if (base)
+                if base
                 else None
             )
             weights = row["weights"]

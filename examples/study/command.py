@@ -1,7 +1,8 @@
 """What the benchmarks' command lines have in common."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from diffopt import cachedir
 from diffopt.errors import DiffoptError
-from examples.benchmarks import machine
+from examples.benchmarks import machine, report
+from examples.study.document import rewrite
 from examples.study.models import ARGUMENTS
 from examples.study.results import Results
 from examples.study.study import OTHER_SEEDS, Study
@@ -46,13 +48,32 @@ def check_setup(results: Results, setup: dict[str, Any]) -> None:
     results.put(setup, "setup")
 
 
+def known(options: argparse.Namespace) -> Results:
+    """Return the results that are known, beside the document."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    return Results(options.document.with_suffix(".json"), options.work / "lock")
+
+
 def begin(options: argparse.Namespace, setup: dict[str, Any]) -> Results:
     """Set the threads, and return the known results of this setup."""
     torch.set_num_threads(options.threads)
-    options.work.mkdir(parents=True, exist_ok=True)
-    results = Results(options.document.with_suffix(".json"), options.work / "lock")
+    results = known(options)
     check_setup(results, setup)
     return results
+
+
+def finish(options: argparse.Namespace, results: Results, section: str) -> None:
+    """Write the section of the document."""
+    rewrite(options.document, section)
+    report(f"wrote {options.document} and {results.path}")
+
+
+def run(module: str, main: Callable[[], None]) -> None:
+    """Run a benchmark's command; what the user can mend is one line."""
+    try:
+        main()
+    except DiffoptError as error:
+        sys.exit(f"{module}: error: {error}")
 
 
 def check_machine(results: Results, threads: int) -> None:

@@ -9,15 +9,13 @@ in --work. What `--again` names is built anew; after a change of the lowering it
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffopt import cachedir
-from diffopt.errors import DiffoptError
 from examples.benchmarks import report
-from examples.study.document import rewrite
+from examples.study.command import finish, known, run
 from examples.study.results import Results
 from examples.targets import measure
 from examples.targets.document import DEVICES, DOCUMENT, section
@@ -66,16 +64,11 @@ def build(options: argparse.Namespace, results: Results, until: float) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Build what was asked for, and write the section of the document."""
     options = arguments(words)
-    options.work.mkdir(parents=True, exist_ok=True)
-    results = Results(options.document.with_suffix(".json"), options.work / "lock")
+    results = known(options)
     limit = options.minutes
     build(options, results, float("inf") if limit is None else time.monotonic() + 60 * limit)
-    rewrite(options.document, section(results.read()))
-    report(f"wrote {options.document} and {results.path}")
+    finish(options, results, section(results.read()))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DiffoptError as error:
-        sys.exit(f"examples.targets: error: {error}")
+    run("examples.targets", main)

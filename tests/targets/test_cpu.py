@@ -28,33 +28,7 @@ from tests.sampler import program
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIFFOPT_CACHE", str(cache))
-
-
-@pytest.fixture(scope="module")
-def captured() -> Program:
-    return program()
-
-
-@pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[str], Path]:
-    """Return a function that builds the sampler for a target, each text once."""
-    made: dict[str, Path] = {}
-
-    def make(text: str) -> Path:
-        if text not in made:
-            made[text] = tmp_path_factory.mktemp("engines") / "x.engine"
-            build(program(), text, made[text])
-        return made[text]
-
-    return make
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def no_compiler(*args: Any, **options: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import diffopt
-from diffopt import formats, qdq, rewrite
+from diffopt import formats, lowering, qdq, rewrite
 from diffopt.archive import Archive
 from diffopt.core import Pipeline
 from diffopt.engine import KIND, load, write
@@ -26,7 +26,6 @@ from diffopt.onnx import export
 from diffopt.program import Program
 from diffopt.reuse import Reuse, Term, apply, find_loop
 from diffopt.target import parse_target
-from diffopt.targets import tensorrt
 from diffopt.trt import builder, library, runtime, scales
 from diffopt.trt.builder import Plan, Settings
 from tests import loops
@@ -44,14 +43,7 @@ CAPABILITIES = {"rtx3090": (8, 6), "rtx4090": (8, 9), "rtx5090": (12, 0)}
 Form = tuple[qdq.Number, qdq.Scaling | None, int | None]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIFFOPT_CACHE", str(cache))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class Body(nn.Module):
@@ -467,7 +459,7 @@ def test_what_plans_need_is_compared_with_the_machine(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, str], gpu: Any, message: str | None
 ) -> None:
     fake_modules(monkeypatch, {"tensorrt-rtx"}, gpu)
-    here = tensorrt._platform()
+    here = lowering.machine()
     requires = {
         "device": "rtx4090",
         "capability": [8, 9],

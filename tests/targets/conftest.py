@@ -1,0 +1,40 @@
+"""What the tests of targets share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffopt.engine import build
+from diffopt.program import Program
+from tests.sampler import program
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what is compiled from what users have, for the tests of a session to share."""
+    monkeypatch.setenv("DIFFOPT_CACHE", str(cache))
+
+
+@pytest.fixture(scope="module")
+def captured() -> Program:
+    return program()
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that builds the sampler for a target, each text once."""
+    made: dict[str, Path] = {}
+
+    def make(text: str) -> Path:
+        if text not in made:
+            made[text] = tmp_path_factory.mktemp("engines") / "x.engine"
+            build(program(), text, made[text])
+        return made[text]
+
+    return make
