@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffopt.capture import trace
     from diffopt.core import Pipeline
-    from diffopt.engine import Engine, build, load, write
+    from diffopt.engine import Engine, build, finish, load, write
     from diffopt.errors import CaptureError, DiffoptError
     from diffopt.program import Program
 
@@ -22,6 +22,7 @@ __all__ = [
     "Pipeline",
     "Program",
     "build",
+    "finish",
     "load",
     "trace",
     "write",
@@ -34,6 +35,7 @@ _MODULES = {
     "Pipeline": "core",
     "Program": "program",
     "build": "engine",
+    "finish": "engine",
     "load": "engine",
     "trace": "capture",
     "write": "engine",

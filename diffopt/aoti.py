@@ -1,4 +1,7 @@
-"""AOTInductor: components as shared libraries, made in several processes at once."""
+"""AOTInductor: components as shared libraries, made in several processes at once.
+
+For a CPU that is one library; for a GPU it is a package, a library with its GPU kernels beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -39,19 +42,42 @@ def compile_body(
 
     Where the library calls operators that it has no entry point for, "json" says which.
     """
-    arguments = tuple(example(n.meta["val"]) for n in g.placeholders(gm))
-    known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
-    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, _quiet(folder):
-        options = {key: value for key, value in settings.items() if key in known}
-        options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
-        module: Any = g.clone(gm)
-        if sizes:  # without them the graph is what an export would give
-            shapes = dynamic_shapes(len(arguments), sizes)
-            exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
-            module = exported.module()
-        torch._inductor.aot_compile(module, arguments, options=options)
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet(folder), onednn.kernels():
+        _compile(gm, settings, sizes, "cpu", folder)
         files = {p.suffix[1:]: p for p in Path(folder).rglob("*") if _is_product(p)}
         return {kind: path.read_bytes() for kind, path in sorted(files.items())}
+
+
+def compile_package(
+    gm: fx.GraphModule, settings: Settings, sizes: Bounds | None = None, device: str = "cuda"
+) -> bytes:
+    """Compile a component whose tensors are on `device` for that; return the package."""
+    from torch._inductor.package.package import package_aoti
+
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet(folder):
+        files = _compile(gm, settings, sizes, device, folder)
+        needed: list[Any] = [
+            str(file) for file in files if str(file).endswith((".so", ".json", ".cubin"))
+        ]
+        path = Path(folder, "body.pt2")
+        package_aoti(str(path), needed)
+        return path.read_bytes()
+
+
+def _compile(
+    gm: fx.GraphModule, settings: Settings, sizes: Bounds | None, device: str, folder: str
+) -> Any:
+    """Let AOTInductor write into a folder; return the names of what belongs to the result."""
+    arguments = tuple(example(n.meta["val"]).to(device) for n in g.placeholders(gm))
+    known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
+    options = {key: value for key, value in settings.items() if key in known}
+    options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
+    module: Any = g.clone(gm)
+    if sizes:  # without them the graph is what an export would give
+        shapes = dynamic_shapes(len(arguments), sizes)
+        exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
+        module = exported.module()
+    return torch._inductor.aot_compile(module, arguments, options=options)
 
 
 def compile_bodies(
@@ -162,38 +188,75 @@ def _run(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[tuple[
                 child.wait()
 
 
+class Weights(Protocol):
+    """A component's weights by name."""
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """Return a weight in the memory layout of the trace."""
+
+
+# How to run it; and its weights, which must live as long: the library keeps bare pointers to them.
+_Library = tuple[Callable[[list[Tensor]], list[Tensor]], list[Tensor]]
+
+
+def open_library(members: Mapping[str, bytes | memoryview], weights: Weights | None) -> _Library:
+    """Map a library into this process.
+
+    Args:
+        members: What `compile_body` returned.
+        weights: The component's weights by name; None if the library holds them.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+        for kind, content in members.items():
+            Path(folder, f"body.{kind}").write_bytes(content)
+        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
+    if weights is None:
+        return runner.run, []
+    names = runner.get_constant_names_to_original_fqns()
+    table = {name: weights[original] for name, original in names.items()}
+    runner.update_constant_buffer(table, False, True, True)
+    return runner.run, list(table.values())
+
+
+def open_package(content: bytes | memoryview, weights: Weights | None) -> _Library:
+    """Map a package into this process.
+
+    Args:
+        content: What `compile_package` returned.
+        weights: The component's weights by name, on the device; None if the package holds them.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+        path = Path(folder, "body.pt2")
+        path.write_bytes(content)
+        # One thread, one run at a time: else it asks the GPU whether the last run is done, which
+        # is not allowed while a CUDA graph is captured.
+        runner = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    if weights is None:
+        return runner.run, []
+    table = {name: weights[name] for name in runner.get_constant_fqns()}
+    runner.load_constants(table, False, True, True)
+    return runner.run, list(table.values())
+
+
 class Kernel:
     """A loaded library, as a function of a component's flat arguments."""
 
     def __init__(
         self,
-        members: Mapping[str, bytes | memoryview],
+        library: _Library,
         strides: list[tuple[int, ...] | None],
-        weights: Mapping[str, Tensor] | None,
         further: Sequence[Tensor] = (),
     ) -> None:
-        """Map a library into this process.
+        """Make a function of a library.
 
         Args:
-            members: What `compile_body` returned.
+            library: What `open_library` or `open_package` returned.
             strides: The memory layout that each argument was compiled for; None: contiguous.
-            weights: The component's weights by name; None if the library holds them.
-            further: Arguments behind those of a call, the same for all (see `onednn.Setup`).
+            further: Arguments behind those of a call, the same for all (see `Setup`).
         """
-        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
-            for kind, content in members.items():
-                Path(folder, f"body.{kind}").write_bytes(content)
-            runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
         self._strides = strides
         self._further = list(further)
-        # The library keeps bare pointers: what they point to must live as long as it does.
-        self._weights: list[Tensor] = []
-        if weights is not None:
-            names = runner.get_constant_names_to_original_fqns()
-            table = {name: weights[original] for name, original in names.items()}
-            runner.update_constant_buffer(table, False, True, True)
-            self._weights = list(table.values())
-        self._run = runner.run
+        self._run, self._weights = library
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the component; `tensors` is used up."""
@@ -205,19 +268,14 @@ class Kernel:
         return self._run(tensors + self._further)
 
 
-def load(
-    members: Mapping[str, memoryview],
-    graph: Mapping[str, Any],
-    weights: Any,
-    further: Sequence[Tensor] = (),
-) -> Body:
+def load(library: _Library, graph: Mapping[str, Any], further: Sequence[Tensor] = ()) -> Body:
     """Return a library as a function; `graph` is the component's, as JSON."""
     values = [
         serialize.decode_value(row["val"]) for row in graph["nodes"] if row["op"] == "placeholder"
     ]
     # Of a contiguous argument some size may be another than at compilation.
     strides = [None if value.is_contiguous() else value.stride() for value in values]
-    return Kernel(members, strides, weights, further)
+    return Kernel(library, strides, further)
 
 
 def _is_product(path: Path) -> bool:
@@ -226,7 +284,7 @@ def _is_product(path: Path) -> bool:
 
 
 @contextmanager
-def _quiet(folder: str) -> Iterator[None]:
+def quiet(folder: str) -> Iterator[None]:
     """Keep what the compiler says from the terminal, and its temporary files in `folder`."""
     from torch._inductor import select_algorithm
 
@@ -235,7 +293,6 @@ def _quiet(folder: str) -> Iterator[None]:
         warnings.catch_warnings(),
         mock.patch.object(select_algorithm, "PRINT_AUTOTUNE", False),
         mock.patch.dict(os.environ, TMPDIR=folder),
-        onednn.kernels(),
     ):
         warnings.simplefilter("ignore")
         yield

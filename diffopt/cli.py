@@ -445,6 +445,33 @@ def verify(
     raise typer.Exit(0 if problem is None else 1)
 
 
+@app.command(epilog="diffopt finish out.engine  # on the GPU machine, before it is deployed")
+def finish(
+    file: Annotated[Path, typer.Argument(help="An .engine file.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write; none: FILE itself.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile what an engine was left to compile on the device that it is for."""
+    from diffopt import cli_show as show
+    from diffopt import engine
+
+    if not file.is_file():
+        raise DiffoptError(f"there is no file {file}")
+    if output is not None:
+        _expect(output, ".engine")
+    with show.progress(f"finishing {file}") as report:
+        done = engine.finish(file, output, progress=report)
+    written = output or file
+    if as_json:
+        show.print_json({"file": str(written if done else file), "finished": done})
+    elif done:
+        print(f"{written}: finished, {written.stat().st_size / 1e6:.1f} MB")
+    else:
+        print(f"{file}: has nothing left to compile")
+
+
 @app.command(epilog="diffopt passes\n\ndiffopt passes unroll")
 def passes(
     name: Annotated[str | None, typer.Argument(help="Show this pass's options.")] = None,

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
+from diffopt.hardware import Hardware
+from diffopt.lowering import machine
 from diffopt.runtime import Plan
 
 DEVICE = "cuda"
+
+Capability = tuple[int, int]
+
+
+def capability() -> Capability | None:
+    """Return the compute capability of the GPU at hand; None where there is none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def requires(device: Hardware) -> dict[str, Any]:
+    """Return what compiled code for a device needs of the machine that is to run it."""
+    return {
+        "device": device.name,
+        "capability": list(device.capability or ()),
+        "platform": machine(),
+    }
+
+
+def unfit(requires: Mapping[str, Any], code: str) -> str | None:
+    """Say what this machine lacks of what `requires` has returned; `code` is what needs it."""
+    wanted = ".".join(map(str, requires["capability"]))
+    needs = f"its {code} need a GPU of compute capability {wanted} ({requires['device']})"
+    at_hand = capability()
+    if at_hand is None:
+        return f"{needs}, and torch finds none here"
+    if list(at_hand) != requires["capability"]:
+        return f"{needs}, and the one here has {'.'.join(map(str, at_hand))}"
+    if requires["platform"] != machine():
+        return f"it was built for {requires['platform']}, this is {machine()}"
+    return None
+
 
 _Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
@@ -77,6 +111,6 @@ class GpuPlan:
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise DiffoptError(
-                f"the run cannot be captured as a CUDA graph: {reason}; leave cuda-graph out"
+                f"the run cannot be captured as a CUDA graph: {reason}; set cuda-graph=false"
             ) from error
         return _Recorded(inputs, outputs, graph)

@@ -16,17 +16,12 @@ from torch import Tensor
 
 from diffopt import archive, batching, formats
 from diffopt import graph as g
-from diffopt import program as p
 from diffopt.core import Progress
+from diffopt.enginefile import FORMAT, KERNELS, KIND, EngineFile, is_component
 from diffopt.errors import DiffoptError
 from diffopt.host import Host
 from diffopt.program import Program
 from diffopt.target import Image, Lowered, Target, parse_target
-
-FORMAT = f"1.{p.FORMAT}"
-"""Of the file, then of the program in it."""
-KIND = "application/x-diffopt-engine"
-HINT = "build one with `diffopt optimize MODEL -o FILE.engine`"
 
 
 def build(
@@ -67,29 +62,96 @@ def write(
     lacking = target.hardware and formats.refused(program, target.hardware)
     if reason := lacking or target.refuses(program):
         raise DiffoptError(f"target {target} cannot take this program: {reason}")
+    _expect_writable(path)
+    lowered = target.compile(program, progress)
+    if not lowered.finished and target.unfit(lowered.requires) is None:
+        done = target.finish(_image(program, lowered), progress)
+        lowered.members |= done.members
+        lowered.bodies = _joined(lowered.bodies, done.bodies)
+        lowered.finished = True
+    progress("writing", None)
+    members = _members(program, lowered)
+    manifest = {**_manifest(program, target, lowered, members), "compress": compress}
+    _write(path, manifest, members)
+
+
+def finish(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress = lambda what, fraction: None,
+) -> bool:
+    """Compile what an engine is to be compiled of on the device that it is for, and keep that.
+
+    Args:
+        path: An engine that was built where there is no such device. It would compile whenever it
+            is loaded for the first time on a machine.
+        output: The file to write; None: `path`.
+        progress: Called with what is being done and the fraction done, if known.
+
+    Returns:
+        Whether there was anything to do, and the file is written.
+    """
+    output = path if output is None else output
+    file = EngineFile(path)
+    file.archive.verify()
+    if file.manifest.get("finished", True):
+        return False
+    _expect_writable(output)
+    done = file.target().finish(file.image(file.program_json()), progress)
+    members: dict[str, archive.Buffers] = {
+        name: [file.archive.read(name)] for name in file.manifest["members"]
+    }
+    members |= {KERNELS + name: [content] for name, content in done.members.items()}
+    about = _joined(file.manifest["components"], done.bodies)
+    progress("writing", None)
+    _write(output, {**file.manifest, "components": about, "finished": True}, members)
+    return True
+
+
+def _joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known about each component."""
+    return {name: {**about, **after.get(name, {})} for name, about in before.items()}
+
+
+def _expect_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse what cannot be an engine file before anything is compiled."""
     folder = Path(path).parent
     if not folder.is_dir():
         raise DiffoptError(f"{path}: there is no folder {folder}")
     if Path(path).is_dir():
         raise DiffoptError(f"{path}: is a directory; name the engine file to write")
-    lowered = target.compile(program, progress)
-    progress("writing", None)
-    members = _members(program, lowered)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    manifest: Mapping[str, Any],
+    members: Mapping[str, archive.Buffers],
+) -> None:
     try:
-        manifest = _manifest(program, target, lowered, members)
-        archive.write(path, KIND, manifest, members, compress)
+        archive.write(path, KIND, manifest, members, manifest["compress"])
     except OSError as error:
         raise DiffoptError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _image(program: Program, lowered: Lowered) -> Image:
+    data, tensors, _ = program.to_members()
+    return Image(
+        members={name: memoryview(content) for name, content in lowered.members.items()},
+        graphs={name: graph for name, graph in data["graphs"].items() if is_component(name)},
+        tensors=tensors,
+        program=lambda: program,
+    )
 
 
 def _members(program: Program, lowered: Lowered) -> dict[str, archive.Buffers]:
     data, tensors, assets = program.to_members()
     if lowered.holds_weights:
-        outer = [graph for name, graph in data["graphs"].items() if not _is_component(name)]
+        outer = [graph for name, graph in data["graphs"].items() if not is_component(name)]
         used = {key for graph in outer for key, _, _ in graph["tensors"].values()}
         used |= {data["graphs"][name]["tensors"][part][0] for name, part in lowered.reads}
         tensors = {k: t for k, t in tensors.items() if k in used or k.startswith("sample/")}
-    kernels = {f"kernels/{name}": [content] for name, content in lowered.members.items()}
+    kernels = {KERNELS + name: [content] for name, content in lowered.members.items()}
     return {
         "program.json": [json.dumps(data).encode()],
         **{f"assets/{name}": [content] for name, content in assets.items()},
@@ -117,6 +179,7 @@ def _manifest(
         "lowering": target.name,
         "requires": lowered.requires,
         "holds_weights": lowered.holds_weights,
+        "finished": lowered.finished,
         "passes": ",".join(record["text"] for record in program.history),
         "records": program.history,
         "inputs": {n.name: g.type_text(n.meta["val"]) for n in g.placeholders(program.root)},
@@ -126,11 +189,6 @@ def _manifest(
         "components": lowered.bodies,
         "releasable": program.releasable(),
     }
-
-
-def _is_component(name: str) -> bool:
-    """Tell a component's graph from the outer one, called "", and from helpers in parentheses."""
-    return bool(name) and not name.startswith("(")
 
 
 def _version() -> str:
@@ -171,79 +229,18 @@ class Engine:
         target: Target | str | None = None,
         verify: bool = True,
     ) -> None:
-        self.path = Path(path)
-        self._archive = archive.Archive(path, KIND, "an engine file", HINT)
-        self.manifest = self._archive.manifest
-        self._check_format()
+        self._file = EngineFile(path)
+        self.path = self._file.path
+        self.manifest = self._file.manifest
         if verify:
-            self._archive.verify()
-        self.target = self._choose_target(target)
-        self.tensors = self._archive.tensors("weights.safetensors")
-        data = self._read_program()
-        graphs = data["graphs"]
-        outer = {name: graph for name, graph in graphs.items() if not _is_component(name)}
-        self._outer = self._program({**data, "graphs": outer})
-        bodies = {name: graph for name, graph in graphs.items() if _is_component(name)}
-        self._plan = self.target.outer(self._outer.root, self.target.load(self._image(bodies)))
-
-    def _check_format(self) -> None:
-        found = self.manifest.get("format")
-        if found != FORMAT:
-            raise DiffoptError(
-                f"{self.path}: engine format {found}, this diffopt reads {FORMAT};"
-                " build it again with this version"
-            )
-
-    def _choose_target(self, wanted: Target | str | None) -> Target:
-        text = str(self.manifest["target"])
-        target = parse_target(wanted) if isinstance(wanted, str) else wanted
-        # Engines of earlier versions were built for lowerings that no device was named for.
-        built_for = self.manifest.get("lowering") or text.partition("(")[0]
-        if target is not None and target.name not in (built_for, "eager"):
-            raise DiffoptError(
-                f"{self.path}: built for target {text}, not {target}; build it again for {target}"
-            )
-        if target is not None and target.name != built_for and self.manifest["holds_weights"]:
-            raise DiffoptError(
-                f"{self.path}: target {text} keeps the weights in its kernels, so {target} cannot"
-                f" run it; build it again so that it keeps them, see `diffopt targets {built_for}`"
-            )
-        if target is None or target.name == built_for:
-            # What it was built with, and not the options asked for now: the kernels are there.
-            target = self._parse_own_target(text)
-        if target.name == built_for and (reason := target.unfit(self.manifest["requires"])):
-            instead = "" if self.manifest["holds_weights"] else ', or load it with target="eager"'
-            raise DiffoptError(f"{self.path}: {reason}; build it again for this machine{instead}")
-        return target
-
-    def _parse_own_target(self, text: str) -> Target:
-        try:
-            return parse_target(text)
-        except DiffoptError as error:
-            raise DiffoptError(
-                f"{self.path}: built for target {text}, and {error.message}; install what adds it,"
-                ' or load the engine with target="eager"'
-            ) from None
-
-    def _read_program(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(bytes(self._archive.read("program.json")))
-        return data
-
-    def _program(self, data: Mapping[str, Any]) -> Program:
-        names = self._archive.names("assets/")
-        assets = {n.removeprefix("assets/"): bytes(self._archive.read(n)) for n in names}
-        return Program.from_members(data, self.tensors, assets)
-
-    def _image(self, graphs: Mapping[str, Any]) -> Image:
-        return Image(
-            members={
-                name.removeprefix("kernels/"): self._archive.read(name)
-                for name in self._archive.names("kernels/")
-            },
-            graphs=graphs,
-            tensors=self.tensors,
-            program=lambda: self.program,
-        )
+            self._file.archive.verify()
+        self.target = self._file.target(target)
+        self.tensors = self._file.tensors
+        data = self._file.program_json()
+        outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
+        self._outer = self._file.program({**data, "graphs": outer})
+        bodies = self.target.load(self._file.image(data))
+        self._plan = self.target.outer(self._outer.root, bodies)
 
     @functools.cached_property
     def program(self) -> Program:
@@ -254,7 +251,7 @@ class Engine:
                 " program cannot be had; build it again so that it keeps them,"
                 f" see `diffopt targets {self.target.name}`"
             )
-        return self._program(self._read_program())
+        return self._file.program(self._file.program_json())
 
     @property
     def host(self) -> Host:
@@ -303,7 +300,7 @@ class Engine:
 
     def verify(self) -> None:
         """Check the file against its checksums, and that it runs on the inputs seen at capture."""
-        self._archive.verify()
+        self._file.archive.verify()
         for count in self._outer.batch or (None,):
             for index, output in enumerate(self.run(self._outer.sample_inputs(count))):
                 if output.is_floating_point() and not output.isfinite().all():

@@ -1,12 +1,12 @@
-"""The formats of numbers that programs compute and store in, and what a device lacks of them."""
+"""What numbers programs compute with and store, and what a device lacks of that."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
 
-from diffopt import qdq
-from diffopt.hardware import Hardware
+from diffopt import qdq, sparsity
+from diffopt.hardware import SPARSE, Hardware
 from diffopt.program import Program
 from diffopt.rewrite import calls, graphs
 
@@ -43,7 +43,7 @@ def integers(layer: qdq.Layer) -> qdq.Activation | None:
 
 
 def refused(program: Program, hardware: Hardware) -> str | None:
-    """Say which format of a program a device lacks; None: it has all."""
+    """Say which format, or sparsity, of a program a device lacks; None: it has all."""
     bodies = {name or "the program": gm for name, gm in graphs(program).items()}
     for name, gm in bodies.items():
         for layer in qdq.layers(gm):
@@ -55,6 +55,12 @@ def refused(program: Program, hardware: Hardware) -> str | None:
             if number is not None and not hardware.holds(number):
                 reason = f"{node.name} is in {number}, and {hardware.lacks(number)}"
                 return f"in {name} {reason}; {_instead(number, hardware)}"
+    if (lacking := hardware.lacks(SPARSE)) is not None:
+        for name, gm in bodies.items():
+            found = next(sparsity.sparse_layers(gm), None)
+            if found is not None:
+                sparse = f"the weight of {found.node.name} is {SPARSE} sparse, and {lacking}"
+                return f"in {name} {sparse}; prune to another pattern, or take the target eager"
     return None
 
 

@@ -79,7 +79,7 @@ def identity(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> dict[s
             del row["target"]
     return {
         "graph": rows,
-        "tensors": {name: _content(t, by_value) for name, t in g.named_tensors(gm)},
+        "tensors": {name: content(t, by_value) for name, t in g.named_tensors(gm)},
         "sizes": [[i, sorted(axes.items())] for i, axes in sorted((sizes or {}).items())],
     }
 
@@ -89,7 +89,8 @@ def source(files: Iterable[str | Path]) -> str:
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
-def _content(tensor: Tensor, by_value: bool) -> Any:
+def content(tensor: Tensor, by_value: bool) -> Any:
+    """Return, as JSON, what of a tensor something depends on that is compiled."""
     what = [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
     if by_value:
         what.append(hashlib.sha256(archive.raw(tensor)).hexdigest())

@@ -32,7 +32,7 @@ def decompose(
     rank: int = 32,
     scale: weights.Scale = "max",
     iterations: int = 100,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, qdq.Packed]:
     """Return `down` [rank, in, …], `up` [out, rank] and the quantized rest of a weight.
 
@@ -46,8 +46,10 @@ def decompose(
         rank: Of the branch; less if the weight has less.
         scale: How the ranges of the rest are chosen.
         iterations: At most so many.
-        dtype: Of the branch.
+        dtype: Of the branch. By default that of a weight of 16 bits, so that the rest makes up for
+            its rounding and kernels take it as it is; else float16.
     """
+    dtype = dtype or (weight.dtype if weight.element_size() == 2 else torch.float16)
     exact = weight.detach().float()
     rank = min(rank, len(weight), weight[0].numel())
     best, least = None, math.inf

@@ -2,16 +2,13 @@
 
 A layer whose weight and input are both quantized becomes one operator on integers; other quantized
 weights are widened and packed for the kernels of their type. What follows from stored tensors alone
-(unpacking 4-bit numbers, widening, packing for the kernels) leaves the components for one graph,
-the setup, that runs when the engine is loaded; its results are further arguments of the components:
+(unpacking 4-bit numbers, widening, packing for the kernels) is computed on loading (see `setup`):
 
     %w: float32[16,8] = quantized_decomposed.dequantize_per_channel(%values, %scales, None, 0, …)
     %y: float32[4,16] = aten.linear(%d, %w, %bias)
 
     setup:     %packed: int8[8,16] = onednn.qlinear_prepack(%values, [4, 8])
     component: %y: float32[4,16] = onednn.qlinear_pointwise.tensor(%q, %scale, %zero, %packed, …)
-
-So components share what is stored and what is packed, and no kernel depends on a weight's value.
 """
 
 from __future__ import annotations
@@ -20,25 +17,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from diffopt import graph as g
-from diffopt import qdq, serialize
-from diffopt.rewrite import (
-    args,
-    argument,
-    calls,
-    geometry,
-    is_pure,
-    replace,
-    repropagate,
-    share_equal_nodes,
-)
+from diffopt import qdq, setup
+from diffopt.rewrite import args, argument, calls, geometry, replace
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -50,55 +37,7 @@ _NO_POST: _Post = ("none", [], "")
 _UNSIGNED = 128  # what is added to signed numbers where a kernel takes unsigned ones
 
 
-@dataclass
-class Setup:
-    """What is computed from stored tensors once, when an engine is loaded.
-
-    Attributes:
-        gm: Computes it.
-        sources: Where each of its tensors is, as a component and an attribute of it.
-        takes: For each component, which of the results are its further arguments.
-    """
-
-    gm: fx.GraphModule = field(default_factory=lambda: g.new_body("setup"))
-    sources: dict[str, tuple[str, str]] = field(default_factory=dict)
-    takes: dict[str, list[int]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the setup as JSON, without its tensors."""
-        return {
-            "nodes": serialize.graph_to_json(self.gm),
-            "sources": self.sources,
-            "takes": self.takes,
-        }
-
-
-def run_setup(data: Mapping[str, Any], tensor: Callable[[str, str], Tensor]) -> list[Tensor]:
-    """Run what `Setup.to_json` gave; `tensor` returns a component's attribute."""
-    tensors = {name: tensor(*source) for name, source in data["sources"].items()}
-    gm = serialize.graph_from_json(data["nodes"], "setup", tensors, {})
-    with torch.no_grad():
-        return list(gm(*[]))
-
-
-@dataclass
-class Lowered:
-    """Components whose quantized layers run on integers.
-
-    Attributes:
-        bodies: The components; those without quantized weights are as they were.
-        setup: What is to be run on loading.
-        layers: For each component that is lowered, how many layers run on what.
-        notes: Why layers of a component run on floats though their inputs are quantized.
-    """
-
-    bodies: dict[str, fx.GraphModule] = field(default_factory=dict)
-    setup: Setup = field(default_factory=Setup)
-    layers: dict[str, dict[str, int]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-
-
-def lower(components: Mapping[str, fx.GraphModule], pack: bool, lack: str | None) -> Lowered:
+def lower(components: Mapping[str, fx.GraphModule], pack: bool, lack: str | None) -> setup.Lowered:
     """Return components with kernels for integers, and what these need on loading.
 
     Args:
@@ -106,44 +45,22 @@ def lower(components: Mapping[str, fx.GraphModule], pack: bool, lack: str | None
         pack: Also pack the weights of layers in floats, which are then no longer those stored.
         lack: Why nothing can run on integers.
     """
-    result = Lowered()
-    moved: dict[str, list[fx.Node]] = {}
-    for name, gm in components.items():
-        result.bodies[name] = gm
-        if not pack and not any(map(qdq.is_stored_small, gm.graph.nodes)):
-            continue
-        body = result.bodies[name] = g.clone(gm)
-        known = set(body.graph.nodes)
-        counts, notes = _lower_body(body, pack, lack)
-        result.layers[name] = counts
-        if notes:
-            result.notes[name] = notes
-        moved[name] = _move(name, body, known, result.setup)
-    setup = result.setup.gm
-    ends = list({node: None for nodes in moved.values() for node in nodes})
-    setup.graph.output(tuple(ends))
-    g.set_outputs(setup, ends)
-    places = {name: [ends.index(node) for node in nodes] for name, nodes in moved.items()}
-    share_equal_nodes(setup)
-    distinct = list(dict.fromkeys(g.outputs(setup)))
-    index = [distinct.index(node) for node in g.outputs(setup)]
-    result.setup.takes = {name: [index[i] for i in own] for name, own in places.items()}
-    g.set_outputs(setup, distinct)
-    setup.recompile()
-    return result
+    return setup.lower(
+        components,
+        lambda gm: pack or any(map(qdq.is_stored_small, gm.graph.nodes)),
+        lambda name, gm: _lower_body(gm, pack, lack),
+        widen=True,
+    )
 
 
 # Layers
 
 
-def _lower_body(
-    gm: fx.GraphModule, pack: bool, lack: str | None
-) -> tuple[dict[str, int], list[str]]:
-    """Put kernels with packed weights in place of layers; return how many run on what, and why."""
+def _lower_body(gm: fx.GraphModule, pack: bool, lack: str | None) -> setup.Rewritten:
+    """Put kernels with packed weights in place of layers."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     changed: set[fx.Node] = set()
-    outputs = [node.meta["val"] for node in g.outputs(gm)]
     inputs = _Inputs(gm)
     for node in list(gm.graph.nodes):
         layer = qdq.layer(node)  # as it is by now: what it reads may have been replaced
@@ -171,12 +88,8 @@ def _lower_body(
         if last is not layer.node:
             gm.graph.erase_node(layer.node)
         changed.add(made)
-    repropagate(gm, changed)
-    _restore_layouts(gm, outputs)
-    g.prune_unused(gm)
-    gm.recompile()
     notes = [f"{n} layers with quantized inputs run on floats: {why}" for why, n in reasons.items()]
-    return dict(counts), notes
+    return setup.Rewritten(changed, dict(counts), notes)
 
 
 def _obstacle(layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation) -> str | None:
@@ -358,59 +271,6 @@ def _bias(graph: fx.Graph, layer: qdq.Layer) -> fx.Node | None:
 def _computed(dtype: torch.dtype) -> torch.dtype:
     """Return the type that a kernel is to give results in: it lacks some."""
     return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-
-
-def _restore_layouts(gm: fx.GraphModule, before: list[Tensor]) -> None:
-    """Give outputs the memory layout that they had: who reads them counts on it."""
-    outputs = g.outputs(gm)
-    for index, (node, value) in enumerate(zip(outputs, before, strict=True)):
-        if node.meta["val"].stride() == value.stride():
-            continue
-        stride = value.stride()
-        order = sorted(range(value.dim()), key=lambda axis: -stride[axis])
-        back = sorted(range(value.dim()), key=order.__getitem__)
-        with gm.graph.inserting_before(g.output_node(gm)):
-            turned = g.call(gm.graph, aten.permute.default, node, order)
-            form = torch.contiguous_format
-            copy = g.call(gm.graph, aten.clone.default, turned, memory_format=form)
-            outputs[index] = g.call(gm.graph, aten.permute.default, copy, back)
-    g.set_outputs(gm, outputs)
-
-
-# The setup
-
-
-def _move(name: str, gm: fx.GraphModule, known: set[fx.Node], setup: Setup) -> list[fx.Node]:
-    """Move what follows from stored tensors alone into the setup; return its results there.
-
-    That is what widens quantized weights, and of what is not among the `known` nodes everything,
-    with what these read.
-    """
-    constant: set[fx.Node] = set()
-    needs: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if is_pure(node) and constant.issuperset(node.all_input_nodes):
-            constant.add(node)
-            is_new = not known.issuperset([node, *node.users])
-            begins = node.op != "get_attr" and (is_new or qdq.is_stored_small(node))
-            if begins or not needs.isdisjoint(node.all_input_nodes):
-                needs.add(node)
-    ends = [n for n in gm.graph.nodes if n in needs and not constant.issuperset(n.users)]
-    above = g.ancestors(ends)
-    env: dict[fx.Node, fx.Node] = {}
-    g.copy_nodes([n for n in gm.graph.nodes if n in above], gm, setup.gm, env)
-    for node in above:
-        if node.op == "get_attr":
-            setup.sources.setdefault(str(env[node].target), (name, str(node.target)))
-    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
-    for index, node in enumerate(ends):
-        with gm.graph.inserting_before(first):
-            taken = gm.graph.placeholder(f"setup_{index}")
-        taken.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(taken)
-    g.prune_unused(gm)
-    gm.recompile()
-    return [env[node] for node in ends]
 
 
 # The compiler

@@ -154,10 +154,19 @@ def _placed(node: fx.Node, device: torch.device) -> tuple[Any, Any]:
     return args, kwargs
 
 
+def place(gm: fx.GraphModule, device: str) -> None:
+    """Let a graph compute on `device` what it was captured to compute on another."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = _placed(node, torch.device(device))
+    gm.recompile()
+
+
 def lay_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return the values in the memory layout that a kernel was compiled for."""
     if tensor.stride() == stride:
         return tensor
     if tensor.numel() == 0 or 0 in stride:
         return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    empty = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return empty.copy_(tensor)

@@ -26,6 +26,7 @@ from diffopt.runtime import Body, Plan, Runs
 from diffopt.spec import option
 
 __all__ = [
+    "Finished",
     "Image",
     "Lowered",
     "Target",
@@ -49,6 +50,7 @@ class Lowered:
         bodies: JSON about each component: how long it took, whether it came from the cache.
         holds_weights: The kernels hold the components' weights, so the engine need not.
         reads: Of these weights, those that are read all the same: components with attributes.
+        finished: Nothing is left to do on the device, see `Target.finish`.
     """
 
     members: dict[str, bytes] = field(default_factory=dict)
@@ -56,6 +58,20 @@ class Lowered:
     bodies: dict[str, dict[str, Any]] = field(default_factory=dict)
     holds_weights: bool = False
     reads: list[tuple[str, str]] = field(default_factory=list)
+    finished: bool = True
+
+
+@dataclass
+class Finished:
+    """What a target has compiled on the device.
+
+    Attributes:
+        members: More files to keep in the engine under `kernels/`, by name.
+        bodies: More JSON about each component.
+    """
+
+    members: dict[str, bytes] = field(default_factory=dict)
+    bodies: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,12 +116,16 @@ class Target:
         return None
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
-        """Lower every component of `program`."""
+        """Lower every component of `program`, as far as it can be done without the device."""
         raise NotImplementedError
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
         """Say what this machine lacks of what an engine requires."""
         return None
+
+    def finish(self, image: Image, progress: Progress) -> Finished:
+        """Compile what `compile` has left for the device to do."""
+        raise NotImplementedError
 
     def load(self, image: Image) -> dict[str, Body]:
         """Return something to call for every component of an engine."""

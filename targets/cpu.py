@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import aoti, cachedir, lowering, onednn
+from diffopt import aoti, cachedir, lowering, onednn, qdq, setup
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.hardware import Hardware, hardware
@@ -96,6 +96,12 @@ class Cpu(Target):
         """Take the components from the cache, or compile as many at once as there are cores."""
         lowered = onednn.lower(program.components, self.pack, _lack())
         bodies = lowered.bodies
+        if not (self.pack or self.freeze) and (count := _narrow_convolutions(bodies)):
+            log.warning(
+                "the weights of %d convolutions in 16 bits are packed again in every call, which"
+                " takes as long as 16 bits save: cpu(pack=true) packs them once, on loading",
+                count,
+            )
         free = free_sizes(program)
         keys = {name: cachedir.key(self._key(gm, free.get(name))) for name, gm in bodies.items()}
         done: dict[str, dict[str, bytes]] = {}
@@ -122,19 +128,13 @@ class Cpu(Target):
         return Lowered(
             members=members,
             requires=_requires(),
-            bodies={name: self._about(name, lowered) for name in bodies},
+            bodies={
+                name: {**lowered.about(name, f"{name}.so"), "threads": self._threads()}
+                for name in bodies
+            },
             holds_weights=self.freeze,
             reads=list(lowered.setup.sources.values()),
         )
-
-    def _about(self, name: str, lowered: onednn.Lowered) -> dict[str, Any]:
-        """Return what the manifest says about a component."""
-        about: dict[str, Any] = {"kernel": f"{name}.so", "threads": self._threads()}
-        if name in lowered.layers:
-            about["layers"] = lowered.layers[name]
-        for note in lowered.notes.get(name, []):
-            log.warning("%s: %s", name, note)
-        return about
 
     def _compile(
         self, bodies: Mapping[str, fx.GraphModule], sizes: Mapping[str, Bounds]
@@ -151,9 +151,8 @@ class Cpu(Target):
             torch.set_num_threads(self.threads)  # for the operators that call back into torch
         further: dict[str, list[Tensor]] = {}
         if _SETUP in image.members:
-            setup = json.loads(bytes(image.members[_SETUP]))
-            results = onednn.run_setup(setup, partial(_weight, image))
-            further = {name: [results[i] for i in own] for name, own in setup["takes"].items()}
+            data = json.loads(bytes(image.members[_SETUP]))
+            further = setup.run_setup(data, partial(_weight, image))
         return {name: self._load(name, image, further.get(name, [])) for name in image.graphs}
 
     def _load(self, name: str, image: Image, further: list[Tensor]) -> Body:
@@ -161,7 +160,7 @@ class Cpu(Target):
         kinds = {kind: f"{name}.{kind}" for kind in ("so", "json")}
         members = {k: image.members[file] for k, file in kinds.items() if file in image.members}
         weights = None if self.freeze else _Weights(graph["tensors"], image.tensors)
-        return aoti.load(members, graph, weights, further)
+        return aoti.load(aoti.open_library(members, weights), graph, further)
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
@@ -212,6 +211,12 @@ def _weight(image: Image, component: str, name: str) -> Tensor:
     return _Weights(image.graphs[component]["tensors"], image.tensors)[name]
 
 
+def _narrow_convolutions(bodies: Mapping[str, fx.GraphModule]) -> int:
+    """Return how many convolutions compute in 16 bits."""
+    layers = [layer for gm in bodies.values() for layer in qdq.layers(gm) if layer.convolution]
+    return sum(layer.node.meta["val"].element_size() == 2 for layer in layers)
+
+
 def _requires() -> dict[str, Any]:
     """Return what a library built here needs of the machine that is to run it."""
     flags: set[str] = set()
@@ -251,4 +256,4 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the lowering, which decides what comes out of the compiler."""
-    return source((aoti.__file__, lowering.__file__, onednn.__file__))
+    return source((aoti.__file__, lowering.__file__, onednn.__file__, setup.__file__))

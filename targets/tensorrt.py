@@ -29,13 +29,14 @@ from diffopt import cachedir, cuda, formats
 from diffopt import graph as g
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
-from diffopt.lowering import free_sizes, identity, machine, source
+from diffopt.lowering import free_sizes, identity, source
 from diffopt.onnx import export, require
 from diffopt.onnx.exporting import NEEDS
 from diffopt.program import Program
 from diffopt.rewrite import calls
 from diffopt.runtime import Body, Plan
 from diffopt.sizes import Bounds
+from diffopt.sparsity import sparse_layers
 from diffopt.target import Image, Lowered, Target, option
 from diffopt.trt import library, runtime, scales
 from diffopt.trt.builder import Ranges, Settings, build
@@ -157,14 +158,15 @@ class Tensorrt(Target):
         def building(done: float) -> None:
             tell("building", (1 + done) / 2)
 
-        plan = build(name, model, chosen, self._settings(), ranges, building)
+        plan = build(name, model, chosen, self._settings(gm), ranges, building)
         for warning in plan.warnings:
             log.info("%s: %s", name, warning)
         text = json.dumps({"names": names, "about": plan.about})
         return {"plan": plan.content, "json": text.encode()}
 
-    def _settings(self) -> Settings:
-        return Settings(self.level, self.workspace, self.stream_weights)
+    def _settings(self, gm: fx.GraphModule) -> Settings:
+        is_sparse = any(True for _ in sparse_layers(gm))
+        return Settings(self.level, self.workspace, self.stream_weights, is_sparse)
 
     def _library(self) -> Library:
         device = self.hardware
@@ -176,18 +178,16 @@ class Tensorrt(Target):
         device = self.hardware
         assert device is not None
         return {
-            "device": device.name,
-            "capability": list(device.capability or ()),
+            **cuda.requires(device),
             "builder": chosen.name,
             "version": chosen.version,
-            "platform": machine(),
         }
 
     def _key(self, gm: fx.GraphModule, sizes: Bounds | None, chosen: Library) -> dict[str, Any]:
         """Return all that a plan depends on, as JSON."""
         return {
             **identity(gm, sizes, by_value=True),
-            "settings": asdict(self._settings()),
+            "settings": asdict(self._settings(gm)),
             "requires": {**self._requires(chosen), "device": None},
             # Kernels that were timed are the fastest on one kind of GPU.
             "gpu": torch.cuda.get_device_name() if chosen.name == "tensorrt" else None,
@@ -197,15 +197,8 @@ class Tensorrt(Target):
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
         """Compare the GPU, its platform and the installed TensorRT with what the plans need."""
-        wanted = ".".join(map(str, requires["capability"]))
-        needs = f"its plans need a GPU of compute capability {wanted} ({requires['device']})"
-        at_hand = library.gpu()
-        if at_hand is None:
-            return f"{needs}, and torch finds none here"
-        if list(at_hand) != requires["capability"]:
-            return f"{needs}, and the one here has {'.'.join(map(str, at_hand))}"
-        if requires["platform"] != machine():
-            return f"it was built for {requires['platform']}, this is {machine()}"
+        if (reason := cuda.unfit(requires, "plans")) is not None:
+            return reason
         name = requires["builder"]
         if not library.is_installed(name):
             return f"its plans need the package {name}, which is not installed"

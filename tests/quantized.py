@@ -1,4 +1,4 @@
-"""Programs whose layers are quantized from the extremes of one run, for passes to work on."""
+"""Programs with quantized layers, for passes to work on and targets to lower."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from diffopt import graph as g
 from diffopt import qdq
 from diffopt.program import Program
 from diffopt.rewrite import stored
+from tests.passes.build import body, parameter, program, randn
+
+aten = torch.ops.aten
 
 Ranges = dict[Tensor, tuple[float, float]]
 """The least and the largest value that the layer with a weight reads."""
@@ -116,3 +119,36 @@ def _ranges(program: Program) -> Ranges:
     with torch.no_grad():
         Outer(program.root).run(*program.sample_inputs())
     return found
+
+
+def steps(rows: int = 16) -> Program:
+    """Return two components that share a weight; each step has its own scales for one of them."""
+    weight = pack(parameter(16, 16) * 0.1, "int8")
+    image = pack(parameter(4, 4, 3, 3) * 0.1, "int4")
+
+    def one(make: Any, x: fx.Node, scale: fx.Node, zero: fx.Node) -> fx.Node:
+        w = qdq.place_weight(make.gm, "shared", weight, torch.float32)
+        x = qdq.quantize(make.gm, x, "static", scale, zero)
+        y = make(aten.linear.default, x, w, parameter(16))
+        return make(aten.linear.default, make(aten.gelu.default, y), parameter(16, 16))
+
+    def other(make: Any, x: fx.Node) -> fx.Node:
+        w = qdq.place_weight(make.gm, "shared", weight, torch.float32)
+        x = qdq.quantize(make.gm, x, "rows")
+        y = make(aten.linear.default, x, w)
+        y = qdq.quantize(make.gm, make(aten.view.default, y, [rows // 16, 4, 4, 16]), "dynamic")
+        w = qdq.place_weight(make.gm, "image", image, torch.float32)
+        return make(aten.conv2d.default, y, w, None, [1, 1], [1, 1])
+
+    x, scale, zero = randn(rows, 16), torch.tensor(0.03), torch.tensor(0, dtype=torch.int32)
+    table = torch.tensor([0.02, 0.05])
+    zeros = torch.tensor([3, -7], dtype=torch.int32)
+
+    def root(make: Any, x: fx.Node) -> fx.Node:
+        for step in (0, 1):
+            row = make(aten.select.int, table, 0, step), make(aten.select.int, zeros, 0, step)
+            (x,) = make.call("one", x, *row)
+        (result,) = make.call("other", x)
+        return result
+
+    return program(root, x, one=body(one, x, scale, zero), other=body(other, x))

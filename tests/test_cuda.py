@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffopt import cuda
 from diffopt.cuda import GpuPlan
 from diffopt.errors import DiffoptError
 from diffopt.runtime import Plan
+from tests.standin import replace_gpu
 
 
 class Doubling:
@@ -34,26 +33,7 @@ class Doubling:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Put the CPU in the GPU's place, and note what is asked of it."""
-    said: list[str] = []
-
-    def stream(name: str) -> Any:
-        return SimpleNamespace(
-            wait_stream=lambda other: said.append(f"{name} waits for {other.name}"), name=name
-        )
-
-    @contextmanager
-    def inside(own: Any) -> Iterator[None]:
-        said.append(f"on {own.name}")
-        yield
-
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("own"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("caller"))
-    monkeypatch.setattr(torch.cuda, "stream", inside)
-    monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda tensor, own: said.append(f"kept for {own.name}")
-    )
-    return said
+    return replace_gpu(monkeypatch)
 
 
 def test_a_run_is_on_one_stream_of_its_own(said: list[str]) -> None:
@@ -127,5 +107,5 @@ def test_what_cannot_be_captured_is_one_line(recorded: list[str]) -> None:
     with pytest.raises(DiffoptError) as error:
         plan.run([torch.zeros(0)])
     assert str(error.value) == (
-        "the run cannot be captured as a CUDA graph: operation not permitted; leave cuda-graph out"
+        "the run cannot be captured as a CUDA graph: operation not permitted; set cuda-graph=false"
     )

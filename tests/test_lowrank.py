@@ -116,6 +116,21 @@ def test_the_layer_returns_what_it_did(
     assert reads(branch[0]).op == "placeholder"  # not what was quantized
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_read_the_branch_of_a_16_bit_layer_as_it_is_stored(dtype: torch.dtype) -> None:
+    weight = parameter(32, 48).to(dtype)
+    gm = body(lambda make, x: [make(aten.linear.default, x, weight)], randn(2, 48).to(dtype))
+    (layer,) = qdq.layers(gm)
+    down, up, packed = lowrank.decompose(weight, "int4", rank=3)
+    assert down.dtype == up.dtype == dtype
+    error = (whole(down, up, packed) - weight.float()).norm()
+    plain = weights.dequantized(weights.quantize_weight(weight, "int4")) - weight.float()
+    assert float(error) < float(plain.norm()), "the rest makes up for the branch's rounding"
+    lowrank.place_lowrank(gm, layer, down, up)
+    assert [la.weight.op for la in qdq.layers(gm)] == ["get_attr"] * 3
+    assert not gm.graph.find_nodes(op="call_function", target=aten._to_copy.default)
+
+
 def reads(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0]
 

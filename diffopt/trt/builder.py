@@ -36,11 +36,13 @@ class Settings:
         level: How much to search for faster kernels, from 0 to 5; None: TensorRT's default.
         workspace: The memory that kernels may use besides, in MiB; 0: all there is.
         streaming: Whether weights may stay in the host's memory when the plan runs.
+        sparse: Whether to take kernels for 2:4 sparse weights where the weights are that.
     """
 
     level: int | None = None
     workspace: int = 0
     streaming: bool = False
+    sparse: bool = False
 
 
 @dataclass
@@ -169,6 +171,8 @@ def _config(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace << 20)
     if settings.streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if settings.sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     # What the inspector says on a GPU; it does not change the kernels.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if ranges:

@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from diffopt import cuda
+from diffopt.cuda import Capability
 from diffopt.errors import DiffoptError
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """The module of each builder; the names are those of the packages, too."""
-
-Capability = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def _choose(name: str, device: str, capability: Capability) -> Library | str:
     """Return the library if it can build for the device, or why it cannot."""
     if not is_installed(name):
         return f"{name} is not installed (pip install {name})"
-    at_hand = gpu()
+    at_hand = cuda.capability()
     if name == "tensorrt":
         if at_hand == capability:
             return Library(name, load(name))
@@ -107,11 +105,6 @@ def load(name: str) -> Any:
         return importlib.import_module(MODULES[name])
     except (ImportError, OSError) as error:  # its shared libraries may be missing
         raise DiffoptError(f"the package {name} cannot be imported: {error}") from None
-
-
-def gpu() -> Capability | None:
-    """Return the compute capability of the GPU at hand; None where there is none."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _dotted(capability: Capability) -> str:

@@ -55,7 +55,17 @@ def fewer(steps: int, then: str) -> str:
 FEWER = {25: (23, 20, 17), 50: (46, 40, 33)}
 """Steps at which bf16 takes about as long as int8 does with all of them, by all steps."""
 
-MAIN = (REFERENCE, BF16, INT8, INT8_ONE_STEP, INT4, INT4_ADAROUND, INT4_RANK, INT4_RANK_32)
+MAIN = (
+    REFERENCE,
+    BF16,
+    INT8,
+    INT8_ONE_STEP,
+    INT4,
+    INT4_ADAROUND,
+    INT4_RANK,
+    INT4_RANK_32,
+    INT4_BOTH,
+)
 CONFIGS: Mapping[int, tuple[str, ...]] = {
     25: (
         *MAIN,
@@ -66,7 +76,6 @@ CONFIGS: Mapping[int, tuple[str, ...]] = {
         INT8_ONE_GROUP,
         *ACTIVATIONS,
         INT4_WEIGHTS,
-        INT4_BOTH,
         INT4_ALL,
         FP8,
         *OBSERVERS,

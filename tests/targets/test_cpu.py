@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import diffopt
 from diffopt import aoti, archive, cachedir, graph
 from diffopt.core import Pipeline
-from diffopt.engine import KIND, Engine, build, load
+from diffopt.engine import Engine, build, load
+from diffopt.enginefile import KIND
 from diffopt.errors import DiffoptError
 from diffopt.lowering import free_sizes
 from diffopt.program import Program
@@ -49,7 +50,8 @@ def body_of(module: nn.Module, *args: Tensor) -> Any:
 def kernel(gm: Any, **options: Any) -> Callable[[list[Tensor]], Any]:
     """Compile a body without weights and load it."""
     strides = [node.meta["val"].stride() for node in graph.placeholders(gm)]
-    return aoti.Kernel(aoti.compile_body(gm, Cpu()._settings(), **options), strides, None)
+    members = aoti.compile_body(gm, Cpu()._settings(), **options)
+    return aoti.Kernel(aoti.open_library(members, None), strides)
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -16,14 +16,14 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import onednn, qdq
-from diffopt.aoti import Kernel, compile_body
+from diffopt import setup as loading
+from diffopt.aoti import Kernel, compile_body, open_library
 from diffopt.engine import Engine, build, load
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
 from diffopt.targets import cpu
 from diffopt.targets.cpu import Cpu
 from tests.passes.build import body, parameter, program, randn
-from tests.quantized import pack
+from tests.quantized import pack, steps
 
 ROOT = Path(__file__).parents[2]
 aten = torch.ops.aten
@@ -129,15 +129,13 @@ def layers(*names: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     return body(make, *(sample.to(dtype) for sample in SAMPLES))
 
 
-def lowered(gm: fx.GraphModule, **options: Any) -> tuple[onednn.Lowered, list[Tensor]]:
+def lowered(gm: fx.GraphModule, **options: Any) -> tuple[loading.Lowered, list[Tensor]]:
     """Return a body in its lowered form, and the further arguments that it takes."""
     result = onednn.lower({"body": gm}, **{"pack": False, "lack": None, **options})
     assert not result.setup.gm.graph.find_nodes(op="placeholder")
     tensors = dict(g.named_tensors(gm))
-    results = onednn.run_setup(
-        json.loads(json.dumps(result.setup.to_json())), lambda _, name: tensors[name]
-    )
-    return result, [results[i] for i in result.setup.takes.get("body", [])]
+    data = json.loads(json.dumps(result.setup.to_json()))
+    return result, loading.run_setup(data, lambda _, name: tensors[name]).get("body", [])
 
 
 def operators(gm: fx.GraphModule) -> Counter[str]:
@@ -155,7 +153,7 @@ def test_the_compiler_takes_a_packed_weight_as_it_is_however_the_weight_lay() ->
     result, further = lowered(gm, pack=True)
     made = result.bodies["body"]
     files = compile_body(made, Cpu(threads=1)._settings())
-    kernel = Kernel(files, [None], dict(g.named_tensors(made)), further)
+    kernel = Kernel(open_library(files, dict(g.named_tensors(made))), [None], further)
     torch.testing.assert_close(kernel([x])[0], gm(x)[0])
 
 
@@ -237,7 +235,8 @@ def test_every_kind_of_layer_compiles() -> None:
     result, further = lowered(gm)
     library = result.bodies["body"]
     members = compile_body(library, Cpu()._settings())
-    run = Kernel(members, [None] * 3, dict(g.named_tensors(library)), further)
+    tensors = dict(g.named_tensors(library))
+    run = Kernel(open_library(members, tensors), [None] * 3, further)
     results = zip(LAYERS, run(list(SAMPLES)), gm(*SAMPLES), strict=True)
     for name, made, expected in results:
         torch.testing.assert_close(made, expected, **TIGHT, msg=lambda text, n=name: f"{n}: {text}")
@@ -250,7 +249,8 @@ def test_one_library_for_a_range_of_sizes() -> None:
     library = result.bodies["body"]
     open_axis = {0: (1, 4)}
     members = compile_body(library, Cpu()._settings(), {0: open_axis, 1: open_axis})
-    run = Kernel(members, [None] * 3, dict(g.named_tensors(library)), further)
+    tensors = dict(g.named_tensors(library))
+    run = Kernel(open_library(members, tensors), [None] * 3, further)
     for count in (1, 4):
         samples = [randn(count, *sample.shape[1:]) for sample in SAMPLES[:2]] + [SAMPLES[2]]
         for made, expected in zip(run(list(samples)), gm(*samples), strict=True):
@@ -258,39 +258,6 @@ def test_one_library_for_a_range_of_sizes() -> None:
 
 
 # What is stored
-
-
-def steps() -> Program:
-    """Return two components that share a weight; each step has its own scales for one of them."""
-    weight = pack(parameter(16, 16) * 0.1, "int8")
-    image = pack(parameter(4, 4, 3, 3) * 0.1, "int4")
-
-    def one(make: Any, x: fx.Node, scale: fx.Node, zero: fx.Node) -> fx.Node:
-        w = qdq.place_weight(make.gm, "shared", weight, torch.float32)
-        x = qdq.quantize(make.gm, x, "static", scale, zero)
-        y = make(aten.linear.default, x, w, parameter(16))
-        return make(aten.linear.default, make(aten.gelu.default, y), parameter(16, 16))
-
-    def other(make: Any, x: fx.Node) -> fx.Node:
-        w = qdq.place_weight(make.gm, "shared", weight, torch.float32)
-        x = qdq.quantize(make.gm, x, "rows")
-        y = make(aten.linear.default, x, w)
-        y = qdq.quantize(make.gm, make(aten.view.default, y, [1, 4, 4, 16]), "dynamic")
-        w = qdq.place_weight(make.gm, "image", image, torch.float32)
-        return make(aten.conv2d.default, y, w, None, [1, 1], [1, 1])
-
-    x, scale, zero = randn(16, 16), torch.tensor(0.03), torch.tensor(0, dtype=torch.int32)
-    table = torch.tensor([0.02, 0.05])
-    zeros = torch.tensor([3, -7], dtype=torch.int32)
-
-    def root(make: Any, x: fx.Node) -> fx.Node:
-        for step in (0, 1):
-            row = make(aten.select.int, table, 0, step), make(aten.select.int, zeros, 0, step)
-            (x,) = make.call("one", x, *row)
-        (result,) = make.call("other", x)
-        return result
-
-    return program(root, x, one=body(one, x, scale, zero), other=body(other, x))
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +278,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def setup(engine: Engine) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(bytes(engine._archive.read("kernels/(setup).json")))
+    data: dict[str, Any] = json.loads(bytes(engine._file.archive.read("kernels/(setup).json")))
     return data
 
 
@@ -349,6 +316,16 @@ def test_packing_counts_layers_on_floats_too(engines: Callable[[str], Path]) -> 
     assert engine.manifest["components"]["one"]["layers"] == {"int8": 1, "float": 1}
     targets = Counter(row["target"] for row in setup(engine)["nodes"])
     assert targets["mkldnn._reorder_linear_weight.default"] == 1
+
+
+def test_convolutions_whose_weights_are_packed_in_every_call() -> None:
+    def make(make: Any, x: fx.Node) -> list[fx.Node]:
+        y = make(aten.conv2d.default, x, parameter(4, 4, 3, 3).to(dtype))
+        return [make(aten.linear.default, y, parameter(5, 5).to(dtype))]
+
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1)):
+        gm = body(make, randn(1, 4, 6, 7).to(dtype))
+        assert cpu._narrow_convolutions({"vae": gm}) == count
 
 
 def test_kernels_on_integers_are_in_what_onednn_says(engines: Callable[[str], Path]) -> None:

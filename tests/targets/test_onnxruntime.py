@@ -46,7 +46,7 @@ def one_body(gm: fx.GraphModule, *samples: Tensor) -> Program:
 
 def models(path: Path) -> dict[str, onnx.ModelProto]:
     """Return the models in an engine by the name of their member."""
-    archive = load(path)._archive
+    archive = load(path)._file.archive
     names = [name for name in archive.names("kernels/") if name.endswith(".onnx")]
     return {n: onnx.load_from_string(bytes(archive.read(n))) for n in names}
 

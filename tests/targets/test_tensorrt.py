@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import diffopt
-from diffopt import formats, lowering, qdq, rewrite
+from diffopt import cuda, formats, lowering, qdq, rewrite
 from diffopt.archive import Archive
 from diffopt.core import Pipeline
-from diffopt.engine import KIND, load, write
+from diffopt.engine import load, write
+from diffopt.enginefile import KIND
 from diffopt.errors import DiffoptError
 from diffopt.hardware import hardware, hardware_names
 from diffopt.onnx import export
@@ -373,7 +374,7 @@ def fake_modules(monkeypatch: pytest.MonkeyPatch, installed: set[str], gpu: Any)
     module = Module(__version__="1.0", ComputeCapability=SimpleNamespace(__members__=members))
     monkeypatch.setattr(library, "is_installed", lambda name: name in installed)
     monkeypatch.setattr(library, "load", lambda name: module)
-    monkeypatch.setattr(library, "gpu", lambda: gpu)
+    monkeypatch.setattr(cuda, "capability", lambda: gpu)
 
 
 BOTH = {"tensorrt", "tensorrt-rtx"}
@@ -626,7 +627,7 @@ def test_plans_that_do_not_load_or_run(gpu: FakeTrt) -> None:
 def device() -> str:
     """Return the description of the GPU at hand."""
     known = {hardware(name).capability: name for name in hardware_names()}
-    found = known.get(library.gpu())
+    found = known.get(cuda.capability())
     if found is None:
         pytest.skip("no description has this GPU's compute capability")
     return found

@@ -1,0 +1,199 @@
+"""Compiles components with Torch-TensorRT: plans of TensorRT, and torch where that has no operator.
+
+Torch-TensorRT cuts a component up: operators in a row that TensorRT has become a plan, and
+AOTInductor compiles what lies between. Both are in one package, with the weights that they read. A
+component that TensorRT has nothing of is compiled by AOTInductor alone.
+
+What needs no GPU is done anywhere, the rest on the GPU (see `deferred`), where the package
+torch-tensorrt has to be: it needs CUDA to be imported. Types are those of the graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import operator
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from diffopt import aoti, cuda
+from diffopt import graph as g
+from diffopt.deferred import Deferred, Package
+from diffopt.errors import DiffoptError
+from diffopt.lowering import dynamic_shapes, example
+from diffopt.program import Program
+from diffopt.sizes import Bounds
+from diffopt.sparsity import sparse_layers
+from diffopt.target import option
+
+_REPORTS = "torch_tensorrt.dynamo._DryRunTracker"
+"""The logger of what Torch-TensorRT says about how it cut a graph up."""
+_OPERATORS = re.compile(r"Number of Operators in Engine: (\d+)")
+_PLAN = "_run_on_acc"
+"""What the names of parts begin with that are plans."""
+
+
+@dataclass(frozen=True)
+class TorchTensorrt(Deferred):
+    """Compile for NVIDIA GPUs with TensorRT, and with AOTInductor what TensorRT lacks."""
+
+    by_value: ClassVar[bool] = True
+
+    level: int | None = option(
+        None, "how long to search for faster kernels, from 0 to 5; none: TensorRT's own default"
+    )
+    workspace: int = option(0, "MiB that kernels may use besides their data; 0: all there is")
+    min_block: int = option(5, "the fewest operators in a row that are worth a plan")
+    tf32: bool = option(False, "multiply float32 with 10 bits of mantissa, which is faster")
+    truncate_double: bool = option(False, "compute in float32 what is in float64")
+    cuda_graph: bool = option(
+        False, "replay a whole run as one CUDA graph, from the second on with inputs of a shape"
+    )
+
+    def __post_init__(self) -> None:
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise DiffoptError(f"level={self.level}: wants a number from 0 to 5")
+        if self.workspace < 0:
+            raise DiffoptError(f"workspace={self.workspace}: wants 0 or more")
+        if self.min_block < 1:
+            raise DiffoptError(f"min-block={self.min_block}: wants 1 or more")
+
+    def refuses(self, program: Program) -> str | None:
+        """Refuse what was not traced on the CPU, and float64 unless it may be truncated."""
+        reason = super().refuses(program)
+        return reason or (None if self.truncate_double else _double(program))
+
+    def package(self, gm: fx.GraphModule, sizes: Bounds) -> Package:
+        """Compile a component, whose weights become part of the package."""
+        library = _library()
+        values = [node.meta["val"] for node in g.placeholders(gm)]
+        arguments = tuple(example(value).to(cuda.DEVICE) for value in values)
+        shapes = dynamic_shapes(len(values), sizes) if sizes else None
+        inputs = [_input(library, v, sizes.get(i, {})) for i, v in enumerate(values)]
+        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, aoti.quiet(folder):
+            exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
+            with _reports() as reports:
+                # Types are the graph's: by default up to 2.12, and always from 2.13 on.
+                cut = library.dynamo.compile(
+                    exported,
+                    arg_inputs=inputs,
+                    sparse_weights=any(True for _ in sparse_layers(gm)),
+                    **self.settings(),
+                )
+            about = _about(cut, "".join(reports))
+            if not about["tensorrt"]["plans"]:
+                return Package(aoti.compile_package(gm, {}, sizes, cuda.DEVICE), about)
+            path = Path(folder, "body.pt2")
+            library.save(
+                cut,
+                str(path),
+                output_format="aot_inductor",
+                arg_inputs=list(arguments),
+                dynamic_shapes=shapes,
+                retrace=True,
+            )
+            return Package(path.read_bytes(), about)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what Torch-TensorRT is called with."""
+        return {
+            "min_block_size": self.min_block,
+            "optimization_level": self.level,
+            "workspace_size": self.workspace << 20,
+            "disable_tf32": not self.tf32,
+            "truncate_double": self.truncate_double,
+        }
+
+    def compiler(self) -> dict[str, Any]:
+        """Return what plans can be used with, which is one version of TensorRT."""
+        versions = {
+            "torch-tensorrt": _library().__version__,  # brings the module of its TensorRT along
+            "tensorrt": importlib.import_module("tensorrt").__version__,
+        }
+        return {**super().compiler(), **versions}
+
+
+def _double(program: Program) -> str | None:
+    """Say which value of a component is in float64."""
+    for name, gm in program.components.items():
+        for node in gm.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dtype == torch.float64:
+                return (
+                    f"{node.name} of {name} is in float64, which TensorRT lacks;"
+                    " truncate-double=true computes it in float32"
+                )
+    return None
+
+
+def _library() -> Any:
+    """Import Torch-TensorRT, which adds the operators that packages call."""
+    try:
+        return importlib.import_module("torch_tensorrt")
+    except Exception as error:  # without its TensorRT it raises a bare Exception
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "torch_tensorrt"
+        reason = str(error).strip().partition("\n")[0]
+        why = "is not installed" if is_missing else f"cannot be imported: {reason}"
+        version = ".".join(torch.__version__.split(".")[:2])
+        raise DiffoptError(
+            f"the target torch-tensorrt needs the package torch-tensorrt, which {why};"
+            f' pip install "torch-tensorrt=={version}.*"'
+        ) from error
+
+
+def _input(library: Any, value: Tensor, axes: Mapping[int, tuple[int, int]]) -> Any:
+    """Return what Torch-TensorRT is to know about an argument."""
+    shape = tuple(value.shape)
+    if not axes:
+        return library.Input(shape=shape, dtype=value.dtype)
+    low, high = (
+        tuple(axes[axis][end] if axis in axes else size for axis, size in enumerate(shape))
+        for end in (0, 1)
+    )
+    # It takes kernels for the sizes that the example is exported with.
+    return library.Input(min_shape=low, opt_shape=shape, max_shape=high, dtype=value.dtype)
+
+
+@contextmanager
+def _reports() -> Iterator[list[str]]:
+    """Collect what Torch-TensorRT reports, which it otherwise does not show."""
+    texts: list[str] = []
+    logger = logging.getLogger(_REPORTS)
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def _about(cut: fx.GraphModule, report: str) -> dict[str, Any]:
+    """Return how many operators became plans, and which ones torch runs how often."""
+    parts = dict(cut.named_children())
+    plans = [name for name in parts if name.startswith(_PLAN)]
+    counts = [int(count) for count in _OPERATORS.findall(report)]
+    inside = [part for part in parts.values() if isinstance(part, fx.GraphModule)]
+    ran = Counter(
+        g.target_name(node)
+        for graph in [cut, *inside]
+        for node in graph.graph.nodes
+        if node.op == "call_function" and node.target is not operator.getitem
+    )
+    # Each plan is reported; were that to change, no number is better than a wrong one.
+    taken = sum(counts) if len(counts) == len(plans) else None
+    return {"tensorrt": {"plans": len(plans), "operators": taken}, "torch": dict(ran)}

@@ -1,0 +1,246 @@
+"""The target `cuda`: what is done without a GPU, and, with the CPU in its place, the rest."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffopt
+from diffopt import aoti, cuda, engine
+from diffopt.archive import Archive
+from diffopt.core import Pipeline, Progress
+from diffopt.enginefile import KIND
+from diffopt.errors import DiffoptError
+from diffopt.hardware import hardware, hardware_names
+from diffopt.program import Program
+from diffopt.target import Finished, Image
+from diffopt.targets.cuda import Cuda
+from tests.command import Run
+from tests.quantized import steps
+from tests.standin import replace_gpu
+from tests.zoo import CASES
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+PLAIN = "h100(cuda-graph=false)"
+"""The CPU has no CUDA graphs."""
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
+    """Put the CPU in the place of a GPU of this compute capability."""
+    replace_gpu(monkeypatch)
+    monkeypatch.setattr(cuda, "capability", lambda: capability)
+
+
+def archive(path: Path) -> Archive:
+    return Archive(path, KIND, "an engine file", "")
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory, captured: Program) -> Path:
+    """Return an engine for a GPU that was built without one."""
+    path = tmp_path_factory.mktemp("cuda") / "x.engine"
+    diffopt.write(captured, PLAIN, path)
+    return path
+
+
+def traced(name: str) -> Program:
+    return diffopt.trace(CASES[name].build(), **CASES[name].inputs(0))
+
+
+def expected(program: Program) -> list[torch.Tensor]:
+    return program.run(program.sample_inputs())
+
+
+# Without a GPU
+
+
+def test_an_engine_is_written_as_far_as_it_goes_without_the_gpu(unfinished: Path) -> None:
+    manifest = archive(unfinished).manifest
+    assert manifest["target"] == PLAIN
+    assert manifest["finished"] is False
+    assert manifest["requires"]["device"] == "h100"
+    assert manifest["requires"]["capability"] == [9, 0]
+    names = {name for name in manifest["members"] if name.startswith("kernels/")}
+    assert names == {"kernels/unet.json", "kernels/vae.json"}
+
+
+def test_it_does_not_load_and_says_why(unfinished: Path, diffopt: Run) -> None:
+    wanted = (
+        f"{unfinished}: its kernels need a GPU of compute capability 9.0 (h100), and torch finds"
+        ' none here; build it again for this machine, or load it with target="eager"'
+    )
+    with pytest.raises(DiffoptError) as error:
+        engine.load(unfinished)
+    assert str(error.value) == wanted
+    before = unfinished.read_bytes()
+    outcome = diffopt("finish", unfinished)
+    assert outcome.code == 2
+    assert outcome.err == f"diffopt: error: {wanted}\n"
+    assert unfinished.read_bytes() == before
+
+
+def test_eager_runs_it_anywhere(unfinished: Path, captured: Program) -> None:
+    opened = engine.load(unfinished, target="eager")
+    for own, other in zip(opened.run(captured.sample_inputs()), expected(captured), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("name", ["sd", "dit"])
+def test_whole_pipelines_are_lowered_without_a_gpu(name: str, tmp_path: Path) -> None:
+    program = traced(name)
+    diffopt.write(program, "rtx4090", tmp_path / "x.engine")
+    manifest = archive(tmp_path / "x.engine").manifest
+    assert set(manifest["components"]) == set(program.components)
+
+
+# With the CPU in the GPU's place
+
+
+def test_the_first_load_compiles_and_the_next_takes_that_from_the_cache(
+    unfinished: Path, captured: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch)
+    before = unfinished.read_bytes()
+    for _ in range(2):
+        opened = engine.load(unfinished)
+        results = opened.run(captured.sample_inputs())
+        for own, other in zip(results, expected(captured), strict=True):
+            torch.testing.assert_close(own, other)
+        monkeypatch.setattr(aoti, "compile_package", None)
+    assert unfinished.read_bytes() == before
+
+
+def test_finish_keeps_what_is_compiled(
+    unfinished: Path,
+    captured: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    diffopt: Run,
+) -> None:
+    gpu(monkeypatch)
+    output = tmp_path / "done.engine"
+    assert diffopt("finish", unfinished, "-o", output).code == 0
+    kept = archive(output)
+    kept.verify()
+    assert kept.manifest["finished"] is True
+    assert {"kernels/unet.pt2", "kernels/vae.pt2"} <= kept.manifest["members"].keys()
+    assert diffopt("finish", output).out == f"{output}: has nothing left to compile\n"
+    monkeypatch.setattr(Cuda, "finish", None)
+    results = engine.load(output).run(captured.sample_inputs())
+    for own, other in zip(results, expected(captured), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_where_there_is_the_gpu_the_engine_is_whole(
+    captured: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu(monkeypatch)
+    diffopt.write(captured, PLAIN, tmp_path / "x.engine", compress=3)
+    assert archive(tmp_path / "x.engine").manifest["finished"] is True
+    assert not diffopt.finish(tmp_path / "x.engine")
+
+
+def test_kernels_of_another_torch_are_compiled_again(
+    captured: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu(monkeypatch)
+    path = tmp_path / "x.engine"
+    diffopt.write(captured, PLAIN, path)
+    compiled: list[str] = []
+
+    def compile_again(self: Cuda, image: Image, progress: Progress) -> Finished:
+        compiled.append(torch.__version__)
+        return Finished({name: bytes(content) for name, content in image.members.items()})
+
+    monkeypatch.setattr(Cuda, "finish", compile_again)
+    with caplog.at_level(logging.WARNING, "diffopt"):
+        engine.load(path)
+        assert not compiled
+        assert not caplog.messages
+        monkeypatch.setattr(torch, "__version__", "2.12.0")
+        engine.load(path)
+    assert compiled == ["2.12.0"]
+    assert caplog.messages == [
+        "compiling for this GPU and torch; `diffopt finish FILE` does it for good"
+    ]
+
+
+def test_an_engine_for_another_gpu_does_not_load(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, (8, 9))
+    with pytest.raises(
+        DiffoptError, match=r"compute capability 9.0 \(h100\), and the one here has 8.9;"
+    ):
+        engine.load(unfinished)
+
+
+def test_a_run_has_its_sizes_left_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, captured: Program
+) -> None:
+    gpu(monkeypatch)
+    program = Pipeline.parse("batch(max=3)").run(captured)
+    opened = diffopt.build(program, PLAIN, tmp_path / "x.engine")
+    for count in (1, 3):
+        inputs = program.sample_inputs(count)
+        for own, other in zip(opened.run(inputs), program.run(inputs), strict=True):
+            torch.testing.assert_close(own, other)
+
+
+def test_convolutions_read_weights_channels_last(tmp_path: Path) -> None:
+    program = traced("sd")
+    strides = {}
+    for wanted in ("true", "false"):
+        path = tmp_path / f"{wanted}.engine"
+        diffopt.write(program, f"h100(channels-last={wanted})", path)
+        rows = {
+            n: json.loads(bytes(archive(path).read(f"kernels/{n}.json")))
+            for n in program.components
+        }
+        strides[wanted] = {n: row["strides"] for n, row in rows.items()}
+    assert not any(strides["false"].values())
+    unet = next(name for name in program.components if name.startswith("unet"))
+    weights = dict(program.components[unet].named_parameters())
+    turned = strides["true"][unet]
+    assert turned
+    for name, stride in turned.items():
+        laid_out = torch.empty_strided(weights[name].shape, stride)
+        assert laid_out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_quantized_layers_are_products_of_integers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu(monkeypatch)
+    program, path = steps(32), tmp_path / "x.engine"
+    with caplog.at_level(logging.WARNING, "diffopt"):
+        opened = diffopt.build(program, PLAIN, path)
+    layers = {name: row.get("layers") for name, row in opened.manifest["components"].items()}
+    assert layers == {"one": {"int8": 1}, "other": {"int8": 1, "float": 1}}
+    (warning,) = caplog.messages
+    assert warning.startswith("other: 1 ")
+    inputs = program.sample_inputs()
+    for own, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
+        torch.testing.assert_close(own, exact, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", ["", "(attention=math)", "(max-autotune=true)"])
+def test_on_a_gpu(options: str, tmp_path: Path, captured: Program) -> None:
+    """Engines run on the GPU at hand, the third time from a CUDA graph."""
+    known = {hardware(name).capability: name for name in hardware_names()}
+    device = known.get(cuda.capability())
+    if device is None:
+        pytest.skip("no description has this GPU's compute capability")
+    for program in (captured, steps(32), traced("sd"), traced("dit")):
+        opened = diffopt.build(program, f"{device}{options}", tmp_path / "x.engine")
+        inputs = program.sample_inputs()
+        for _ in range(3):
+            for own, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
+                torch.testing.assert_close(own.cpu(), exact, atol=2e-2, rtol=2e-2)
