@@ -68,6 +68,8 @@ class Context:
         report: Called with what is being done and the fraction done, if known.
         prompts: What to calibrate with instead of the prompt seen at capture; see `requests`.
         budget: Largest relative error that the pass may add; None: any.
+        reference: The program before the first approximate pass of the pipeline that changed it;
+            None without one.
         skipped: Reasons for what was not rewritten.
         notes: What the pass found out, JSON-able; shown with `--stats`.
     """
@@ -77,6 +79,7 @@ class Context:
     report: Progress = lambda what, fraction: None
     prompts: Sequence[str] = ()
     budget: float | None = None
+    reference: Program | None = None
     skipped: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -210,6 +213,7 @@ class Pipeline:
         program = program.clone()
         program.refresh()  # so that what was dead before does not count as a change
         first = current = State(program, Size.of(program))
+        reference: Program | None = None
         for number, step in enumerate(self.passes):
             if progress:
                 progress(str(step), number / len(self.passes))
@@ -227,6 +231,7 @@ class Pipeline:
                     progress or (lambda what, fraction: None),
                     prompts,
                     budget if own is None else own,
+                    reference,
                 )
                 after, record = _apply(step, current, first, ctx, verify)
                 if enforce:
@@ -242,6 +247,10 @@ class Pipeline:
                 raise
             for instrument in instruments:
                 instrument.after(step, after.program, record)
+            # What was sampled again is another program, not an approximation of the one before.
+            is_same = after.program.resample is current.program.resample
+            if reference is None and record.changed and not record.exact and is_same:
+                reference = current.program
             current = after
         return current.program
 

@@ -1,0 +1,71 @@
+"""Takes whole residual blocks out of bodies: x + f(x) becomes x.
+
+A block is what `anatomy` calls one: a resnet, or the branches of a transformer block, in all of its
+streams. Where a stream goes through a layer beside the block, that layer stays. Bodies that share
+the weights of a block lose it alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from diffopt import graph as g
+from diffopt.anatomy import Branch, anatomy
+from diffopt.program import Program
+from diffopt.rewrite import args, stored
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """A block of one or more bodies.
+
+    Attributes:
+        name: The component and the module of the first of them.
+        weights: What is read inside the block, by identity.
+        branches: Of all bodies.
+    """
+
+    name: str
+    weights: frozenset[int]
+    branches: tuple[Branch, ...]
+
+
+def residual_blocks(program: Program, names: Sequence[str]) -> list[Residual]:
+    """Return the blocks of some components that have weights, in the graph's order."""
+    found: dict[frozenset[int], Residual] = {}
+    for name in names:
+        gm = program.components[name]
+        for block in anatomy(gm, g.placeholders(gm)).blocks:
+            own = _weights(gm, block.branches)
+            if not own or any(b.stream_out in g.outputs(gm) for b in block.branches):
+                continue
+            path = block.last.meta.get("module") or block.last.name
+            before = found.get(own)
+            branches = (*before.branches, *block.branches) if before else block.branches
+            found[own] = Residual(before.name if before else f"{name}.{path}", own, branches)
+    return list(found.values())
+
+
+def _weights(gm: fx.GraphModule, branches: Sequence[Branch]) -> frozenset[int]:
+    """Return the identities of what the branches' own nodes read."""
+    inside: set[fx.Node] = set()
+    for branch in branches:
+        inside |= g.ancestors([branch.value]) & g.descendants([branch.source]) - {branch.source}
+    tensors = (stored(gm, n) for node in inside for n in node.all_input_nodes)
+    return frozenset(id(tensor) for tensor in tensors if tensor is not None)
+
+
+def block_score(block: Residual, importance: Mapping[int, Tensor]) -> float:
+    """Return what the weights of a block matter together."""
+    return sum(float(importance[key].sum()) for key in block.weights if key in importance)
+
+
+def remove_blocks(blocks: Sequence[Residual]) -> None:
+    """Let the streams pass by blocks."""
+    for block in blocks:
+        for branch in block.branches:
+            a, b = args(branch.stream_out)[:2]
+            branch.stream_out.replace_all_uses_with(b if a is branch.value else a)

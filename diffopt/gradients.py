@@ -1,0 +1,109 @@
+"""Runs a body with gradients to values that are given for some of its nodes, such as its weights.
+
+Roundings let gradients straight through (`ste`). What no argument and no given value changes is
+computed once, so that each run does only what it has to, on the device that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from diffopt import graph as g
+from diffopt import ste
+
+aten = torch.ops.aten
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The types of weights that gradients change; E4M3 numbers are stored for their bits."""
+
+
+def device() -> torch.device:
+    """Return where there is most to compute with: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_weights(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """Return the floating-point tensors that a body reads, by the nodes that read them."""
+    nodes = {n: g.attribute(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")}
+    return {n: t for n, t in nodes.items() if t.dtype in FLOATS and t.numel()}
+
+
+class Body:
+    """A body that is run many times.
+
+    Attributes:
+        results: The nodes that it returns.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        given: Collection[fx.Node] = (),
+        keep: Sequence[fx.Node] = (),
+        where: torch.device | None = None,
+    ) -> None:
+        """Prepare to run a body.
+
+        Args:
+            gm: The body.
+            given: Nodes whose values each run brings.
+            keep: What is wanted beside the results.
+            where: The device; the CPU by default.
+        """
+        self.results = g.outputs(gm)
+        self._wanted = {*self.results, *keep}
+        self._takes = g.placeholders(gm)
+        self._where = where or torch.device("cpu")
+        given = set(given)
+        needed = g.reach(self._wanted, lambda n: () if n in given else n.all_input_nodes)
+        living = g.descendants([*self._takes, *given])
+        order = [n for n in gm.graph.nodes if n in needed]
+        self._nodes = [n for n in order if n in living and n.op == "call_function"]
+        self._nodes = [n for n in self._nodes if n not in given]
+        self._constants = self._fixed(gm, [n for n in order if n not in living])
+        self._last: dict[fx.Node, list[fx.Node]] = {}
+        seen = set(self._wanted)
+        for node in reversed(self._nodes):
+            self._last[node] = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(self._last[node])
+
+    def _fixed(self, gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> ste.Values:
+        """Return the values that are the same in all runs, as far as these read them."""
+        values: ste.Values = {
+            n: g.attribute(gm, str(n.target)).detach() for n in nodes if n.op == "get_attr"
+        }
+        with torch.no_grad():
+            ste.run((n for n in nodes if n.op == "call_function"), values)
+        read = {n for node in self._nodes for n in node.all_input_nodes} | self._wanted
+        return {
+            n: v.to(self._where) if isinstance(v, Tensor) else v
+            for n, v in values.items()
+            if n in read
+        }
+
+    def __call__(
+        self,
+        arguments: Sequence[Tensor],
+        given: Mapping[fx.Node, Tensor] | None = None,
+        *,
+        straight: bool = True,
+    ) -> dict[fx.Node, Tensor]:
+        """Return the results and what is kept, by node.
+
+        Args:
+            arguments: Of the body, on any device.
+            given: The values of the nodes that were said to be given.
+            straight: Let gradients through roundings; numbers are floats all the way.
+        """
+        values: ste.Values = {**self._constants, **(given or {})}
+        values |= {n: t.to(self._where) for n, t in zip(self._takes, arguments, strict=True)}
+        for node in self._nodes:
+            # Fused attention has a gradient, and does not store all scores.
+            fused = node.target is aten.scaled_dot_product_attention.default
+            ste.run([node], values, straight=straight and not fused)
+            for dead in self._last[node]:
+                values.pop(dead)
+        return {node: values[node] for node in self._wanted}

@@ -1,0 +1,252 @@
+"""Remove channels, heads and hidden units of layers that matter least: smaller dense weights.
+
+Before:
+
+    %1: float32[4,16] = aten.linear(%x, %up)
+    %2: float32[4,16] = aten.silu(%1)
+    %3: float32[4,8] = aten.linear(%2, %down)
+
+After `prune(mlp,ratio=0.25)`:
+
+    %1: float32[4,12] = aten.linear(%x, %up)
+    %2: float32[4,12] = aten.silu(%1)
+    %3: float32[4,8] = aten.linear(%2, %down)
+
+What goes together is found in the graphs of all bodies at once (`coupling`): what residuals add,
+concatenations, norms, heads of attentions, the halves of gates. `mlp` is what only linears make and
+read, `heads` are those of attentions, `channels` all the rest: insides of convolution blocks, and
+the residual streams themselves. Group norms lose whole groups, so that the statistics of the others
+stay what they were. Attention keeps the scale that it had. `blocks` are whole residual blocks:
+x + f(x) becomes x. `2:4` removes nothing: two of every four weights along the inputs of layers
+become zero, for GPUs with sparse kernels (see `sparsity`).
+
+With `scope=layer` every group loses the same share, with `global` the units that matter least of
+all, relative to the mean of their group. `ratios` gives groups shares of their own, the first
+pattern that matches a layer which makes the group: `ratios=*.ff.*:0.5,*attn*:0`.
+
+Not rewritten when
+- a layer's outputs are a result of its component, or an operator without a rule reads them;
+- a layer's module matches `skip`, or it is in none of `components`;
+- its group has one unit only.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from diffopt import depth, quantizer, removal
+from diffopt.core import Context, Pass, Size, option
+from diffopt.coupling import KINDS, Coupling, Group, Unit, couple
+from diffopt.errors import DiffoptError
+from diffopt.importance import Method, importance
+from diffopt.patterns import Patterns
+from diffopt.program import Program
+from diffopt.pruning import Scope, least, unit_scores
+from diffopt.requests import representative
+from diffopt.sparsity import sparsify
+
+What = Literal["channels", "heads", "mlp", "blocks", "all", "2:4"]
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Remove the channels, heads or hidden units that matter least."""
+
+    exact = False
+
+    what: tuple[What, ...] = option(
+        ("channels",), "what goes: channels, heads, mlp; all of these; blocks; or weights, 2:4"
+    )
+    ratio: float = option(0.3, "share to remove of each group, or of all")
+    importance: Method = option(  # noqa: RUF009 (a string)
+        "magnitude", "how it is measured what matters: magnitude, taylor, diff-pruning, random"
+    )
+    scope: Scope = option(  # noqa: RUF009 (a string)
+        "layer", "whether each group loses that share (layer), or all together (global)"
+    )
+    ratios: tuple[str, ...] = option((), "shares of groups of their own, as pattern:share")
+    layers: tuple[str, ...] = option(("*",), "patterns of the modules to prune")
+    skip: tuple[str, ...] = option((), "patterns of modules to leave alone")
+    round_to: int = option(8, "channels are left in multiples of this, in groups that have many")
+    samples: int = option(8, "requests to measure importance with")
+    components: tuple[str, ...] = option(
+        ("loop",), "loop; all; or names of components, which may be patterns"
+    )
+    budget: float | None = option(None, "largest relative error that the pass may add")
+
+    def __post_init__(self) -> None:
+        if not self.what:
+            raise DiffoptError("prune wants channels, heads, mlp, blocks or 2:4: name at least one")
+        if not 0 <= self.ratio < 1:
+            raise DiffoptError(f"prune has ratio={self.ratio:g}; write a share from 0 to below 1")
+        if self.round_to < 1 or self.samples < 1:
+            raise DiffoptError("prune wants round-to and samples to be 1 or more")
+        for text in self.ratios:
+            read_ratio(text)
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Find what goes together, measure what matters, and remove the rest."""
+        _check_floats(program)
+        names = chosen(program, self.components)
+        before = Size.of(program)
+        measured = self._importance(program, names, ctx)
+        if "blocks" in self.what:
+            self._remove_blocks(program, names, measured, ctx)
+            program.refresh()
+        if set(self.what) - {"blocks", "2:4"}:
+            coupling = couple(program)
+            groups, shares = self._groups(coupling, names, ctx)
+            scores = [unit_scores(group, measured) for group in groups]
+            units = least(groups, scores, shares, self.ratio, self.scope, self.round_to)
+            removal.remove(program, coupling, [unit for own in units for unit in own])
+            self._report(groups, units, ctx)
+            program.refresh()
+        if "2:4" in self.what:
+            self._sparsify(program, names, ctx)
+        after = Size.of(program)
+        for key in ("parameters", "flops"):
+            ctx.note(key, {"before": getattr(before, key), "after": getattr(after, key)})
+
+    def _remove_blocks(
+        self, program: Program, names: Sequence[str], measured: dict[int, Tensor], ctx: Context
+    ) -> None:
+        """Remove that share of the residual blocks which matters least."""
+        patterns = Patterns(self.layers, self.skip)
+        found = depth.residual_blocks(program, names)
+        blocks = [block for block in found if patterns.wants(*_split(block.name))]
+        if len(self.what) == 1:
+            patterns.check("block", names)
+        if not blocks:
+            raise DiffoptError(f"there are no residual blocks to prune in {', '.join(names)}")
+        count = round(self.ratio * len(blocks))
+        if count == len(blocks):
+            raise DiffoptError(
+                f"ratio={self.ratio:g} of {len(blocks)} blocks is all of them; ask for less"
+            )
+        blocks.sort(key=lambda block: depth.block_score(block, measured))
+        depth.remove_blocks(blocks[:count])
+        ctx.note("blocks", {"of": len(found), "removed": [b.name for b in blocks[:count]]})
+
+    def _sparsify(self, program: Program, names: Sequence[str], ctx: Context) -> None:
+        """Make the weights that are left 2:4 sparse, but for those of the first and last layers."""
+        scope = quantizer.choose(program, self.components)
+        ends = {id(tensor) for tensor in quantizer.ends(program, scope)}
+        patterns = Patterns(self.layers, self.skip)
+        measured = self._importance(program, names, ctx)
+        done = sparsify(program, names, patterns.wants, ctx.skip, measured, ends)
+        patterns.check("layer", names)
+        if not done["layers"]:
+            raise DiffoptError(
+                f"there are no layers to make 2:4 sparse in {', '.join(names)}: their inputs are no"
+                " multiples of 4, or they are skipped"
+            )
+        ctx.note("2:4", done)
+
+    def _groups(
+        self, coupling: Coupling, names: Sequence[str], ctx: Context
+    ) -> tuple[list[Group], list[float | None]]:
+        """Return the groups to prune, each with its own share, if it has one."""
+        kinds = [k for k in KINDS if k in self.what or "all" in self.what]
+        patterns = Patterns(self.layers, self.skip)
+        rules = [(Patterns([p]), share) for p, share in map(read_ratio, self.ratios)]
+        groups, shares = [], []
+        for group in coupling.groups:
+            if not all(layer.partition(".")[0] in names for layer in group.layers):
+                continue
+            wanted = [patterns.wants(*_split(layer)) for layer in group.layers]
+            share = _own_share(group, rules)
+            if not all(wanted):
+                ctx.skip(group.name, "its modules are skipped")
+            elif group.kind not in kinds:
+                continue
+            elif len(group.units) == 1:
+                ctx.skip(group.name, "its channels go together, so none can go")
+            else:
+                groups.append(group)
+                shares.append(share)
+        fixed = [(n, reason) for n, reason in coupling.fixed if n.partition(".")[0] in names]
+        for name, reason in fixed:
+            patterns.wants(*_split(name))
+            ctx.skip(name, reason)
+        for own in (patterns, *(own for own, _ in rules)):
+            own.check("layer", names)
+        if not groups:
+            why = collections.Counter(reason for _, reason in fixed).most_common(1)
+            reason = f" ({why[0][0]})" if why else ""
+            raise DiffoptError(
+                f"there are no {' or '.join(kinds)} to prune in {', '.join(names)}{reason}"
+            )
+        return groups, shares
+
+    def _importance(
+        self, program: Program, names: Sequence[str], ctx: Context
+    ) -> dict[int, Tensor]:
+        inputs: Sequence[Sequence[Tensor]] = ()
+        if self.importance not in ("magnitude", "random"):
+            inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
+        return importance(
+            program, self.importance, inputs, names, seed=ctx.seed, report=ctx.progress
+        )
+
+    def _report(
+        self, groups: Sequence[Group], units: Sequence[Sequence[Unit]], ctx: Context
+    ) -> None:
+        kinds: dict[str, dict[str, int]] = {}
+        for group, own in zip(groups, units, strict=True):
+            row = kinds.setdefault(group.kind, {"groups": 0, "units": 0, "removed": 0})
+            row["groups"] += 1
+            row["units"] += len(group.units)
+            row["removed"] += len(own)
+            if not own:
+                ctx.skip(
+                    group.name, f"the share is less than half of one of its {len(group.units)}"
+                )
+        ctx.note("pruned", kinds)
+        why = collections.Counter(text.rpartition(": ")[2] for text in ctx.skipped)
+        ctx.note("left alone", dict(why.most_common()))
+
+
+def chosen(program: Program, wanted: Sequence[str]) -> list[str]:
+    """Return the names of the components to prune."""
+    scope = quantizer.choose(program, wanted)
+    return list(scope.loop if tuple(wanted) == ("loop",) else scope.calls)
+
+
+def read_ratio(text: str) -> tuple[str, float]:
+    """Return the pattern and the share of `*.ff.*:0.5`."""
+    pattern, colon, number = text.rpartition(":")
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if not (colon and pattern) or not 0 <= share < 1:
+        raise DiffoptError(
+            f"prune has ratios={text}; write a pattern and a share from 0 to below 1, as *.ff.*:0.5"
+        )
+    return pattern, share
+
+
+def _own_share(group: Group, rules: Sequence[tuple[Patterns, float]]) -> float | None:
+    """Return the share of the first pattern that matches a layer of a group."""
+    matched = [any([own.wants(*_split(n)) for n in group.layers]) for own, _ in rules]
+    return next((share for (_, share), is_it in zip(rules, matched, strict=True) if is_it), None)
+
+
+def _split(layer: str) -> tuple[str, str]:
+    component, _, path = layer.partition(".")
+    return component, path
+
+
+def _check_floats(program: Program) -> None:
+    """Refuse a program with quantized weights: their scales belong to the channels there were."""
+    for name, gm in program.components.items():
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and "quantize" in str(node.target):
+                raise DiffoptError(
+                    f"prune finds quantized values in {name}: write prune before quantize"
+                )

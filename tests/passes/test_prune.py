@@ -1,0 +1,413 @@
+"""What `prune` removes, in which share, what it leaves alone and why; and what may follow it."""
+
+import operator
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+import diffopt
+from diffopt import graph as g
+from diffopt import sparsity
+from diffopt.core import Pipeline, Record
+from diffopt.engine import build
+from diffopt.errors import DiffoptError
+from diffopt.program import Program
+from tests import loops
+from tests.passes.build import body, parameter, program, randn
+from tests.zoo import CASES
+
+aten = torch.ops.aten
+
+X = randn(2, 8)
+UP, DOWN = parameter(16, 8), parameter(8, 16, seed=1)
+
+
+def one(make, *samples) -> Program:
+    """Return a program that calls one component once."""
+    samples = samples or (X,)
+    net = body(make, *samples, name="net")
+    return program(lambda b, *xs: b.call("net", *xs), *samples, net=net)
+
+
+def run(built: Program, step: str) -> tuple[Program, Record]:
+    result = Pipeline.parse(step).run(built)
+    return result, Record.from_json(result.history[-1])
+
+
+def prune(built: Program, step: str) -> tuple[Program, Record]:
+    return run(built, f"prune({step},components=net)")
+
+
+def mlp(b, x):
+    return b(aten.linear.default, b(aten.silu.default, b(aten.linear.default, x, UP)), DOWN)
+
+
+def traced(name: str) -> Program:
+    case = CASES[name]
+    return diffopt.trace(case.build(), **case.inputs(0))
+
+
+# One group
+
+
+def test_hidden_units() -> None:
+    result, record = prune(one(mlp), "mlp,ratio=0.25")
+    assert_expected_inline(
+        g.text(result.components["net"]),
+        """\
+%x: float32[2,8]
+%1: float32[12,8] = weight
+%2: float32[2,12] = aten.linear(%x, %1)
+%3: float32[2,12] = aten.silu(%2)
+%4: float32[8,12] = weight_1
+%5: float32[2,8] = aten.linear(%3, %4)
+return %5""",
+    )
+    assert record.notes["pruned"] == {"mlp": {"groups": 1, "units": 16, "removed": 4}}
+    assert record.notes["parameters"] == {"before": 256, "after": 192}
+    assert record.notes["flops"] == {"before": 1024, "after": 768}
+    assert not record.exact
+    assert record.relative > 0
+
+
+def test_those_go_that_matter_least() -> None:
+    result, _ = prune(one(mlp), "mlp,ratio=0.25")
+    kept = (UP.abs().sum(1) + DOWN.abs().sum(0)).argsort(descending=True)[:12].sort().values
+    up = g.attribute(result.components["net"], "weight")
+    assert torch.equal(up, UP[kept])
+    assert isinstance(up, torch.nn.Parameter)
+
+
+def test_random_importance_depends_on_the_seed() -> None:
+    built = one(mlp)
+
+    def weight(seed: int) -> torch.Tensor:
+        step = Pipeline.parse("prune(mlp,ratio=0.5,importance=random,components=net)")
+        return g.attribute(step.run(built, seed=seed).components["net"], "weight")
+
+    assert torch.equal(weight(0), weight(0))
+    assert not torch.equal(weight(0), weight(1))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options", "left"),
+    [
+        (16, "ratio=0.3", 11),  # too few to be rounded
+        (128, "ratio=0.3", 88),
+        (128, "ratio=0.3,round_to=1", 90),
+        (128, "ratio=0.3,round_to=16", 96),
+        (128, "ratio=0.02,round_to=16", 128),
+        (16, "ratio=0", 16),
+    ],
+)
+def test_round_to(hidden: int, options: str, left: int) -> None:
+    up, down = parameter(hidden, 8), parameter(8, hidden, seed=1)
+
+    def make(b, x):
+        return b(aten.linear.default, b(aten.silu.default, b(aten.linear.default, x, up)), down)
+
+    result, _ = prune(one(make), f"mlp,{options.replace('round_to', 'round-to')}")
+    assert len(g.attribute(result.components["net"], "weight")) == left
+
+
+def test_a_group_norm_loses_whole_groups() -> None:
+    inner, outer = parameter(8, 4, 3, 3), parameter(4, 8, 3, 3)
+
+    def make(b, x):
+        y = b(aten.conv2d.default, x, inner, None, [1, 1], [1, 1])
+        y = b(aten.group_norm.default, y, 4, parameter(8), None, 1e-5)
+        return b(aten.conv2d.default, y, outer, None, [1, 1], [1, 1])
+
+    result, _ = prune(one(make, randn(1, 4, 4, 4)), "channels,ratio=0.25")
+    (norm,) = result.components["net"].graph.find_nodes(
+        op="call_function", target=aten.group_norm.default
+    )
+    assert norm.args[1] == 3
+    assert norm.meta["val"].shape[1] == 6
+
+
+def test_heads_keep_their_scale() -> None:
+    """With one head the width of queries and keys can go, and the scale is that of before."""
+    q, k, v = (parameter(8, 8, seed=i) for i in range(3))
+
+    def make(b, x):
+        parts = (b(aten.linear.default, x, w) for w in (q, k, v))
+        heads = (b(aten.view.default, p, [1, 1, 2, 8]) for p in parts)
+        return b(aten.scaled_dot_product_attention.default, *heads)
+
+    result, record = prune(one(make), "channels,ratio=0.25")
+    (node,) = result.components["net"].graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    )
+    assert node.kwargs == {"scale": 8**-0.5}
+    assert record.notes["pruned"] == {"channels": {"groups": 1, "units": 8, "removed": 2}}
+
+
+def test_what_has_no_labels_is_picked_where_it_is_read() -> None:
+    shift = randn(16, seed=3)[None]
+
+    def make(b, x, y):
+        hidden = b(aten.add.Tensor, b(aten.linear.default, x, UP), y)
+        hidden = b(aten.mul.Tensor, hidden, b.weight(shift))
+        return b(aten.linear.default, hidden, DOWN)
+
+    result, _ = prune(one(make, X, randn(2, 16)), "all,ratio=0.25")
+    calls = result.components["net"].graph.find_nodes(
+        op="call_function", target=aten.index_select.default
+    )
+    assert [node.meta["val"].shape[1] for node in calls] == [12]
+    tables = [t for _, t in g.named_tensors(result.components["net"]) if t.shape[0] == 1]
+    assert [list(t.shape) for t in tables] == [[1, 12]]
+
+
+# Several groups
+
+
+def two(b, x):
+    """Two blocks in a row, the second one with smaller weights, and a layer."""
+    y = b(aten.add.Tensor, x, mlp(b, x))
+    small = [torch.nn.Parameter(w / 10, requires_grad=False) for w in (UP, DOWN)]
+    hidden = b(aten.silu.default, b(aten.linear.default, y, small[0]))
+    y = b(aten.add.Tensor, y, b(aten.linear.default, hidden, small[1]))
+    return b(aten.linear.default, y, parameter(8, 8, seed=4))
+
+
+def hidden(result: Program) -> list[int]:
+    gm = result.components["net"]
+    return [n.meta["val"].shape[1] for n in gm.graph.find_nodes(op="call_function", target=SILU)]
+
+
+SILU = aten.silu.default
+
+
+def test_global_compares_units_relative_to_their_group() -> None:
+    _, one_each = prune(one(two), "mlp,ratio=0.25")
+    result, record = prune(one(two), "mlp,ratio=0.25,scope=global")
+    assert one_each.notes["pruned"]["mlp"]["removed"] == 8
+    assert record.notes["pruned"]["mlp"]["removed"] == 8
+    assert hidden(result) == [12, 12]  # the same weights but for their size
+
+
+def test_global_takes_from_the_group_with_more_useless_units() -> None:
+    up = UP.detach().clone()
+    up[:6] /= 100
+    uneven = torch.nn.Parameter(up, requires_grad=False)
+
+    def make(b, x):
+        y = b(aten.linear.default, b(SILU, b(aten.linear.default, x, uneven)), DOWN)
+        hidden = b(SILU, b(aten.linear.default, y, parameter(16, 8, seed=5)))
+        return b(aten.linear.default, hidden, parameter(8, 16, seed=6))
+
+    result, record = prune(one(make), "mlp,ratio=0.25,scope=global")
+    assert record.notes["pruned"] == {"mlp": {"groups": 3, "units": 40, "removed": 10}}
+    assert hidden(result)[0] < hidden(result)[1]
+
+
+def test_ratios_and_skip_by_pattern() -> None:
+    built = one(two)
+    names = ["linear_default", "linear_default_2"]
+    result, _ = prune(built, f"mlp,ratio=0.25,ratios={names[0]}:0.5,{names[1]}:0")
+    assert hidden(result) == [8, 16]
+    result, record = prune(built, f"mlp,ratio=0.25,skip=net.{names[0]}")
+    assert hidden(result) == [16, 12]
+    assert f"net.{names[0]}: its modules are skipped" in record.skipped
+    result, _ = prune(built, f"mlp,ratio=0.25,layers={names[0]}")
+    assert hidden(result) == [12, 16]
+
+
+def test_shared_weights_stay_shared() -> None:
+    net, other = (body(mlp, X, name=n) for n in ("net", "other"))
+
+    def root(b, x):
+        return b.call("other", *b.call("net", x))
+
+    built = program(root, X, net=net, other=other)
+    result, _ = run(built, "prune(mlp,ratio=0.25,components=all)")
+    assert len(result.weights()) == 2
+    assert {tuple(t.shape) for t in result.weights().values()} == {(12, 8), (8, 12)}
+    with pytest.raises(DiffoptError, match="there are no mlp to prune in net"):
+        prune(built, "mlp")  # `other` would lose them as well
+
+
+# Left alone
+
+
+def test_results_of_a_component_stay() -> None:
+    _, record = prune(one(mlp), "mlp,ratio=0.25")
+    assert record.skipped == ["net.linear_default_1: a result of its component"]
+    assert record.notes["left alone"] == {"a result of its component": 1}
+
+
+def test_an_operator_without_a_rule_keeps_what_it_reads() -> None:
+    def make(b, x):
+        first = b(aten.linear.default, x, parameter(8, 8, seed=2))
+        return mlp(b, b(operator.getitem, b(aten.sort.default, first), 0))
+
+    net = one(make)
+    _, record = prune(net, "all,ratio=0.25")
+    assert "net.linear_default: aten.sort has no rule" in record.skipped
+
+
+# Blocks
+
+
+def test_blocks_that_matter_least_go() -> None:
+    result, record = prune(one(two), "blocks,ratio=0.5")
+    assert len(hidden(result)) == 1
+    assert record.notes["blocks"] == {"of": 2, "removed": ["net.add_tensor_1"]}
+    expected = X + torch.nn.functional.silu(X @ UP.T) @ DOWN.T
+    torch.testing.assert_close(result.run([X])[0], expected @ parameter(8, 8, seed=4).T)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_blocks_of_the_zoo(name: str) -> None:
+    result, record = run(traced(name), "prune(blocks,ratio=0.5)")
+    assert len(record.notes["blocks"]["removed"]) == record.notes["blocks"]["of"] // 2
+    assert record.after.flops < 0.85 * record.before.flops
+    assert all(bool(t.isfinite().all()) for t in result.run(result.sample))
+
+
+# Wrong
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("prune(ratio=1)", "prune has ratio=1; write a share from 0 to below 1"),
+        ("prune(ratio=-0.1)", "prune has ratio=-0.1; write a share from 0 to below 1"),
+        ("prune(what=())", "prune removes channels, heads, mlp or blocks: name at least one"),
+        ("prune(round-to=0)", "prune wants round-to and samples to be 1 or more"),
+        (
+            "prune(ratios=*.ff.*)",
+            "prune has ratios=*.ff.*; write a pattern and a share from 0 to below 1, as *.ff.*:0.5",
+        ),
+        (
+            "prune(ratios=*.ff.*:2)",
+            "prune has ratios=*.ff.*:2; write a pattern and a share from 0 to below 1, as "
+            "*.ff.*:0.5",
+        ),
+    ],
+)
+def test_wrong_options(step: str, message: str) -> None:
+    with pytest.raises(DiffoptError) as caught:
+        Pipeline.parse(step)
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "mlp,ratio=0.98",
+            "net.linear_default would vanish: 0.98 of its 16 units is all of them; ask for less, "
+            "or skip it",
+        ),
+        ("heads", "there are no heads to prune in net (a result of its component)"),
+        (
+            "mlp,skip=linear_defalt",
+            "no layer of net matches 'linear_defalt'; did you mean 'linear_default'?",
+        ),
+        (
+            "mlp,ratios=linear_defalt:0.5",
+            "no layer of net matches 'linear_defalt'; did you mean 'linear_default'?",
+        ),
+        ("blocks,ratio=0.9", "there are no residual blocks to prune in net"),
+    ],
+)
+def test_nothing_that_can_be_done(options: str, message: str) -> None:
+    with pytest.raises(DiffoptError) as caught:
+        prune(one(mlp), options)
+    assert str(caught.value) == message
+
+
+def test_all_blocks() -> None:
+    with pytest.raises(DiffoptError, match="of 2 blocks is all of them; ask for less"):
+        prune(one(two), "blocks,ratio=0.9")
+
+
+def test_quantized_programs_are_refused() -> None:
+    quantized = Pipeline.parse("quantize(int8,activations=dynamic)").run(loops.program())
+    with pytest.raises(DiffoptError) as caught:
+        run(quantized, "prune(all)")
+    assert str(caught.value) == (
+        "prune finds quantized values in denoiser: write prune before quantize"
+    )
+
+
+# With others
+
+ORDERS = [
+    "prune(all),unroll,hoist,simplify,fuse",
+    "unroll,prune(all),hoist,fuse,cast(bf16)",
+    "unroll,hoist,simplify,fuse,prune(mlp)",
+    "prune(all),unroll,hoist,cache(fora),fuse",
+    "prune((blocks,all)),unroll,hoist,quantize(int8,activations=dynamic)",
+]
+
+
+@pytest.mark.parametrize("name", ["sd", "dit"])
+@pytest.mark.parametrize("text", ORDERS)
+def test_with_other_passes(name: str, text: str) -> None:
+    """Every pass is checked by itself as it runs; what they make together has finite results."""
+    built = traced(name)
+    result = Pipeline.parse(text).run(built)
+    assert all(bool(t.isfinite().all()) for t in result.run(result.sample))
+    (pruned,) = [r for row in result.history if (r := Record.from_json(row)).text[:5] == "prune"]
+    assert pruned.after.flops < pruned.before.flops
+    assert pruned.after.parameters < pruned.before.parameters
+
+
+def test_a_saved_program_is_the_same(tmp_path) -> None:
+    result, _ = run(traced("sd"), "prune(all)")
+    result.save(tmp_path / "x.program")
+    loaded = Program.load(tmp_path / "x.program")
+    assert all(map(torch.equal, loaded.run(loaded.sample), result.run(result.sample)))
+
+
+@pytest.mark.parametrize("name", ["sd", "dit"])
+def test_engines_agree(name: str, tmp_path) -> None:
+    result, _ = run(traced(name), "prune(all)")
+    engine = build(result, "cpu", tmp_path / "x.engine")
+    for got, expected in zip(engine.run(result.sample), result.run(result.sample), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+# 2:4
+
+
+def test_2_4_sparse_weights() -> None:
+    result, record = prune(one(mlp), "2:4")
+    tensors = dict(g.named_tensors(result.components["net"]))
+    assert all(map(sparsity.is_2_4, tensors.values()))
+    assert record.notes["2:4"] == {"layers": 2, "parameters": 256}
+    up = next(t for t in tensors.values() if t.shape == UP.shape)
+    assert torch.equal(up, UP * sparsity.mask_2_4(UP))
+
+
+def test_2_4_after_smaller_weights() -> None:
+    result, _ = prune(one(mlp), "(mlp,2:4),ratio=0.25")
+    tensors = [tensor for _, tensor in g.named_tensors(result.components["net"])]
+    assert sorted(map(list, (t.shape for t in tensors))) == [[8, 12], [12, 8]]
+    assert all(map(sparsity.is_2_4, tensors))
+
+
+@pytest.mark.parametrize("name", ["sd", "dit"])
+def test_2_4_of_whole_pipelines(name: str, tmp_path: Path) -> None:
+    result, record = run(traced(name), "prune(2:4)")
+    assert record.notes["2:4"]["layers"] > 5
+    assert record.notes["parameters"]["before"] == record.notes["parameters"]["after"]
+    assert "it is the first or the last of the denoiser" in str(record.skipped)
+    with pytest.raises(DiffoptError, match="is 2:4 sparse, and cpu has no 2:4 sparse products"):
+        diffopt.write(result, "cpu", tmp_path / "x.engine")
+
+
+def test_2_4_of_nothing() -> None:
+    def make(b, x):
+        return b(aten.linear.default, x, parameter(8, 6))
+
+    with pytest.raises(DiffoptError, match="there are no layers to make 2:4 sparse in net"):
+        prune(one(make, randn(2, 6)), "2:4")
+    with pytest.raises(DiffoptError, match="no layer of net matches 'nothing'"):
+        prune(one(mlp), "2:4,skip=nothing")
