@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,7 @@ def compile_package(
     """Compile a component whose tensors are on `device` for that; return the package."""
     from torch._inductor.package.package import package_aoti
 
-    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet(folder):
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet():
         files = _compile(gm, settings, sizes, device, folder)
         needed: list[Any] = [
             str(file) for file in files if str(file).endswith((".so", ".json", ".cubin"))
@@ -68,11 +69,13 @@ def _compile(
     gm: fx.GraphModule, settings: Settings, sizes: Bounds | None, device: str, folder: str
 ) -> Any:
     """Let AOTInductor write into a folder; return the names of what belongs to the result."""
-    arguments = tuple(example(n.meta["val"]).to(device) for n in g.placeholders(gm))
+    arguments = tuple(example(n.meta["val"], device) for n in g.placeholders(gm))
     known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
     options = {key: value for key, value in settings.items() if key in known}
     options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
     module: Any = g.clone(gm)
+    for node, argument in zip(g.placeholders(module), arguments, strict=True):
+        node.meta["val"] = g.fake(argument)  # the compiler refuses those of another device
     if sizes:  # without them the graph is what an export would give
         shapes = dynamic_shapes(len(arguments), sizes)
         exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
@@ -195,7 +198,7 @@ class Weights(Protocol):
         """Return a weight in the memory layout of the trace."""
 
 
-# How to run it; and its weights, which must live as long: the library keeps bare pointers to them.
+# How to run it; and its weights, to be freed with it: a library keeps its references to them.
 _Library = tuple[Callable[[list[Tensor]], list[Tensor]], list[Tensor]]
 
 
@@ -213,7 +216,7 @@ def open_library(members: Mapping[str, bytes | memoryview], weights: Weights | N
     if weights is None:
         return runner.run, []
     names = runner.get_constant_names_to_original_fqns()
-    table = {name: weights[original] for name, original in names.items()}
+    table = {name: _shared(weights[original]) for name, original in names.items()}
     runner.update_constant_buffer(table, False, True, True)
     return runner.run, list(table.values())
 
@@ -233,9 +236,22 @@ def open_package(content: bytes | memoryview, weights: Weights | None) -> _Libra
         runner = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     if weights is None:
         return runner.run, []
-    table = {name: weights[name] for name in runner.get_constant_fqns()}
+    table = {name: _shared(weights[name]) for name in runner.get_constant_fqns()}
     runner.load_constants(table, False, True, True)
     return runner.run, list(table.values())
+
+
+@torch.no_grad()
+def _shared(tensor: Tensor) -> Tensor:
+    """Return another tensor in the same memory, which can be let go of while the tensor lives."""
+    form = tensor.storage_offset(), tensor.shape, tensor.stride()
+    memory = tensor.untyped_storage()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, *form)
+
+
+def _let_go(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.set_()  # type: ignore[call-overload]
 
 
 class Kernel:
@@ -256,7 +272,8 @@ class Kernel:
         """
         self._strides = strides
         self._further = list(further)
-        self._run, self._weights = library
+        self._run, weights = library
+        weakref.finalize(self, _let_go, weights).atexit = False
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the component; `tensors` is used up."""
@@ -284,15 +301,18 @@ def _is_product(path: Path) -> bool:
 
 
 @contextmanager
-def quiet(folder: str) -> Iterator[None]:
-    """Keep what the compiler says from the terminal, and its temporary files in `folder`."""
+def quiet(folder: str | None = None) -> Iterator[None]:
+    """Keep what the compiler says from the terminal, and its temporary files in `folder`.
+
+    There is none for GPU kernels: the processes that compile these outlive it, and go on using it.
+    """
     from torch._inductor import select_algorithm
 
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
         mock.patch.object(select_algorithm, "PRINT_AUTOTUNE", False),
-        mock.patch.dict(os.environ, TMPDIR=folder),
+        mock.patch.dict(os.environ, {} if folder is None else {"TMPDIR": folder}),
     ):
         warnings.simplefilter("ignore")
         yield

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import aoti, cachedir, cuda, gemm, lowering, serialize, setup
+from diffopt import graph as g
 from diffopt.core import Progress
 from diffopt.hardware import Hardware
-from diffopt.lowering import elsewhere, free_sizes, source
+from diffopt.lowering import elsewhere, example, free_sizes, source
 from diffopt.program import Program
 from diffopt.runtime import Body, Plan, lay_out, place
 from diffopt.sizes import Bounds
@@ -34,6 +35,9 @@ from diffopt.target import Finished, Image, Lowered, Target
 
 _SETUP = "(setup).json"
 _MADE = "(made).json"
+
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 log = logging.getLogger("diffopt")
 
@@ -137,7 +141,7 @@ class Deferred(Target):
             return found
         tensors = {part: weights[part] if self.by_value else weights.empty(part) for part in used}
         gm = serialize.graph_from_json(body["nodes"], name, tensors, {})
-        place(gm, cuda.DEVICE)
+        move(gm, cuda.DEVICE)
         package = self.package(gm, {index: dict(axes) for index, axes in body["sizes"]})
         made = {"pt2": package.content, "json": json.dumps(package.about).encode()}
         cachedir.put(key, made)
@@ -242,6 +246,26 @@ class _Weights:
 
 def _attribute(image: Image, tensors: _OnGpu, component: str, name: str) -> Tensor:
     return _Weights(image.graphs[component]["tensors"], {}, tensors)[name]
+
+
+def move(gm: fx.GraphModule, device: str) -> None:
+    """Let a graph compute on a device, with its tensors there, and return values laid out as here.
+
+    Kernels there, and weights in other memory layouts, lay out values in other ways.
+    """
+    place(gm, device)
+    before = [node.meta["val"] for node in g.outputs(gm)]
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["val"] = g.fake(example(node.meta["val"], device))
+        elif node.op == "get_attr":
+            node.meta["val"] = g.fake(g.attribute(gm, str(node.target)))
+        elif node.op == "call_function":
+            if node.target in _VIEWS:  # of what may be laid out otherwise
+                node.target = aten.reshape.default
+            node.meta["val"] = g.propagate(node)
+    setup.restore_layouts(gm, before)
+    gm.recompile()
 
 
 @cache

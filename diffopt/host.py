@@ -312,6 +312,11 @@ class Call:
         if isinstance(given, list) and len(given) == 1:
             given = given[0]
         if isinstance(given, torch.Generator):
+            if given.device.type != "cpu":
+                raise DiffoptError(
+                    f"the generator is on {given.device}, and inputs are drawn on the CPU: give"
+                    ' torch.Generator("cpu").manual_seed(…), or seed='
+                )
             return given
         if self.seed is None:
             return None

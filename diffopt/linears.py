@@ -14,6 +14,7 @@ from diffopt.rewrite import (
     args,
     argument,
     graphs,
+    keep_outputs,
     layout,
     replace,
     repropagate,
@@ -174,7 +175,7 @@ def _merge_nodes(
     for node, item in zip(nodes, items, strict=True):
         replace(node, item)
     repropagate(gm, set(items))
-    _keep_outputs(program, name, kept)
+    keep_outputs(program, name, kept)
 
 
 def _common(paths: Sequence[str]) -> str:
@@ -185,17 +186,3 @@ def _common(paths: Sequence[str]) -> str:
             break
         common.append(parts[0])
     return ".".join(common)
-
-
-def _keep_outputs(program: Program, name: str, kept: Sequence[object]) -> None:
-    """Give the outputs of a graph the memory layout back that they had."""
-    gm = graphs(program)[name]
-    outputs = g.outputs(gm)
-    for index, (node, before) in enumerate(zip(outputs, kept, strict=True)):
-        if layout(node.meta["val"]) != before:
-            with gm.graph.inserting_before(g.output_node(gm)):
-                outputs[index] = g.call(gm.graph, aten.clone.default, node, like=node)
-    g.set_outputs(gm, outputs)
-    for site in program.calls(name) if name else []:
-        site.meta["val"] = tuple(node.meta["val"] for node in outputs)
-        repropagate(program.root, {site})

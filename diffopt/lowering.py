@@ -47,9 +47,11 @@ def machine() -> str:
     return f"{platform.system().lower()}-{platform.machine()}"
 
 
-def example(value: Tensor) -> Tensor:
+def example(value: Tensor, device: str = "cpu") -> Tensor:
     """Return a tensor of zeros like a value, to compile or export with."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
+    # Made there, since a copy to another device has another memory layout where there are gaps.
+    form = value.shape, value.stride()
+    return torch.empty_strided(*form, dtype=value.dtype, device=device).zero_()
 
 
 def dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:

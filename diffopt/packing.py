@@ -39,10 +39,10 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
     if kind == "tensor":
         tensor = tensors[value]
         if output_type in ("pil", "np") and _is_image(tensor):
-            return images(np.asarray(tensor.movedim(-3, -1).float()), output_type)
+            return images(np.asarray(tensor.movedim(-3, -1).float().cpu()), output_type)
         return tensor
     if kind in ("array", "image"):
-        array = np.asarray(tensors[value[0]])[tuple(value[1:])]
+        array = np.asarray(tensors[value[0]].cpu())[tuple(value[1:])]
         if output_type == "pt" and array.ndim >= 3:
             return torch.from_numpy(array).movedim(-1, -3)
         return images(array, output_type or ("np" if kind == "array" else "pil"))

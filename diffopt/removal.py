@@ -6,7 +6,7 @@ be mended by itself; propagation then has to give the same shape.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from diffopt import graph as g
 from diffopt.coupling import Coupling, Unit
 from diffopt.labels import along, changes, constant, narrow
 from diffopt.program import Program
-from diffopt.rewrite import args, argument, graphs, layout, propagate, repropagate, stored
+from diffopt.rewrite import (
+    args,
+    argument,
+    graphs,
+    keep_outputs,
+    layout,
+    propagate,
+    stored,
+)
 from diffopt.walk import packet
 
 aten = torch.ops.aten
@@ -35,7 +43,7 @@ def remove(program: Program, coupling: Coupling, units: Iterable[Unit]) -> None:
     for name, gm in graphs(program).items():
         before = [layout(node.meta["val"]) for node in g.outputs(gm)]
         _Body(coupling, gone, name, gm, smaller).mend()
-        _keep_outputs(program, name, before)
+        keep_outputs(program, name, before)
 
 
 def _weights(coupling: Coupling, gone: Tensor) -> dict[int, Tensor]:
@@ -249,17 +257,3 @@ def _mend_convolution(body: _Body, node: fx.Node) -> None:
     source = args(node)[0]
     before, now = body.old[source].shape[1], source.meta["val"].shape[1]
     node.update_kwarg("groups", node.kwargs["groups"] * now // before)
-
-
-def _keep_outputs(program: Program, name: str, before: Collection[object]) -> None:
-    """Give the results of a body the memory layout back that they had."""
-    gm = graphs(program)[name]
-    outputs = g.outputs(gm)
-    for index, (node, old) in enumerate(zip(outputs, before, strict=True)):
-        if layout(node.meta["val"]) != old:
-            with gm.graph.inserting_before(g.output_node(gm)):
-                outputs[index] = g.call(gm.graph, aten.clone.default, node, like=node)
-    g.set_outputs(gm, outputs)
-    for site in program.calls(name) if name else []:
-        site.meta["val"] = tuple(node.meta["val"] for node in outputs)
-        repropagate(program.root, {site})

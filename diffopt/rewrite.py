@@ -212,6 +212,20 @@ def repropagate(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
             changed.add(node)
 
 
+def keep_outputs(program: Program, name: str, kept: Collection[object]) -> None:
+    """Give the outputs of a graph the memory layout back that they had."""
+    gm = graphs(program)[name]
+    outputs = g.outputs(gm)
+    for index, (node, before) in enumerate(zip(outputs, kept, strict=True)):
+        if layout(node.meta["val"]) != before:
+            with gm.graph.inserting_before(g.output_node(gm)):
+                outputs[index] = g.call(gm.graph, aten.clone.default, node, like=node)
+    g.set_outputs(gm, outputs)
+    for site in program.calls(name) if name else []:
+        site.meta["val"] = tuple(node.meta["val"] for node in outputs)
+        repropagate(program.root, {site})
+
+
 def _layouts(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(layout, value))

@@ -140,7 +140,7 @@ def lower(
         layouts = [node.meta["val"] for node in g.outputs(body)]
         done = rewrite(name, body)
         repropagate(body, set(done.made))
-        _restore_layouts(body, layouts)
+        restore_layouts(body, layouts)
         g.prune_unused(body)
         body.recompile()
         result.layers[name] = done.layers
@@ -151,7 +151,7 @@ def lower(
     return result
 
 
-def _restore_layouts(gm: fx.GraphModule, before: list[Tensor]) -> None:
+def restore_layouts(gm: fx.GraphModule, before: list[Tensor]) -> None:
     """Give outputs the memory layout that they had: who reads them counts on it."""
     outputs = g.outputs(gm)
     for index, (node, value) in enumerate(zip(outputs, before, strict=True)):

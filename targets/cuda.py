@@ -57,6 +57,8 @@ class Cuda(Deferred):
             "layout_optimization": self.channels_last,
             "force_layout_optimization": self.channels_last,
             "max_autotune": self.max_autotune,
+            # Some products would be tuned all the same, in 8 bits for minutes.
+            **({} if self.max_autotune else {"max_autotune_gemm_backends": "ATEN"}),
             "coordinate_descent_tuning": self.max_autotune,
             "max_autotune_report_choices_stats": False,
             "aot_inductor.enable_line_tables": False,

@@ -76,10 +76,10 @@ class TorchTensorrt(Deferred):
         """Compile a component, whose weights become part of the package."""
         library = _library()
         values = [node.meta["val"] for node in g.placeholders(gm)]
-        arguments = tuple(example(value).to(cuda.DEVICE) for value in values)
+        arguments = tuple(example(value, cuda.DEVICE) for value in values)
         shapes = dynamic_shapes(len(values), sizes) if sizes else None
         inputs = [_input(library, v, sizes.get(i, {})) for i, v in enumerate(values)]
-        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, aoti.quiet(folder):
+        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, aoti.quiet():
             exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
             with _reports() as reports:
                 # Types are the graph's: by default up to 2.12, and always from 2.13 on.

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from diffopt import archive, engine
+from diffopt import archive, enginefile
 from diffopt.core import Progress
 from diffopt.engine import Engine, build, load
 from diffopt.errors import DiffoptError
@@ -63,9 +63,9 @@ def places(path: Path) -> Iterator[tuple[str, int, int]]:
 
 def rewrite(path: Path, to: Path, **changes: Any) -> Path:
     """Write an engine again with another manifest."""
-    opened = archive.Archive(path, engine.KIND, "an engine", "")
+    opened = archive.Archive(path, enginefile.KIND, "an engine", "")
     members = {name: [opened.read(name)] for name in opened.manifest["members"]}
-    archive.write(to, engine.KIND, opened.manifest | changes, members)
+    archive.write(to, enginefile.KIND, opened.manifest | changes, members)
     return to
 
 
@@ -241,7 +241,7 @@ def test_removed_member(whole: Path, tmp_path: Path) -> None:
 
 def test_other_format(whole: Path, tmp_path: Path) -> None:
     assert refusal(rewrite(whole, tmp_path / "x", format="9.9")) == (
-        f"FILE: engine format 9.9, this diffopt reads {engine.FORMAT};"
+        f"FILE: engine format 9.9, this diffopt reads {enginefile.FORMAT};"
         " build it again with this version"
     )
 
@@ -325,7 +325,7 @@ def test_refused_program(captured: Program, tmp_path: Path) -> None:
 def test_machine_that_does_not_fit(
     captured: Program, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "parse_target", lambda text: Far())
+    monkeypatch.setattr(enginefile, "parse_target", lambda text: Far())
     path = rewrite(whole, tmp_path / "x", requires={"machine": "far"})
     assert refusal(path) == (
         "FILE: it was built for far, this is near; build it again for this machine,"

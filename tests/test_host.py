@@ -107,6 +107,19 @@ def test_a_seed_stands_for_generators():
     assert torch.equal(second, torch.randn(2, generator=generator(6)))
 
 
+def test_a_generator_that_is_elsewhere():
+    class Elsewhere(torch.Generator):
+        device = torch.device("cuda", 0)
+
+    host = h.Host([STEPS[2]], {"tensor": 0}, {})
+    with pytest.raises(DiffoptError) as caught:
+        host.prepare({"generator": [Elsewhere()]})
+    assert str(caught.value) == (
+        "the generator is on cuda:0, and inputs are drawn on the CPU: give"
+        ' torch.Generator("cpu").manual_seed(…), or seed='
+    )
+
+
 def test_a_wrong_kind_of_picture():
     host = h.Host([STEPS[4]], {"tensor": 0}, {})
     with pytest.raises(DiffoptError) as caught:

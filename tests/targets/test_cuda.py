@@ -1,14 +1,20 @@
 """The target `cuda`: what is done without a GPU, and, with the CPU in its place, the rest."""
 
+import gc
 import json
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import diffopt
-from diffopt import aoti, cuda, engine
+from diffopt import aoti, cuda, deferred, engine
+from diffopt import graph as g
 from diffopt.archive import Archive
 from diffopt.core import Pipeline, Progress
 from diffopt.enginefile import KIND
@@ -18,9 +24,12 @@ from diffopt.program import Program
 from diffopt.target import Finished, Image
 from diffopt.targets.cuda import Cuda
 from tests.command import Run
+from tests.passes.build import Builder, body, parameter, randn
 from tests.quantized import steps
 from tests.standin import replace_gpu
 from tests.zoo import CASES
+
+aten = torch.ops.aten
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -52,6 +61,11 @@ def traced(name: str) -> Program:
 
 def expected(program: Program) -> list[torch.Tensor]:
     return program.run(program.sample_inputs())
+
+
+def sums(weight: torch.Tensor) -> fx.GraphModule:
+    """Return a component that adds a weight to its argument."""
+    return body(lambda b, x: b(aten.add.Tensor, x, weight), weight)
 
 
 # Without a GPU
@@ -96,7 +110,59 @@ def test_whole_pipelines_are_lowered_without_a_gpu(name: str, tmp_path: Path) ->
     assert set(manifest["components"]) == set(program.components)
 
 
+def test_a_moved_graph_views_what_is_laid_out_otherwise_and_returns_what_it_did() -> None:
+    weight, x = parameter(16, 4, 3, 3), randn(2, 4, 8, 8)
+
+    def make(b: Builder, x: fx.Node) -> list[fx.Node]:
+        made = b(aten.conv2d.default, x, weight, None, [1, 1], [1, 1])
+        return [made, b(aten.view.default, made, [2, -1])]
+
+    gm = body(make, x)
+    expected = gm(x)
+    turned = weight.contiguous(memory_format=torch.channels_last)
+    gm.register_parameter("weight", torch.nn.Parameter(turned, requires_grad=False))
+    deferred.move(gm, "cpu")
+    for own, other in zip(gm(x), expected, strict=True):
+        torch.testing.assert_close(own, other, check_stride=True)
+
+
 # With the CPU in the GPU's place
+
+
+def test_a_component_is_compiled_for_where_its_tensors_are() -> None:
+    gm = sums(randn(64))
+    (x,) = g.placeholders(gm)
+    with g.FAKE:
+        x.meta["val"] = torch.empty(64, device="meta")  # it was captured elsewhere
+    run, _ = aoti.open_package(aoti.compile_package(gm, {}, None, "cpu"), None)
+    assert torch.equal(run([torch.ones(64)])[0], randn(64) + 1)
+
+
+def test_weights_are_freed_with_the_kernel() -> None:
+    settings = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
+    package = aoti.compile_package(sums(randn(64)), settings, None, "cpu")
+    weight = randn(64)
+    memory = StorageWeakRef(weight.untyped_storage())
+    kernel = aoti.Kernel(aoti.open_package(package, {"constant": weight}), [None])
+    weight.mul_(2)  # it is read where it lies
+    del weight
+    assert torch.equal(kernel([torch.ones(64)])[0], 2 * randn(64) + 1)
+    del kernel
+    gc.collect()
+    assert memory.expired()
+
+
+def test_what_outlives_a_compilation_writes_nothing_where_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(*_: Any) -> None:
+        raise KeyError(os.environ.get("TMPDIR"))
+
+    monkeypatch.setattr(aoti, "_compile", look)
+    before = os.environ.get("TMPDIR")
+    with pytest.raises(KeyError) as error:
+        aoti.compile_package(sums(randn(2)), {}, None, "cpu")
+    assert error.value.args == (before,)
 
 
 def test_the_first_load_compiles_and_the_next_takes_that_from_the_cache(
