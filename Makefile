@@ -28,9 +28,10 @@ demo: venv
 	$(BIN)/diffopt bench fashion.engine --against eager,compile
 
 # One thread each: two processes of one thread are faster than one of two. A file stays in one
-# process, as what its tests share (engines, traced programs) is made once there.
+# process, as what its tests share (engines, traced programs) is made once there. Which files go
+# first is for tests/conftest.py to say.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .

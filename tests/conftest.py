@@ -9,8 +9,12 @@ import torch
 from diffopt import cli
 from tests.command import Outcome, Run
 
+# Files with few tests that take long: begun first, so that two processes end at the same time.
+LONG = ("test_docs", "benchmark", "test_examples", "tests/targets", "test_zoo", "test_recover")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(part in str(item.path) for part in LONG))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
