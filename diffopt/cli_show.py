@@ -126,10 +126,18 @@ def _print_details(record: Record) -> None:
     for key, value in record.notes.items():
         if stepmap.is_map(value):
             continue  # a table of its own
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            rows = [list(map(_number, row.values())) for row in value]
+            table(f"{record.text}: {key}", list(value[0]), rows)
+            continue
         console.print(f"{record.text}: {key} = {value}", markup=False)
     reasons = Counter(text.partition(": ")[2] for text in record.skipped)
     for reason, times in reasons.most_common():
         console.print(f"{record.text}: not rewritten {times}×: {reason}", markup=False)
+
+
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def step_maps(records: Sequence[Record]) -> None:

@@ -24,6 +24,9 @@ With `scope=layer` every group loses the same share, with `global` the units tha
 all, relative to the mean of their group. `ratios` gives groups shares of their own, the first
 pattern that matches a layer which makes the group: `ratios=*.ff.*:0.5,*attn*:0`.
 
+`prune(auto,flops=0.7)` takes channels, heads and hidden units, of each group as many as leaves at
+most 0.7 of the components' FLOPs and costs least: what a share of each does is measured (`shares`).
+
 Not rewritten when
 - a layer's outputs are a result of its component, or an operator without a rule reads them;
 - a layer's module matches `skip`, or it is in none of `components`;
@@ -39,7 +42,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from diffopt import depth, quantizer, removal
+from diffopt import depth, quantizer, removal, shares
+from diffopt.ablation import FEW, Ablation
 from diffopt.core import Context, Pass, Size, option
 from diffopt.coupling import KINDS, Coupling, Group, Unit, couple
 from diffopt.errors import DiffoptError
@@ -50,7 +54,9 @@ from diffopt.pruning import Scope, least, unit_scores
 from diffopt.requests import representative
 from diffopt.sparsity import sparsify
 
-What = Literal["channels", "heads", "mlp", "blocks", "all", "2:4"]
+What = Literal["channels", "heads", "mlp", "blocks", "all", "2:4", "auto"]
+
+RATIO = 0.3
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,11 @@ class Prune(Pass):
     exact = False
 
     what: tuple[What, ...] = option(
-        ("channels",), "what goes: channels, heads, mlp; all of these; blocks; or weights, 2:4"
+        ("channels",),
+        "what goes: channels, heads, mlp; all of these; auto: of each what measurements say;"
+        " blocks; or weights, 2:4",
     )
-    ratio: float = option(0.3, "share to remove of each group, or of all")
+    ratio: float = option(RATIO, "share to remove of each group, or of all")
     importance: Method = option(  # noqa: RUF009 (a string)
         "magnitude", "how it is measured what matters: magnitude, taylor, diff-pruning, random"
     )
@@ -78,6 +86,7 @@ class Prune(Pass):
         ("loop",), "loop; all; or names of components, which may be patterns"
     )
     budget: float | None = option(None, "largest relative error that the pass may add")
+    flops: float | None = option(None, "auto: the part of the FLOPs to leave, at the most")
 
     def __post_init__(self) -> None:
         if not self.what:
@@ -88,6 +97,23 @@ class Prune(Pass):
             raise DiffoptError("prune wants round-to and samples to be 1 or more")
         for text in self.ratios:
             read_ratio(text)
+        if wrong := self._wrong_auto():
+            raise DiffoptError(wrong)
+
+    def _wrong_auto(self) -> str | None:
+        """Return what is wrong with the options around `auto`."""
+        if "auto" not in self.what:
+            given = f"prune has flops={self.flops or 0:g} without auto: write prune(auto,flops=0.7)"
+            return None if self.flops is None else given
+        if len(self.what) > 1:
+            return "prune(auto) takes channels, heads and mlp by itself: write auto alone"
+        if self.flops is None:
+            return "prune(auto) wants the part of the FLOPs to leave: write prune(auto,flops=0.7)"
+        if not 0 < self.flops < 1:
+            return f"prune has flops={self.flops:g}; write the part to leave, between 0 and 1"
+        if self.ratio != RATIO or self.ratios or self.scope != "layer":
+            return "prune(auto) chooses the shares itself: leave ratio, ratios and scope out"
+        return None
 
     def run(self, program: Program, ctx: Context) -> None:
         """Find what goes together, measure what matters, and remove the rest."""
@@ -100,9 +126,18 @@ class Prune(Pass):
             program.refresh()
         if set(self.what) - {"blocks", "2:4"}:
             coupling = couple(program)
-            groups, shares = self._groups(coupling, names, ctx)
+            groups, given = self._groups(coupling, names, ctx)
             scores = [unit_scores(group, measured) for group in groups]
-            units = least(groups, scores, shares, self.ratio, self.scope, self.round_to)
+            if self.flops is None:
+                units = least(groups, scores, given, self.ratio, self.scope, self.round_to)
+            else:
+                inputs = representative(str(self), program, ctx.prompts, FEW, ctx.seed)
+                bench = Ablation(program, coupling, names, inputs)
+                found = shares.choose(
+                    bench, groups, scores, self.flops, self.round_to, ctx.progress
+                )
+                units = found.units
+                ctx.notes.update(found.notes())
             removal.remove(program, coupling, [unit for own in units for unit in own])
             self._report(groups, units, ctx)
             program.refresh()
@@ -151,10 +186,10 @@ class Prune(Pass):
         self, coupling: Coupling, names: Sequence[str], ctx: Context
     ) -> tuple[list[Group], list[float | None]]:
         """Return the groups to prune, each with its own share, if it has one."""
-        kinds = [k for k in KINDS if k in self.what or "all" in self.what]
+        kinds = [k for k in KINDS if {k, "all", "auto"} & set(self.what)]
         patterns = Patterns(self.layers, self.skip)
         rules = [(Patterns([p]), share) for p, share in map(read_ratio, self.ratios)]
-        groups, shares = [], []
+        groups, given = [], []
         for group in coupling.groups:
             if not all(layer.partition(".")[0] in names for layer in group.layers):
                 continue
@@ -168,7 +203,7 @@ class Prune(Pass):
                 ctx.skip(group.name, "its channels go together, so none can go")
             else:
                 groups.append(group)
-                shares.append(share)
+                given.append(share)
         fixed = [(n, reason) for n, reason in coupling.fixed if n.partition(".")[0] in names]
         for name, reason in fixed:
             patterns.wants(*_split(name))
@@ -181,7 +216,7 @@ class Prune(Pass):
             raise DiffoptError(
                 f"there are no {' or '.join(kinds)} to prune in {', '.join(names)}{reason}"
             )
-        return groups, shares
+        return groups, given
 
     def _importance(
         self, program: Program, names: Sequence[str], ctx: Context
@@ -203,12 +238,11 @@ class Prune(Pass):
             row["units"] += len(group.units)
             row["removed"] += len(own)
             if not own:
-                ctx.skip(
-                    group.name, f"the share is less than half of one of its {len(group.units)}"
-                )
+                why = f"the share is less than half of one of its {len(group.units)}"
+                ctx.skip(group.name, why if self.flops is None else "others cost less to remove")
         ctx.note("pruned", kinds)
-        why = collections.Counter(text.rpartition(": ")[2] for text in ctx.skipped)
-        ctx.note("left alone", dict(why.most_common()))
+        reasons = collections.Counter(text.rpartition(": ")[2] for text in ctx.skipped)
+        ctx.note("left alone", dict(reasons.most_common()))
 
 
 def chosen(program: Program, wanted: Sequence[str]) -> list[str]:

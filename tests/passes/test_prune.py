@@ -8,6 +8,7 @@ import torch
 from expecttest import assert_expected_inline
 
 import diffopt
+from diffopt import cli_show as show
 from diffopt import graph as g
 from diffopt import sparsity
 from diffopt.core import Pipeline, Record
@@ -231,6 +232,95 @@ def test_shared_weights_stay_shared() -> None:
         prune(built, "mlp")  # `other` would lose them as well
 
 
+# Shares by measurement
+
+
+def uneven(b, x):
+    """Two blocks in a row: what the second one makes with large weights adds nothing."""
+    y = b(aten.add.Tensor, x, mlp(b, x))
+    large, nothing = (torch.nn.Parameter(w * k, requires_grad=False) for w, k in LARGE)
+    hidden = b(SILU, b(aten.linear.default, y, large))
+    y = b(aten.add.Tensor, y, b(aten.linear.default, hidden, nothing))
+    return b(aten.linear.default, y, parameter(8, 8, seed=4))
+
+
+LARGE = ((UP, 10), (DOWN, 0))
+
+
+def test_auto_takes_what_adds_nothing_first() -> None:
+    result, record = prune(one(uneven), "auto,flops=0.7")
+    assert hidden(result) == [16, 4]
+    assert record.relative < 1e-6
+    assert record.notes["auto"] == {
+        "flops": {"before": 2304, "after": 1536},
+        "predicted error": 0,
+        "measured error": 0,
+    }
+    rows = record.notes["groups"]
+    assert rows[-1] == {
+        "group": "net.linear_default_2",
+        "kind": "mlp",
+        "units": 16,
+        "removed": 12,
+        "flops saved": 768 / 2304,
+        "error": 0,
+    }
+    assert [row["removed"] for row in rows] == [0, 0, 12]
+    tried = [row["removed"] for row in record.notes["sensitivity"]]
+    assert tried == [2, 4, 6, 8, 12, 1, 2, 3, 4, 6, 2, 4, 6, 8, 12]
+    assert "net.linear_default: others cost less to remove" in record.skipped
+    _, even = prune(one(uneven), "mlp,ratio=0.375")
+    assert even.after.flops == record.after.flops
+    assert even.relative > 0.1
+
+
+def test_auto_reports_a_table(capsys) -> None:
+    _, record = prune(one(uneven), "auto,flops=0.7")
+    show.records_table([record], timing=False, stats=True)
+    lines = capsys.readouterr().out.splitlines()
+    at = next(k for k, line in enumerate(lines) if line.rstrip().endswith(": groups"))
+    (row,) = [line for line in lines[at : at + 7] if "net.linear_default_2" in line]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["net.linear_default_2", "mlp", "16", "12", "0.333", "0"]
+
+
+def test_auto_takes_no_more_than_it_has_to() -> None:
+    result, record = prune(one(uneven), "auto,flops=0.95")
+    assert hidden(result) == [16, 14]
+    assert record.after.flops <= 0.95 * record.before.flops
+
+
+def test_auto_leaves_alone_what_is_skipped() -> None:
+    result, _ = prune(one(uneven), "auto,flops=0.8,skip=linear_default_2")
+    assert hidden(result)[0] < 16
+    assert hidden(result)[1] == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "denoiser", "options"),
+    [
+        ("sd", "unet", "layers=(*mid_block*,*up_blocks.1*,*time_emb*)"),
+        ("dit", "transformer", "importance=taylor"),
+    ],
+)
+def test_auto_of_the_zoo(name: str, denoiser: str, options: str) -> None:
+    built = traced(name)
+    result, record = run(built, f"prune(auto,flops=0.8,{options})")
+    before, after = (
+        len(p.calls(denoiser)) * g.flops(p.components[denoiser]) for p in (built, result)
+    )
+    assert 0.7 * before < after <= 0.8 * before
+    note = record.notes["auto"]
+    assert note["flops"] == {"before": before, "after": after}
+    assert 0 < note["predicted error"] < 3 * note["measured error"]
+    rows = record.notes["groups"]
+    assert sum(row["error"] ** 2 for row in rows) == pytest.approx(note["predicted error"] ** 2)
+    assert sum(row["removed"] for row in rows) == sum(
+        kind["removed"] for kind in record.notes["pruned"].values()
+    )
+    assert all(bool(t.isfinite().all()) for t in result.run(result.sample))
+
+
 # Left alone
 
 
@@ -277,7 +367,7 @@ def test_blocks_of_the_zoo(name: str) -> None:
     [
         ("prune(ratio=1)", "prune has ratio=1; write a share from 0 to below 1"),
         ("prune(ratio=-0.1)", "prune has ratio=-0.1; write a share from 0 to below 1"),
-        ("prune(what=())", "prune removes channels, heads, mlp or blocks: name at least one"),
+        ("prune(what=())", "prune wants channels, heads, mlp, blocks or 2:4: name at least one"),
         ("prune(round-to=0)", "prune wants round-to and samples to be 1 or more"),
         (
             "prune(ratios=*.ff.*)",
@@ -287,6 +377,23 @@ def test_blocks_of_the_zoo(name: str) -> None:
             "prune(ratios=*.ff.*:2)",
             "prune has ratios=*.ff.*:2; write a pattern and a share from 0 to below 1, as "
             "*.ff.*:0.5",
+        ),
+        ("prune(mlp,flops=0.5)", "prune has flops=0.5 without auto: write prune(auto,flops=0.7)"),
+        (
+            "prune((auto,blocks),flops=0.5)",
+            "prune(auto) takes channels, heads and mlp by itself: write auto alone",
+        ),
+        (
+            "prune(auto)",
+            "prune(auto) wants the part of the FLOPs to leave: write prune(auto,flops=0.7)",
+        ),
+        (
+            "prune(auto,flops=1)",
+            "prune has flops=1; write the part to leave, between 0 and 1",
+        ),
+        (
+            "prune(auto,flops=0.5,ratio=0.2)",
+            "prune(auto) chooses the shares itself: leave ratio, ratios and scope out",
         ),
     ],
 )
@@ -314,6 +421,11 @@ def test_wrong_options(step: str, message: str) -> None:
             "no layer of net matches 'linear_defalt'; did you mean 'linear_default'?",
         ),
         ("blocks,ratio=0.9", "there are no residual blocks to prune in net"),
+        (
+            "auto,flops=0.2",
+            "flops=0.2 cannot be reached in net: with up to 0.75 of each group gone, 0.25 of their"
+            " FLOPs are left; ask for that or more",
+        ),
     ],
 )
 def test_nothing_that_can_be_done(options: str, message: str) -> None:
