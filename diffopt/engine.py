@@ -23,6 +23,9 @@ from diffopt.host import Host
 from diffopt.program import Program
 from diffopt.target import Image, Lowered, Target, parse_target
 
+# What `Program.to_members` returns.
+_Saved = tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]
+
 
 def build(
     program: Program,
@@ -64,13 +67,14 @@ def write(
         raise DiffoptError(f"target {target} cannot take this program: {reason}")
     _expect_writable(path)
     lowered = target.compile(program, progress)
+    saved = program.to_members()
     if not lowered.finished and target.unfit(lowered.requires) is None:
-        done = target.finish(_image(program, lowered), progress)
+        done = target.finish(_image(program, saved, lowered), progress)
         lowered.members |= done.members
         lowered.bodies = _joined(lowered.bodies, done.bodies)
         lowered.finished = True
     progress("writing", None)
-    members = _members(program, lowered)
+    members = _members(saved, lowered)
     manifest = {**_manifest(program, target, lowered, members), "compress": compress}
     _write(path, manifest, members)
 
@@ -134,8 +138,8 @@ def _write(
         raise DiffoptError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _image(program: Program, lowered: Lowered) -> Image:
-    data, tensors, _ = program.to_members()
+def _image(program: Program, saved: _Saved, lowered: Lowered) -> Image:
+    data, tensors, _ = saved
     return Image(
         members={name: memoryview(content) for name, content in lowered.members.items()},
         graphs={name: graph for name, graph in data["graphs"].items() if is_component(name)},
@@ -144,8 +148,8 @@ def _image(program: Program, lowered: Lowered) -> Image:
     )
 
 
-def _members(program: Program, lowered: Lowered) -> dict[str, archive.Buffers]:
-    data, tensors, assets = program.to_members()
+def _members(saved: _Saved, lowered: Lowered) -> dict[str, archive.Buffers]:
+    data, tensors, assets = saved
     if lowered.holds_weights:
         outer = [graph for name, graph in data["graphs"].items() if not is_component(name)]
         used = {key for graph in outer for key, _, _ in graph["tensors"].values()}

@@ -364,15 +364,6 @@ def _by_group(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return g.to_dtype(graph, product, dtype)
 
 
-def _quantized_rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    x, scale, _, low, high, dtype = args(node)
-    inverse = g.call(graph, aten.reciprocal.default, scale)
-    scaled = g.call(graph, aten.mul.Tensor, x, inverse)
-    whole = g.call(graph, aten.round.default, scaled)
-    inside = g.call(graph, aten.clamp.default, whole, low, high)
-    return g.call(graph, aten._to_copy.default, inside, dtype=dtype)
-
-
 def _dequantized_rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
     q, scale, *_, dtype = args(node)
     return g.to_dtype(graph, g.call(graph, aten.mul.Tensor, q, scale), dtype)
@@ -382,6 +373,6 @@ _PLAIN: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node]] = {
     unpack_int4: _unpacked,
     qd.dequantize_per_channel.default: _by_output,
     qd.dequantize_per_channel_group.default: _by_group,
-    qd.quantize_per_token.default: _quantized_rows,
+    qd.quantize_per_token.default: qdq.rounded_rows,
     qd.dequantize_per_token.default: _dequantized_rows,
 }

@@ -25,7 +25,7 @@ from torch import fx
 
 from diffopt import graph as g
 from diffopt import qdq, setup
-from diffopt.rewrite import args, argument, calls, geometry, replace
+from diffopt.rewrite import argument, calls, geometry, replace
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -132,13 +132,7 @@ class _Inputs:
         if x.quantized not in self._made:
             graph = self._gm.graph
             with graph.inserting_before(x.quantized):
-                wide = args(x.quantized)[0]
-                inverse = g.call(graph, aten.reciprocal.default, x.scale)
-                scaled = g.call(graph, aten.mul.Tensor, wide, inverse)
-                whole = g.call(graph, aten.round.default, scaled)
-                inside = g.call(graph, aten.clamp.default, whole, -128, 127)
-                q = g.call(graph, aten._to_copy.default, inside, dtype=torch.int8)
-                self._made[x.quantized] = (q,)
+                self._made[x.quantized] = (qdq.rounded_rows(graph, x.quantized),)
         return self._made[x.quantized]
 
 

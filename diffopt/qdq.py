@@ -266,6 +266,16 @@ def _row_scale(graph: fx.Graph, x: fx.Node, high: float) -> fx.Node:
     return g.call(graph, aten.div.Tensor, least, high)
 
 
+def rounded_rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Insert, in plain operators, the numbers of rows that `node` quantizes; return their node."""
+    x, scale, _, low, high, dtype = args(node)
+    inverse = g.call(graph, aten.reciprocal.default, scale)
+    scaled = g.call(graph, aten.mul.Tensor, x, inverse)
+    whole = g.call(graph, aten.round.default, scaled)
+    inside = g.call(graph, aten.clamp.default, whole, low, high)
+    return g.call(graph, aten._to_copy.default, inside, dtype=dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Activation:
     """A quantized activation in a graph.
