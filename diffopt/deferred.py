@@ -119,6 +119,11 @@ class Deferred(Target):
             finished=False,
         )
 
+    def is_finished(self, image: Image) -> bool:
+        """Tell whether what is compiled fits this GPU and torch."""
+        made = image.members.get(_MADE)
+        return made is not None and json.loads(bytes(made)) == self.compiler()
+
     def finish(self, image: Image, progress: Progress) -> Finished:
         """Compile the components for the GPU at hand, or take them from the cache."""
         done = Finished({_MADE: json.dumps(self.compiler()).encode()})
@@ -162,7 +167,7 @@ class Deferred(Target):
     def load(self, image: Image) -> dict[str, Body]:
         """Map the packages into this process; what they read of the weights is on the GPU once."""
         members: Mapping[str, bytes | memoryview] = image.members
-        if _MADE not in members or json.loads(bytes(members[_MADE])) != self.compiler():
+        if not self.is_finished(image):
             log.warning("compiling for this GPU and torch; `diffopt finish FILE` does it for good")
             members = {**members, **self.finish(image, lambda what, done: None).members}
         tensors = _OnGpu(image.tensors)

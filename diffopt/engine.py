@@ -87,6 +87,8 @@ def finish(
 ) -> bool:
     """Compile what an engine is to be compiled of on the device that it is for, and keep that.
 
+    One that was finished with another torch or on another GPU is compiled again.
+
     Args:
         path: An engine that was built where there is no such device. It would compile whenever it
             is loaded for the first time on a machine.
@@ -99,10 +101,11 @@ def finish(
     output = path if output is None else output
     file = EngineFile(path)
     file.archive.verify()
-    if file.manifest.get("finished", True):
+    target, image = file.target(), file.image(file.program_json())
+    if target.is_finished(image):
         return False
     _expect_writable(output)
-    done = file.target().finish(file.image(file.program_json()), progress)
+    done = target.finish(image, progress)
     members: dict[str, archive.Buffers] = {
         name: [file.archive.read(name)] for name in file.manifest["members"]
     }

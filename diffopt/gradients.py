@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
-from diffopt import ste
+from diffopt import ste, vectorize
 
 aten = torch.ops.aten
 
@@ -107,3 +107,67 @@ class Body:
             for dead in self._last[node]:
                 values.pop(dead)
         return {node: values[node] for node in self._wanted}
+
+
+class Calls:
+    """A body that is run for several calls at once, whose values have a leading dimension.
+
+    A body that cannot have that dimension is run call by call.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        given: Collection[fx.Node] = (),
+        keep: Sequence[fx.Node] = (),
+        where: torch.device | None = None,
+    ) -> None:
+        """Prepare to run a body; see `Body`."""
+        self._wanted = dict.fromkeys([*g.outputs(gm), *keep])
+        batched = _batched(gm)
+        # What no argument changes is the same for all calls, and has no such dimension.
+        arguments = g.placeholders(gm)
+        changing = g.descendants(arguments)
+        self._nodes = None if batched is None else batched.nodes
+        self._same = {n for n in self._wanted if n not in changing and n not in arguments}
+        if batched is None:
+            self._body = Body(gm, given, keep, where)
+        else:
+            own = batched.nodes
+            self._body = Body(batched.graph, [own[n] for n in given], [own[n] for n in keep], where)
+
+    def __call__(
+        self,
+        calls: Sequence[Sequence[Tensor]],
+        given: Mapping[fx.Node, Tensor] | None = None,
+        *,
+        straight: bool = True,
+    ) -> dict[fx.Node, Tensor]:
+        """Return the results and what is kept, by node of the body; each [calls, ...].
+
+        Args:
+            calls: The arguments of each.
+            given: The values of the nodes that were said to be given, for all of them.
+            straight: Let gradients through roundings.
+        """
+        given = given or {}
+        if self._nodes is None:
+            made = [self._body(arguments, given, straight=straight) for arguments in calls]
+            return {n: torch.stack([values[n] for values in made]) for n in self._wanted}
+        rows = [torch.stack(list(column)) for column in zip(*calls, strict=True)]
+        own = {self._nodes[n]: value for n, value in given.items()}
+        values = self._body(rows, own, straight=straight)
+        found = {n: values[self._nodes[n]] for n in self._wanted}
+        return {
+            n: v.expand(len(calls), *v.shape) if n in self._same else v for n, v in found.items()
+        }
+
+
+def _batched(gm: fx.GraphModule) -> vectorize.Batched | None:
+    """Return a body for several calls, if there is one that gradients go through alike."""
+    try:
+        made = vectorize.batch_body(gm, [True] * len(g.placeholders(gm)), 2)
+    except vectorize.Unbatchable:
+        return None
+    alike = ste.roundings(made.graph.graph.nodes) == ste.roundings(gm.graph.nodes)
+    return made if alike else None

@@ -78,9 +78,9 @@ def _body(
     """Return the body of as many calls; runs of as many calls share it."""
     key = name, tuple(differ), size
     if key not in known:
-        body, results = vectorize.batch_body(program.components[name], differ, size)
-        _fix_sizes(body)
-        known[key] = program.add_component(f"{name}_merged", body), results
+        made = vectorize.batch_body(program.components[name], differ, size)
+        _fix_sizes(made.graph)
+        known[key] = program.add_component(f"{name}_merged", made.graph), made.results
     return known[key]
 
 

@@ -211,11 +211,11 @@ class Tap:
     axis: int | None = None
     index: Tensor | None = None
 
-    def target(self, value: Tensor) -> Tensor:
-        """Return what is left of the reference's value."""
+    def targets(self, values: Tensor) -> Tensor:
+        """Return what is left of the reference's values in several calls [calls, ...]."""
         if self.axis is None or self.index is None:
-            return value
-        return value.index_select(self.axis, self.index.to(value.device))
+            return values
+        return values.index_select(self.axis + 1, self.index.to(values.device))
 
     def aligned(self, own: Tensor, other: Tensor) -> Tap:
         """Find out what is left: of all choices that keep the order, the most alike."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffopt import cachedir, calibrate, checkpoints, pairing
 from diffopt.errors import DiffoptError
-from diffopt.gradients import FLOATS, Body
+from diffopt.matching import Matching
 from diffopt.program import Program
 from diffopt.trained import Trained
 from diffopt.workers import Workers
@@ -180,55 +180,16 @@ class _Trainer:
         out = [pair for own in pairs[-held:] for pair in own]
         count = min(HELD_CALLS, len(out))
         self._held_out = [out[i * len(out) // count] for i in range(count)]
-        self._taps = self._find_taps(program, reference)
-        self._bodies = {
-            name: Body(
-                program.components[name],
-                nodes,
-                [t.own for (own, _), taps in self._taps.items() if own == name for t in taps],
-                workers.device,
-            )
-            for name, nodes in trained.nodes.items()
-        }
-        self._others = {
-            name: Body(
-                reference.components[name],
-                (),
-                [t.other for (_, own), taps in self._taps.items() if own == name for t in taps],
-                workers.device,
-            )
-            for name in {other for (_, other), taps in self._taps.items() if taps}
-        }
+        every = [*self._pairs, *self._held_out]
+        self._matching = Matching(
+            program, reference, every, trained, settings.features, workers.device
+        )
         self._optimizer = torch.optim.AdamW(trained.leaves, betas=_BETAS, weight_decay=0.0)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._average = trained.state() if settings.ema else []
         self._kept = trained.state()
         self._step = self._best = 0
         self._errors: dict[int, float] = {}
-
-    def _find_taps(
-        self, program: Program, reference: Program
-    ) -> dict[tuple[str, str], list[pairing.Tap]]:
-        """Return the blocks' results to match, by the components of both sides."""
-        found: dict[tuple[str, str], list[pairing.Tap]] = {}
-        for pair in self._pairs:
-            at = pair.name, pair.other
-            if at in found:
-                continue
-            body, other = program.components[pair.name], reference.components[pair.other]
-            taps = pairing.features(body, other) if self._settings.features else []
-            with torch.no_grad():
-                where = self._workers.device
-                mine = Body(body, (), [t.own for t in taps], where)(pair.arguments, straight=False)
-                theirs = Body(other, (), [t.other for t in taps], where)(
-                    pair.others, straight=False
-                )
-            # What is called the same and is nothing like it is something else.
-            taps = [t.aligned(mine[t.own], theirs[t.other]) for t in taps]
-            found[at] = [
-                t for t in taps if float(_error(mine[t.own], t.target(theirs[t.other]))) < 1
-            ]
-        return found
 
     def train(self, path: Path, every: float) -> Outcome:
         """Train to the end, from where an earlier run left off; keep the best weights.
@@ -262,7 +223,7 @@ class _Trainer:
             self._best,
             self._step,
             self._trained.count(),
-            sum(map(len, self._taps.values())),
+            self._matching.blocks,
             stopped,
             dict(self._errors),
         )
@@ -274,8 +235,9 @@ class _Trainer:
             group["lr"] = self._largest_rate() * _share(self._step, settings.steps)
         drawn = torch.randint(len(self._pairs), (settings.batch,), generator=self._generator)
         total = torch.zeros((), device=workers.device)
-        for index in drawn[workers.rank :: workers.count].tolist():
-            loss = self._loss(self._pairs[index]) / settings.batch
+        own = [self._pairs[index] for index in drawn[workers.rank :: workers.count].tolist()]
+        for chunk in self._matching.chunks(own):
+            loss = self._matching.losses(chunk).sum() / settings.batch
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         leaves = self._trained.leaves
@@ -309,21 +271,6 @@ class _Trainer:
         own, begin = self._settings.lr, self._errors[0]
         return min(_RATE, _RATE_OF_ERROR * begin) if own is None else own
 
-    def _loss(self, pair: pairing.Pair) -> Tensor:
-        """Return the loss of a call, with gradients."""
-        body = self._bodies[pair.name]
-        values = body(pair.arguments, self._trained.values(pair.name))
-        loss = _errors([values[n] for n in body.results], pair.targets)
-        taps = self._taps[pair.name, pair.other]
-        if not taps:
-            return loss
-        with torch.no_grad():
-            wanted = self._others[pair.other](pair.others, straight=False)
-        matched = torch.stack(
-            [_error(values[t.own], t.target(wanted[t.other])) for t in taps]
-        ).mean()
-        return loss + self._settings.features * matched
-
     @torch.no_grad()
     def _look(self) -> None:
         """Measure the held-out error, and keep the weights if there was none less."""
@@ -331,16 +278,15 @@ class _Trainer:
         if self._average:
             trained.restore(self._average)
         total = 0.0
-        for pair in self._held_out:
-            body = self._bodies[pair.name]
-            values = body(pair.arguments, trained.values(pair.name), straight=False)
-            own = float(_errors([values[n] for n in body.results], pair.targets))
-            if not self._errors and not math.isfinite(own):
+        for chunk in self._matching.chunks(self._held_out):
+            errors = self._matching.errors(chunk)
+            if not self._errors and not bool(errors.isfinite().all()):
+                pair = chunk[int((~errors.isfinite()).nonzero()[0])]
                 raise DiffoptError(
                     f"{pair.name} returns values that are not finite in {pair.where}: there is"
                     " nothing to recover from"
                 )
-            total += own
+            total += float(errors.sum())
         error = math.sqrt(total / len(self._held_out))
         if error < min(self._errors.values(), default=math.inf):  # nan is not
             self._best, self._kept = self._step, trained.state()
@@ -397,15 +343,3 @@ def _share(step: int, steps: int) -> float:
     done = max(0.0, (step - warm) / max(1, steps - warm))
     fall = _LEAST + (1 - _LEAST) * math.cos(done * math.pi / 2) ** 2
     return min(1.0, (step + 1) / warm) * fall
-
-
-def _errors(results: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Return the mean relative squared error of what both sides return."""
-    pairs = zip(results, targets, strict=False)  # the program may return more, for later steps
-    return torch.stack([_error(r, t) for r, t in pairs if t.dtype in FLOATS]).mean()
-
-
-def _error(value: Tensor, target: Tensor) -> Tensor:
-    wanted = target.to(value.device, torch.float32)
-    size = wanted.square().mean().clamp_min(1e-12)
-    return (value.float() - wanted).square().mean() / size

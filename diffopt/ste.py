@@ -7,6 +7,7 @@ gradient through where a value is clipped.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,6 +34,11 @@ def run(nodes: Iterable[fx.Node], values: Values, *, straight: bool = False) -> 
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         call: Any = node.target
         values[node] = (_RULES.get(call, call) if straight else call)(*args, **kwargs)
+
+
+def roundings(nodes: Iterable[fx.Node]) -> Counter[Any]:
+    """Count the operators that gradients are estimated for, by operator."""
+    return Counter(n.target for n in nodes if n.target in _ROUNDINGS)
 
 
 def fake_int8(x: Tensor, within: Tensor, *, rows: bool = False) -> Tensor:
@@ -112,15 +118,18 @@ def _attention(
     return scores.softmax(-1) @ value
 
 
-_RULES: dict[Any, Callable[..., Any]] = {
-    # What is viewed may be strided in another way than it was.
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
+_ROUNDINGS: dict[Any, Callable[..., Any]] = {
     qd.quantize_per_tensor.tensor: _quantize,
     qd.dequantize_per_tensor.tensor: _dequantize,
     qd.quantize_per_token.default: _quantize,
     qd.dequantize_per_token.default: _dequantize,
     qd.choose_qparams.tensor: _choose,
     aten._to_copy.default: _to_copy,
+}
+_RULES: dict[Any, Callable[..., Any]] = {
+    **_ROUNDINGS,
+    # What is viewed may be strided in another way than it was.
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
     aten.scaled_dot_product_attention.default: _attention,
 }

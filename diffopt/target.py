@@ -123,6 +123,10 @@ class Target:
         """Say what this machine lacks of what an engine requires."""
         return None
 
+    def is_finished(self, image: Image) -> bool:
+        """Tell whether nothing of an engine is left to compile on this machine."""
+        return True
+
     def finish(self, image: Image, progress: Progress) -> Finished:
         """Compile what `compile` has left for the device to do."""
         raise NotImplementedError

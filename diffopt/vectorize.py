@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def batch_root(root: fx.GraphModule, size: int) -> None:
         size: What the recorded shapes say for that dimension.
     """
     callees = _Components(root, size)
-    new, _ = _rewrite(root, [True] * len(g.placeholders(root)), size, callees)
+    new = _rewrite(root, [True] * len(g.placeholders(root)), size, callees).graph
     root.graph = new.graph
     root._buffers.update(new._buffers)
     root._parameters.update(new._parameters)
@@ -85,10 +86,23 @@ def batch_root(root: fx.GraphModule, size: int) -> None:
                 call.target = plain if call.target == name else call.target
 
 
-def batch_body(
-    body: fx.GraphModule, batched: Sequence[bool], size: int
-) -> tuple[fx.GraphModule, list[bool]]:
-    """Return a component with the dimension on some arguments, and which results have it."""
+@dataclass(frozen=True)
+class Batched:
+    """A graph whose values have one more dimension.
+
+    Attributes:
+        graph: The new one.
+        results: Which of its results have the dimension.
+        nodes: New nodes by old ones.
+    """
+
+    graph: fx.GraphModule
+    results: list[bool]
+    nodes: Mapping[fx.Node, fx.Node]
+
+
+def batch_body(body: fx.GraphModule, batched: Sequence[bool], size: int) -> Batched:
+    """Return a component with the dimension on some arguments."""
     return _rewrite(body, batched, size, None)
 
 
@@ -106,21 +120,21 @@ class _Components:
         if (name, batched) not in self._known:
             body = g.attribute(self.root, name)
             try:
-                new, given = batch_body(body, batched, self.size)
+                new = batch_body(body, batched, self.size)
             except Unbatchable as error:
                 raise Unbatchable(f"{name}: {error.message}") from error
             own = name + SUFFIX
             while own in self.made or own in self.root._modules:
                 own += SUFFIX
-            self.made[own] = new
-            self._known[name, batched] = own, given
+            self.made[own] = new.graph
+            self._known[name, batched] = own, new.results
         return self._known[name, batched]
 
 
 def _rewrite(
     gm: fx.GraphModule, batched: Sequence[bool], size: int, callees: _Components | None
-) -> tuple[fx.GraphModule, list[bool]]:
-    """Return the graph with the dimension on some arguments, and which results have it.
+) -> Batched:
+    """Return the graph with the dimension on some arguments.
 
     The results of the outer graph, which alone has `callees`, all have it.
     """
@@ -148,7 +162,7 @@ def _rewrite(
     new.graph.output(tuple(work.env[n] for n in returned))
     g.set_outputs(new, [work.env[n] for n in returned])
     new.recompile()
-    return new, [n in work.batched for n in returned]
+    return Batched(new, [n in work.batched for n in returned], work.env)
 
 
 class _Rewriter:

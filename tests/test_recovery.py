@@ -267,7 +267,7 @@ def test_features_of_fewer_channels() -> None:
     found = tap.aligned(made, wanted)
     assert found.index is not None
     assert torch.equal(found.index, left)
-    assert torch.equal(found.target(wanted), wanted[:, left])
+    assert torch.equal(found.targets(wanted[None])[0], wanted[:, left])
 
 
 def test_latents_that_differ() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 
-from diffopt import spec
 from diffopt.core import Pipeline
 from examples.study.study import REFERENCE
+from examples.study.texts import passes
 
 ONE_STEP = "ranges of one step: "
 """In front of a configuration that is calibrated at the step in the middle alone."""
@@ -136,25 +136,18 @@ def split(config: str) -> tuple[str, str]:
     text = config.removeprefix(ONE_STEP)
     if text == REFERENCE:
         return REFERENCE, ""
-    passes = _passes(text)
-    front = [*takewhile(_is_front, passes)]
-    return ",".join(front) or REFERENCE, ",".join(passes[len(front) :])
+    Pipeline.parse(text)  # says what is wrong with the text
+    calls = passes(text)
+    front = [*takewhile(_is_front, calls)]
+    return ",".join(front) or REFERENCE, ",".join(calls[len(front) :])
 
 
 def beginning(front: str) -> str:
     """Return the whole pipeline of a configuration that goes on from no other."""
-    passes = [] if front == REFERENCE else _passes(front)
-    unroll = next((step for step in passes if step.startswith("unroll")), "unroll")
-    caches = [step for step in passes if step.startswith("cache")]
+    calls = [] if front == REFERENCE else passes(front)
+    unroll = next((step for step in calls if step.startswith("unroll")), "unroll")
+    caches = [step for step in calls if step.startswith("cache")]
     return ",".join([unroll, "hoist", *caches, "simplify", "fuse"])
-
-
-def _passes(text: str) -> list[str]:
-    """Return the passes of a pipeline, each as it is written there."""
-    Pipeline.parse(text)  # says what is wrong with the text
-    starts = [call.span[0] for call in spec.parse(text)]
-    pieces = zip(starts, [*starts[1:], None], strict=True)
-    return [text[start:end].rstrip(", ") for start, end in pieces]
 
 
 def _is_front(step: str) -> bool:

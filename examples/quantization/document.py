@@ -20,6 +20,7 @@ from examples.quantization.measure import LEVEL
 from examples.quantization.peers import PACKAGES, SAMPLES, THEIRS
 from examples.study.document import floor_lines, left_out, milliseconds, number
 from examples.study.models import GUIDANCE
+from examples.study.rows import median
 from examples.study.study import REFERENCE
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "quantization.md"
@@ -126,10 +127,7 @@ def _timings(rows: Mapping[str, Any]) -> list[str]:
     ]
     for config, row in rows.items():
         at = row["time"]
-        ratios = [
-            findings.median(rows, config, c) / findings.median(rows, config)
-            for c in (REFERENCE, BF16)
-        ]
+        ratios = [median(rows, config, c) / median(rows, config) for c in (REFERENCE, BF16)]
         base = rows.get(BF16, {}).get("time", {}).get("file")
         cells = [
             f"`{config}`",

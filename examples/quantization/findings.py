@@ -13,15 +13,12 @@ from examples.quantization.configurations import (
     INT8,
     PAIRS,
     SUMS,
-    Pair,
     fewer,
 )
 from examples.quantization.peers import THEIRS
 from examples.study.document import number
+from examples.study.rows import Rows, ahead, distance, has_quality, median, verdict
 from examples.study.study import REFERENCE
-
-Rows = Mapping[str, Any]
-"""What was measured of configurations."""
 
 KID_SLACK = 1.05
 SPEEDUP = 1.25
@@ -29,36 +26,7 @@ FOUR_BITS_RATIO = 2
 SIZE_GOAL = 0.3  # of the weights' size in fp16, at 4 bits
 
 
-def distance(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the distance from the reference and its standard error."""
-    mean, error = row["quality"]["distance"]
-    return float(mean), float(error)
-
-
-def has_quality(rows: Rows, *configs: str) -> bool:
-    """Tell whether the images of all configurations were measured."""
-    return all("quality" in rows.get(config, {}) for config in configs)
-
-
-def median(rows: Rows, config: str, other: str | None = None) -> float:
-    """Return a configuration's time, or that of another one which took turns with it."""
-    return float(statistics.median(rows[config]["time"][other or "seconds"]))
-
-
 # Ablations
-
-
-def compared(rows: Rows, pair: Pair) -> tuple[float, float]:
-    """Return the ratio of distances, and how far apart they are.
-
-    That is the mean difference of the images of the same seeds in its standard errors, positive
-    where the thing helps.
-    """
-    having, lacking = (distance(rows[config])[0] for config in (pair.having, pair.lacking))
-    own, other = (rows[c]["quality"]["distances"] for c in (pair.having, pair.lacking))
-    gains = [b - a for a, b in zip(own, other, strict=True)]
-    spread = statistics.stdev(gains) / math.sqrt(len(gains))
-    return having / lacking if lacking else math.inf, statistics.mean(gains) / (spread or math.inf)
 
 
 def ablations(rows: Rows) -> list[str]:
@@ -75,7 +43,7 @@ def ablations(rows: Rows) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for pair in pairs:
-        ratio, difference = compared(rows, pair)
+        ratio, difference = ahead(rows, pair.having, pair.lacking)
         cells = [number(rows[c]["quality"]["distance"], 1, 4) for c in (pair.having, pair.lacking)]
         own = distance(rows[pair.having])[0] / base
         lines.append(
@@ -114,10 +82,6 @@ def quality_goals(rows: Rows, steps: int) -> list[str]:
     return [f"- {line}" for line in lines]
 
 
-def _verdict(met: bool) -> str:
-    return "Met" if met else "Not met"
-
-
 def _kid(rows: Rows) -> list[str]:
     if not has_quality(rows, INT8, REFERENCE):
         return []
@@ -131,7 +95,7 @@ def _kid(rows: Rows) -> list[str]:
         limit = floor[0] + (floor[1] if is_zero else (KID_SLACK - 1) * floor[0])
         more = "one deviation" if is_zero else f"{KID_SLACK - 1:.0%}"
         lines.append(
-            f"{_verdict(own[0] <= limit)}: KID to {what} of W8A8 is {number(own, 1000, 2)}, the"
+            f"{verdict(own[0] <= limit)}: KID to {what} of W8A8 is {number(own, 1000, 2)}, the"
             f" reference's {number(floor, 1000, 2)}; asked is at most {more} more."
         )
     return lines
@@ -142,9 +106,9 @@ def _pairs(rows: Rows) -> list[str]:
     for pair in PAIRS:
         if not (pair.goal and has_quality(rows, pair.having, pair.lacking)):
             continue
-        ratio, difference = compared(rows, pair)
+        ratio, difference = ahead(rows, pair.having, pair.lacking)
         lines.append(
-            f"{_verdict(difference >= 2)}: {pair.what}: the distance is {ratio:.2f} times that"
+            f"{verdict(difference >= 2)}: {pair.what}: the distance is {ratio:.2f} times that"
             f" without, {difference:+.1f} standard errors ahead (2 count as measurable)."
         )
     return lines
@@ -158,7 +122,7 @@ def _four_bits(rows: Rows) -> list[str]:
     base = distance(rows[INT8])[0]
     ratio, plain = distance(rows[best])[0] / base, distance(rows[INT4])[0] / base
     return [
-        f"{_verdict(ratio <= FOUR_BITS_RATIO)}: weights of 4 bits have {ratio:.2f} times the"
+        f"{verdict(ratio <= FOUR_BITS_RATIO)}: weights of 4 bits have {ratio:.2f} times the"
         f" distance of W8A8 with `{best}`; the nearest ones have {plain:.2f} times. Asked is at"
         f" most {FOUR_BITS_RATIO}."
     ]
@@ -174,7 +138,7 @@ def _weights(rows: Rows) -> list[str]:
         return []
     best = min(found, key=lambda config: found[config])
     return [
-        f"{_verdict(found[best] <= SIZE_GOAL)}: the weights take {found[best]:.0%} of fp16's"
+        f"{verdict(found[best] <= SIZE_GOAL)}: the weights take {found[best]:.0%} of fp16's"
         f" bytes with `{best}`; asked is at most {SIZE_GOAL:.0%}."
     ]
 
@@ -216,7 +180,7 @@ def speed_goals(large: Mapping[str, Any]) -> list[str]:
             continue
         ratio = fastest[BF16] / fastest[INT8]
         lines.append(
-            f"- {_verdict(ratio >= SPEEDUP)}: {name}: int8 is {ratio:.2f}× as fast as bf16 end to"
+            f"- {verdict(ratio >= SPEEDUP)}: {name}: int8 is {ratio:.2f}× as fast as bf16 end to"
             f" end, each on its fastest target; asked is {SPEEDUP}×."
         )
     return lines
@@ -236,7 +200,7 @@ def _large_sizes(name: str, times: Mapping[str, Any]) -> list[str]:
     base = times.get(f"{BF16} on {target}")
     file = f", its file {times[best]['file'] / base['file']:.0%} of bf16's" if base else ""
     return [
-        f"- {_verdict(sizes[best] <= SIZE_GOAL)}: {name}: the weights of `{config}` take"
+        f"- {verdict(sizes[best] <= SIZE_GOAL)}: {name}: the weights of `{config}` take"
         f" {sizes[best]:.0%} of fp16's bytes{file}; asked is at most {SIZE_GOAL:.0%}."
     ]
 

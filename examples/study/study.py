@@ -59,7 +59,11 @@ class Study:
     @cached_property
     def traced(self) -> Program:
         """The program of the pipeline's call, before any pass."""
-        return diffopt.trace(self.pipe, **self._arguments(0, CALIBRATION - 1))
+        return self.trace(self.pipe)
+
+    def trace(self, pipe: Any) -> Program:
+        """Return the program of the same call of another pipeline."""
+        return diffopt.trace(pipe, **self._arguments(0, CALIBRATION - 1))
 
     def _arguments(self, index: int, seed: int) -> dict[str, Any]:
         request = self.request(index, seed)
@@ -83,8 +87,12 @@ class Study:
 
     def program(self, config: str) -> Program:
         """Return the program of a configuration, for one request."""
+        return Program.load(self.file(config))
+
+    def file(self, config: str) -> Path:
+        """Return the file of that program."""
         self._need(config)
-        return Program.load(self.path(config, ".program"))
+        return self.path(config, ".program")
 
     def cost(self, config: str) -> dict[str, Any]:
         """Return what `make` said a configuration costs."""

@@ -237,6 +237,20 @@ def test_kernels_of_another_torch_are_compiled_again(
     ]
 
 
+def test_what_was_finished_elsewhere_is_finished_again(
+    captured: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu(monkeypatch)
+    path = tmp_path / "x.engine"
+    diffopt.write(captured, PLAIN, path)
+    for made in ({"torch": "2.12", "gpu": "A"}, {"torch": "2.12", "gpu": "B"}):
+        with monkeypatch.context() as other:
+            other.setattr(Cuda, "compiler", lambda self, made=made: made)
+            assert diffopt.finish(path)
+            assert not diffopt.finish(path)
+    assert diffopt.finish(path)
+
+
 def test_an_engine_for_another_gpu_does_not_load(
     unfinished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

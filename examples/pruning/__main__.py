@@ -1,0 +1,91 @@
+"""Compares pruned pipelines; writes the measurements in docs/pruning.md.
+
+    python -m examples.pruning --phase quality --only fashion-sd --threads 1   # both at the
+    python -m examples.pruning --phase quality --only fashion-dit --threads 1  # same time
+    python -m examples.pruning --phase time        # by itself, on a machine that is idle
+    pip install --target peers --no-deps torch-pruning
+    PYTHONPATH=peers python -m examples.pruning --phase quality peers
+
+Every configuration is kept in docs/pruning.json as soon as it is measured, and what is there is not
+measured again, so a run that was stopped goes on where it was. Programs, images and features are
+kept in --work. What `--again` names is made anew; after a change of a pass it is needed. With
+`--phase` alone, only the section is written. Without torch-pruning, its rows are left out.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from examples.benchmarks import report
+from examples.pruning import peers
+from examples.pruning.configurations import STEPS, THEIRS, configurations, pipeline, split, timed
+from examples.pruning.document import DOCUMENT, pictured, section
+from examples.pruning.programs import make
+from examples.study.command import (
+    begin,
+    check_images,
+    check_machine,
+    finish,
+    forget,
+    parser_of,
+    run,
+)
+from examples.study.document import draw
+from examples.study.measure import quality, times
+from examples.study.results import Results
+from examples.study.study import Study
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    about = __doc__.partition("\n")[0]
+    parser = parser_of("examples.pruning", about, ("quality", "time", "peers"), DOCUMENT)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--configs", nargs="+", help="default: all")
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--target", default="cpu", help="of the engines that are timed")
+    options = parser.parse_args(words)
+    check_images(parser, options.images)
+    for config in options.configs or ():
+        pipeline([call for call in split(config) if not call.startswith(THEIRS)])
+    return options
+
+
+def measure(name: str, options: argparse.Namespace, results: Results) -> None:
+    """Measure one of the models."""
+    study = Study(name, options.steps, options.work, make)
+    at = "models", f"{name}, {options.steps} steps"
+    configs = _possible(options.configs or configurations(name))
+    if options.again:
+        forget(study, at, configs, options.phase, results)
+    if "quality" in options.phase:
+        quality(study, at, configs, results, options.images, Study.cost, each=True)
+    if "time" in options.phase:
+        own = [c for c in configs if c in timed(name)]
+        times(study, at, own, results, options.rounds, options.target, Study.cost)
+    if "peers" in options.phase and (version := peers.version()) is not None:
+        results.put({"version": version, "found": peers.compared(study)}, *at, "groups")
+    rows = results.get(*at, "configs") or {}
+    draw(study, pictured(rows), options.document.parent / f"pruning-{name}.png")
+
+
+def _possible(configs: Sequence[str]) -> list[str]:
+    """Leave out what a missing package would prune."""
+    if peers.version() is not None:
+        return list(configs)
+    report(f"no comparison with {THEIRS}: install it")
+    return [config for config in configs if not config.startswith(THEIRS)]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what was asked for, and write the section of the document."""
+    options = arguments(words)
+    results = begin(options, {"images": options.images, "steps": options.steps})
+    if "time" in options.phase:
+        check_machine(results, options.threads)
+    for name in options.only:
+        measure(name, options, results)
+    finish(options, results, section(results.read(), options.document.parent))
+
+
+if __name__ == "__main__":
+    run("examples.pruning", main)

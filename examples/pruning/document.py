@@ -1,0 +1,129 @@
+"""Writes the measurements of docs/pruning.md from the results."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.pruning import findings
+from examples.pruning.configurations import (
+    AUTO,
+    BY_IMPORTANCE,
+    COMPOSED,
+    FEWER,
+    GOAL,
+    PEERS,
+    RECOVER,
+    configurations,
+    fewer,
+    recovered,
+    untrained,
+)
+from examples.study.document import floor_lines, left_out, milliseconds, number
+from examples.study.models import GUIDANCE
+from examples.study.rows import Rows
+from examples.study.study import REFERENCE
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "pruning.md"
+
+_MAGNITUDE = BY_IMPORTANCE[GOAL]["magnitude"]
+PICTURED = (REFERENCE, _MAGNITUDE, recovered(_MAGNITUDE), recovered(AUTO), fewer(FEWER[1]))
+
+
+def pictured(rows: Rows) -> list[str]:
+    """Return the configurations that the picture shows, from the top."""
+    return [config for config in PICTURED if "quality" in rows.get(config, {})]
+
+
+def section(data: Mapping[str, Any], folder: Path) -> str:
+    """Return the results as the text between the markers; pictures are in the folder."""
+    lines = [
+        "`make bench-pruning` writes this section; the raw numbers are in pruning.json beside it.",
+        "",
+        *_about(data),
+    ]
+    for title, own in data.get("models", {}).items():
+        lines += ["", f"### {title}", "", *_model(title, own, folder)]
+    return "\n".join(lines)
+
+
+def _about(data: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"The reference is the pipeline as it is: DDIM, {data['setup']['steps']} steps, guidance"
+        f" {GUIDANCE:g}, fp32. All others are `unroll`, then what is named, `hoist`, `cache` if it"
+        " is named, `simplify,fuse`, and what has fewer bits. FLOPs and parameters are of the whole"
+        f" pipeline. Trained is what goes on with `{RECOVER}`, from requests of all classes;"
+        " retraining changes neither size nor time. Images are those of"
+        f" {data['setup']['images']} seeds, the same for all and others than those of training."
+        " Distance is the mean over pairs of images of the same seed of |f(a) - f(b)| / |f(b)|, f"
+        " the features of diffopt/metrics.py. KID is to held-out images, times 1000, ± its"
+        " deviation over subsets.",
+    ]
+    if at := data.get("machine"):
+        lines += [
+            "",
+            f"Times are of one request on {at['cpu']}, {at['threads']} threads, torch"
+            f" {at['torch']}, target `cpu`, medians of engines that take turns with the"
+            " reference's; in parentheses, the interquartile range. Behind them is how much the"
+            " time falls, next to how much the FLOPs do.",
+        ]
+    return lines
+
+
+def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:
+    rows = {config: row for config, row in own["configs"].items() if "cost" in row}
+    model = title.partition(",")[0]
+    if REFERENCE not in rows:
+        return []
+    blocks = [
+        _table(rows, model),
+        floor_lines(own, rows),
+        findings.importances(rows),
+        findings.composed(rows),
+        _peer(own, rows, model),
+        [*findings.goals(rows, model), *left_out(own["configs"], "cost")],
+        _picture(title, rows, folder),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block).split("\n")
+
+
+def _table(rows: Rows, model: str) -> list[str]:
+    lines = [
+        "| configuration | FLOPs | parameters | time, ms | of the promise | distance | trained"
+        " | KID | trained |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for config in configurations(model):
+        if config not in rows or config != untrained(config):
+            continue
+        row, trained = rows[config], rows.get(recovered(config), {})
+        kept = findings.kept_promise(rows, config)
+        qualities = [own.get("quality", {}) for own in (row, trained)]
+        cells = [
+            f"`{config}`" if config != COMPOSED else "all of these together (below)",
+            f"{findings.share(rows, config):.2f}",
+            f"{findings.share(rows, config, 'parameters'):.2f}",
+            milliseconds(row["time"]["seconds"]) if "time" in row else "-",
+            f"{kept:.0%}" if kept is not None else "-",
+            *(number(own.get("distance"), 1, 4) for own in qualities),
+            *(number(own.get("kid held-out"), 1000, 2) for own in qualities),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _peer(own: Mapping[str, Any], rows: Rows, model: str) -> list[str]:
+    if "groups" not in own:
+        return []
+    version = own["groups"]["version"]
+    lines = [f"**torch-pruning {version}.** {' '.join(findings.grouped(own['groups']['found']))}"]
+    if found := findings.peer(rows, *PEERS[model]):
+        lines.append(found)
+    return lines
+
+
+def _picture(title: str, rows: Rows, folder: Path) -> list[str]:
+    picture = f"pruning-{title.partition(',')[0]}.png"
+    if not (folder / picture).exists():
+        return []
+    names = ", ".join(f"`{config}`" for config in pictured(rows))
+    return [f"![images]({picture})", "", f"From the top: {names}."]

@@ -1,0 +1,228 @@
+"""Says what the measurements mean, in sentences that follow the numbers."""
+
+import math
+from typing import Any
+
+from diffopt.importance import METHODS
+from examples.pruning.configurations import (
+    AUTO,
+    BY_IMPORTANCE,
+    COMPOSED,
+    FEWER,
+    GOAL,
+    LOW_RANK,
+    PARTS,
+    PEERS,
+    UNIFORM,
+    fewer,
+    recovered,
+    untrained,
+)
+from examples.study.document import number
+from examples.study.rows import Rows, ahead, distance, has_quality, median, verdict
+from examples.study.study import REFERENCE
+
+KID_SLACK = 1.1
+PROMISE = 0.8  # of what the FLOPs promise, that the time is to fall by
+SLACK = 0.98  # a rival of as many FLOPs may have this part of them
+
+
+def share(rows: Rows, config: str, key: str = "flops") -> float:
+    """Return a configuration's part of the reference's FLOPs, or of another number."""
+    return float(rows[config]["cost"][key] / rows[REFERENCE]["cost"][key])
+
+
+def kept_promise(rows: Rows, config: str) -> float | None:
+    """Return how much the time falls, next to how much the FLOPs do; None if it is not known."""
+    timed = untrained(config)
+    saved = 1 - share(rows, config)
+    if "time" not in rows.get(timed, {}) or saved <= 0:
+        return None
+    return (1 - median(rows, timed) / median(rows, timed, REFERENCE)) / saved
+
+
+def rival(rows: Rows, config: str) -> str | None:
+    """Return the fewest steps of the whole model that cost at least what a configuration does."""
+    own = share(rows, config)
+    known = [c for c in map(fewer, FEWER) if has_quality(rows, c)]
+    enough = [c for c in known if share(rows, c) >= SLACK * own]
+    return min(enough, key=lambda c: share(rows, c), default=None)
+
+
+# Goals
+
+
+def goals(rows: Rows, model: str) -> list[str]:
+    """Return how one model meets what was asked."""
+    lines = [*_kid(rows), *_time(rows), *_ahead(rows, model), *_rivals(rows, model)]
+    return [f"- {line}" for line in lines]
+
+
+def _kid(rows: Rows) -> list[str]:
+    lines = []
+    for config in map(recovered, BY_IMPORTANCE[GOAL].values()):
+        if not has_quality(rows, config, REFERENCE):
+            continue
+        own, floor = (rows[c]["quality"].get("kid held-out") for c in (config, REFERENCE))
+        if own is None:
+            continue
+        limit = KID_SLACK * floor[0]
+        lines.append(
+            f"{verdict(own[0] <= limit)}: KID to held-out images of `{untrained(config)}`, trained,"
+            f" is {number(own, 1000, 2)}, the reference's {number(floor, 1000, 2)}; asked is at"
+            f" most {KID_SLACK - 1:.0%} more, {limit * 1000:.2f}."
+        )
+    return lines
+
+
+def _time(rows: Rows) -> list[str]:
+    wanted = [*BY_IMPORTANCE[GOAL].values(), AUTO]
+    kept = {c: p for c in wanted if c in rows and (p := kept_promise(rows, c)) is not None}
+    return [
+        f"{verdict(part >= PROMISE)}: `{config}` leaves {share(rows, config):.0%} of the FLOPs and"
+        f" {median(rows, config) / median(rows, config, REFERENCE):.0%} of the time, {part:.0%} of"
+        f" what that promises; asked is {PROMISE:.0%}."
+        for config, part in kept.items()
+    ]
+
+
+def _ahead(rows: Rows, model: str) -> list[str]:
+    pairs = [
+        ("Diff-Pruning's importance is ahead of magnitude", own["diff-pruning"], own["magnitude"])
+        for own in BY_IMPORTANCE.values()
+    ]
+    pairs.append(("`auto` is ahead of a uniform share", AUTO, UNIFORM[model]))
+    lines = []
+    for what, having, lacking in pairs:
+        for state, change in (("before training", str), ("trained", recovered)):
+            one, two = change(having), change(lacking)
+            if has_quality(rows, one, two):
+                ratio, errors = ahead(rows, one, two)
+                lines.append(
+                    f"{verdict(errors >= 2)}: {what} ({_short(having)}, {state}): the distance is"
+                    f" {ratio:.2f} times the other's, {errors:+.1f} standard errors ahead."
+                )
+    return lines
+
+
+def _short(config: str) -> str:
+    return config.partition("(")[2].partition(",importance")[0].rstrip(")").replace(",", ", ")
+
+
+def _rivals(rows: Rows, model: str) -> list[str]:
+    """Compare what was pruned and trained with fewer steps of the whole model."""
+    lines = []
+    for small in (AUTO, UNIFORM[model], *BY_IMPORTANCE[GOAL].values(), LOW_RANK, PEERS[model][1]):
+        config = recovered(small)
+        other = rival(rows, config) if has_quality(rows, config) else None
+        if other is None:
+            continue
+        own, theirs = (distance(rows[c])[0] for c in (config, other))
+        text = (
+            f"`{small}`, trained, is {'nearer' if own < theirs else 'not nearer'} to the reference"
+            f" than `{other}`, which has {share(rows, other) / share(rows, config):.2f} times its"
+            f" FLOPs: distances {own:.4f} and {theirs:.4f}"
+        )
+        kids = [rows[c]["quality"].get("kid held-out") for c in (config, other)]
+        if None not in kids:
+            text += f", KID {' and '.join(number(kid, 1000, 2) for kid in kids)}"
+        lines.append(f"{text}.")
+    return lines
+
+
+# Tables
+
+
+def importances(rows: Rows) -> list[str]:
+    """Return the table of importances next to magnitude."""
+    lines = []
+    for ratio, own in BY_IMPORTANCE.items():
+        for method in METHODS:
+            cells = [
+                _next_to(rows, change(own[method]), change(own["magnitude"]))
+                for change in (str, recovered)
+            ]
+            if method != "magnitude" and any(cells):
+                lines.append(f"| {method}, {ratio:.0%} | {' | '.join(c or '-' for c in cells)} |")
+    if not lines:
+        return []
+    return [
+        "Distance next to `importance=magnitude`'s at the same ratio; in parentheses, how many"
+        " standard errors it is ahead, over pairs of images of the same seed:",
+        "",
+        "| importance | before training | trained |",
+        "| --- | ---: | ---: |",
+        *lines,
+    ]
+
+
+def _next_to(rows: Rows, config: str, other: str) -> str:
+    if not has_quality(rows, config, other):
+        return ""
+    ratio, errors = ahead(rows, config, other)
+    return f"{ratio:.2f} ({errors:+.1f})"
+
+
+def composed(rows: Rows) -> list[str]:
+    """Return what pruning, caching and quantization are together, and each alone."""
+    if not has_quality(rows, COMPOSED, *PARTS):
+        return []
+    own = [distance(rows[part])[0] for part in PARTS]
+    names = ", ".join(f"`{part}` {d:.4f}" for part, d in zip(PARTS, own, strict=True))
+    speed = ""
+    if "time" in rows[COMPOSED]:
+        parts = [COMPOSED, *PARTS]
+        timed = [untrained(c) for c in parts]
+        ratios = [
+            f"{median(rows, c, REFERENCE) / median(rows, c):.2f}×" if "time" in rows[c] else "-"
+            for c in timed
+        ]
+        speed = (
+            f" Speed next to the reference: together {ratios[0]}, alone {', '.join(ratios[1:])}."
+        )
+    return [
+        f"Together, `{COMPOSED}`: distance {number(rows[COMPOSED]['quality']['distance'], 1, 4)};"
+        f" alone {names}: their sum is {sum(own):.4f}, the root of the sum of their squares"
+        f" {math.hypot(*own):.4f}.{speed}"
+    ]
+
+
+def grouped(found: list[dict[str, Any]]) -> list[str]:
+    """Return how the groups of torch-pruning compare with ours."""
+    same = [row for row in found if row["ours"] and not row["only theirs"] + row["only ours"]]
+    tables = [
+        row for row in found if not row["ours"] or (row["only theirs"] and not row["only ours"])
+    ]
+    wider = [row for row in found if row["only ours"]]
+    lines = [
+        f"Of its {len(found)} groups {len(same)} are the same weights and axes as ours."
+        + (
+            f" {len(tables)} have the timestep's layers besides, or alone: `unroll` has computed"
+            " these into a table."
+            if tables
+            else ""
+        )
+    ]
+    if wider:
+        names = ", ".join(f"`{row['layer']}`" for row in wider)
+        lines.append(
+            f"{len(wider)} go together with more here ({names}): a group norm behind a"
+            " concatenation has groups with channels of both sides, and whole groups go."
+        )
+    return lines
+
+
+def peer(rows: Rows, ours: str, theirs: str) -> str:
+    """Return how far both are from the reference, before and after the same training."""
+    lines = []
+    for state, change in (("before training", str), ("after it", recovered)):
+        one, two = change(ours), change(theirs)
+        if has_quality(rows, one, two):
+            ratio, errors = ahead(rows, one, two)
+            lines.append(f"{ratio:.2f} times its distance {state} ({errors:+.1f} standard errors)")
+    if not lines:
+        return ""
+    return (
+        f"`{ours}`, with {share(rows, ours):.2f} of the FLOPs, has {' and '.join(lines)}; it leaves"
+        f" {share(rows, theirs):.2f} with `{theirs}`."
+    )

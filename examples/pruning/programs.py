@@ -1,0 +1,32 @@
+"""Makes the programs that are compared, and says what they take."""
+
+from typing import Any
+
+from diffopt.core import Pipeline, Size
+from diffopt.program import Program
+from examples.pruning import peers
+from examples.pruning.configurations import THEIRS, UNROLLED, pipeline, split
+from examples.study.study import CALIBRATION, Study
+from examples.study.texts import name_of
+
+
+def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
+    """Return the program of a configuration; its size, and what its passes noted."""
+    if config == UNROLLED:
+        return Pipeline.parse("unroll").run(study.traced, verify=False), {}
+    calls, traced = split(config), study.traced
+    if calls and name_of(calls[0]) == THEIRS:
+        traced = study.trace(peers.pruned(study, calls.pop(0)))
+        whole = study.file(UNROLLED)
+        calls = [call.replace("recover(", f"recover(reference={whole},") for call in calls]
+    program = Pipeline.parse(pipeline(calls)).run(
+        traced, verify=False, enforce=False, seed=CALIBRATION, prompts=study.prompts
+    )
+    records = program.history[len(traced.history) :]
+    size = Size.of(program)
+    return program, {
+        "flops": size.flops,
+        "parameters": size.parameters,
+        "seconds": {record["text"]: record["seconds"] for record in records},
+        "notes": {record["text"]: record["notes"] for record in records if record["notes"]},
+    }

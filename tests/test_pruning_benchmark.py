@@ -1,0 +1,185 @@
+"""The benchmark of pruning: its document from made-up numbers, and one tiny real run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffopt.core import Pipeline
+from diffopt.errors import DiffoptError
+from examples.pruning import __main__ as command
+from examples.pruning import configurations, document, findings
+from examples.pruning.configurations import (
+    AUTO,
+    BY_IMPORTANCE,
+    CACHE,
+    COMPOSED,
+    GOAL,
+    INT8,
+    PARTS,
+    PEERS,
+    THEIRS,
+    UNIFORM,
+    fewer,
+    pipeline,
+    recovered,
+    split,
+    untrained,
+)
+from examples.study import measure
+from examples.study.document import BEGIN, END
+from examples.study.study import REFERENCE, Study
+
+MODEL = "fashion-dit"
+MAGNITUDE, DIFF = (BY_IMPORTANCE[GOAL][m] for m in ("magnitude", "diff-pruning"))
+
+
+def row(
+    distance: float, flops: int = 100, kid: float = 0.1, seconds: float | None = None
+) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "cost": {"flops": flops, "parameters": flops, "seconds": {}, "notes": {}},
+        "quality": {
+            "distance": [distance, 0.003],
+            "distances": [distance * part for part in (0.8, 1, 1.2)],
+            "pixels": [distance / 2, 0.001],
+            "kid held-out": [kid, 0.001],
+            "kid other seeds": [-0.002, 0.003],
+        },
+    }
+    if seconds is not None:
+        made["time"] = {"target": "cpu", "seconds": [seconds] * 3, REFERENCE: [0.4, 0.5, 0.3]}
+    return made
+
+
+ROWS = {
+    REFERENCE: row(0, seconds=0.4),
+    MAGNITUDE: row(0.4, 70, seconds=0.3),
+    recovered(MAGNITUDE): row(0.08, 70, kid=0.112),
+    DIFF: row(0.3, 70, seconds=0.34),
+    recovered(DIFF): row(0.09, 70, kid=0.109),
+    AUTO: row(0.2, 70),
+    recovered(AUTO): row(0.06, 70),
+    UNIFORM[MODEL]: row(0.3, 69),
+    fewer(18): row(0.05, 72),
+    fewer(16): row(0.07, 64),
+    CACHE: row(0.03),
+    INT8: row(0.04),
+    COMPOSED: row(0.08),
+}
+
+
+def test_the_sentences_follow_the_numbers() -> None:
+    lines = findings.goals(ROWS, MODEL)
+    assert lines[:2] == [
+        f"- Not met: KID to held-out images of `{MAGNITUDE}`, trained, is 112.00 ± 1.00, the"
+        " reference's 100.00 ± 1.00; asked is at most 10% more, 110.00.",
+        f"- Met: KID to held-out images of `{DIFF}`, trained, is 109.00 ± 1.00, the reference's"
+        " 100.00 ± 1.00; asked is at most 10% more, 110.00.",
+    ]
+    assert lines[2:4] == [
+        f"- Met: `{MAGNITUDE}` leaves 70% of the FLOPs and 75% of the time, 83% of what that"
+        " promises; asked is 80%.",
+        f"- Not met: `{DIFF}` leaves 70% of the FLOPs and 85% of the time, 50% of what that"
+        " promises; asked is 80%.",
+    ]
+    assert lines[4:7] == [
+        "- Met: Diff-Pruning's importance is ahead of magnitude (channels, ratio=0.3, before"
+        " training): the distance is 0.75 times the other's, +8.7 standard errors ahead.",
+        "- Not met: Diff-Pruning's importance is ahead of magnitude (channels, ratio=0.3,"
+        " trained): the distance is 1.12 times the other's, -8.7 standard errors ahead.",
+        "- Met: `auto` is ahead of a uniform share (auto, flops=0.7, before training): the"
+        " distance is 0.67 times the other's, +8.7 standard errors ahead.",
+    ]
+
+
+def test_the_rival_has_as_many_flops() -> None:
+    assert findings.rival(ROWS, recovered(AUTO)) == fewer(18)
+    (line, *_) = [line for line in findings.goals(ROWS, MODEL) if f"`{AUTO}`, trained" in line]
+    assert line == (
+        f"- `{AUTO}`, trained, is not nearer to the reference than `{fewer(18)}`, which has 1.03"
+        " times its FLOPs: distances 0.0600 and 0.0500, KID 100.00 ± 1.00 and 100.00 ± 1.00."
+    )
+    assert findings.rival({**ROWS, AUTO: row(0.2, 80)}, AUTO) is None
+
+
+def test_tables() -> None:
+    assert findings.importances(ROWS)[-1] == "| diff-pruning, 30% | 0.75 (+8.7) | 1.12 (-8.7) |"
+    (line,) = findings.composed(ROWS)
+    assert "distance 0.0800 ± 0.0030; alone" in line
+    assert "their sum is 0.1300, the root of the sum of their squares 0.0781." in line
+    rows = {**ROWS, PEERS[MODEL][1]: row(0.25, 70)}
+    assert findings.peer(rows, *PEERS[MODEL]) == (
+        f"`{AUTO}`, with 0.70 of the FLOPs, has 0.80 times its distance before training"
+        f" (+8.7 standard errors); it leaves 0.70 with `{PEERS[MODEL][1]}`."
+    )
+
+
+def test_no_sentence_without_its_numbers() -> None:
+    assert findings.goals({REFERENCE: row(0)}, MODEL) == []
+    assert findings.importances({REFERENCE: row(0)}) == []
+    assert findings.composed({REFERENCE: row(0)}) == []
+    assert findings.peer({REFERENCE: row(0)}, *PEERS[MODEL]) == ""
+
+
+def test_groups_of_both() -> None:
+    def group(layer: str, ours: list[str], theirs: list[str], own: list[str]) -> dict[str, Any]:
+        return {"layer": layer, "ours": ours, "only theirs": theirs, "only ours": own}
+
+    found = [
+        group("a", ["a"], [], []),
+        group("time", [], ["time out"], []),
+        group("b", ["b"], ["time in"], []),
+        group("c", ["b", "c"], [], ["b out"]),
+    ]
+    lines = findings.grouped(found)
+    assert lines[0].startswith("Of its 4 groups 1 are the same weights and axes as ours. 2 have")
+    assert lines[1].startswith("1 go together with more here (`c`)")
+
+
+@pytest.mark.parametrize("model", ["fashion-sd", "fashion-dit"])
+def test_configurations_are_pipelines(model: str) -> None:
+    own = configurations.configurations(model)
+    assert len(set(own)) == len(own)
+    for config in own:
+        calls = [call for call in split(config) if not call.startswith(THEIRS)]
+        Pipeline.parse(pipeline(calls))
+    assert {*PARTS, COMPOSED} < {*own}
+    assert {*map(untrained, own)} < {*own}
+    assert {*configurations.timed(model)} < {*own}
+    with pytest.raises(DiffoptError, match=r"fuse: a configuration is made of unroll, prune"):
+        pipeline(["fuse"])
+
+
+def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "DEBIAN", tmp_path / "missing")  # 10,000 images take minutes
+    monkeypatch.setattr(configurations, "RECOVER", "recover(steps=2,samples=2,batch=1)")
+    path = tmp_path / "pruning.md"
+    path.write_text(f"{BEGIN}\n{END}\n")
+    words = "--only fashion-dit --images 2 --steps 2 --threads 1 --rounds 1 --target eager"
+    words += f" --work {tmp_path} --document {path} --phase quality time peers --configs"
+    small = UNIFORM[MODEL]
+    chosen = [REFERENCE, fewer(1), small, recovered(small), "prune(mlp,layers=nothing)"]
+    command.main([*words.split(), *chosen])
+    found = json.loads(path.with_suffix(".json").read_text())["models"]["fashion-dit, 2 steps"]
+    reference, one, pruned, trained, nothing = (found["configs"][c] for c in chosen)
+    assert reference["quality"]["distance"] == [0, 0]
+    assert reference["cost"]["flops"] > pruned["cost"]["flops"] == trained["cost"]["flops"]
+    assert reference["cost"]["parameters"] > pruned["cost"]["parameters"]
+    assert one["quality"]["distance"][0] > 0
+    assert trained["quality"]["distance"] != pruned["quality"]["distance"]
+    assert "time" in pruned
+    assert "time" not in trained
+    assert "matches 'nothing'" in nothing["left out"]
+    text = path.read_text()
+    assert f"| `{small}` | 0." in text
+    assert f"`{recovered(small)}` |" not in text
+    assert "Left out: `prune(mlp,layers=nothing)`" in text
+    assert document.pictured(found["configs"]) == [REFERENCE]
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(Study, "_need", refuse)
+    command.main([*words.replace("quality time peers", "quality time").split(), *chosen])
