@@ -7,7 +7,6 @@ is zero in a 2:4 sparse weight stays zero.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,11 +16,10 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt import qdq, quantizer, sparsity, walk, weights
-from diffopt.errors import DiffoptError
 from diffopt.gradients import FLOATS
+from diffopt.patterns import Patterns
 from diffopt.program import Program
 from diffopt.rewrite import args, calls, graphs, stored
-from diffopt.spec import suggest
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -214,29 +212,18 @@ def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
 def _kept(program: Program, names: Sequence[str], patterns: Sequence[str]) -> set[int]:
     """Return the identities of the tensors of modules that match a pattern."""
     kept: set[int] = set()
-    used: set[str] = set()
+    wanted = Patterns(patterns)
     for name in names:
         gm = program.components[name]
         for node in gm.graph.nodes:
-            module = quantizer.module(node)
-            paths = module, f"{name}.{module}"
-            own = {p for p in patterns if any(fnmatch.fnmatchcase(path, p) for path in paths)}
-            used |= own
-            if own:
-                read = g.reach(
-                    [n for n in node.all_input_nodes if n.op in ("get_attr", "call_function")],
-                    lambda n: n.all_input_nodes if _is_of_weights(n) else (),
-                )
-                tensors = (stored(gm, n) for n in read)
-                kept |= {id(t) for t in tensors if t is not None}
-    for pattern in patterns:
-        if pattern in used:
-            continue
-        layers = [layer for name in names for layer in qdq.layers(program.components[name])]
-        modules = sorted({quantizer.module(layer.node) for layer in layers})
-        near = suggest(pattern, modules) if len(modules) <= 20 else ""
-        example = near or (f"; modules are called like {modules[len(modules) // 2]}")
-        raise DiffoptError(f"no module of {', '.join(names)} matches '{pattern}'{example}")
+            read = g.reach(
+                [n for n in node.all_input_nodes if n.op in ("get_attr", "call_function")],
+                lambda n: n.all_input_nodes if _is_of_weights(n) else (),
+            )
+            tensors = [t for n in read if (t := stored(gm, n)) is not None]
+            if tensors and wanted.wants(name, quantizer.module(node)):
+                kept |= {id(t) for t in tensors}
+    wanted.check("module", names)
     return kept
 
 

@@ -36,7 +36,6 @@ Not rewritten when
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,12 +46,12 @@ from torch import Tensor, fx
 from diffopt import automatic, qdq, quantizer, ranges, rewrite, transforms
 from diffopt.core import Context, Pass, option
 from diffopt.errors import DiffoptError
+from diffopt.patterns import Patterns
 from diffopt.program import Program
 from diffopt.quantizer import Activations, Format, Formats, Range, Scope, Store, choose
 from diffopt.requests import representative, requests
 from diffopt.shared import Shared
 from diffopt.simulate import Simulator
-from diffopt.spec import suggest
 
 HELD_SEED = 1 << 20
 """How far the seeds of requests that formats are tried on are from those of calibration."""
@@ -207,16 +206,14 @@ class Quantize(Pass):
     def _formats(self, program: Program, scope: Scope, ctx: Context) -> Formats:
         """Return the format of each layer to quantize, by component."""
         ends = [] if self.ends else quantizer.ends(program, scope)
-        used: set[str] = set()
+        patterns = Patterns(self.layers, self.skip)
         formats: Formats = {}
         for name in scope.calls:
             body, own = program.components[name], dict[fx.Node, Format]()
             for layer in qdq.layers(body):
-                path = f"{name}.{quantizer.module(layer.node)}"
-                wanted = _matching(path, self.layers)
-                unwanted = _matching(path, self.skip)
-                used |= wanted | unwanted
-                if unwanted or not wanted:
+                module = quantizer.module(layer.node)
+                path = f"{name}.{module}"
+                if not patterns.wants(name, module):
                     continue
                 if layer.weight.op != "get_attr":
                     ctx.skip(path, "its weight is quantized already")
@@ -228,9 +225,7 @@ class Quantize(Pass):
                     own[layer.node] = self._format(name in scope.weights, layer)
             if own:
                 formats[name] = own
-        for pattern in (*self.layers, *self.skip):
-            if pattern != "*" and pattern not in used:
-                raise DiffoptError(_unmatched(pattern, program, scope))
+        patterns.check("layer", scope.calls)
         if not formats and (self.format == "auto" or not self._tables(program, scope)):
             raise DiffoptError(
                 f"there is no layer to quantize in {', '.join(scope.calls)}: its layers are"
@@ -240,13 +235,13 @@ class Quantize(Pass):
 
     def _tables(self, program: Program, scope: Scope) -> list[tuple[str, fx.Node]]:
         """Return what reads tables that are to be quantized, with the component it is in."""
-        found = []
-        for name in scope.calls if self.tables else ():
-            for node in quantizer.readers_of_tables(program.components[name]):
-                path = f"{name}.{quantizer.module(node)}"
-                if _matching(path, self.layers) and not _matching(path, self.skip):
-                    found.append((name, node))
-        return found
+        patterns = Patterns(self.layers, self.skip)
+        return [
+            (name, node)
+            for name in (scope.calls if self.tables else ())
+            for node in quantizer.readers_of_tables(program.components[name])
+            if patterns.wants(name, quantizer.module(node))
+        ]
 
     def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:
         how = self._weights(weights_only)
@@ -280,20 +275,3 @@ def read_steps(text: str, count: int) -> range:
     if int(high or low) >= count:
         raise DiffoptError(f"keep={text}: there are only the steps 0 to {count - 1}")
     return range(int(low), int(high or low) + 1)
-
-
-def _matching(path: str, patterns: tuple[str, ...]) -> set[str]:
-    """Return the patterns that a layer's path matches, whole or behind its component's name."""
-    names = (path, path.partition(".")[2])
-    return {p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)}
-
-
-def _unmatched(pattern: str, program: Program, scope: Scope) -> str:
-    paths = [
-        quantizer.module(layer.node)
-        for n in scope.calls
-        for layer in qdq.layers(program.components[n])
-    ]
-    near = suggest(pattern, set(paths)) if len(set(paths)) <= 20 else ""
-    example = near or f"; modules are called like {paths[len(paths) // 2]}" if paths else ""
-    return f"no layer of {', '.join(scope.calls)} matches '{pattern}'{example}"

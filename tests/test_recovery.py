@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 import diffopt
-from diffopt import calibrate, pairing, qdq, quantizer, recovery, tags
+from diffopt import calibrate, gradients, pairing, qdq, quantizer, recovery, ste, tags, vectorize
 from diffopt import graph as g
+from diffopt import matching as matching_module
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError
 from diffopt.gradients import Body, read_weights
+from diffopt.matching import Matching
 from diffopt.program import Program
 from diffopt.requests import requests
 from diffopt.trained import Trained
@@ -338,3 +340,79 @@ def test_a_batch_for_all_processes() -> None:
     assert error.value.message == (
         "recover(batch=1) is too small for 2 processes: give each at least one call"
     )
+
+
+# Several calls at once
+
+
+def matching_of(made: Program, reference: Program) -> tuple[Matching, Trained, list[pairing.Pair]]:
+    names = quantizer.choose(made, ("loop",)).loop
+    pairs, trained = pairs_of(made, reference), Trained(made, names)
+    return Matching(made, reference, pairs, trained, 1.0, CPU), trained, pairs
+
+
+def gradients_of(matching: Matching, trained: Trained, chunks: list[list[pairing.Pair]]) -> Any:
+    for leaf in trained.leaves:
+        leaf.grad = None
+    losses = [matching.losses(chunk) for chunk in chunks]
+    torch.cat(losses).sum().backward()
+    found = [torch.zeros_like(x) if x.grad is None else x.grad for x in trained.leaves]
+    errors = torch.cat([matching.errors(chunk) for chunk in chunks])
+    return torch.cat(losses).detach(), errors, torch.cat([t.flatten() for t in found])
+
+
+@pytest.mark.parametrize("name", ["sd", "dit"])
+@pytest.mark.parametrize("how", ["prune(channels)", "quantize(int8)", "quantize(int4,rank=4)"])
+def test_calls_at_once_are_calls_one_by_one(name: str, how: str) -> None:
+    reference = program(name, "unroll")
+    made = Pipeline.parse(how).run(reference)
+    matching, trained, pairs = matching_of(made, reference)
+    assert matching.blocks > 1
+    together = [*matching.chunks(pairs)]
+    assert len(together) == 1
+    at_once = gradients_of(matching, trained, together)
+    one_by_one = gradients_of(matching, trained, [[pair] for pair in pairs])
+    for own, other in zip(at_once, one_by_one, strict=True):
+        assert float((own - other).norm()) < 1e-4 * float(other.norm())
+
+
+def test_calls_that_cannot_be_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those whose rounding would have no gradient any more."""
+    reference = program("dit", "unroll")
+    made = Pipeline.parse("quantize(int8)").run(reference)
+    monkeypatch.setattr(vectorize, "batch_body", unbatchable)
+    matching, trained, pairs = matching_of(made, reference)
+    one = gradients_of(matching, trained, [*matching.chunks(pairs)])
+    monkeypatch.undo()
+    matching, trained, pairs = matching_of(made, reference)
+    other = gradients_of(matching, trained, [*matching.chunks(pairs)])
+    for a, b in zip(one, other, strict=True):
+        assert float((a - b).norm()) < 1e-4 * float(b.norm())
+
+
+def unbatchable(*_: object) -> None:
+    raise vectorize.Unbatchable("no rule")
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic", "rows"])
+def test_roundings_stay(activations: str) -> None:
+    """Or calls are run one by one: gradients go straight through what is known as a rounding."""
+    made = program("dit", f"unroll,hoist,quantize(int8,activations={activations})")
+    (name,) = quantizer.choose(made, ("loop",)).loop
+    gm = made.components[name]
+    batched = gradients._batched(gm)
+    count = ste.roundings(gm.graph.nodes)
+    assert count
+    assert batched is None or ste.roundings(batched.graph.graph.nodes) == count
+
+
+def test_only_so_many_calls_are_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = program("dit", "unroll,hoist")
+    _, _, pairs = matching_of(made, made)
+    body = made.components[pairs[0].name]
+    values = [n.meta["val"] for n in body.graph.nodes if n.op == "call_function"]
+    size = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+    for room, counts in ((2 * size, [2, 1]), (size // 2, [1, 1, 1])):
+        monkeypatch.setattr(matching_module, "TOGETHER", room)
+        matching, _, _ = matching_of(made, made)
+        assert [len(chunk) for chunk in matching.chunks(pairs)] == counts
