@@ -73,9 +73,9 @@ ROWS = {
 def test_the_sentences_follow_the_numbers() -> None:
     lines = findings.goals(ROWS, MODEL)
     assert lines[:2] == [
-        f"- Not met: KID to held-out images of `{MAGNITUDE}`, trained, is 112.00 ± 1.00, the"
+        f"- Not met: KID to held-out images of `{recovered(MAGNITUDE)}` is 112.00 ± 1.00, the"
         " reference's 100.00 ± 1.00; asked is at most 10% more, 110.00.",
-        f"- Met: KID to held-out images of `{DIFF}`, trained, is 109.00 ± 1.00, the reference's"
+        f"- Met: KID to held-out images of `{recovered(DIFF)}` is 109.00 ± 1.00, the reference's"
         " 100.00 ± 1.00; asked is at most 10% more, 110.00.",
     ]
     assert lines[2:4] == [
@@ -96,9 +96,9 @@ def test_the_sentences_follow_the_numbers() -> None:
 
 def test_the_rival_has_as_many_flops() -> None:
     assert findings.rival(ROWS, recovered(AUTO)) == fewer(18)
-    (line, *_) = [line for line in findings.goals(ROWS, MODEL) if f"`{AUTO}`, trained" in line]
+    (line, *_) = [line for line in findings.goals(ROWS, MODEL) if f"`{recovered(AUTO)}` is" in line]
     assert line == (
-        f"- `{AUTO}`, trained, is not nearer to the reference than `{fewer(18)}`, which has 1.03"
+        f"- `{recovered(AUTO)}` is not nearer to the reference than `{fewer(18)}`, which has 1.03"
         " times its FLOPs: distances 0.0600 and 0.0500, KID 100.00 ± 1.00 and 100.00 ± 1.00."
     )
     assert findings.rival({**ROWS, AUTO: row(0.2, 80)}, AUTO) is None

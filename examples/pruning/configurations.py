@@ -11,7 +11,8 @@ STEPS = 25
 RATIOS = (0.15, 0.3, 0.5)
 GOAL = 0.3  # of the channels, whose KID is to be the reference's after training
 FLOPS = 0.7  # that `auto` leaves
-RECOVER = "recover(steps=2500,samples=80,lr=0.001)"
+RECOVER = "recover(steps=1000,samples=80,lr=0.001)"
+LONGER = "recover(steps=8000,samples=240,lr=0.001)"
 INT8 = "cast(bf16),quantize(int8)"
 CACHE = "cache(auto,speedup=1.5)"
 THEIRS = "torch-pruning"
@@ -37,6 +38,11 @@ def recovered(config: str) -> str:
     return f"{config},{RECOVER}"
 
 
+def recovered_longer(config: str) -> str:
+    """Return the configuration that does so for long."""
+    return f"{config},{LONGER}"
+
+
 BY_IMPORTANCE = {ratio: {m: channels(ratio, m) for m in METHODS} for ratio in RATIOS}
 AUTO = f"prune(auto,flops={FLOPS})"
 UNIFORM = {"fashion-sd": "prune(all,ratio=0.175)", "fashion-dit": "prune(all,ratio=0.175)"}
@@ -49,6 +55,8 @@ PEERS = {
 """What leaves as many FLOPs, by diffopt and by torch-pruning."""
 LOW_RANK = "low-rank(rank=0.4,data=true)"
 KINDS = ("prune(heads,ratio=0.25)", "prune(mlp,ratio=0.3)", "prune(blocks,ratio=0.15)")
+LONG = (BY_IMPORTANCE[GOAL]["taylor"], AUTO)
+"""What is trained for long, too."""
 COMPOSED = f"{recovered(AUTO)},{CACHE},{INT8}"
 PARTS = (recovered(AUTO), CACHE, INT8)
 
@@ -73,7 +81,8 @@ def configurations(model: str) -> list[str]:
     """Return all that is measured of a model, in that order."""
     pairs = [config for own in smaller(model) for config in (own, recovered(own))]
     after = pairs.index(recovered(UNIFORM[model])) + 1
-    pairs[after:after] = [CACHE, INT8, COMPOSED]
+    pairs[after:after] = [CACHE, INT8, COMPOSED, recovered_longer(LONG[0])]
+    pairs += map(recovered_longer, LONG[1:])
     return [REFERENCE, *map(fewer, FEWER), *pairs]
 
 
@@ -84,7 +93,7 @@ def timed(model: str) -> list[str]:
 
 def untrained(config: str) -> str:
     """Return the configuration that has the same time and size."""
-    return config.removesuffix(f",{RECOVER}")
+    return config.removesuffix(f",{RECOVER}").removesuffix(f",{LONGER}")
 
 
 PLACES: Mapping[str, Sequence[str]] = {

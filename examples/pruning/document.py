@@ -11,6 +11,7 @@ from examples.pruning.configurations import (
     COMPOSED,
     FEWER,
     GOAL,
+    LONGER,
     PEERS,
     RECOVER,
     configurations,
@@ -52,7 +53,7 @@ def _about(data: Mapping[str, Any]) -> list[str]:
         f" {GUIDANCE:g}, fp32. All others are `unroll`, then what is named, `hoist`, `cache` if it"
         " is named, `simplify,fuse`, and what has fewer bits. FLOPs and parameters are of the whole"
         f" pipeline. Trained is what goes on with `{RECOVER}`, from requests of all classes;"
-        " retraining changes neither size nor time. Images are those of"
+        " training changes neither size nor time. Images are those of"
         f" {data['setup']['images']} seeds, the same for all and others than those of training."
         " Distance is the mean over pairs of images of the same seed of |f(a) - f(b)| / |f(b)|, f"
         " the features of diffopt/metrics.py. KID is to held-out images, times 1000, ± its"
@@ -93,9 +94,12 @@ def _table(rows: Rows, model: str) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for config in configurations(model):
-        if config not in rows or config != untrained(config):
+        is_long = config.endswith(LONGER)
+        if config not in rows or (config != untrained(config) and not is_long):
             continue
         row, trained = rows[config], rows.get(recovered(config), {})
+        if is_long:
+            row, trained = {**rows.get(untrained(config), {}), "cost": row["cost"]}, row
         kept = findings.kept_promise(rows, config)
         qualities = [own.get("quality", {}) for own in (row, trained)]
         cells = [

@@ -10,12 +10,14 @@ from examples.pruning.configurations import (
     COMPOSED,
     FEWER,
     GOAL,
+    LONG,
     LOW_RANK,
     PARTS,
     PEERS,
     UNIFORM,
     fewer,
     recovered,
+    recovered_longer,
     untrained,
 )
 from examples.study.document import number
@@ -60,7 +62,8 @@ def goals(rows: Rows, model: str) -> list[str]:
 
 def _kid(rows: Rows) -> list[str]:
     lines = []
-    for config in map(recovered, BY_IMPORTANCE[GOAL].values()):
+    wanted = map(recovered, BY_IMPORTANCE[GOAL].values())
+    for config in (*wanted, *map(recovered_longer, LONG)):
         if not has_quality(rows, config, REFERENCE):
             continue
         own, floor = (rows[c]["quality"].get("kid held-out") for c in (config, REFERENCE))
@@ -68,7 +71,7 @@ def _kid(rows: Rows) -> list[str]:
             continue
         limit = KID_SLACK * floor[0]
         lines.append(
-            f"{verdict(own[0] <= limit)}: KID to held-out images of `{untrained(config)}`, trained,"
+            f"{verdict(own[0] <= limit)}: KID to held-out images of `{config}`"
             f" is {number(own, 1000, 2)}, the reference's {number(floor, 1000, 2)}; asked is at"
             f" most {KID_SLACK - 1:.0%} more, {limit * 1000:.2f}."
         )
@@ -112,14 +115,14 @@ def _short(config: str) -> str:
 def _rivals(rows: Rows, model: str) -> list[str]:
     """Compare what was pruned and trained with fewer steps of the whole model."""
     lines = []
-    for small in (AUTO, UNIFORM[model], *BY_IMPORTANCE[GOAL].values(), LOW_RANK, PEERS[model][1]):
-        config = recovered(small)
+    smalls = (AUTO, UNIFORM[model], *BY_IMPORTANCE[GOAL].values(), LOW_RANK, PEERS[model][1])
+    for config in (*map(recovered, smalls), *map(recovered_longer, LONG)):
         other = rival(rows, config) if has_quality(rows, config) else None
         if other is None:
             continue
         own, theirs = (distance(rows[c])[0] for c in (config, other))
         text = (
-            f"`{small}`, trained, is {'nearer' if own < theirs else 'not nearer'} to the reference"
+            f"`{config}` is {'nearer' if own < theirs else 'not nearer'} to the reference"
             f" than `{other}`, which has {share(rows, other) / share(rows, config):.2f} times its"
             f" FLOPs: distances {own:.4f} and {theirs:.4f}"
         )
