@@ -31,8 +31,8 @@ log = logging.getLogger("diffopt")
 
 Report = Callable[[str, float | None], None]
 
-HELD_OUT = 4
-"""One request of so many is held out."""
+HELD_OUT, HELD_REQUESTS = 4, 8
+"""One request of so many is held out, and at most so many."""
 HELD_CALLS = 32
 """On at most so many calls the error is measured."""
 _LOOKS = 10  # how often it is
@@ -157,7 +157,7 @@ def recover(
 
 def _held(count: int) -> int:
     """Return how many requests are held out."""
-    return max(1, count // HELD_OUT)
+    return max(1, min(count // HELD_OUT, HELD_REQUESTS))
 
 
 class _Trainer:

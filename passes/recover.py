@@ -16,9 +16,10 @@ are trained as they are; weights of few bits through their rounding (straight-th
 scales. Weights that components share stay shared. Tables of timesteps, scales of activations and
 everything in front of the loop stay what they are.
 
-A quarter of the requests is held out. Of all states the one with the least error on these is kept,
-also if it is the first; a loss that is not finite ends the training there. A run that was killed
-goes on from its last checkpoint when the same command is run again, with the same result.
+A quarter of the requests, at most 8, is held out. Of all states the one with the least error on
+these is kept, also if it is the first; a loss that is not finite ends the training there. A run
+that was killed goes on from its last checkpoint when the same command is run again, with the same
+result.
 
 Not rewritten when
 - no state is better on what was held out than the one at the beginning;
@@ -54,7 +55,7 @@ class Recover(Pass):
         None, "the largest learning rate; by default 0.003 times the error, at most 0.0005"
     )
     batch: int = option(4, "calls of the denoiser in a step of the training")
-    samples: int = option(16, "requests to train with; a quarter of them is held out")
+    samples: int = option(16, "requests to train with; a quarter of them, at most 8, is held out")
     features: float = option(1.0, "weight of what blocks return, next to what the denoiser does")
     reference: str = option("", "a saved program to train against, if not the one at hand")
     components: tuple[str, ...] = option(
