@@ -47,6 +47,9 @@ Settings = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and no table.")]
+Stats = Annotated[
+    bool, typer.Option("--stats", help="Show sizes, notes and reasons for rewrites not done.")
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Trace with this many sampling steps.")]
 Batch = Annotated[int, typer.Option(min=1, help="How many images one call makes.")]
 Batches = Annotated[
@@ -159,9 +162,7 @@ def optimize(
         ),
     ] = None,
     timing: Annotated[bool, typer.Option("--timing", help="Show each pass's time.")] = False,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Show sizes, notes and reasons for rewrites not done.")
-    ] = False,
+    stats: Stats = False,
     print_after: Annotated[
         str, typer.Option(metavar="NAMES", help="Print the program after these passes, or 'all'.")
     ] = "",
@@ -324,6 +325,7 @@ def compare(
 @app.command(
     epilog="diffopt inspect fashion.program\n\ndiffopt inspect out.engine --json\n\n"
     "diffopt inspect cached.program --picture heat.png\n\n"
+    "diffopt inspect pruned.program --stats\n\n"
     "diffopt inspect fashion.program --target h100"
 )
 def inspect(
@@ -348,6 +350,7 @@ def inspect(
             help="Show instead what each component costs on this device at best, and why.",
         ),
     ] = None,
+    stats: Stats = False,
     as_json: Json = False,
 ) -> None:
     """Show what a program or an engine consists of, and what each step calls."""
@@ -369,7 +372,7 @@ def inspect(
     elif hardware is not None:
         cli_inspect.print_roofline(program, file, hardware, as_json)
     else:
-        cli_inspect.inspect(program, file, as_json, parts)
+        cli_inspect.inspect(program, file, as_json, stats, parts)
 
 
 @app.command(

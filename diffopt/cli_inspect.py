@@ -38,10 +38,17 @@ def save_picture(program: Program, output: Path) -> None:
     show.stderr().print(f"wrote {output}")
 
 
-def inspect(program: Program, title: str, as_json: bool, parts: Mapping[str, int]) -> None:
+def inspect(
+    program: Program, title: str, as_json: bool, stats: bool, parts: Mapping[str, int]
+) -> None:
     """Print the inputs, the components, the calls in order, and which steps make them.
 
-    `parts` says what the parts of an engine file take in it.
+    Args:
+        program: What to show.
+        title: What it is called.
+        as_json: Print JSON.
+        stats: Print what each pass noted, too.
+        parts: What the parts of an engine file take in it.
     """
     components = [_component(program, name) for name in program.components]
     inputs = {n.name: g.type_text(n.meta["val"]) for n in g.placeholders(program.root)}
@@ -74,8 +81,9 @@ def inspect(program: Program, title: str, as_json: bool, parts: Mapping[str, int
     show.table("steps", ["call", "component", "branch", "steps"], _steps(calls, found))
     if program.history:
         records = [Record.from_json(row) for row in program.history]
-        show.records_table(records, timing=True, stats=False)
-        show.step_maps(records)
+        show.records_table(records, timing=True, stats=stats)
+        if not stats:
+            show.step_maps(records)
 
 
 def print_roofline(program: Program, title: str, hardware: Hardware, as_json: bool) -> None:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -40,6 +41,9 @@ from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from diffopt.requests import representative
 from diffopt.workers import Workers
+
+LEAST, MOST = 16, 512
+"""How many requests are sampled where it is not said: with too few, what is learnt is these."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ class Recover(Pass):
         None, "the largest learning rate; by default 0.003 times the error, at most 0.0005"
     )
     batch: int = option(4, "calls of the denoiser in a step of the training")
-    samples: int = option(16, "requests to train with; a quarter of them, at most 8, is held out")
+    samples: int | None = option(
+        None, "requests to train with; by default as many as have the calls that are drawn"
+    )
     features: float = option(1.0, "weight of what blocks return, next to what the denoiser does")
     reference: str = option("", "a saved program to train against, if not the one at hand")
     components: tuple[str, ...] = option(
@@ -76,7 +82,7 @@ class Recover(Pass):
             raise DiffoptError("recover wants an lr above 0 and of at most 1, such as 0.0003")
         if not self.clip > 0:
             raise DiffoptError("recover wants clip > 0")
-        if self.samples < 2:
+        if self.samples is not None and self.samples < 2:
             raise DiffoptError("recover wants samples >= 2: one of them at least is held out")
         if not 0 <= self.own <= 1 or not 0 <= self.ema < 1:
             raise DiffoptError("recover wants own from 0 to 1, and ema from 0 to below 1")
@@ -90,7 +96,8 @@ class Recover(Pass):
         reference = self._reference(ctx)
         scope = quantizer.choose(program, self.components)
         names = scope.loop if self.components == ("loop",) else list(scope.calls)
-        inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
+        samples = self.samples or self._enough(scope, names)
+        inputs = representative(str(self), program, ctx.prompts, samples, ctx.seed)
         began = time.perf_counter()
         outcome = recovery.recover(
             program,
@@ -121,10 +128,16 @@ class Recover(Pass):
         # JSON has no numbers for what is not finite.
         found = {str(step): e for step, e in outcome.errors.items() if math.isfinite(e)}
         ctx.note("errors", found)
+        ctx.note("requests", samples)
         ctx.note("steps", {"done": outcome.steps, "kept": outcome.best})
         ctx.note("weights trained", outcome.trained)
         ctx.note("blocks matched", outcome.features)
         ctx.note("seconds", time.perf_counter() - began)
+
+    def _enough(self, scope: quantizer.Scope, names: Sequence[str]) -> int:
+        """Return how many requests have so many calls that each is drawn about once."""
+        calls = sum(len(scope.calls[name]) for name in names)
+        return min(max(LEAST, -(-self.steps * self.batch // max(1, calls))), MOST)
 
     def _reference(self, ctx: Context) -> Program:
         if self.reference:

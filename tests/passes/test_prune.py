@@ -16,6 +16,7 @@ from diffopt.engine import build
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from tests import loops
+from tests.command import Run
 from tests.passes.build import body, parameter, program, randn
 from tests.zoo import CASES
 
@@ -284,6 +285,15 @@ def test_auto_reports_a_table(capsys) -> None:
     assert cells == ["net.linear_default_2", "mlp", "16", "12", "0.333", "0"]
 
 
+def test_inspect_reports_it_too(diffopt: Run, tmp_path: Path) -> None:
+    made, _ = prune(one(uneven), "auto,flops=0.7")
+    made.save(tmp_path / "x.program")
+    assert "sensitivity" not in diffopt("inspect", tmp_path / "x.program").out
+    found = diffopt("inspect", tmp_path / "x.program", "--stats").out
+    assert ": sensitivity" in found
+    assert "'predicted error'" in found
+
+
 def test_auto_takes_no_more_than_it_has_to() -> None:
     result, record = prune(one(uneven), "auto,flops=0.95")
     assert hidden(result) == [16, 14]
@@ -456,6 +466,8 @@ ORDERS = [
     "unroll,hoist,simplify,fuse,prune(mlp)",
     "prune(all),unroll,hoist,cache(fora),fuse",
     "prune((blocks,all)),unroll,hoist,quantize(int8,activations=dynamic)",
+    "unroll,low-rank(rank=0.5),prune(mlp),merge-tokens(ratio=0.25),hoist,simplify,fuse",
+    "unroll,prune(all),recover(steps=2,samples=2),hoist,cache(fora),simplify,fuse,quantize(int8)",
 ]
 
 

@@ -108,6 +108,13 @@ def test_less_error_with_the_same_graph(name: str) -> None:
     assert not any(t.requires_grad for t in values(program))
 
 
+@pytest.mark.parametrize(("steps", "count"), [(1, 16), (24, 24)])
+def test_there_are_as_many_requests_as_calls_are_drawn(steps: int, count: int) -> None:
+    """In batches of 4, of 4 calls each: 16 at least."""
+    _, record = halved("loop", steps=steps, samples=None)
+    assert record.notes["requests"] == count
+
+
 def test_blocks_are_matched() -> None:
     program, record = halved("dit", steps=3, samples=4)
     assert record.notes["blocks matched"] > 1
