@@ -3,6 +3,7 @@
 # make lint    ruff and mypy
 # make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md;
 #              make bench-quantization: docs/quantization.md
+#              make bench-pruning: docs/pruning.md
 #
 # Another environment than .venv: make VENV=/path/to/venv test
 
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := examples/models/fashion-sd
 
-.PHONY: venv demo test lint bench bench-caching bench-quantization clean
+.PHONY: venv demo test lint bench bench-caching bench-quantization bench-pruning clean
 
 venv: $(VENV)/.installed
 
@@ -46,6 +47,9 @@ bench-caching: venv
 
 bench-quantization: venv
 	$(BIN)/python -m examples.quantization
+
+bench-pruning: venv
+	$(BIN)/python -m examples.pruning
 
 clean:
 	rm -rf build dist *.egg-info fashion.engine boots.png

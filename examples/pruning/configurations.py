@@ -81,8 +81,8 @@ def configurations(model: str) -> list[str]:
     """Return all that is measured of a model, in that order."""
     pairs = [config for own in smaller(model) for config in (own, recovered(own))]
     after = pairs.index(recovered(UNIFORM[model])) + 1
-    pairs[after:after] = [CACHE, INT8, COMPOSED, recovered_longer(LONG[0])]
-    pairs += map(recovered_longer, LONG[1:])
+    pairs[after:after] = [CACHE, INT8, COMPOSED]
+    pairs += map(recovered_longer, LONG)
     return [REFERENCE, *map(fewer, FEWER), *pairs]
 
 
