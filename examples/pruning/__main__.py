@@ -14,10 +14,11 @@ kept in --work. What `--again` names is made anew; after a change of a pass it i
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 
 from examples.benchmarks import report
 from examples.pruning import peers
-from examples.pruning.configurations import STEPS, THEIRS, configurations, pipeline, split, timed
+from examples.pruning.configurations import FEWER, THEIRS, configurations, is_timed, pipeline, split
 from examples.pruning.document import DOCUMENT, pictured, section
 from examples.pruning.programs import make
 from examples.study.command import (
@@ -39,7 +40,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     about = __doc__.partition("\n")[0]
     parser = parser_of("examples.pruning", about, ("quality", "time", "peers"), DOCUMENT)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, nargs="+", default=[*FEWER])
     parser.add_argument("--configs", nargs="+", help="default: all")
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--target", default="cpu", help="of the engines that are timed")
@@ -50,22 +51,23 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure(name: str, options: argparse.Namespace, results: Results) -> None:
+def measure(name: str, steps: int, options: argparse.Namespace, results: Results) -> None:
     """Measure one of the models."""
-    study = Study(name, options.steps, options.work, make)
-    at = "models", f"{name}, {options.steps} steps"
-    configs = _possible(options.configs or configurations(name))
+    study = Study(name, steps, options.work, make)
+    at = "models", f"{name}, {steps} steps"
+    configs = _possible(options.configs or configurations(name, steps))
     if options.again:
         forget(study, at, configs, options.phase, results)
     if "quality" in options.phase:
         quality(study, at, configs, results, options.images, Study.cost, each=True)
     if "time" in options.phase:
-        own = [c for c in configs if c in timed(name)]
+        own = [c for c in configs if is_timed(c)]
         times(study, at, own, results, options.rounds, options.target, Study.cost)
-    if "peers" in options.phase and (version := peers.version()) is not None:
+    version = peers.version()
+    if "peers" in options.phase and version is not None and steps == max(options.steps):
         results.put({"version": version, "found": peers.compared(study)}, *at, "groups")
     rows = results.get(*at, "configs") or {}
-    draw(study, pictured(rows), options.document.parent / f"pruning-{name}.png")
+    draw(study, pictured(rows), options.document.parent / f"pruning-{name}-{steps}.png")
 
 
 def _possible(configs: Sequence[str]) -> list[str]:
@@ -79,11 +81,11 @@ def _possible(configs: Sequence[str]) -> list[str]:
 def main(words: Sequence[str] | None = None) -> None:
     """Run what was asked for, and write the section of the document."""
     options = arguments(words)
-    results = begin(options, {"images": options.images, "steps": options.steps})
+    results = begin(options, {"images": options.images})
     if "time" in options.phase:
         check_machine(results, options.threads)
-    for name in options.only:
-        measure(name, options, results)
+    for name, steps in product(options.only, options.steps):
+        measure(name, steps, options, results)
     finish(options, results, section(results.read(), options.document.parent))
 
 

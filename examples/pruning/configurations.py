@@ -7,7 +7,6 @@ from diffopt.importance import METHODS
 from examples.study.study import REFERENCE
 from examples.study.texts import name_of, passes
 
-STEPS = 25
 RATIOS = (0.15, 0.3, 0.5)
 GOAL = 0.3  # of the channels, whose KID is to be the reference's after training
 FLOPS = 0.7  # that `auto` leaves
@@ -19,8 +18,8 @@ THEIRS = "torch-pruning"
 UNROLLED = "unroll"
 """The program that passes begin with; it is not measured."""
 
-FEWER = (21, 18, 16, 14, 12, 10)
-"""Steps that cost what pruned programs do with all of them."""
+FEWER = {25: (21, 18, 16, 14, 12, 10), 8: (7, 6, 5, 4)}
+"""Steps of the whole model that cost what pruned ones do, by how many these have."""
 
 
 def channels(ratio: float, importance: str) -> str:
@@ -77,20 +76,22 @@ def smaller(model: str) -> list[str]:
     ]
 
 
-def configurations(model: str) -> list[str]:
-    """Return all that is measured of a model, in that order."""
+def configurations(model: str, steps: int) -> list[str]:
+    """Return what is measured of a model with so many steps, in that order."""
+    beginning = [REFERENCE, *map(fewer, FEWER.get(steps, ()))]
+    if steps != max(FEWER):
+        return [*beginning, *(c for own in LONG for c in (own, recovered(own)))]
     pairs = [config for own in smaller(model) for config in (own, recovered(own))]
     after = pairs.index(recovered(UNIFORM[model])) + 1
     pairs[after:after] = [CACHE, INT8, COMPOSED]
-    pairs += map(recovered_longer, LONG)
-    return [REFERENCE, *map(fewer, FEWER), *pairs]
+    return [*beginning, *pairs, *map(recovered_longer, LONG)]
 
 
-def timed(model: str) -> list[str]:
-    """Return what is timed: neither training nor what is removed changes anything about it."""
-    others = [config for config in smaller(model) if "importance" not in config]
-    by_ratio = [own["magnitude"] for own in BY_IMPORTANCE.values()]
-    return [*by_ratio, *others, *map(fewer, FEWER), CACHE, INT8, COMPOSED]
+def is_timed(config: str) -> bool:
+    """Tell whether a configuration is timed: training and what is removed change no time."""
+    is_trained = config != untrained(config)
+    has_twin = "importance=" in config and "importance=magnitude" not in config
+    return config != REFERENCE and not is_trained and not has_twin
 
 
 def untrained(config: str) -> str:

@@ -1,6 +1,6 @@
 """Writes the measurements of docs/pruning.md from the results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ from examples.pruning.configurations import (
     AUTO,
     BY_IMPORTANCE,
     COMPOSED,
-    FEWER,
     GOAL,
     LONGER,
     PEERS,
@@ -27,7 +26,7 @@ from examples.study.study import REFERENCE
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pruning.md"
 
 _MAGNITUDE = BY_IMPORTANCE[GOAL]["magnitude"]
-PICTURED = (REFERENCE, _MAGNITUDE, recovered(_MAGNITUDE), recovered(AUTO), fewer(FEWER[1]))
+PICTURED = (REFERENCE, _MAGNITUDE, recovered(_MAGNITUDE), recovered(AUTO), fewer(18))
 
 
 def pictured(rows: Rows) -> list[str]:
@@ -49,11 +48,11 @@ def section(data: Mapping[str, Any], folder: Path) -> str:
 
 def _about(data: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"The reference is the pipeline as it is: DDIM, {data['setup']['steps']} steps, guidance"
-        f" {GUIDANCE:g}, fp32. All others are `unroll`, then what is named, `hoist`, `cache` if it"
-        " is named, `simplify,fuse`, and what has fewer bits. FLOPs and parameters are of the whole"
-        f" pipeline. Trained is what goes on with `{RECOVER}`, from requests of all classes;"
-        " training changes neither size nor time. Images are those of"
+        f"The reference is the pipeline as it is: DDIM, guidance {GUIDANCE:g}, fp32. All others are"
+        " `unroll`, then what is named, `hoist`, `cache` if it is named, `simplify,fuse`, and what"
+        " has fewer bits. FLOPs and parameters are of the whole pipeline. Trained is what goes on"
+        f" with `{RECOVER}`, from requests of all classes; training changes neither size nor time."
+        " Images are those of"
         f" {data['setup']['images']} seeds, the same for all and others than those of training."
         " Distance is the mean over pairs of images of the same seed of |f(a) - f(b)| / |f(b)|, f"
         " the features of diffopt/metrics.py. KID is to held-out images, times 1000, ± its"
@@ -72,11 +71,12 @@ def _about(data: Mapping[str, Any]) -> list[str]:
 
 def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:
     rows = {config: row for config, row in own["configs"].items() if "cost" in row}
-    model = title.partition(",")[0]
+    model, _, rest = title.partition(", ")
+    steps = int(rest.partition(" ")[0])
     if REFERENCE not in rows:
         return []
     blocks = [
-        _table(rows, model),
+        _table(rows, configurations(model, steps)),
         floor_lines(own, rows),
         findings.importances(rows),
         findings.composed(rows),
@@ -87,13 +87,13 @@ def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:
     return "\n\n".join("\n".join(block) for block in blocks if block).split("\n")
 
 
-def _table(rows: Rows, model: str) -> list[str]:
+def _table(rows: Rows, configs: Sequence[str]) -> list[str]:
     lines = [
         "| configuration | FLOPs | parameters | time, ms | of the promise | distance | trained"
         " | KID | trained |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for config in configurations(model):
+    for config in dict.fromkeys([*configs, *rows]):
         is_long = config.endswith(LONGER)
         if config not in rows or (config != untrained(config) and not is_long):
             continue
@@ -126,7 +126,7 @@ def _peer(own: Mapping[str, Any], rows: Rows, model: str) -> list[str]:
 
 
 def _picture(title: str, rows: Rows, folder: Path) -> list[str]:
-    picture = f"pruning-{title.partition(',')[0]}.png"
+    picture = f"pruning-{title.replace(', ', '-').removesuffix(' steps')}.png"
     if not (folder / picture).exists():
         return []
     names = ", ".join(f"`{config}`" for config in pictured(rows))

@@ -8,14 +8,12 @@ from examples.pruning.configurations import (
     AUTO,
     BY_IMPORTANCE,
     COMPOSED,
-    FEWER,
     GOAL,
     LONG,
     LOW_RANK,
     PARTS,
     PEERS,
     UNIFORM,
-    fewer,
     recovered,
     recovered_longer,
     untrained,
@@ -46,7 +44,7 @@ def kept_promise(rows: Rows, config: str) -> float | None:
 def rival(rows: Rows, config: str) -> str | None:
     """Return the fewest steps of the whole model that cost at least what a configuration does."""
     own = share(rows, config)
-    known = [c for c in map(fewer, FEWER) if has_quality(rows, c)]
+    known = [c for c in rows if c.startswith("unroll(") and has_quality(rows, c)]
     enough = [c for c in known if share(rows, c) >= SLACK * own]
     return min(enough, key=lambda c: share(rows, c), default=None)
 
@@ -56,7 +54,7 @@ def rival(rows: Rows, config: str) -> str | None:
 
 def goals(rows: Rows, model: str) -> list[str]:
     """Return how one model meets what was asked."""
-    lines = [*_kid(rows), *_time(rows), *_ahead(rows, model), *_rivals(rows, model)]
+    lines = [*_kid(rows), *_time(rows, model), *_ahead(rows, model), *_rivals(rows, model)]
     return [f"- {line}" for line in lines]
 
 
@@ -78,8 +76,8 @@ def _kid(rows: Rows) -> list[str]:
     return lines
 
 
-def _time(rows: Rows) -> list[str]:
-    wanted = [*BY_IMPORTANCE[GOAL].values(), AUTO]
+def _time(rows: Rows, model: str) -> list[str]:
+    wanted = [*(own["magnitude"] for own in BY_IMPORTANCE.values()), AUTO, UNIFORM[model]]
     kept = {c: p for c in wanted if c in rows and (p := kept_promise(rows, c)) is not None}
     return [
         f"{verdict(part >= PROMISE)}: `{config}` leaves {share(rows, config):.0%} of the FLOPs and"
