@@ -27,7 +27,7 @@ from diffopt import archive, onednn, serialize
 from diffopt import graph as g
 from diffopt.lowering import dynamic_shapes, example
 from diffopt.runtime import Body, lay_out
-from diffopt.sizes import Bounds
+from diffopt.sizes import Bounds, bounds_from_json
 
 Settings = Mapping[str, Any]
 """Inductor's configuration, without where the files go."""
@@ -153,7 +153,7 @@ def work(job: str, result: str) -> None:
         tensors[name] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     torch.set_num_threads(body["threads"])
     gm = serialize.graph_from_json(body["nodes"], "body", tensors, {})
-    members = compile_body(gm, body["settings"], {i: dict(axes) for i, axes in body["sizes"]})
+    members = compile_body(gm, body["settings"], bounds_from_json(body["sizes"]))
     archive.write(result, KIND, {}, {name: [content] for name, content in members.items()})
 
 

@@ -30,7 +30,7 @@ from diffopt.hardware import Hardware
 from diffopt.lowering import elsewhere, example, free_sizes, source
 from diffopt.program import Program
 from diffopt.runtime import Body, Plan, lay_out, place
-from diffopt.sizes import Bounds
+from diffopt.sizes import Bounds, bounds_from_json, bounds_to_json
 from diffopt.target import Finished, Image, Lowered, Target
 
 _SETUP = "(setup).json"
@@ -106,7 +106,7 @@ class Deferred(Target):
         for name, gm in lowered.bodies.items():
             body = {
                 "nodes": serialize.graph_to_json(gm),
-                "sizes": [[i, sorted(axes.items())] for i, axes in free.get(name, {}).items()],
+                "sizes": bounds_to_json(free.get(name, {})),
                 "strides": self.strides(gm),
             }
             members[f"{name}.json"] = json.dumps(body).encode()
@@ -147,7 +147,7 @@ class Deferred(Target):
         tensors = {part: weights[part] if self.by_value else weights.empty(part) for part in used}
         gm = serialize.graph_from_json(body["nodes"], name, tensors, {})
         move(gm, cuda.DEVICE)
-        package = self.package(gm, {index: dict(axes) for index, axes in body["sizes"]})
+        package = self.package(gm, bounds_from_json(body["sizes"]))
         made = {"pt2": package.content, "json": json.dumps(package.about).encode()}
         cachedir.put(key, made)
         log.info("%s: compiled in %.1f s", name, time.perf_counter() - started)

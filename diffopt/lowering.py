@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from diffopt import archive, batching, serialize
 from diffopt import graph as g
 from diffopt.program import Program
-from diffopt.sizes import Bounds, bounds
+from diffopt.sizes import Bounds, bounds, bounds_to_json
 
 
 def free_sizes(program: Program) -> dict[str, Bounds]:
@@ -82,7 +82,7 @@ def identity(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> dict[s
     return {
         "graph": rows,
         "tensors": {name: content(t, by_value) for name, t in g.named_tensors(gm)},
-        "sizes": [[i, sorted(axes.items())] for i, axes in sorted((sizes or {}).items())],
+        "sizes": bounds_to_json(sizes or {}),
     }
 
 

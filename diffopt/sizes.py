@@ -20,6 +20,16 @@ Bounds = dict[int, dict[int, tuple[int, int]]]
 """By argument of a component: by axis that has no fixed size, the smallest and the largest."""
 
 
+def bounds_to_json(bounds: Bounds) -> list[Any]:
+    """Return bounds as JSON, the same for the same bounds."""
+    return [[i, sorted(axes.items())] for i, axes in sorted(bounds.items())]
+
+
+def bounds_from_json(rows: Sequence[Any]) -> Bounds:
+    """Return what `bounds_to_json` was given."""
+    return {i: {axis: (low, high) for axis, (low, high) in axes} for i, axes in rows}
+
+
 @dataclasses.dataclass(frozen=True)
 class Length:
     """The number of tokens of a text, from `low` to `high`.

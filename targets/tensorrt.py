@@ -86,10 +86,7 @@ class Tensorrt(Target):
     )
 
     def __post_init__(self) -> None:
-        if self.level is not None and not 0 <= self.level <= 5:
-            raise DiffoptError(f"level={self.level}: wants a number from 0 to 5")
-        if self.workspace < 0:
-            raise DiffoptError(f"workspace={self.workspace}: wants 0 or more")
+        Settings(self.level, self.workspace)  # says what cannot be
 
     def refuses(self, program: Program) -> str | None:
         """Refuse devices that no builder here knows, and types that TensorRT lacks."""

@@ -34,6 +34,7 @@ from diffopt.program import Program
 from diffopt.sizes import Bounds
 from diffopt.sparsity import sparse_layers
 from diffopt.target import option
+from diffopt.trt.builder import Settings
 
 _REPORTS = "torch_tensorrt.dynamo._DryRunTracker"
 """The logger of what Torch-TensorRT says about how it cut a graph up."""
@@ -60,10 +61,7 @@ class TorchTensorrt(Deferred):
     )
 
     def __post_init__(self) -> None:
-        if self.level is not None and not 0 <= self.level <= 5:
-            raise DiffoptError(f"level={self.level}: wants a number from 0 to 5")
-        if self.workspace < 0:
-            raise DiffoptError(f"workspace={self.workspace}: wants 0 or more")
+        Settings(self.level, self.workspace)  # says what cannot be
         if self.min_block < 1:
             raise DiffoptError(f"min-block={self.min_block}: wants 1 or more")
 

@@ -44,6 +44,12 @@ class Settings:
     streaming: bool = False
     sparse: bool = False
 
+    def __post_init__(self) -> None:
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise DiffoptError(f"level={self.level}: wants a number from 0 to 5")
+        if self.workspace < 0:
+            raise DiffoptError(f"workspace={self.workspace}: wants 0 or more")
+
 
 @dataclass
 class Plan:
