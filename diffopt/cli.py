@@ -181,6 +181,13 @@ def optimize(
         ),
     ] = None,
     verify_each: Annotated[bool, typer.Option(help="Verify the program after each pass.")] = True,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            help="Run the program before and after each pass, and say what error it adds; for a"
+            " large model without a GPU that may take hours."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Trace a model, run passes over it, check each, and build one engine file."""
@@ -207,6 +214,7 @@ def optimize(
         watchers,
         budget=budget,
         verify=verify_each,
+        compare=compare,
         seed=seed,
         prompts=prompts,
     )

@@ -105,9 +105,13 @@ def _record_row(record: Record, timing: bool, stats: bool) -> list[str]:
     exact = "exact, rounding" if record.tolerance else "exact"
     promise = exact if record.exact else "approximate"
     row = [record.text, "yes" if record.changed else "no", promise]
-    row += [f"{value:.3g}" for value in (record.max_abs, record.relative, record.drift)]
+    row += [_error(value) for value in (record.max_abs, record.relative, record.drift)]
     row += [f"{record.seconds:.2f}"] if timing else []
     return row + (_sizes(record.before, record.after) if stats else [])
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _sizes(before: Size, after: Size) -> list[str]:
@@ -149,7 +153,7 @@ def step_maps(records: Sequence[Record]) -> None:
         row += [str(report.note["bodies"]), f"{report.note['peak cache bytes'] / 2**20:.3g}"]
         columns = ["loop", "FLOPs before", "predicted", "measured", "fewer", "bodies"]
         columns += ["peak cache MB", "relative error"]
-        table(report.text, columns, [[*row, f"{report.relative:.3g}"]])
+        table(report.text, columns, [[*row, _error(report.relative)]])
         _print_map(report)
 
 

@@ -130,7 +130,8 @@ class Record:
         changed: Whether the program differs at all from the one before.
         exact: Whether the pass promised an equal result.
         seconds: Time that the pass took, without the checks.
-        max_abs: Largest absolute difference of any output from the program before.
+        max_abs: Largest absolute difference of any output from the program before; None where
+            outputs were not compared.
         relative: Norm of that difference over the norm of the outputs before.
         drift: The same as `relative` against the program that the pipeline began with.
         skipped: Reasons for what was not rewritten, as "where: reason".
@@ -144,9 +145,9 @@ class Record:
     changed: bool
     exact: bool
     seconds: float
-    max_abs: float
-    relative: float
-    drift: float
+    max_abs: float | None
+    relative: float | None
+    drift: float | None
     skipped: list[str]
     notes: dict[str, Any]
     before: Size
@@ -192,6 +193,7 @@ class Pipeline:
         budget: float | None = None,
         verify: bool = True,
         enforce: bool = True,
+        compare: bool = True,
         reproducer: Path | None = None,
         progress: Progress | None = None,
         seed: int = 0,
@@ -205,6 +207,9 @@ class Pipeline:
             budget: Largest relative error that one approximate pass may add.
             verify: Check the invariants of the IR after every pass.
             enforce: Raise when a pass adds more error than it may; otherwise only record it.
+            compare: Run the program before and after every pass, to know what error it adds. A
+                large model may take hours for that where there is no GPU: without, no error is
+                known, and none is enforced.
             reproducer: A folder for the program and the command that show a crash again.
             progress: Called with what is being done and the fraction done, if known.
             seed: Seed of everything random that the passes do.
@@ -233,7 +238,11 @@ class Pipeline:
                     budget if own is None else own,
                     reference,
                 )
-                after, record = _apply(step, current, first, ctx, verify)
+                if not compare and ctx.budget is not None:
+                    raise DiffoptError(
+                        f"{step} has a budget, and outputs are not compared: leave one of both out"
+                    )
+                after, record = _apply(step, current, first, ctx, verify, compare)
                 if enforce:
                     enforce_bounds(step, record, current, ctx.budget)
             except Exception as error:
@@ -256,7 +265,7 @@ class Pipeline:
 
 
 def _apply(
-    step: Pass, before: State, first: State, ctx: Context, verify: bool
+    step: Pass, before: State, first: State, ctx: Context, verify: bool, compare: bool
 ) -> tuple[State, Record]:
     program = before.program.clone()
     started = time.perf_counter()
@@ -267,11 +276,14 @@ def _apply(
         program.verify()
     after = State(program, Size.of(program))
     changed = after.fingerprint != before.fingerprint
-    if changed and verify:
-        after.verify_aliases(before)
-    if not changed:
-        after.same_as(before)
-    max_abs, relative = difference(after.outputs(), before.outputs())
+    max_abs = relative = drift = None
+    if compare:
+        if changed and verify:
+            after.verify_aliases(before)
+        if not changed:
+            after.same_as(before)
+        max_abs, relative = difference(after.outputs(), before.outputs())
+        drift = difference(after.outputs(), first.outputs())[1]
     tolerance = f"atol {step.atol:g}, rtol {step.rtol:g}: {step.tolerance_reason}"
     record = Record(
         text=str(step),
@@ -280,7 +292,7 @@ def _apply(
         seconds=seconds,
         max_abs=max_abs,
         relative=relative,
-        drift=difference(after.outputs(), first.outputs())[1],
+        drift=drift,
         skipped=ctx.skipped,
         notes=ctx.notes,
         before=before.size,

@@ -84,6 +84,6 @@ def bisect(
     begin = len(program.history)
     result = pipeline.run(program, enforce=False, **options)
     for record in map(Record.from_json, result.history[begin:]):
-        if record.drift > bound:
+        if record.drift is not None and record.drift > bound:
             return record, result
     return None, result

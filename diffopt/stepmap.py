@@ -173,13 +173,13 @@ class Report:
     Attributes:
         text: The pass as pipeline text.
         component: Whose loop it is.
-        relative: The error that the pass added to the outputs.
+        relative: The error that the pass added to the outputs; None where they were not compared.
         note: What the pass noted: `map`, `legend`, `flops`, `bodies`, `peak cache bytes`.
     """
 
     text: str
     component: str
-    relative: float
+    relative: float | None
     note: Mapping[str, Any]
 
     @property

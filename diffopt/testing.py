@@ -28,6 +28,7 @@ def check_pass(
     pipeline = Pipeline.parse(step) if isinstance(step, str) else Pipeline((step,))
     result = pipeline.run(program, enforce=False)
     record = Record.from_json(result.history[-1])
+    assert record.max_abs is not None
     assert record.max_abs <= atol, f"{record.text} changed the output by {record.max_abs:.3g}"
     again = Record.from_json(pipeline.run(result, enforce=False).history[-1])
     assert not again.changed, f"{record.text} is not done after one run"

@@ -158,6 +158,15 @@ def test_a_program_runs_and_is_optimized_without_a_target(diffopt: Run, program:
     assert f"--target eager: {program} is a program, which runs without a target" in done.err
 
 
+def test_errors_that_are_not_measured(diffopt: Run, program: Path) -> None:
+    words = ("optimize", program, "-p", "simplify", "--no-compare", "-o", "x.program", "--json")
+    (record,) = json.loads(diffopt(*words).out)["passes"]
+    assert (record["max_abs"], record["relative"]) == (None, None)
+    found = diffopt(*words, "--budget", "0.1")
+    assert found.code == 2
+    assert "has a budget, and outputs are not compared: leave one of both out" in found.err
+
+
 # Reports
 
 

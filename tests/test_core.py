@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffopt import cli_show as show
 from diffopt import core, plugins
 from diffopt import graph as g
 from diffopt.check import difference
@@ -213,6 +214,26 @@ def test_a_budget_makes_it_pass_or_fail(step: Round, budget: float | None) -> No
     assert str(caught.value) == f"{step} added a relative error of 0.196, its budget is 0.1"
     run(step, budget=budget, enforce=False)
     run(Round(), budget=0.2)
+
+
+def test_outputs_that_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what takes hours to run: passes are done, and nothing is said of their errors."""
+    program = Program.from_function(two_relus, X)
+    with monkeypatch.context() as watched:
+        watched.setattr(Program, "run", None)
+        result = Pipeline((Unrelu(), Nothing())).run(program, compare=False)
+    records = [Record.from_json(row) for row in json.loads(json.dumps(result.history))]
+    assert [(r.max_abs, r.relative, r.drift) for r in records] == [(None, None, None)] * 2
+    assert [r.changed for r in records] == [True, False]
+    show.records_table(records, timing=False, stats=True)
+    with pytest.raises(DiffoptError) as caught:
+        Pipeline((Round(0.1),)).run(program, compare=False)
+    assert str(caught.value) == (
+        f"{Round(0.1)} has a budget, and outputs are not compared: leave one of both out"
+    )
+    broken = Pipeline((Mistype(),))
+    with pytest.raises(VerifyError, match="recorded as"):
+        broken.run(program, compare=False)
 
 
 def test_a_new_alias_fails() -> None:
