@@ -111,6 +111,7 @@ def choose(
     groups: Sequence[Group],
     scores: Sequence[Tensor],
     part: float,
+    most: float,
     round_to: int,
     report: Report = lambda what, fraction: None,
 ) -> Found:
@@ -121,10 +122,12 @@ def choose(
         groups: What can go.
         scores: What each unit of them matters: those go first that matter least.
         part: Of the FLOPs of a run of the bench's components.
+        most: The largest share that one group may lose.
         round_to: See `pruning.least`.
         report: Called with what is being done and the fraction done.
     """
-    trials = _trials(bench, groups, scores, round_to, report)
+    tried = [own for own in SHARES if own <= most]
+    trials = _trials(bench, groups, scores, tried, round_to, report)
     order = ladder(trials)
     before = bench.cost(bench.program)
 
@@ -142,7 +145,7 @@ def choose(
     if least > part * before:
         raise DiffoptError(
             f"flops={part:g} cannot be reached in {', '.join(bench.components)}: with up to"
-            f" {SHARES[-1]:g} of each group gone, {math.ceil(100 * least / before) / 100:g} of"
+            f" {tried[-1]:g} of each group gone, {math.ceil(100 * least / before) / 100:g} of"
             " their FLOPs are left; ask for that or more"
         )
     # Each step removes more, so a number of steps is enough where a smaller one is.
@@ -158,11 +161,13 @@ def _trials(
     bench: Ablation,
     groups: Sequence[Group],
     scores: Sequence[Tensor],
+    shares: Sequence[float],
     round_to: int,
     report: Report,
 ) -> list[list[Trial]]:
     """Return what each share of each group costs, by itself."""
-    tried = [_shares(group, own, round_to) for group, own in zip(groups, scores, strict=True)]
+    pairs = zip(groups, scores, strict=True)
+    tried = [_shares(group, own, shares, round_to) for group, own in pairs]
     flat = [units for own in tried for units in own]
 
     def measure() -> dict[str, Tensor]:
@@ -177,15 +182,17 @@ def _trials(
     rows = iter(calibrate.cached(key, measure)["trials"].tolist())
     made = []
     for own in tried:
-        pairs = [(units, next(rows)) for units in own]
-        made.append([Trial(units, error, int(saved)) for units, (error, saved) in pairs])
+        found = [(units, next(rows)) for units in own]
+        made.append([Trial(units, error, int(saved)) for units, (error, saved) in found])
     return made
 
 
-def _shares(group: Group, scores: Tensor, round_to: int) -> list[list[Unit]]:
+def _shares(
+    group: Group, scores: Tensor, shares: Sequence[float], round_to: int
+) -> list[list[Unit]]:
     """Return the units of a group that go in each share; none twice."""
     found: list[list[Unit]] = []
-    for share in SHARES:
+    for share in shares:
         try:
             (units,) = pruning.least([group], [scores], [share], share, "layer", round_to)
         except DiffoptError:  # of a few units of unequal width nothing would be left

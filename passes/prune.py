@@ -57,6 +57,7 @@ from diffopt.sparsity import sparsify
 What = Literal["channels", "heads", "mlp", "blocks", "all", "2:4", "auto"]
 
 RATIO = 0.3
+MOST = shares.SHARES[-1]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Prune(Pass):
     )
     budget: float | None = option(None, "largest relative error that the pass may add")
     flops: float | None = option(None, "auto: the part of the FLOPs to leave, at the most")
+    most: float = option(MOST, "auto: the largest share that one group may lose")
 
     def __post_init__(self) -> None:
         if not self.what:
@@ -103,14 +105,21 @@ class Prune(Pass):
     def _wrong_auto(self) -> str | None:
         """Return what is wrong with the options around `auto`."""
         if "auto" not in self.what:
-            given = f"prune has flops={self.flops or 0:g} without auto: write prune(auto,flops=0.7)"
-            return None if self.flops is None else given
+            given = "" if self.flops is None else f"flops={self.flops:g}"
+            given = given or ("" if self.most == MOST else f"most={self.most:g}")
+            wrong = f"prune has {given} without auto: write prune(auto,flops=0.7)"
+            return wrong if given else None
         if len(self.what) > 1:
             return "prune(auto) takes channels, heads and mlp by itself: write auto alone"
         if self.flops is None:
             return "prune(auto) wants the part of the FLOPs to leave: write prune(auto,flops=0.7)"
         if not 0 < self.flops < 1:
             return f"prune has flops={self.flops:g}; write the part to leave, between 0 and 1"
+        if not shares.SHARES[0] <= self.most < 1:
+            return (
+                f"prune has most={self.most:g}; write the largest share that a group may lose,"
+                f" from {shares.SHARES[0]:g} to below 1"
+            )
         if self.ratio != RATIO or self.ratios or self.scope != "layer":
             return "prune(auto) chooses the shares itself: leave ratio, ratios and scope out"
         return None
@@ -134,7 +143,7 @@ class Prune(Pass):
                 inputs = representative(str(self), program, ctx.prompts, FEW, ctx.seed)
                 bench = Ablation(program, coupling, names, inputs)
                 found = shares.choose(
-                    bench, groups, scores, self.flops, self.round_to, ctx.progress
+                    bench, groups, scores, self.flops, self.most, self.round_to, ctx.progress
                 )
                 units = found.units
                 ctx.notes.update(found.notes())

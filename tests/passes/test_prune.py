@@ -300,6 +300,14 @@ def test_auto_takes_no_more_than_it_has_to() -> None:
     assert record.after.flops <= 0.95 * record.before.flops
 
 
+def test_auto_takes_no_more_of_a_group_than_it_may() -> None:
+    result, record = prune(one(uneven), "auto,flops=0.7,most=0.5")
+    assert all(row["removed"] <= row["units"] / 2 for row in record.notes["sensitivity"])
+    assert hidden(result)[-1] >= 8
+    with pytest.raises(DiffoptError, match=r"with up to 0.25 of each .*ask for that"):
+        prune(one(uneven), "auto,flops=0.5,most=0.25")
+
+
 def test_auto_leaves_alone_what_is_skipped() -> None:
     result, _ = prune(one(uneven), "auto,flops=0.8,skip=linear_default_2")
     assert hidden(result)[0] < 16
@@ -389,6 +397,12 @@ def test_blocks_of_the_zoo(name: str) -> None:
             "*.ff.*:0.5",
         ),
         ("prune(mlp,flops=0.5)", "prune has flops=0.5 without auto: write prune(auto,flops=0.7)"),
+        ("prune(mlp,most=0.5)", "prune has most=0.5 without auto: write prune(auto,flops=0.7)"),
+        (
+            "prune(auto,flops=0.5,most=0.1)",
+            "prune has most=0.1; write the largest share that a group may lose, from 0.125 to"
+            " below 1",
+        ),
         (
             "prune((auto,blocks),flops=0.5)",
             "prune(auto) takes channels, heads and mlp by itself: write auto alone",
