@@ -23,8 +23,8 @@ from diffopt.labelrules import RULES
 from diffopt.labels import along, changes, constant, narrow, varying
 from diffopt.program import Program
 
-Kind = Literal["channels", "heads", "mlp"]
-KINDS: tuple[Kind, ...] = ("channels", "heads", "mlp")
+Kind = Literal["channels", "heads", "dims", "mlp"]
+KINDS: tuple[Kind, ...] = ("channels", "heads", "dims", "mlp")
 
 Axis = tuple[int, int]
 """A stored tensor, by identity, and one of its axes."""
@@ -44,7 +44,8 @@ class Group:
 
     Attributes:
         name: The layer that makes them, the first in the graph, with its component.
-        kind: Heads of an attention; the inside of layers in a row; or channels, all the rest.
+        kind: Heads of an attention; what is in all of its heads; the inside of layers in a row; or
+            channels, all the rest.
         units: In the order of the first layer's outputs.
         layers: The names of all layers that make them.
         made: The axes of those layers' weights.
@@ -78,9 +79,14 @@ class Coupling:
     fixed: tuple[tuple[str, str], ...]
 
 
-def couple(program: Program) -> Coupling:
-    """Find out what goes together in all bodies of a program at once."""
-    flow = Flow()
+def couple(program: Program, *, in_heads: bool = False) -> Coupling:
+    """Find out what goes together in all bodies of a program at once.
+
+    Args:
+        program: Where to look.
+        in_heads: Let heads of attentions stay, and what is in them go, the same in all of them.
+    """
+    flow = Flow(in_heads=in_heads)
     for name, gm in {**program.components, "": program.root}.items():
         flow.read(name, gm, RULES)
     roots = _settled(flow)
@@ -137,14 +143,14 @@ def _reasons(flow: Flow, roots: Tensor) -> dict[int, str]:
 def _groups(flow: Flow, roots: Tensor, reasons: dict[int, str]) -> Iterator[Group]:
     """Put free units that concern the same axes together."""
     units = _units(flow, roots, reasons)
-    heads, sums = _roots_of(flow.heads, roots), _roots_of(flow.sums, roots)
+    heads, dims, sums = (_roots_of(own, roots) for own in (flow.heads, flow.dims, flow.sums))
     sources: dict[Axis, list[Source]] = collections.defaultdict(list)
     for source in flow.sources:
         sources[id(source.tensor), source.axis].append(source)
     order = {axis: number for number, axis in enumerate(sources)}
     alike: dict[tuple[Kind, frozenset[Axis]], list[Unit]] = collections.defaultdict(list)
     for unit in units:
-        alike[_kind(flow, unit, heads, sums), frozenset(unit.members)].append(unit)
+        alike[_kind(flow, unit, heads, dims, sums), frozenset(unit.members)].append(unit)
     found: list[tuple[tuple[int, int], Kind, list[Axis], list[Unit]]] = []
     for (kind, axes), own in alike.items():
         made = sorted(axes & sources.keys(), key=order.__getitem__)
@@ -172,10 +178,12 @@ def _units(flow: Flow, roots: Tensor, reasons: dict[int, str]) -> list[Unit]:
     return [Unit(root, own) for root, own in members.items()]
 
 
-def _kind(flow: Flow, unit: Unit, heads: set[int], sums: set[int]) -> Kind:
+def _kind(flow: Flow, unit: Unit, heads: set[int], dims: set[int], sums: set[int]) -> Kind:
     """Tell what a unit is: added values and those of convolutions are channels."""
     if unit.label in heads:
         return "heads"
+    if unit.label in dims:
+        return "dims"
     wide = any(flow.tensors[tensor].dim() > 2 for tensor, _ in unit.members)
     return "channels" if wide or unit.label in sums else "mlp"
 

@@ -63,6 +63,8 @@ class Flow:
         tensors: The stored tensors.
         sources: What layers make their results of.
         heads: Labels that products of activations have in common.
+        dims: Labels of what is in such heads, the same in all of them.
+        in_heads: Let heads stay, and what is in them go, in place of whole heads.
         sums: Labels of values that are added to each other.
         gathers: What has to be picked of operands, by the node that reads them.
         values: The factors of each node of each body.
@@ -74,6 +76,8 @@ class Flow:
     tensors: dict[int, Tensor] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
+    dims: list[Tensor] = field(default_factory=list)
+    in_heads: bool = False
     sums: list[Tensor] = field(default_factory=list)
     gathers: dict[fx.Node, list[Gather]] = field(default_factory=dict)
     values: dict[str, dict[fx.Node, Any]] = field(default_factory=dict)

@@ -25,12 +25,16 @@ def contract(
 ) -> Factors:
     """Multiply two operands whose axes have letters, and sum over those that the result lacks.
 
-    Where a factor changes along a letter that all three have (heads), all of it goes by that.
+    Where a factor changes along a letter that all three have (heads), all of it goes by that, or,
+    if heads are to stay, by what else it changes along.
     """
     what = g.target_name(node)
     batch = set(one[0]) & set(other[0]) & set(to)
     sums = (set(one[0]) | set(other[0])) - set(to)
     sides = [_Side(letters, *operand, read) for letters, operand, read in (one, other)]
+    if body.flow.in_heads:
+        for side in sides:
+            side.factors = [_in_heads(body, side, factor, batch) for factor in side.factors]
     by_batch = any(set(side.letters_of(f)) & batch for side in sides for f in side.factors)
     found: Factors = []
     kept: list[dict[str, Tensor]] = []
@@ -63,6 +67,16 @@ def contract(
     if by_batch:
         body.flow.heads += found
     return found
+
+
+def _in_heads(body: Body, side: _Side, factor: Tensor, batch: set[str]) -> Tensor:
+    """Let a factor be the same in all heads."""
+    letters = side.letters_of(factor)
+    if not set(letters) & batch or set(letters) <= batch:
+        return factor
+    heads = [a for a, x in enumerate(side.letters) if x in batch]
+    body.flow.dims.append(body.labels.collapse(factor, heads))
+    return body.flow.dims[-1]
 
 
 @dataclass

@@ -24,8 +24,12 @@ With `scope=layer` every group loses the same share, with `global` the units tha
 all, relative to the mean of their group. `ratios` gives groups shares of their own, the first
 pattern that matches a layer which makes the group: `ratios=*.ff.*:0.5,*attn*:0`.
 
+With `dims` heads stay, and of what is in them the same goes in all of an attention's heads: of
+queries and keys together, and of values.
+
 `prune(auto,flops=0.7)` takes channels, heads and hidden units, of each group as many as leaves at
 most 0.7 of the components' FLOPs and costs least: what a share of each does is measured (`shares`).
+With `(auto,dims)` it takes what is in heads instead of these.
 
 Not rewritten when
 - a layer's outputs are a result of its component, or an operator without a rule reads them;
@@ -54,7 +58,7 @@ from diffopt.pruning import Scope, least, unit_scores
 from diffopt.requests import representative
 from diffopt.sparsity import sparsify
 
-What = Literal["channels", "heads", "mlp", "blocks", "all", "2:4", "auto"]
+What = Literal["channels", "heads", "dims", "mlp", "blocks", "all", "2:4", "auto"]
 
 RATIO = 0.3
 MOST = shares.SHARES[-1]
@@ -68,8 +72,8 @@ class Prune(Pass):
 
     what: tuple[What, ...] = option(
         ("channels",),
-        "what goes: channels, heads, mlp; all of these; auto: of each what measurements say;"
-        " blocks; or weights, 2:4",
+        "what goes: channels, heads, mlp; all of these; dims inside of heads; auto: of each what"
+        " measurements say; blocks; or weights, 2:4",
     )
     ratio: float = option(RATIO, "share to remove of each group, or of all")
     importance: Method = option(  # noqa: RUF009 (a string)
@@ -99,6 +103,11 @@ class Prune(Pass):
             raise DiffoptError("prune wants round-to and samples to be 1 or more")
         for text in self.ratios:
             read_ratio(text)
+        if "dims" in self.what and {"heads", "all"} & set(self.what):
+            raise DiffoptError(
+                "prune(dims) lets heads stay, and takes of all of them alike: leave heads and all"
+                " out, as in prune((channels,mlp,dims))"
+            )
         if wrong := self._wrong_auto():
             raise DiffoptError(wrong)
 
@@ -109,8 +118,11 @@ class Prune(Pass):
             given = given or ("" if self.most == MOST else f"most={self.most:g}")
             wrong = f"prune has {given} without auto: write prune(auto,flops=0.7)"
             return wrong if given else None
-        if len(self.what) > 1:
-            return "prune(auto) takes channels, heads and mlp by itself: write auto alone"
+        if set(self.what) - {"auto", "dims"}:
+            return (
+                "prune(auto) takes channels, heads and mlp by itself: write auto alone, or"
+                " (auto,dims)"
+            )
         if self.flops is None:
             return "prune(auto) wants the part of the FLOPs to leave: write prune(auto,flops=0.7)"
         if not 0 < self.flops < 1:
@@ -134,7 +146,7 @@ class Prune(Pass):
             self._remove_blocks(program, names, measured, ctx)
             program.refresh()
         if set(self.what) - {"blocks", "2:4"}:
-            coupling = couple(program)
+            coupling = couple(program, in_heads="dims" in self.what)
             groups, given = self._groups(coupling, names, ctx)
             scores = [unit_scores(group, measured) for group in groups]
             if self.flops is None:

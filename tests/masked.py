@@ -53,7 +53,9 @@ def _run(
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             rule = _NORMS.get(packet(node))
             if rule is None:
-                value = node.target(*args, **kwargs)
+                # What was masked may be laid out in another way.
+                is_view = node.target in (aten.view.default, aten._unsafe_view.default)
+                value = (aten.reshape.default if is_view else node.target)(*args, **kwargs)
             else:
                 source = node.args[0]
                 value = rule(node, args, kwargs, _mask(factors[source], gone, args[0]))

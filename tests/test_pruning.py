@@ -284,10 +284,10 @@ def some_units(coupling: Coupling, seed: int) -> list[Unit]:
     return units
 
 
-def check(before: Program, seed: int) -> float:
+def check(before: Program, seed: int, in_heads: bool = False) -> float:
     """Prune and compare with zeros in place; return the share of the weights that is left."""
     pruned = before.clone()
-    coupling = couple(pruned)
+    coupling = couple(pruned, in_heads=in_heads)
     units = some_units(coupling, seed)
     expected = masked.run(pruned, coupling, units, before.sample)
     remove(pruned, coupling, units)
@@ -295,7 +295,7 @@ def check(before: Program, seed: int) -> float:
     pruned.verify()
     for got, wanted in zip(pruned.run(before.sample), expected, strict=True):
         scale = float(wanted.abs().max())
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * max(1, scale))
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=3e-4 * max(1, scale))
     return size(pruned) / size(before)
 
 
@@ -307,10 +307,10 @@ BODY = st.lists(st.tuples(st.sampled_from(LAYERS), st.integers(0, 59)), min_size
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(BODY, min_size=1, max_size=2), st.integers(0, 99))
-def test_random_graphs(bodies: list[Layers], seed: int) -> None:
+@given(st.lists(BODY, min_size=1, max_size=2), st.integers(0, 99), st.booleans())
+def test_random_graphs(bodies: list[Layers], seed: int, in_heads: bool) -> None:
     note(bodies)
-    check(network(bodies), seed)
+    check(network(bodies), seed, in_heads)
 
 
 def test_longer_random_graphs_with_units_of_all_kinds() -> None:
@@ -320,8 +320,9 @@ def test_longer_random_graphs_with_units_of_all_kinds() -> None:
     for seed in range(40):
         layers = [(source.choice(LAYERS), source.randrange(60)) for _ in range(12)]
         built = network([layers])
-        left.append(check(built, seed))
-        kinds.update(group.kind for group in couple(built).groups)
+        in_heads = seed % 2 == 1
+        left.append(check(built, seed, in_heads))
+        kinds.update(group.kind for group in couple(built, in_heads=in_heads).groups)
     assert min(kinds[kind] for kind in KINDS) > 5
     assert sum(left) / len(left) < 0.75
 
@@ -331,3 +332,4 @@ def test_the_zoo(name: str) -> None:
     case = CASES[name]
     before = diffopt.trace(case.build(), **case.inputs(0))
     assert check(before, seed=1) < 0.9
+    assert check(before, seed=2, in_heads=True) < 0.9

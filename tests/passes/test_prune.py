@@ -15,6 +15,7 @@ from diffopt.core import Pipeline, Record
 from diffopt.engine import build
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
+from diffopt.rewrite import args
 from tests import loops
 from tests.command import Run
 from tests.passes.build import body, parameter, program, randn
@@ -308,6 +309,31 @@ def test_auto_takes_no_more_of_a_group_than_it_may() -> None:
         prune(one(uneven), "auto,flops=0.5,most=0.25")
 
 
+@pytest.mark.parametrize("what", ["dims,ratio=0.25", "(auto,dims),flops=0.8"])
+def test_what_is_in_heads(what: str) -> None:
+    """All heads stay, each with fewer dimensions, and attention keeps its scale."""
+    before = traced("dit")
+    made, record = run(before, f"prune({what})")
+    own, other = (
+        [args(n) for gm in program.components.values() for n in attentions(gm)]
+        for program in (made, before)
+    )
+    assert record.notes["pruned"]["dims"]["removed"] > 0
+    assert "heads" not in record.notes["pruned"]
+    shapes = [[x.meta["val"].shape for x in row[:3]] for row in own]
+    assert any(
+        q[-1] < x[0].meta["val"].shape[-1] for (q, _, _), x in zip(shapes, other, strict=True)
+    )
+    for (q, k, v), row in zip(shapes, other, strict=True):
+        assert q[-1] == k[-1]
+        assert (q[1], k[1], v[1]) == tuple(x.meta["val"].shape[1] for x in row[:3])
+
+
+def attentions(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    target = aten.scaled_dot_product_attention.default
+    return gm.graph.find_nodes(op="call_function", target=target)
+
+
 def test_auto_leaves_alone_what_is_skipped() -> None:
     result, _ = prune(one(uneven), "auto,flops=0.8,skip=linear_default_2")
     assert hidden(result)[0] < 16
@@ -396,6 +422,11 @@ def test_blocks_of_the_zoo(name: str) -> None:
             "prune has ratios=*.ff.*:2; write a pattern and a share from 0 to below 1, as "
             "*.ff.*:0.5",
         ),
+        (
+            "prune((dims,heads))",
+            "prune(dims) lets heads stay, and takes of all of them alike: leave heads and all out,"
+            " as in prune((channels,mlp,dims))",
+        ),
         ("prune(mlp,flops=0.5)", "prune has flops=0.5 without auto: write prune(auto,flops=0.7)"),
         ("prune(mlp,most=0.5)", "prune has most=0.5 without auto: write prune(auto,flops=0.7)"),
         (
@@ -405,7 +436,7 @@ def test_blocks_of_the_zoo(name: str) -> None:
         ),
         (
             "prune((auto,blocks),flops=0.5)",
-            "prune(auto) takes channels, heads and mlp by itself: write auto alone",
+            "prune(auto) takes channels, heads and mlp by itself: write auto alone, or (auto,dims)",
         ),
         (
             "prune(auto)",
@@ -478,6 +509,7 @@ ORDERS = [
     "prune(all),unroll,hoist,simplify,fuse",
     "unroll,prune(all),hoist,fuse,cast(bf16)",
     "unroll,hoist,simplify,fuse,prune(mlp)",
+    "unroll,prune((dims,mlp)),hoist,simplify,fuse",
     "prune(all),unroll,hoist,cache(fora),fuse",
     "prune((blocks,all)),unroll,hoist,quantize(int8,activations=dynamic)",
     "unroll,low-rank(rank=0.5),prune(mlp),merge-tokens(ratio=0.25),hoist,simplify,fuse",
