@@ -96,10 +96,10 @@ def test_the_sentences_follow_the_numbers() -> None:
 
 def test_the_rival_has_as_many_flops() -> None:
     assert findings.rival(ROWS, recovered(AUTO)) == fewer(18)
-    (line, *_) = [line for line in findings.goals(ROWS, MODEL) if f"`{recovered(AUTO)}` is" in line]
+    (line, *_) = [line for line in findings.rivals(ROWS, MODEL) if f"| `{recovered(AUTO)}`" in line]
     assert line == (
-        f"- `{recovered(AUTO)}` is not nearer to the reference than `{fewer(18)}`, which has 1.03"
-        " times its FLOPs: distances 0.0600 and 0.0500, KID 100.00 ± 1.00 and 100.00 ± 1.00."
+        f"| `{recovered(AUTO)}` | `{fewer(18)}` | 1.03 | 0.0600 ± 0.0030 | 0.0500 ± 0.0030"
+        " | 100.00 ± 1.00 | 100.00 ± 1.00 |"
     )
     assert findings.rival({**ROWS, AUTO: row(0.2, 80)}, AUTO) is None
 
@@ -118,6 +118,7 @@ def test_tables() -> None:
 
 def test_no_sentence_without_its_numbers() -> None:
     assert findings.goals({REFERENCE: row(0)}, MODEL) == []
+    assert findings.rivals({REFERENCE: row(0)}, MODEL) == []
     assert findings.importances({REFERENCE: row(0)}) == []
     assert findings.composed({REFERENCE: row(0)}) == []
     assert findings.peer({REFERENCE: row(0)}, *PEERS[MODEL]) == ""

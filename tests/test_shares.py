@@ -104,7 +104,7 @@ def test_a_second_target_needs_no_new_measurements(
             return error(program)
 
         monkeypatch.setattr(own, "error", counted)
-        return shares.choose(own, couple(whole).groups, scores, part, 1)
+        return shares.choose(own, couple(whole).groups, scores, part, 0.75, 1)
 
     first, second = choose(0.9), choose(0.8)
     assert counts == [sum(map(len, first.trials)) + 1, 1]

@@ -79,6 +79,7 @@ def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:
         _table(rows, configurations(model, steps)),
         floor_lines(own, rows),
         findings.importances(rows),
+        findings.rivals(rows, model),
         findings.composed(rows),
         _peer(own, rows, model),
         [*findings.goals(rows, model), *left_out(own["configs"], "cost")],

@@ -54,7 +54,7 @@ def rival(rows: Rows, config: str) -> str | None:
 
 def goals(rows: Rows, model: str) -> list[str]:
     """Return how one model meets what was asked."""
-    lines = [*_kid(rows), *_time(rows, model), *_ahead(rows, model), *_rivals(rows, model)]
+    lines = [*_kid(rows), *_time(rows, model), *_ahead(rows, model)]
     return [f"- {line}" for line in lines]
 
 
@@ -110,27 +110,6 @@ def _short(config: str) -> str:
     return config.partition("(")[2].partition(",importance")[0].rstrip(")").replace(",", ", ")
 
 
-def _rivals(rows: Rows, model: str) -> list[str]:
-    """Compare what was pruned and trained with fewer steps of the whole model."""
-    lines = []
-    smalls = (AUTO, UNIFORM[model], *BY_IMPORTANCE[GOAL].values(), LOW_RANK, PEERS[model][1])
-    for config in (*map(recovered, smalls), *map(recovered_longer, LONG)):
-        other = rival(rows, config) if has_quality(rows, config) else None
-        if other is None:
-            continue
-        own, theirs = (distance(rows[c])[0] for c in (config, other))
-        text = (
-            f"`{config}` is {'nearer' if own < theirs else 'not nearer'} to the reference"
-            f" than `{other}`, which has {share(rows, other) / share(rows, config):.2f} times its"
-            f" FLOPs: distances {own:.4f} and {theirs:.4f}"
-        )
-        kids = [rows[c]["quality"].get("kid held-out") for c in (config, other)]
-        if None not in kids:
-            text += f", KID {' and '.join(number(kid, 1000, 2) for kid in kids)}"
-        lines.append(f"{text}.")
-    return lines
-
-
 # Tables
 
 
@@ -162,6 +141,35 @@ def _next_to(rows: Rows, config: str, other: str) -> str:
         return ""
     ratio, errors = ahead(rows, config, other)
     return f"{ratio:.2f} ({errors:+.1f})"
+
+
+def rivals(rows: Rows, model: str) -> list[str]:
+    """Return the table of what was trained next to fewer steps of the whole model."""
+    smalls = (AUTO, UNIFORM[model], *BY_IMPORTANCE[GOAL].values(), LOW_RANK, PEERS[model][1])
+    lines = []
+    for config in (*map(recovered, smalls), *map(recovered_longer, LONG)):
+        other = rival(rows, config) if has_quality(rows, config) else None
+        if other is None:
+            continue
+        own, theirs = (rows[c]["quality"] for c in (config, other))
+        more = share(rows, other) / share(rows, config)
+        cells = [
+            f"`{config}`",
+            f"`{other}`",
+            f"{more:.2f}",
+            *(number(row["distance"], 1, 4) for row in (own, theirs)),
+            *(number(row.get("kid held-out"), 1000, 2) for row in (own, theirs)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return [
+        "Next to the fewest steps of the whole model that cost as much:",
+        "",
+        "| trained | fewer steps | of its FLOPs | distance | theirs | KID | theirs |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        *lines,
+    ]
 
 
 def composed(rows: Rows) -> list[str]:
