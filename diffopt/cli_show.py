@@ -105,13 +105,9 @@ def _record_row(record: Record, timing: bool, stats: bool) -> list[str]:
     exact = "exact, rounding" if record.tolerance else "exact"
     promise = exact if record.exact else "approximate"
     row = [record.text, "yes" if record.changed else "no", promise]
-    row += [_error(value) for value in (record.max_abs, record.relative, record.drift)]
+    row += [_number(value) for value in (record.max_abs, record.relative, record.drift)]
     row += [f"{record.seconds:.2f}"] if timing else []
     return row + (_sizes(record.before, record.after) if stats else [])
-
-
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
 
 
 def _sizes(before: Size, after: Size) -> list[str]:
@@ -141,6 +137,8 @@ def _print_details(record: Record) -> None:
 
 
 def _number(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -153,7 +151,7 @@ def step_maps(records: Sequence[Record]) -> None:
         row += [str(report.note["bodies"]), f"{report.note['peak cache bytes'] / 2**20:.3g}"]
         columns = ["loop", "FLOPs before", "predicted", "measured", "fewer", "bodies"]
         columns += ["peak cache MB", "relative error"]
-        table(report.text, columns, [[*row, _error(report.relative)]])
+        table(report.text, columns, [[*row, _number(report.relative)]])
         _print_map(report)
 
 

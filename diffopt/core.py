@@ -215,6 +215,11 @@ class Pipeline:
             seed: Seed of everything random that the passes do.
             prompts: What passes that measure values calibrate with.
         """
+        limited = [step for step in self.passes if _budget(step, budget) is not None]
+        if limited and not compare:
+            raise DiffoptError(
+                f"{limited[0]} has a budget, and outputs are not compared: leave one of both out"
+            )
         program = program.clone()
         program.refresh()  # so that what was dead before does not count as a change
         first = current = State(program, Size.of(program))
@@ -229,19 +234,14 @@ class Pipeline:
                     raise DiffoptError(
                         f"{step} cannot follow {last}, which has to be the last pass"
                     )
-                own = getattr(step, "budget", None)
                 ctx = Context(
                     current.program.sample_inputs(),
                     seed,
                     progress or (lambda what, fraction: None),
                     prompts,
-                    budget if own is None else own,
+                    _budget(step, budget),
                     reference,
                 )
-                if not compare and ctx.budget is not None:
-                    raise DiffoptError(
-                        f"{step} has a budget, and outputs are not compared: leave one of both out"
-                    )
                 after, record = _apply(step, current, first, ctx, verify, compare)
                 if enforce:
                     enforce_bounds(step, record, current, ctx.budget)
@@ -262,6 +262,12 @@ class Pipeline:
                 reference = current.program
             current = after
         return current.program
+
+
+def _budget(step: Pass, budget: float | None) -> float | None:
+    """Return the largest relative error that a pass may add: its own limit, or that of all."""
+    own: float | None = getattr(step, "budget", None)
+    return budget if own is None else own
 
 
 def _apply(

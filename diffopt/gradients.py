@@ -124,17 +124,13 @@ class Calls:
     ) -> None:
         """Prepare to run a body; see `Body`."""
         self._wanted = dict.fromkeys([*g.outputs(gm), *keep])
-        batched = _batched(gm)
-        # What no argument changes is the same for all calls, and has no such dimension.
-        arguments = g.placeholders(gm)
-        changing = g.descendants(arguments)
-        self._nodes = None if batched is None else batched.nodes
-        self._same = {n for n in self._wanted if n not in changing and n not in arguments}
-        if batched is None:
+        self._batched = _batched(gm)
+        if self._batched is None:
             self._body = Body(gm, given, keep, where)
-        else:
-            own = batched.nodes
-            self._body = Body(batched.graph, [own[n] for n in given], [own[n] for n in keep], where)
+            return
+        own = self._batched.nodes
+        nodes = [own[n] for n in given], [own[n] for n in keep]
+        self._body = Body(self._batched.graph, *nodes, where)
 
     def __call__(
         self,
@@ -151,16 +147,17 @@ class Calls:
             straight: Let gradients through roundings.
         """
         given = given or {}
-        if self._nodes is None:
+        if self._batched is None:
             made = [self._body(arguments, given, straight=straight) for arguments in calls]
             return {n: torch.stack([values[n] for values in made]) for n in self._wanted}
         rows = [torch.stack(list(column)) for column in zip(*calls, strict=True)]
-        own = {self._nodes[n]: value for n, value in given.items()}
+        nodes = self._batched.nodes
+        own = {nodes[n]: value for n, value in given.items()}
         values = self._body(rows, own, straight=straight)
-        found = {n: values[self._nodes[n]] for n in self._wanted}
-        return {
-            n: v.expand(len(calls), *v.shape) if n in self._same else v for n, v in found.items()
-        }
+        found = {n: values[nodes[n]] for n in self._wanted}
+        # What no argument changes is the same for all calls, and has no such dimension.
+        changing = self._batched.batched
+        return {n: v if n in changing else v.expand(len(calls), *v.shape) for n, v in found.items()}
 
 
 def _batched(gm: fx.GraphModule) -> vectorize.Batched | None:

@@ -75,8 +75,9 @@ def _in_heads(body: Body, side: _Side, factor: Tensor, batch: set[str]) -> Tenso
     if not set(letters) & batch or set(letters) <= batch:
         return factor
     heads = [a for a, x in enumerate(side.letters) if x in batch]
-    body.flow.dims.append(body.labels.collapse(factor, heads))
-    return body.flow.dims[-1]
+    same = body.labels.collapse(factor, heads)
+    body.flow.dims.append(same)
+    return same
 
 
 @dataclass

@@ -128,9 +128,7 @@ def _taps(program: Program, reference: Program, pair: Pair, where: torch.device)
     taps = [t.aligned(mine[t.own], theirs[t.other]) for t in taps]
     # What is called the same and is nothing like it is something else.
     return [
-        t
-        for t in taps
-        if float(error(mine[t.own][None], t.targets(theirs[t.other][None])).detach()) < 1
+        t for t in taps if float(error(mine[t.own][None], t.targets(theirs[t.other][None]))) < 1
     ]
 
 

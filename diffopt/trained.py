@@ -212,6 +212,8 @@ def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
 def _kept(program: Program, names: Sequence[str], patterns: Sequence[str]) -> set[int]:
     """Return the identities of the tensors of modules that match a pattern."""
     kept: set[int] = set()
+    if not patterns:
+        return kept
     wanted = Patterns(patterns)
     for name in names:
         gm = program.components[name]

@@ -13,7 +13,7 @@ rewritten by `torch.vmap`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,11 +94,13 @@ class Batched:
         graph: The new one.
         results: Which of its results have the dimension.
         nodes: New nodes by old ones.
+        batched: The old nodes whose new ones have the dimension.
     """
 
     graph: fx.GraphModule
     results: list[bool]
     nodes: Mapping[fx.Node, fx.Node]
+    batched: Collection[fx.Node]
 
 
 def batch_body(body: fx.GraphModule, batched: Sequence[bool], size: int) -> Batched:
@@ -162,7 +164,7 @@ def _rewrite(
     new.graph.output(tuple(work.env[n] for n in returned))
     g.set_outputs(new, [work.env[n] for n in returned])
     new.recompile()
-    return Batched(new, [n in work.batched for n in returned], work.env)
+    return Batched(new, [n in work.batched for n in returned], work.env, work.batched)
 
 
 class _Rewriter:

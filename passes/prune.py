@@ -114,10 +114,10 @@ class Prune(Pass):
     def _wrong_auto(self) -> str | None:
         """Return what is wrong with the options around `auto`."""
         if "auto" not in self.what:
-            given = "" if self.flops is None else f"flops={self.flops:g}"
-            given = given or ("" if self.most == MOST else f"most={self.most:g}")
-            wrong = f"prune has {given} without auto: write prune(auto,flops=0.7)"
-            return wrong if given else None
+            for name, value, default in (("flops", self.flops, None), ("most", self.most, MOST)):
+                if value != default:
+                    return f"prune has {name}={value:g} without auto: write prune(auto,flops=0.7)"
+            return None
         if set(self.what) - {"auto", "dims"}:
             return (
                 "prune(auto) takes channels, heads and mlp by itself: write auto alone, or"

@@ -37,6 +37,7 @@ from examples.study import measure
 from examples.study.document import BEGIN, END, milliseconds, rewrite
 from examples.study.study import REFERENCE, Study
 from tests import loops
+from tests.rows import quality
 
 MACHINE = {"cpu": "a CPU", "capability": "AVX2", "cores": 2, "threads": 2, "torch": "2.13"}
 
@@ -46,13 +47,7 @@ def row(
 ) -> dict[str, Any]:
     made: dict[str, Any] = {
         "cost": {"weights": {"bytes": weights, "fp16 bytes": 200}, "seconds": 1.0, "notes": {}},
-        "quality": {
-            "distance": [distance, 0.003],
-            "distances": [distance * part for part in (0.8, 1, 1.2)],
-            "pixels": [distance / 2, 0.001],
-            "kid held-out": [kid, 0.001],
-            "kid other seeds": [-0.002, 0.003],
-        },
+        "quality": quality(distance, kid),
     }
     if seconds is not None:
         made["time"] = {

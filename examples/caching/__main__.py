@@ -35,9 +35,8 @@ from examples.study.study import REFERENCE, Study
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     about = __doc__.partition("\n")[0]
-    parser = parser_of("examples.caching", about, ("quality", "time"), DOCUMENT)
+    parser = parser_of("examples.caching", about, ("quality", "time"), DOCUMENT, 512)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="default: all")
-    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--target", default="cpu", help="of the engines that are timed")
     options = parser.parse_args(words)

@@ -41,10 +41,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     phases = ("quality", "time", "large", "peers")
     about = __doc__.partition("\n")[0]
-    parser = parser_of("examples.quantization", about, phases, DOCUMENT)
+    parser = parser_of("examples.quantization", about, phases, DOCUMENT, 192)
     parser.add_argument("--steps", type=int, choices=CONFIGS, nargs="+", default=[*CONFIGS])
     parser.add_argument("--configs", nargs="+", help="default: all")
-    parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--engine-images", type=int, default=64, help="of the engines' own")
     parser.add_argument("--target", default="cpu(pack=true)", help="of the engines that are timed")
     parser.add_argument("--large", choices=large.MAKE, nargs="+", default=[*large.MAKE])

@@ -18,13 +18,14 @@ from examples.study.study import OTHER_SEEDS, Study
 
 
 def parser_of(
-    module: str, about: str, phases: Sequence[str], document: Path
+    module: str, about: str, phases: Sequence[str], document: Path, images: int
 ) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have."""
     name = module.rpartition(".")[2]
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
     parser.add_argument("--only", choices=ARGUMENTS, nargs="+", default=list(ARGUMENTS))
     parser.add_argument("--phase", choices=phases, nargs="*", default=phases, help="default: all")
+    parser.add_argument("--images", type=int, default=images)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="measure what is known once more")
