@@ -82,6 +82,19 @@ def test_kid_is_repeatable(real: Tensor) -> None:
     assert metrics.kid(real[:80], real[80:]) == metrics.kid(real[:80], real[80:])
 
 
+def test_the_difference_of_kids_is_paired(real: Tensor) -> None:
+    images = shapes(80, seed=1)
+    clean, worse = (metrics.features(noisy(images, a), size=64) for a in (0.0, 0.05))
+    one, other = (metrics.kid(x, real, subset_size=40) for x in (worse, clean))
+    gain, deviation = metrics.kid_difference(worse, clean, real, subset_size=40)
+    assert gain == pytest.approx(one[0] - other[0])
+    assert deviation < max(one[1], other[1])
+    assert metrics.kid_difference(clean, clean, real, subset_size=40) == (0, 0)
+    with pytest.raises(DiffoptError) as e:
+        metrics.kid_difference(clean, clean[:3], real)
+    assert str(e.value) == "kid_difference compares pairs, got 80 and 3 images"
+
+
 def test_kid_wants_two_images(real: Tensor) -> None:
     with pytest.raises(DiffoptError) as e:
         metrics.kid(real, real[:1])

@@ -39,10 +39,9 @@ from examples.study.study import Study
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     about = __doc__.partition("\n")[0]
-    parser = parser_of("examples.pruning", about, ("quality", "time", "peers"), DOCUMENT)
+    parser = parser_of("examples.pruning", about, ("quality", "time", "peers"), DOCUMENT, 192)
     parser.add_argument("--steps", type=int, nargs="+", default=[*FEWER])
     parser.add_argument("--configs", nargs="+", help="default: all")
-    parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--target", default="cpu", help="of the engines that are timed")
     options = parser.parse_args(words)
     check_images(parser, options.images)

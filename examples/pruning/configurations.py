@@ -44,12 +44,14 @@ def recovered_longer(config: str) -> str:
 
 BY_IMPORTANCE = {ratio: {m: channels(ratio, m) for m in METHODS} for ratio in RATIOS}
 AUTO = f"prune(auto,flops={FLOPS})"
-UNIFORM = {"fashion-sd": "prune(all,ratio=0.175)", "fashion-dit": "prune(all,ratio=0.175)"}
+UNIFORM = "prune(all,ratio=0.175)"
 """What leaves as many FLOPs as `auto` does, by the same share of all groups."""
-PEERS = {
+DIMS = f"prune((auto,dims),flops={FLOPS})"
+"""What does so and lets heads stay."""
+PEERS: Mapping[str, tuple[Sequence[str], str]] = {
     # It removes a channel of each group of a norm, of which all have 2 or 3: that is the least.
-    "fashion-sd": ("prune(auto,flops=0.57)", f"{THEIRS}(ratio=0.06)"),
-    "fashion-dit": (AUTO, f"{THEIRS}(ratio=0.33)"),
+    "fashion-sd": (["prune(auto,flops=0.57)"], f"{THEIRS}(ratio=0.06)"),
+    "fashion-dit": ([AUTO, DIMS, "prune((dims,mlp),ratio=0.34)"], f"{THEIRS}(ratio=0.33)"),
 }
 """What leaves as many FLOPs, by diffopt and by torch-pruning."""
 LOW_RANK = "low-rank(rank=0.4,data=true)"
@@ -63,12 +65,14 @@ PARTS = (recovered(AUTO), CACHE, INT8)
 def smaller(model: str) -> list[str]:
     """Return the configurations that are trained, those of the goals first."""
     main = BY_IMPORTANCE[GOAL]
+    ours, theirs = PEERS[model]
     rest = [own[m] for r, own in BY_IMPORTANCE.items() if r != GOAL for m in METHODS]
     return [
         *(main[m] for m in METHODS if m != "random"),
         AUTO,
-        UNIFORM[model],
-        *(config for config in PEERS[model] if config != AUTO),
+        UNIFORM,
+        DIMS,
+        *(config for config in [*ours, theirs] if config not in (AUTO, DIMS)),
         *(config for config in rest if "random" not in config),
         main["random"],
         LOW_RANK,
@@ -82,7 +86,7 @@ def configurations(model: str, steps: int) -> list[str]:
     if steps != max(FEWER):
         return [*beginning, *(c for own in LONG for c in (own, recovered(own)))]
     pairs = [config for own in smaller(model) for config in (own, recovered(own))]
-    after = pairs.index(recovered(UNIFORM[model])) + 1
+    after = pairs.index(recovered(UNIFORM)) + 1
     pairs[after:after] = [CACHE, INT8, COMPOSED]
     return [*beginning, *pairs, *map(recovered_longer, LONG)]
 

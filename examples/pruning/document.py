@@ -82,7 +82,7 @@ def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:
         findings.rivals(rows, model),
         findings.composed(rows),
         _peer(own, rows, model),
-        [*findings.goals(rows, model), *left_out(own["configs"], "cost")],
+        [*findings.goals(rows), *left_out(own["configs"], "cost")],
         _picture(title, rows, folder),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block).split("\n")
@@ -121,9 +121,7 @@ def _peer(own: Mapping[str, Any], rows: Rows, model: str) -> list[str]:
         return []
     version = own["groups"]["version"]
     lines = [f"**torch-pruning {version}.** {' '.join(findings.grouped(own['groups']['found']))}"]
-    if found := findings.peer(rows, *PEERS[model]):
-        lines.append(found)
-    return lines
+    return [*lines, *(f"- {line}" for line in findings.peer(rows, *PEERS[model]))]
 
 
 def _picture(title: str, rows: Rows, folder: Path) -> list[str]:

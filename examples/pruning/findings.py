@@ -1,6 +1,7 @@
 """Says what the measurements mean, in sentences that follow the numbers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from diffopt.importance import METHODS
@@ -52,9 +53,9 @@ def rival(rows: Rows, config: str) -> str | None:
 # Goals
 
 
-def goals(rows: Rows, model: str) -> list[str]:
-    """Return how one model meets what was asked."""
-    lines = [*_kid(rows), *_time(rows, model), *_ahead(rows, model)]
+def goals(rows: Rows) -> list[str]:
+    """Return how a model meets what was asked."""
+    lines = [*_kid(rows), *_time(rows), *_ahead(rows)]
     return [f"- {line}" for line in lines]
 
 
@@ -68,16 +69,23 @@ def _kid(rows: Rows) -> list[str]:
         if own is None:
             continue
         limit = KID_SLACK * floor[0]
+        gain = rows[config]["quality"].get("kid above reference")
+        paired = (
+            f" Over the same subsets of seeds it is {number(gain, 1000, 2)} above, which is"
+            f" {(limit - floor[0] - gain[0]) / gain[1]:+.1f} standard errors within that."
+            if gain
+            else ""
+        )
         lines.append(
             f"{verdict(own[0] <= limit)}: KID to held-out images of `{config}`"
             f" is {number(own, 1000, 2)}, the reference's {number(floor, 1000, 2)}; asked is at"
-            f" most {KID_SLACK - 1:.0%} more, {limit * 1000:.2f}."
+            f" most {KID_SLACK - 1:.0%} more, {limit * 1000:.2f}.{paired}"
         )
     return lines
 
 
-def _time(rows: Rows, model: str) -> list[str]:
-    wanted = [*(own["magnitude"] for own in BY_IMPORTANCE.values()), AUTO, UNIFORM[model]]
+def _time(rows: Rows) -> list[str]:
+    wanted = [*(own["magnitude"] for own in BY_IMPORTANCE.values()), AUTO, UNIFORM]
     kept = {c: p for c in wanted if c in rows and (p := kept_promise(rows, c)) is not None}
     return [
         f"{verdict(part >= PROMISE)}: `{config}` leaves {share(rows, config):.0%} of the FLOPs and"
@@ -87,12 +95,12 @@ def _time(rows: Rows, model: str) -> list[str]:
     ]
 
 
-def _ahead(rows: Rows, model: str) -> list[str]:
+def _ahead(rows: Rows) -> list[str]:
     pairs = [
         ("Diff-Pruning's importance is ahead of magnitude", own["diff-pruning"], own["magnitude"])
         for own in BY_IMPORTANCE.values()
     ]
-    pairs.append(("`auto` is ahead of a uniform share", AUTO, UNIFORM[model]))
+    pairs.append(("`auto` is ahead of a uniform share", AUTO, UNIFORM))
     lines = []
     for what, having, lacking in pairs:
         for state, change in (("before training", str), ("trained", recovered)):
@@ -145,7 +153,8 @@ def _next_to(rows: Rows, config: str, other: str) -> str:
 
 def rivals(rows: Rows, model: str) -> list[str]:
     """Return the table of what was trained next to fewer steps of the whole model."""
-    smalls = (AUTO, UNIFORM[model], *BY_IMPORTANCE[GOAL].values(), LOW_RANK, PEERS[model][1])
+    ours, theirs = PEERS[model]
+    smalls = dict.fromkeys([AUTO, UNIFORM, *BY_IMPORTANCE[GOAL].values(), LOW_RANK, *ours, theirs])
     lines = []
     for config in (*map(recovered, smalls), *map(recovered_longer, LONG)):
         other = rival(rows, config) if has_quality(rows, config) else None
@@ -198,11 +207,10 @@ def composed(rows: Rows) -> list[str]:
 
 def grouped(found: list[dict[str, Any]]) -> list[str]:
     """Return how the groups of torch-pruning compare with ours."""
-    same = [row for row in found if row["ours"] and not row["only theirs"] + row["only ours"]]
-    tables = [
-        row for row in found if not row["ours"] or (row["only theirs"] and not row["only ours"])
-    ]
     wider = [row for row in found if row["only ours"]]
+    rest = [row for row in found if not row["only ours"]]
+    same = [row for row in rest if row["ours"] and not row["only theirs"]]
+    tables = [row for row in rest if row not in same]
     lines = [
         f"Of its {len(found)} groups {len(same)} are the same weights and axes as ours."
         + (
@@ -221,17 +229,20 @@ def grouped(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def peer(rows: Rows, ours: str, theirs: str) -> str:
+def peer(rows: Rows, ours: Sequence[str], theirs: str) -> list[str]:
     """Return how far both are from the reference, before and after the same training."""
     lines = []
-    for state, change in (("before training", str), ("after it", recovered)):
-        one, two = change(ours), change(theirs)
-        if has_quality(rows, one, two):
-            ratio, errors = ahead(rows, one, two)
-            lines.append(f"{ratio:.2f} times its distance {state} ({errors:+.1f} standard errors)")
-    if not lines:
-        return ""
-    return (
-        f"`{ours}`, with {share(rows, ours):.2f} of the FLOPs, has {' and '.join(lines)}; it leaves"
-        f" {share(rows, theirs):.2f} with `{theirs}`."
-    )
+    for config in ours:
+        found = []
+        for state, change in (("before training", str), ("after it", recovered)):
+            one, two = change(config), change(theirs)
+            if has_quality(rows, one, two):
+                ratio, errors = ahead(rows, one, two)
+                said = f"{ratio:.2f} times its distance {state} ({errors:+.1f} standard errors"
+                found.append(f"{said} ahead)")
+        if found:
+            lines.append(
+                f"`{config}`, with {share(rows, config):.2f} of the FLOPs, has"
+                f" {' and '.join(found)}; `{theirs}` leaves {share(rows, theirs):.2f}."
+            )
+    return lines

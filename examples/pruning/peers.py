@@ -26,12 +26,20 @@ from examples.study.study import Study
 _MODELS: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
     "fashion-sd": (
         "unet",
-        {"timestep": torch.tensor(10), "encoder_hidden_states": torch.zeros(2, 8, 96)},
+        {
+            "sample": torch.zeros(2, 4, 8, 8),
+            "timestep": torch.tensor(10),
+            "encoder_hidden_states": torch.zeros(2, 8, 96),
+        },
         ("conv_out",),
     ),
     "fashion-dit": (
         "transformer",
-        {"timestep": torch.tensor([10, 10]), "class_labels": torch.tensor([1, 2])},
+        {
+            "hidden_states": torch.zeros(2, 4, 8, 8),
+            "timestep": torch.tensor([10, 10]),
+            "class_labels": torch.tensor([1, 2]),
+        },
         ("proj_out_2", "pos_embed.proj"),
     ),
 }
@@ -63,7 +71,6 @@ def _pruner(name: str, pipe: Any, ratio: float) -> tuple[Any, nn.Module]:
 
     component, arguments, stay = _MODELS[name]
     model: nn.Module = getattr(pipe, component).requires_grad_(True)
-    first = "sample" if component == "unet" else "hidden_states"
     heads = {
         layer: module.heads
         for module in model.modules()
@@ -72,7 +79,7 @@ def _pruner(name: str, pipe: Any, ratio: float) -> tuple[Any, nn.Module]:
     }
     pruner = torch_pruning.pruner.BasePruner(
         model,
-        {first: torch.zeros(2, 4, 8, 8), **arguments, "return_dict": False},
+        {**arguments, "return_dict": False},
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=1),
         pruning_ratio=ratio,
         ignored_layers=[model.get_submodule(layer) for layer in stay],

@@ -1,5 +1,6 @@
 """Makes the programs that are compared, and says what they take."""
 
+import re
 from typing import Any
 
 from diffopt.core import Pipeline, Size
@@ -22,11 +23,19 @@ def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
     program = Pipeline.parse(pipeline(calls)).run(
         traced, verify=False, enforce=False, seed=CALIBRATION, prompts=study.prompts
     )
-    records = program.history[len(traced.history) :]
+    # Without the folder that the file of the reference is in, which is this machine's.
+    named = {
+        re.sub(r",reference=[^,)]*", "", record["text"]): record
+        for record in program.history[len(traced.history) :]
+    }
     size = Size.of(program)
     return program, {
         "flops": size.flops,
         "parameters": size.parameters,
-        "seconds": {record["text"]: record["seconds"] for record in records},
-        "notes": {record["text"]: record["notes"] for record in records if record["notes"]},
+        "seconds": {text: record["seconds"] for text, record in named.items()},
+        "notes": {
+            text: {key: note for key, note in record["notes"].items() if key != "sensitivity"}
+            for text, record in named.items()
+            if record["notes"]
+        },
     }

@@ -97,6 +97,9 @@ def quality(
         found["kid other seeds"] = kid(own, y)
         if held is not None:
             found["kid held-out"] = kid(own, held)
+            found["kid above reference"] = list(
+                metrics.kid_difference(own, x, held, subset_size=_half(own, held))
+            )
         results.put(own_cost, *at, "configs", config, "cost")
         results.put(found, *at, "configs", config, "quality")
 
@@ -208,7 +211,11 @@ def mean(values: Tensor) -> list[float]:
 
 def kid(x: Tensor, y: Tensor) -> list[float]:
     """Return the kernel distance of features and its deviation over subsets of half the images."""
-    return list(metrics.kid(x, y, subset_size=max(2, min(len(x), len(y)) // 2)))
+    return list(metrics.kid(x, y, subset_size=_half(x, y)))
+
+
+def _half(x: Tensor, y: Tensor) -> int:
+    return max(2, min(len(x), len(y)) // 2)
 
 
 def held_out(work: Path) -> Tensor | None:
