@@ -379,7 +379,10 @@ def _convert(value: Value, hint: Any) -> Any:
     if value.quoted:
         raise ValueError(value.text)
     if hint not in words:
-        return hint(value.text)
+        read = hint(value.text)
+        if read != read:  # nan, which every comparison with a bound would let through
+            raise ValueError(value.text)
+        return read
     if value.text.lower() not in words[hint]:
         raise ValueError(value.text)
     return words[hint][value.text.lower()]

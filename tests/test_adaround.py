@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-import diffopt
 from diffopt import adaround, blocks, calibrate, lowrank, qdq, reuse, smooth, ste, weights
 from diffopt import graph as g
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError
 from diffopt.rewrite import stored
 from tests.passes.build import Builder, body, parameter, randn
-from tests.zoo import CASES
+from tests.zoo import CASES, traced
 
 aten = torch.ops.aten
 
@@ -387,8 +386,8 @@ def test_calls_that_cannot_be_stacked_are_learned_one_by_one(
 @cache
 def denoiser(name: str) -> tuple[fx.GraphModule, list[list[Tensor]]]:
     """Return a denoiser and its calls over two trajectories."""
-    traced = diffopt.trace(CASES[name].build(), **CASES[name].inputs(0))
-    program = Pipeline.parse("unroll,hoist,simplify,fuse(steps=false)").run(traced, verify=False)
+    exact = Pipeline.parse("unroll,hoist,simplify,fuse(steps=false)")
+    program = exact.run(traced(name), verify=False)
     loop = reuse.find_loop(program)
     calls = []
     for seed in range(4):

@@ -21,7 +21,7 @@ from tests import loops
 from tests.passes.build import Builder, randn
 from tests.passes.build import body as part
 from tests.passes.build import program as written
-from tests.zoo import CASES
+from tests.zoo import CASES, traced
 
 aten = torch.ops.aten
 
@@ -33,9 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def prepared(name: str) -> Program:
-    case = CASES[name]
-    traced = diffopt.trace(case.build(), **case.inputs(0))
-    return Pipeline.parse("unroll,hoist").run(traced)
+    return Pipeline.parse("unroll,hoist").run(traced(name))
 
 
 @pytest.fixture(scope="module")

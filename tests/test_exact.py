@@ -8,7 +8,7 @@ import torch
 import diffopt
 from diffopt.check import difference
 from diffopt.core import Pipeline, Record
-from tests.zoo import CASES
+from tests.zoo import CASES, traced
 
 PASSES = ("unroll", "hoist", "simplify", "fuse")
 
@@ -38,7 +38,7 @@ def test_exact_passes(name: str) -> None:
 
 def test_every_pass_has_what_to_do_on_a_unet_and_on_a_transformer() -> None:
     for name in ("sd", "dit"):
-        program = diffopt.trace(CASES[name].build(), **CASES[name].inputs(0))
+        program = traced(name)
         result = Pipeline.parse(",".join(PASSES)).run(program)
         assert all(row["changed"] for row in result.history)
         step = next(n for n in result.components if n.endswith("_step"))

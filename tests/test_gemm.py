@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-import diffopt
 from diffopt import gemm, qdq, serialize
 from diffopt import graph as g
 from diffopt import setup as loading
@@ -23,7 +22,7 @@ from diffopt.sizes import Bounds
 from diffopt.targets.cpu import Cpu
 from tests.passes.build import body, parameter, randn
 from tests.quantized import pack
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 H100 = hardware("h100")
@@ -520,9 +519,8 @@ def test_two_sizes_that_change() -> None:
 
 
 @cache
-def traced(name: str) -> Program:
-    program = diffopt.trace(CASES[name].build(), **CASES[name].inputs(0))
-    return Pipeline.parse("unroll,hoist,simplify").run(program)
+def simplified(name: str) -> Program:
+    return Pipeline.parse("unroll,hoist,simplify").run(traced(name))
 
 
 def run(program: Program, result: loading.Lowered) -> list[Tensor]:
@@ -560,7 +558,7 @@ def run(program: Program, result: loading.Lowered) -> list[Tensor]:
 def test_pipelines_give_what_their_graphs_give(
     name: str, text: str, expected: dict[str, int]
 ) -> None:
-    program = Pipeline.parse(text).run(traced(name))
+    program = Pipeline.parse(text).run(simplified(name))
     result = gemm.lower(program.components, H100)
     found = sum(map(Counter, result.layers.values()), Counter[str]())
     assert found == expected

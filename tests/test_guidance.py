@@ -21,7 +21,7 @@ from diffopt.policies import t_gate
 from diffopt.program import Program
 from diffopt.reuse import find_loop
 from tests.passes.build import Builder, aten, body, randn
-from tests.zoo import CASES, call
+from tests.zoo import CASES, call, traced
 
 STEPS = 6
 
@@ -32,7 +32,7 @@ def inputs(name: str) -> dict[str, Any]:
 
 @cache
 def unrolled(name: str, text: str = "unroll,hoist") -> Program:
-    return Pipeline.parse(text).run(diffopt.trace(CASES[name].build(), **inputs(name)))
+    return Pipeline.parse(text).run(traced(name, num_inference_steps=STEPS))
 
 
 def cached(name: str, options: str) -> tuple[Program, Record]:

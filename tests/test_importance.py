@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-import diffopt
 from diffopt import graph as g
 from diffopt import tags
 from diffopt.core import Pipeline
@@ -18,7 +17,7 @@ from diffopt.requests import requests
 from tests import loops
 from tests.passes import build
 from tests.passes.build import Builder, randn
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 
@@ -60,10 +59,8 @@ def inputs(count: int) -> list[list[Tensor]]:
 
 @cache
 def zoo(name: str, text: str = "") -> Program:
-    case = CASES[name]
-    if text:
-        return Pipeline.parse(text).run(zoo(name))
-    return diffopt.trace(case.build(), **{**case.inputs(0), "num_inference_steps": 4})
+    program = traced(name, num_inference_steps=4)
+    return Pipeline.parse(text).run(program) if text else program
 
 
 def test_magnitude_is_the_absolute_value() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import fx
 
-import diffopt
 from diffopt import graph as g
 from diffopt.check import difference
 from diffopt.core import Context, Pipeline, Record
@@ -16,7 +15,7 @@ from diffopt.policies import faster_diffusion
 from diffopt.program import Program
 from diffopt.reuse import find_loop
 from tests.hooks import hold_outputs
-from tests.zoo import CASES, call
+from tests.zoo import CASES, call, traced
 
 STEPS = 6
 
@@ -27,7 +26,7 @@ def inputs(name: str) -> dict[str, Any]:
 
 @cache
 def unrolled(name: str) -> Program:
-    return Pipeline.parse("unroll,hoist").run(diffopt.trace(CASES[name].build(), **inputs(name)))
+    return Pipeline.parse("unroll,hoist").run(traced(name, num_inference_steps=STEPS))
 
 
 def cached(name: str, options: str) -> tuple[Program, Record]:

@@ -288,6 +288,7 @@ def test_contenders_take_turns() -> None:
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "DEBIAN", tmp_path / "missing")  # 10,000 images take minutes
     monkeypatch.setattr(command, "CONFIGS", {2: ()})
+    monkeypatch.setattr("examples.quantization.measure.LEVEL", 1)  # 19 takes seconds a file
     path = tmp_path / "quantization.md"
     path.write_text(f"{BEGIN}\n{END}\n")
     words = "--only fashion-dit --images 2 --engine-images 2 --steps 2 --phase quality time"

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import diffopt
 from diffopt import calibrate, gradients, pairing, qdq, quantizer, recovery, ste, tags, vectorize
 from diffopt import graph as g
 from diffopt import matching as matching_module
@@ -23,7 +22,7 @@ from diffopt.workers import Workers
 from tests import loops
 from tests.passes import build
 from tests.passes.build import Builder, parameter, randn
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -31,16 +30,13 @@ FORMATS = ["int8", "int4,rank=4", "int4,activations=none", "fp8,activations=rows
 
 
 @cache
-def traced(name: str) -> Program:
-    if name == "loop":
-        return loops.program(steps=3)
-    case = CASES[name]
-    return diffopt.trace(case.build(), **{**case.inputs(0), "num_inference_steps": 3})
+def captured(name: str) -> Program:
+    return loops.program(steps=3) if name == "loop" else traced(name, num_inference_steps=3)
 
 
 @cache
 def program(name: str, text: str = "unroll,hoist") -> Program:
-    return Pipeline.parse(text).run(traced(name))
+    return Pipeline.parse(text).run(captured(name))
 
 
 def visits(made: Program, name: str) -> list[list[Tensor]]:
@@ -372,8 +368,10 @@ def test_calls_at_once_are_calls_one_by_one(name: str, how: str) -> None:
     assert len(together) == 1
     at_once = gradients_of(matching, trained, together)
     one_by_one = gradients_of(matching, trained, [[pair] for pair in pairs])
+    # Sums in another order: a value between two levels may then be rounded to the other.
+    rtol = 1e-3 if "quantize" in how else 1e-4
     for own, other in zip(at_once, one_by_one, strict=True):
-        assert float((own - other).norm()) < 1e-4 * float(other.norm())
+        assert float((own - other).norm()) < rtol * float(other.norm())
 
 
 def test_calls_that_cannot_be_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import diffopt
 from diffopt import calibrate, reuse
 from diffopt.check import difference
 from diffopt.core import Pipeline
@@ -14,7 +13,7 @@ from diffopt.errors import DiffoptError, ToleranceError
 from diffopt.evaluator import Evaluator
 from diffopt.program import Program
 from diffopt.search import Lab
-from tests.zoo import CASES
+from tests.zoo import traced
 
 STEPS = 6
 
@@ -27,9 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=["dit", "sd"])
 def program(request: pytest.FixtureRequest) -> Program:
-    case = CASES[request.param]
-    arguments = case.inputs(0) | {"num_inference_steps": STEPS}
-    return Pipeline.parse("unroll,hoist").run(diffopt.trace(case.build(), **arguments))
+    return Pipeline.parse("unroll,hoist").run(traced(request.param, num_inference_steps=STEPS))
 
 
 @pytest.fixture(scope="module")

@@ -141,6 +141,13 @@ option 'mode' of cache wants one of auto, off or none, got 'autp'
         ^^^^""",
         ),
         (
+            "cache(budget=nan)",
+            """\
+option 'budget' of cache wants float, got 'nan'
+  cache(budget=nan)
+               ^^^""",
+        ),
+        (
             "cache(budget=(1,2))",
             """\
 option 'budget' of cache wants float, got '(1,2)'

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import fx
 
-import diffopt
 from diffopt import tags
 from diffopt.core import Context, Pipeline
 from diffopt.errors import VerifyError
@@ -15,7 +14,7 @@ from diffopt.outline import outline_steps
 from diffopt.program import Program
 from tests import loops
 from tests.passes.build import Builder, aten, body, program, randn
-from tests.zoo import CASES
+from tests.zoo import traced
 
 X, TEXT = randn(4), randn(4, seed=1)
 
@@ -107,18 +106,9 @@ def test_loops_that_run_one_after_the_other_are_branches() -> None:
     ],
 )
 def test_pipelines(name: str, component: str, steps: int, branches: int) -> None:
-    built = captured(name)
+    built = traced(name)
     assert found(built, component) == [(s, b) for s in range(steps) for b in range(branches)]
     assert all(tags.tag(node) is not None for node in built.calls())
-
-
-PROGRAMS: dict[str, Program] = {}
-
-
-def captured(name: str) -> Program:
-    if name not in PROGRAMS:
-        PROGRAMS[name] = diffopt.trace(CASES[name].build(), **CASES[name].inputs(0))
-    return PROGRAMS[name]
 
 
 # What passes keep
@@ -136,7 +126,7 @@ def test_passes_keep_tags_and_prologues_have_none() -> None:
 
 
 def test_a_step_of_two_calls_keeps_both_branches() -> None:
-    built = Pipeline.parse("unroll,hoist,simplify,fuse").run(captured("chroma"))
+    built = Pipeline.parse("unroll,hoist,simplify,fuse").run(traced("chroma"))
     assert found(built, "transformer") == [(s, b) for s in range(3) for b in range(2)]
 
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import diffopt
 from diffopt import graph as g
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError, VerifyError
 from diffopt.program import Program
 from diffopt.vectorize import Unbatchable
 from tests import sampler
-from tests.zoo import CASES
+from tests.zoo import CASES, traced
 
 
 def check(program: Program, low: int = 1, high: int = 3) -> Program:
@@ -116,7 +115,7 @@ def test_a_weight_free_value_is_computed_once() -> None:
 @pytest.mark.parametrize("name", ["sd", "dit", "stable-audio"])
 def test_pipelines_after_the_other_passes(name: str) -> None:
     case = CASES[name]
-    program = diffopt.trace(case.build(), **case.inputs(0))
+    program = traced(name)
     batched = Pipeline.parse("unroll,hoist,simplify,fuse,batch(max=3)").run(program)
     assert (
         batched.components.keys()

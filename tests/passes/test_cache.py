@@ -11,7 +11,6 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.taylorseer_cache import apply_taylorseer_cache
 from torch import Tensor, fx
 
-import diffopt
 from diffopt import calibrate, plans, stepmap
 from diffopt import graph as g
 from diffopt.anatomy import anatomy
@@ -23,7 +22,7 @@ from diffopt.policy import policy_names, residuals, stack
 from diffopt.program import Program
 from diffopt.reuse import Reuse, Term, apply, find_loop
 from tests.hooks import hold_outputs
-from tests.zoo import CASES, call
+from tests.zoo import CASES, call, traced
 
 STEPS = 6
 RATIOS = (1.0, 1.0, 0.99, 0.98, 1.0, 0.96)
@@ -37,7 +36,7 @@ def inputs(name: str) -> dict[str, Any]:
 @cache
 def unrolled(name: str, text: str = "unroll,hoist") -> Program:
     """Return a pipeline of the zoo as the pass gets it."""
-    return Pipeline.parse(text).run(diffopt.trace(CASES[name].build(), **inputs(name)))
+    return Pipeline.parse(text).run(traced(name, num_inference_steps=STEPS))
 
 
 def cached(name: str, text: str, before: str = "unroll,hoist") -> tuple[Program, Record]:

@@ -13,7 +13,7 @@ from diffopt.core import Context, Pass, Pipeline, Record
 from diffopt.errors import DiffoptError, ToleranceError
 from diffopt.program import Program
 from tests.passes.build import body, parameter, program, randn
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -388,12 +388,12 @@ def test_bad_options(text, message):
 
 
 @pytest.fixture(scope="module", params=["sd", "dit"])
-def traced(request) -> Program:
-    return diffopt.trace(CASES[request.param].build(), **CASES[request.param].inputs(0))
+def pipeline(request) -> Program:
+    return traced(request.param)
 
 
-def test_all_layers_of_a_pipeline_compute_in_the_low_type(traced):
-    result, record = run(traced)
+def test_all_layers_of_a_pipeline_compute_in_the_low_type(pipeline):
+    result, record = run(pipeline)
     types = layer_types(result)
     assert set(types) == set(result.components)
     assert all(reads == {BF16} for reads in types.values()), types
@@ -404,9 +404,9 @@ def test_all_layers_of_a_pipeline_compute_in_the_low_type(traced):
     assert len(again.skipped) == len(result.components)
 
 
-def test_islands_are_chosen_by_measuring(traced):
-    result, record = run(traced, "cast(bf16)")
-    plain = run(traced)[1]
+def test_islands_are_chosen_by_measuring(pipeline):
+    result, record = run(pipeline, "cast(bf16)")
+    plain = run(pipeline)[1]
     assert set(record.notes) == set(result.components)
     notes = record.notes.values()
     assert any(note["islands"] for note in notes)
@@ -431,8 +431,8 @@ def test_islands_are_chosen_by_measuring(traced):
         "unroll,hoist,cache(fora,interval=2),cast(bf16,islands=norms,calls=1),simplify,fuse",
     ],
 )
-def test_with_other_passes_in_any_order(traced, text):
-    result = Pipeline.parse(text).run(traced)  # exact passes are checked as they run
+def test_with_other_passes_in_any_order(pipeline, text):
+    result = Pipeline.parse(text).run(pipeline)  # exact passes are checked as they run
     types = layer_types(result)
     assert all(reads == {BF16} for reads in types.values()), types
     drift = result.history[-1]["drift"]
@@ -443,8 +443,8 @@ def test_with_other_passes_in_any_order(traced, text):
         assert {user.meta["val"].dtype for user in call.users} == {BF16}
 
 
-def test_an_engine_runs_it(traced, tmp_path):
-    result, _ = run(traced, "cast(bf16,islands=none,calls=1)")
+def test_an_engine_runs_it(pipeline, tmp_path):
+    result, _ = run(pipeline, "cast(bf16,islands=none,calls=1)")
     diffopt.build(result, "eager", tmp_path / "low.engine")
     engine = diffopt.load(tmp_path / "low.engine")
     expected = result.run(result.sample)

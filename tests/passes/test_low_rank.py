@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-import diffopt
 from diffopt import engine, factoring, qdq, quantizer
 from diffopt.core import Pipeline, Record
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from tests.passes.build import Builder, body, parameter, program, randn
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 
@@ -264,9 +263,7 @@ def test_bad_input(text: str, message: str) -> None:
 
 @cache
 def unrolled(name: str) -> Program:
-    arguments = {**CASES[name].inputs(0), "num_inference_steps": 4}
-    traced = diffopt.trace(CASES[name].build(), **arguments)
-    return Pipeline.parse("unroll,hoist,simplify").run(traced)
+    return Pipeline.parse("unroll,hoist,simplify").run(traced(name, num_inference_steps=4))
 
 
 NAMES = ("sd", "dit")

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-import diffopt
 from diffopt import engine, tokens
 from diffopt.check import difference
 from diffopt.core import Pipeline, Record
 from diffopt.errors import DiffoptError
 from diffopt.program import Program
 from tests.passes.build import Builder, body, parameter, program, randn
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 
@@ -291,14 +290,8 @@ def test_bad_input(text: str, message: str) -> None:
 
 
 @cache
-def traced(name: str) -> Program:
-    arguments = {**CASES[name].inputs(0), "num_inference_steps": 4}
-    return diffopt.trace(CASES[name].build(), **arguments)
-
-
-@cache
 def unrolled(name: str) -> Program:
-    return Pipeline.parse("unroll,hoist,simplify").run(traced(name))
+    return Pipeline.parse("unroll,hoist,simplify").run(traced(name, num_inference_steps=4))
 
 
 NAMES = ("sd", "dit")
@@ -320,7 +313,9 @@ def test_self_attention_of_a_unet_and_of_a_transformer(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_exact_passes_does_not_matter(name: str) -> None:
-    early = Pipeline.parse("merge-tokens,unroll,hoist,simplify,fuse").run(traced(name))
+    early = Pipeline.parse("merge-tokens,unroll,hoist,simplify,fuse").run(
+        traced(name, num_inference_steps=4)
+    )
     late, _ = run("merge-tokens", unrolled(name))
     assert early.history[0]["relative"] > 1e-4
     # Sums change their order; which tokens are drawn does not.

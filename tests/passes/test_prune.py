@@ -19,7 +19,7 @@ from diffopt.rewrite import args
 from tests import loops
 from tests.command import Run
 from tests.passes.build import body, parameter, program, randn
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 
@@ -45,11 +45,6 @@ def prune(built: Program, step: str) -> tuple[Program, Record]:
 
 def mlp(b, x):
     return b(aten.linear.default, b(aten.silu.default, b(aten.linear.default, x, UP)), DOWN)
-
-
-def traced(name: str) -> Program:
-    case = CASES[name]
-    return diffopt.trace(case.build(), **case.inputs(0))
 
 
 # One group

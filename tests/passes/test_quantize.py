@@ -8,7 +8,6 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
 
-import diffopt
 from diffopt import graph as g
 from diffopt import qdq, quantizer, rewrite, tags, transforms
 from diffopt.core import Pipeline, Record
@@ -17,7 +16,7 @@ from diffopt.program import Program
 from diffopt.ranges import affine
 from diffopt.shared import Shared
 from tests.passes import build
-from tests.zoo import CASES
+from tests.zoo import CASES, traced
 
 aten = torch.ops.aten
 STEPS = 6
@@ -31,7 +30,7 @@ def arguments(name: str) -> dict[str, Any]:
 
 @cache
 def unrolled(name: str, text: str = "unroll,hoist,simplify") -> Program:
-    return Pipeline.parse(text).run(diffopt.trace(CASES[name].build(), **arguments(name)))
+    return Pipeline.parse(text).run(traced(name, num_inference_steps=STEPS))
 
 
 def quantized(

@@ -27,7 +27,7 @@ from tests.command import Run
 from tests.passes.build import Builder, body, parameter, randn
 from tests.quantized import steps
 from tests.standin import replace_gpu
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 
@@ -53,10 +53,6 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory, captured: Program) -> P
     path = tmp_path_factory.mktemp("cuda") / "x.engine"
     diffopt.write(captured, PLAIN, path)
     return path
-
-
-def traced(name: str) -> Program:
-    return diffopt.trace(CASES[name].build(), **CASES[name].inputs(0))
 
 
 def expected(program: Program) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from tests.zoo.schedulers import (
     missing_package,
     scheduler_case,
 )
+from tests.zoo.traced import traced
 
 __all__ = [
     "CASES",
@@ -22,4 +23,5 @@ __all__ = [
     "modules",
     "prompt",
     "scheduler_case",
+    "traced",
 ]

@@ -92,7 +92,7 @@ def audioldm2() -> d.AudioLDM2Pipeline:
         bos_token_id=0,
         eos_token_id=2,
     )
-    language_model.max_new_tokens = 4
+    language_model.max_new_tokens = 2
     net = d.AudioLDM2UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),

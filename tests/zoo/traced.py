@@ -1,0 +1,23 @@
+"""Programs of the zoo's pipelines, of which each network is exported once for all tests."""
+
+from functools import cache
+from typing import Any
+
+from diffopt.capture import Session
+from diffopt.program import Program
+from tests.zoo.schedulers import CASES
+
+
+def traced(name: str, **changes: Any) -> Program:
+    """Return the program of a case's call with the seed 0, some of its arguments changed."""
+    return _program(name, **changes).clone()
+
+
+@cache
+def _program(name: str, **changes: Any) -> Program:
+    return _session(name).program(CASES[name].inputs(0) | changes)
+
+
+@cache
+def _session(name: str) -> Session:
+    return Session(CASES[name].build())
