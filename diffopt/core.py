@@ -356,4 +356,12 @@ def _bind(call: spec.Call, text: str) -> Pass:
         cls = find_pass(call.name)
     except DiffoptError as error:
         raise DiffoptError(error.message, text=text, span=call.span) from None
-    return spec.bind(call, cls, text)
+    step: Pass = spec.bind(call, cls, text)
+    limit = _budget(step, None)
+    if limit is not None and limit < 0:
+        raise DiffoptError(
+            f"{step.name} has budget={limit:g}; write the largest relative error, as 0.02",
+            text=text,
+            span=call.span,
+        )
+    return step

@@ -11,12 +11,13 @@ What a body takes and returns keeps its shape, and so does what an operator with
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from diffopt.labelflow import Flow, Source
 from diffopt.labelrules import RULES
@@ -49,6 +50,8 @@ class Group:
         units: In the order of the first layer's outputs.
         layers: The names of all layers that make them.
         made: The axes of those layers' weights.
+        parts: Some of the units, as labels, of each of which one has to stay: values that have no
+            others, such as slices.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Group:
     units: tuple[Unit, ...]
     layers: tuple[str, ...]
     made: tuple[Axis, ...]
+    parts: tuple[frozenset[int], ...] = ()
 
     def width(self, unit: Unit) -> int:
         """Return how many outputs of its first layer a unit is."""
@@ -93,13 +97,37 @@ def couple(program: Program, *, in_heads: bool = False) -> Coupling:
     for check in flow.checks:
         check(roots)
     roots = flow.labels.roots()
+    values: dict[bytes, Tensor] = {}
     for factor in _factors(flow):
-        left = roots[narrow(factor, constant(factor))].reshape(-1)
-        if len(left) and bool((left == left[0]).all()):
+        left = _labels(factor, roots)
+        if len(left) == 1:
             flow.labels.pin(factor, "nothing would be left of it")
+        values[left.numpy().tobytes()] = left
     reasons = _reasons(flow, roots)
-    groups = tuple(_groups(flow, roots, reasons))
+    groups = tuple(_with_parts([*_groups(flow, roots, reasons)], [*values.values()], len(roots)))
     return Coupling(flow, roots, groups, tuple(_fixed(flow, roots, reasons)))
+
+
+def _with_parts(groups: list[Group], values: list[Tensor], count: int) -> Iterator[Group]:
+    """Give groups their parts: the labels of values that have some of a group's, and no others."""
+    owner = torch.full((count,), -1)
+    for number, group in enumerate(groups):
+        owner[[unit.label for unit in group.units]] = number
+    parts: list[list[frozenset[int]]] = [[] for _ in groups]
+    for labels in values:
+        number = int(owner[labels[0]]) if len(labels) else -1
+        if number < 0 or len(labels) >= len(groups[number].units):
+            continue
+        if bool((owner[labels] == number).all()):
+            parts[number].append(frozenset(labels.tolist()))
+    for group, own in zip(groups, parts, strict=True):
+        yield dataclasses.replace(group, parts=tuple(own))
+
+
+def _labels(factor: Tensor, roots: Tensor) -> Tensor:
+    """Return the roots of all labels of a factor, each once."""
+    found: Tensor = roots[narrow(factor, constant(factor))].unique()  # type: ignore[no-untyped-call]
+    return found
 
 
 def _factors(flow: Flow) -> Iterator[Tensor]:
@@ -118,7 +146,7 @@ def _settled(flow: Flow) -> Tensor:
     """Tie labels until no value changes along several axes; return the roots.
 
     Where an axis was split (into heads and what is in them) and nothing else decides, whole rows
-    go: what is in them may be positions or angles.
+    go: what is in them may be positions or angles. What is in heads that stay goes itself.
     """
     joint = [f for f in _factors(flow) if len(varying(f)) > 1]
     while True:
@@ -127,8 +155,10 @@ def _settled(flow: Flow) -> Tensor:
         open_axes = [(factor, axes) for factor, axes in open_axes if len(axes) > 1]
         if not open_axes:
             return roots
+        dims = _roots_of(flow.dims, roots)
         for factor, axes in open_axes:
-            flow.labels.collapse(factor, axes[1:])
+            inside = not dims.isdisjoint(_labels(factor, roots).tolist())
+            flow.labels.collapse(factor, axes[:-1] if inside else axes[1:])
 
 
 def _reasons(flow: Flow, roots: Tensor) -> dict[int, str]:
@@ -159,7 +189,8 @@ def _groups(flow: Flow, roots: Tensor, reasons: dict[int, str]) -> Iterator[Grou
             found.append(((order[made[0]], int(own[0].members[made[0]][0])), kind, made, own))
     count: collections.Counter[str] = collections.Counter()
     for _, kind, made, own in sorted(found, key=lambda row: row[0]):
-        layers = tuple(dict.fromkeys(_name(s) for axis in made for s in sources[axis]))
+        own_sources = [s for axis in made for s in sources[axis]]
+        layers = tuple(dict.fromkeys(_name(s.component, s.node) for s in own_sources))
         count[layers[0]] += 1
         name = layers[0] if count[layers[0]] == 1 else f"{layers[0]}:{count[layers[0]]}"
         yield Group(name, kind, tuple(own), layers, tuple(made))
@@ -198,7 +229,7 @@ def _axes(flow: Flow) -> Iterator[tuple[Axis, Tensor]]:
 def _roots_of(factors: Iterable[Tensor], roots: Tensor) -> set[int]:
     found: set[int] = set()
     for factor in factors:
-        found.update(roots[narrow(factor, constant(factor))].reshape(-1).tolist())
+        found.update(_labels(factor, roots).tolist())
     return found
 
 
@@ -214,9 +245,11 @@ def _fixed(flow: Flow, roots: Tensor, reasons: dict[int, str]) -> Iterator[tuple
             continue  # of size 1
         found = roots[along(flow.stored[axis[0]][axis[1]], axis[1])].tolist()
         if all(root in reasons for root in found):
-            yield _name(source), reasons[found[0]]
+            yield _name(source.component, source.node), reasons[found[0]]
+    for name in dict.fromkeys(_name(*own) for own in flow.computed):
+        yield name, "its weight is computed"
 
 
-def _name(source: Source) -> str:
-    path = source.node.meta.get("module") or source.node.name
-    return f"{source.component}.{path}" if source.component else str(path)
+def _name(component: str, node: fx.Node) -> str:
+    path = node.meta.get("module") or node.name
+    return f"{component}.{path}" if component else str(path)

@@ -32,6 +32,12 @@ class Residual:
     weights: frozenset[int]
     branches: tuple[Branch, ...]
 
+    @property
+    def fits(self) -> bool:
+        """Whether the streams have the shapes and types of the sums that they would replace."""
+        streams = [(_stream(b).meta["val"], b.stream_out.meta["val"]) for b in self.branches]
+        return all(a.shape == b.shape and a.dtype == b.dtype for a, b in streams)
+
 
 def residual_blocks(program: Program, names: Sequence[str]) -> list[Residual]:
     """Return the blocks of some components that have weights, in the graph's order."""
@@ -67,5 +73,11 @@ def remove_blocks(blocks: Sequence[Residual]) -> None:
     """Let the streams pass by blocks."""
     for block in blocks:
         for branch in block.branches:
-            a, b = args(branch.stream_out)[:2]
-            branch.stream_out.replace_all_uses_with(b if a is branch.value else a)
+            branch.stream_out.replace_all_uses_with(_stream(branch))
+
+
+def _stream(branch: Branch) -> fx.Node:
+    """Return what a branch's value is added to."""
+    a, b = args(branch.stream_out)[:2]
+    stream: fx.Node = b if a is branch.value else a
+    return stream

@@ -17,6 +17,7 @@ from diffopt import graph as g
 from diffopt import tree
 from diffopt.errors import CaptureError
 from diffopt.modes import is_random
+from diffopt.rewrite import args, argument
 from diffopt.state import (
     Attribute,
     changed_hooks,
@@ -242,12 +243,39 @@ def _import_operator(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any
     if not _is_composite(node.target):
         copy = body.graph.node_copy(node, lambda n: env[n])
         copy.meta = {"val": g.fake(node.meta["val"])}
+        _number_padding(copy)
         return copy
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
     steps = _Steps(body)
     values = fx.map_arg((args, kwargs), steps.given)
     with g.FAKE, torch.no_grad(), steps:
         return steps.map(node.target(*values[0], **values[1]))  # type: ignore[operator]
+
+
+def _number_padding(node: fx.Node) -> None:
+    """Write a convolution's padding as numbers where it is a word: passes know one form."""
+    if node.target not in _PADDED:
+        return
+    x, weight = args(node)[:2]
+    kernel = weight.meta["val"].shape[2:]
+    dilation = argument(node, 5, "dilation", 1)
+    steps = [dilation] if isinstance(dilation, int) else list(dilation)
+    steps = steps * len(kernel) if len(steps) == 1 else steps
+    same = argument(node, 4, "padding", "valid") == "same"
+    both = [step * (size - 1) if same else 0 for step, size in zip(steps, kernel, strict=True)]
+    if any(total % 2 for total in both):
+        return  # one side has more
+    bias, stride = argument(node, 2, "bias"), argument(node, 3, "stride", 1)
+    groups = argument(node, 6, "groups", 1)
+    node.args = x, weight, bias, stride, [total // 2 for total in both], steps, groups
+    node.target, node.kwargs = _PADDED[node.target], {}
+
+
+_PADDED = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
 
 
 @functools.cache

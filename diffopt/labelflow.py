@@ -62,6 +62,7 @@ class Flow:
         stored: The factors of stored tensors, by identity and axis.
         tensors: The stored tensors.
         sources: What layers make their results of.
+        computed: Layers whose weight is computed, with the name of their body.
         heads: Labels that products of activations have in common.
         dims: Labels of what is in such heads, the same in all of them.
         in_heads: Let heads stay, and what is in them go, in place of whole heads.
@@ -75,6 +76,7 @@ class Flow:
     stored: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
+    computed: list[tuple[str, fx.Node]] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
     dims: list[Tensor] = field(default_factory=list)
     in_heads: bool = False
@@ -261,8 +263,15 @@ def _aligned(
 def note_source(body: Body, node: fx.Node, weight: Any, axis: int) -> None:
     """Remember the axis of a weight that a layer's results come from."""
     tensor = stored(body.gm, weight)
-    if tensor is not None:
+    if tensor is not None and id(tensor) in body.flow.stored:
         body.flow.sources.append(Source(body.name, node, tensor, axis))
+
+
+def note_layer(body: Body, node: fx.Node, weight: Any, axis: int) -> None:
+    """Do so of a layer, whose weight may be none that is stored."""
+    note_source(body, node, weight, axis)
+    if stored(body.gm, weight) is None:
+        body.flow.computed.append((body.name, node))
 
 
 def combine(body: Body, node: fx.Node) -> Factors:

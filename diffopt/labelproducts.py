@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import graph as g
-from diffopt.labelflow import Body, Operand, note_source, pointwise
+from diffopt.labelflow import Body, Operand, note_layer, note_source, pointwise
 from diffopt.labels import Factors, along, compressed, narrow, varying
 from diffopt.rewrite import args, argument, geometry, stored
 from diffopt.walk import packet
@@ -113,14 +113,16 @@ class _Side:
         return factor.reshape(factor.shape[: len(axes)])
 
     def size(self, letters: str) -> int:
-        return max(self.shape[self.letters.index(x)] for x in letters if x in self.letters)
+        """Return the largest size along some letters, 1 where this side has none of them."""
+        sizes = [self.shape[self.letters.index(x)] for x in letters if x in self.letters]
+        return max(sizes, default=1)
 
 
 def _matched(
     body: Body, node: fx.Node, sides: Sequence[_Side], kept: Sequence[dict[str, Tensor]]
 ) -> None:
     """Tie the labels of both operands along the letters that they share, or pin them."""
-    products = all(side.read is not None and stored(body.gm, side.read) is None for side in sides)
+    products = all(stored(body.gm, side.read) is None for side in sides)
     for k, (side, vectors) in enumerate(zip(sides, kept, strict=True)):
         other, theirs = sides[1 - k], kept[1 - k]
         for letters, factor in vectors.items():
@@ -155,6 +157,8 @@ def _product(body: Body, node: fx.Node, a: fx.Node, b: fx.Node) -> Factors | Non
     (one, mine), (other, theirs) = body.operand(a), body.operand(b)
     if min(len(one), len(other)) < 2:
         return None
+    note_source(body, node, b, len(other) - 1)
+    note_source(body, node, a, len(one) - 2)
     outer = _letters(max(len(one), len(other)) - 2)
     left = outer[len(outer) - len(one) + 2 :] + "mk"
     right = outer[len(outer) - len(other) + 2 :] + "kn"
@@ -166,7 +170,7 @@ def linear(body: Body, node: fx.Node) -> Factors:
     """Multiply by a weight [out, in], and add a bias."""
     x, w = args(node)[:2]
     bias = argument(node, 2, "bias")
-    note_source(body, node, w, 0)
+    note_layer(body, node, w, 0)
     outer = _letters(x.meta["val"].dim() - 1)
     shape = node.meta["val"].shape
     sides = (outer + "k", body.operand(x), x), ("nk", body.operand(w), w)
@@ -189,7 +193,7 @@ def conv(body: Body, node: fx.Node) -> Factors | None:
         *_, groups = geometry(node)
     if args(node)[0].meta["val"].dim() != w.meta["val"].dim():
         return None
-    note_source(body, node, w, 1 if transposed else 0)
+    note_layer(body, node, w, 1 if transposed else 0)
     places = len(x.meta["val"].shape) - 2
     inner, outer, kernel = "XYZ"[:places], "UVW"[:places], "PQR"[:places]
     shape, what = node.meta["val"].shape, g.target_name(node)
@@ -247,19 +251,23 @@ def attention(body: Body, node: fx.Node) -> Factors:
     """Two products with a softmax between them; one head has no labels of heads."""
     q, k, v = (body.operand(n) for n in args(node)[:3])
     mask = argument(node, 3, "attn_mask")
+    query, key, value = args(node)[:3]
     if argument(node, 7, "enable_gqa", False):
         k, v = (_more_heads(operand, q[0][-3]) for operand in (k, v))
+        key = value = None  # they have fewer heads than indices to pick
     outer = _letters(len(q[0]) - 2)
     shape = [*q[0][:-1], k[0][-2]]
-    query, key, value = args(node)[:3]
     sides = (outer + "ld", q, query), (outer + "md", k, key)
     scores = contract(body, node, *sides, shape, outer + "lm")
     if mask is not None:
         operands = [(shape, scores), body.operand(mask)]
         scores = pointwise(body, node, shape, operands, (None, mask))
+    mixed = [len(shape) - 1]
+    if argument(node, 5, "is_causal", False):
+        mixed.append(len(shape) - 2)  # the mask is of places
     for factor in scores:
-        body.stays(factor, [len(shape) - 1], f"{g.target_name(node)} mixes the axis")
-    weighted = (outer + "lm", (shape, scores), query), (outer + "md", v, value)
+        body.stays(factor, mixed, f"{g.target_name(node)} mixes the axis")
+    weighted = (outer + "lm", (shape, scores), None), (outer + "md", v, value)
     return contract(body, node, *weighted, node.meta["val"].shape, outer + "ld")
 
 

@@ -32,14 +32,17 @@ def _same(body: Body, node: fx.Node) -> Factors:
 def _moved(body: Body, node: fx.Node) -> Any:
     """Run the operator on the labels themselves."""
     source, *rest = args(node)
+    if g.nodes_in((rest, node.kwargs)):
+        return None
     runs = [node.target(factor, *rest, **node.kwargs) for factor in body.values[source]]  # type: ignore[operator]
     if not isinstance(node.meta["val"], (list, tuple)):
         return runs
     return [[run[i] for run in runs] for i in range(len(node.meta["val"]))]
 
 
-def _compressed(body: Body, node: fx.Node) -> Factors:
-    return [compressed(factor) for factor in _moved(body, node)]
+def _compressed(body: Body, node: fx.Node) -> Factors | None:
+    moved = _moved(body, node)
+    return None if moved is None else [compressed(factor) for factor in moved]
 
 
 def _view(body: Body, node: fx.Node) -> Factors:
@@ -164,11 +167,14 @@ def _index(body: Body, node: fx.Node) -> Factors | None:
 
 
 def _resized(body: Body, node: fx.Node) -> Factors:
-    """Change places alone: pooling, interpolation, padding."""
+    """Change places alone: pooling, interpolation."""
     source = args(node)[0]
-    old, new = source.meta["val"].shape, node.meta["val"].shape
-    axes = [a for a, (one, other) in enumerate(zip(old, new, strict=True)) if one != other]
-    return body.mixed(node, source, sorted({*axes, *range(2, len(old))}))
+    rank = source.meta["val"].dim()
+    places = next(int(word[-2]) for word in str(packet(node)).split("_") if word[-2:] in _PLACES)
+    return body.mixed(node, source, range(rank - places, rank))
+
+
+_PLACES = ("1d", "2d", "3d")
 
 
 def _padded(body: Body, node: fx.Node) -> Factors:
@@ -239,14 +245,20 @@ def _group_norm(body: Body, node: fx.Node) -> Factors:
     return _per_channel(body, node, found, weights)
 
 
-def _batch_norm(body: Body, node: fx.Node) -> Factors:
+def _batch_norm(body: Body, node: fx.Node) -> Any:
     x, *weights = args(node)[:5]
-    return _per_channel(body, node, body.values[x], [n for n in weights if n is not None])
+    values = node.meta["val"]
+    if packet(node) is not aten._native_batch_norm_legit_no_training and argument(
+        node, 5, "training"
+    ):
+        return None  # its statistics are those of the requests
+    made = _per_channel(body, node, body.values[x], [n for n in weights if n is not None])
+    return made if isinstance(values, Tensor) else [made, *([] for _ in values[1:])]
 
 
 def _per_channel(body: Body, node: fx.Node, found: Factors, weights: Sequence[fx.Node]) -> Factors:
     """Combine a value with vectors along its second axis."""
-    shape = node.meta["val"].shape
+    shape = args(node)[0].meta["val"].shape
     form = [-1, *[1] * (len(shape) - 2)]
     operands: list[Operand] = [(shape, found)]
     for size, factors in map(body.operand, weights):
@@ -305,5 +317,5 @@ RULES: dict[Any, Rule] = _table(
     embedded=(products.embedding, "embedding"),
     layer_norm=(_layer_norm, "layer_norm rms_norm"),
     group_norm=(_group_norm, "group_norm"),
-    batch_norm=(_batch_norm, "batch_norm _native_batch_norm_legit_no_training"),
+    batch_norm=(_batch_norm, "batch_norm native_batch_norm _native_batch_norm_legit_no_training"),
 )

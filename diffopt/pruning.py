@@ -71,21 +71,30 @@ def _least_of(group: Group, scores: Tensor, share: float, round_to: int) -> list
         return []
     widths = [group.width(unit) for unit in group.units]
     total = sum(widths)
-    order = scores.argsort(stable=True).tolist()
+    stay = _stay(group, scores)
+    order = [index for index in scores.argsort(stable=True).tolist() if index not in stay]
     left = [total]
     for index in order:
         left.append(left[-1] - widths[index])
     wanted = total * (1 - share)
     count = min(range(len(left)), key=lambda n: (abs(left[n] - wanted), n))
-    if count == len(order):
+    whole = [n for n in range(len(left)) if left[n] % round_to == 0 and left[n]]
+    if total >= ROUNDED_FROM * round_to and total % round_to == 0 and len(whole) > 1:
+        count = min(whole, key=lambda n: (abs(left[n] - wanted), n))
+    if not left[count]:
         raise DiffoptError(
             f"{group.name} would vanish: {share:g} of its {len(order)} {_noun(group)} is all of "
             "them; ask for less, or skip it"
         )
-    whole = [n for n in range(len(order)) if left[n] % round_to == 0]
-    if total >= ROUNDED_FROM * round_to and total % round_to == 0 and len(whole) > 1:
-        count = min(whole, key=lambda n: (abs(left[n] - wanted), n))
     return [group.units[index] for index in order[:count]]
+
+
+def _stay(group: Group, scores: Tensor) -> set[int]:
+    """Return the units that cannot go: of each part the one that matters most."""
+    at = {unit.label: index for index, unit in enumerate(group.units)}
+    return {
+        max((at[label] for label in part), key=lambda i: (scores[i], i)) for part in group.parts
+    }
 
 
 def _global(groups: Sequence[Group], scores: Sequence[Tensor], ratio: float) -> list[float]:

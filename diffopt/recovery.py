@@ -114,7 +114,7 @@ def recover(
         names: The components whose weights are trained.
         settings: How.
         keep: Patterns of modules whose weights stay as they are.
-        checkpoint: The folder for the state of an unfinished training.
+        checkpoint: The folder for the state of the training.
         every: Seconds between two checkpoints.
         workers: The processes that do it together.
         report: Called with what is being done and the fraction done.
@@ -138,7 +138,7 @@ def recover(
         pairs.append(pairing.gather(own, other, tensors, i, own=i < led))
     trainer = _Trainer(program, reference, trained, pairs, settings, workers, report)
     digest = {
-        "recover": 1,
+        "recover": 2,
         "program": calibrate.identity(program, inputs),
         "reference": calibrate.identity(reference, ()),
         "settings": asdict(settings),
@@ -194,16 +194,18 @@ class _Trainer:
     def train(self, path: Path, every: float) -> Outcome:
         """Train to the end, from where an earlier run left off; keep the best weights.
 
+        What was kept stays in the file: what follows the training may still be interrupted.
+
         Args:
-            path: The file with the state of an unfinished run.
+            path: The file with the state.
             every: Seconds between two states.
         """
         settings = self._settings
-        self._resume(path)
+        ended = self._resume(path)
         if not self._errors:
             self._look()
-        saved, stopped = time.monotonic(), ""
-        while self._step < settings.steps:
+        saved, stopped = time.monotonic(), ended or ""
+        while ended is None and self._step < settings.steps:
             stopped = self._advance()
             if stopped:
                 break
@@ -213,10 +215,10 @@ class _Trainer:
             if time.monotonic() - saved >= every and self._step < settings.steps:
                 self._save(path)
                 saved = time.monotonic()
+        if ended is None:
+            self._save(path, stopped)
         self._trained.restore(self._kept)
         self._workers.wait()
-        if self._workers.rank == 0:
-            path.unlink(missing_ok=True)
         return Outcome(
             self._errors[0],
             self._errors[self._best],
@@ -295,36 +297,46 @@ class _Trainer:
 
     # Checkpoints
 
-    def _save(self, path: Path) -> None:
-        """Write the state."""
+    def _save(self, path: Path, ended: str | None = None) -> None:
+        """Write the state; of a training that has ended (and why, if early) what was kept."""
         if self._workers.rank:
             return
-        tensors = {"generator": self._generator.get_state()}
-        for index, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
-        lists = {"leaf": self._trained.state(), "kept": self._kept, "average": self._average}
+        lists, tensors = {"kept": self._kept}, {}
+        if ended is None:
+            lists |= {"leaf": self._trained.state(), "average": self._average}
+            tensors["generator"] = self._generator.get_state()
+            for index, state in self._optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
         for name, values in lists.items():
             tensors |= {f"{name}/{i}": value for i, value in enumerate(values)}
         manifest = {"step": self._step, "best": self._best, "errors": list(self._errors.items())}
-        checkpoints.save(path, manifest, tensors)
+        checkpoints.save(path, {**manifest, "ended": ended}, tensors)
 
-    def _resume(self, path: Path) -> None:
-        """Take over the state that an earlier run has left, if it is intact."""
+    def _resume(self, path: Path) -> str | None:
+        """Take over the state that an earlier run has left, if it is intact.
+
+        Returns:
+            Why that run ended early, or an empty text if it came to its end; None if it was
+            interrupted, or there was none.
+        """
         found = checkpoints.load(path)
         if found is None:
-            return
+            return None
         manifest, tensors = found
         self._step, self._best = manifest["step"], manifest["best"]
         self._errors = dict(map(tuple, manifest["errors"]))
-        self._generator.set_state(tensors["generator"])
         where = self._workers.device
 
         def listed(name: str, count: int) -> list[Tensor]:
             return [tensors[f"{name}/{i}"].to(where) for i in range(count)]
 
         count = len(self._trained.leaves)
-        self._trained.restore(listed("leaf", count))
         self._kept = listed("kept", count)
+        ended: str | None = manifest["ended"]
+        if ended is not None:
+            return ended
+        self._generator.set_state(tensors["generator"])
+        self._trained.restore(listed("leaf", count))
         self._average = listed("average", len(self._average))
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -335,6 +347,7 @@ class _Trainer:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         log.info("recover: going on after step %d, from %s", self._step, path)
+        return None
 
 
 def _share(step: int, steps: int) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from diffopt import graph as g
 from diffopt.coupling import Coupling, Unit
+from diffopt.errors import DiffoptError
 from diffopt.labels import along, changes, constant, narrow
 from diffopt.program import Program
 from diffopt.rewrite import (
@@ -137,6 +138,7 @@ class _Body:
             key = source, gather.axis, tuple(keep.tolist())
             if key not in self.picked:
                 self.picked[key] = self._picked(node, source, gather.axis, keep.nonzero()[:, 0])
+                self.old[self.picked[key]] = self.old[gather.operand]
             node.replace_input_with(source, self.picked[key])
             done[gather.operand] = self.picked[key]
         return bool(done)
@@ -164,6 +166,11 @@ class _Body:
         for value, own, before in zip(values, factors, old, strict=True):
             if isinstance(value, Tensor):
                 expected = self.shape(node, own, before)
+                if 0 in expected and 0 not in before.shape:
+                    raise DiffoptError(
+                        f"nothing would be left of {node.name}, which reads some of the channels"
+                        " of several layers: ask for less, or skip one of these"
+                    )
                 if list(value.shape) != expected:
                     raise AssertionError(f"{node.format_node()}: {value.shape}, not {expected}")
 
@@ -173,7 +180,7 @@ def _mend(body: _Body, node: fx.Node) -> None:
     kind = packet(node)
     if kind in (aten.view, aten._unsafe_view, aten.reshape, aten.expand):
         node.update_arg(1, body.shape(node))
-    elif kind in _FLAT:
+    elif kind in _FLAT or (kind is aten.squeeze and _shrinks_to_one(body, node)):
         node.target = aten.reshape.default
         node.args, node.kwargs = (args(node)[0], body.shape(node)), {}
     elif kind in _SPLITS:
@@ -200,6 +207,11 @@ def _mend(body: _Body, node: fx.Node) -> None:
         before, now = body.old[query].shape[-1], query.meta["val"].shape[-1]
         if before != now and argument(node, 6, "scale") is None:
             node.kwargs = {**node.kwargs, "scale": before**-0.5}
+
+
+def _shrinks_to_one(body: _Body, node: fx.Node) -> bool:
+    """Tell whether a squeeze would take an axis away that was longer."""
+    return any(len(indices) == 1 for indices in body.left(args(node)[0]).values())
 
 
 _FLAT = (aten.flatten, aten.unflatten)

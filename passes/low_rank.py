@@ -112,6 +112,8 @@ class LowRank(Pass):
             ctx.progress(f"low-rank: {path}", index / len(todo))
             weight = rewrite.stored(program.components[component], layer.weight)
             assert weight is not None
+            if not bool(weight.isfinite().all()):
+                raise DiffoptError(f"the weight of {path} has values that are not finite")
             found = self._spectrum(layer, weight, moments.get(key))
             rank = self._rank(found, factoring.cost(layer, found.form))
             most = min(factoring.cost(own, found.form).most for _, own in uses)

@@ -62,6 +62,8 @@ What = Literal["channels", "heads", "dims", "mlp", "blocks", "all", "2:4", "auto
 
 RATIO = 0.3
 MOST = shares.SHARES[-1]
+SKIPPED = "layers and skip leave it alone"
+_PARTLY = "layers and skip leave some of the layers alone that go together"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Prune(Pass):
                 "prune(dims) lets heads stay, and takes of all of them alike: leave heads and all"
                 " out, as in prune((channels,mlp,dims))"
             )
-        if wrong := self._wrong_auto():
+        if wrong := self._wrong_auto() or self._without_use():
             raise DiffoptError(wrong)
 
     def _wrong_auto(self) -> str | None:
@@ -134,6 +136,18 @@ class Prune(Pass):
             )
         if self.ratio != RATIO or self.ratios or self.scope != "layer":
             return "prune(auto) chooses the shares itself: leave ratio, ratios and scope out"
+        return None
+
+    def _without_use(self) -> str | None:
+        """Return which option says nothing of what is to go."""
+        if not {*self.what} <= {"blocks", "2:4"}:
+            return None
+        what = " and ".join(self.what)
+        if self.ratios or self.scope != "layer":
+            name = "ratios" if self.ratios else "scope"
+            return f"prune({what}) knows no {name}: these are of channels, heads, dims and mlp"
+        if self.what == ("2:4",) and self.ratio != RATIO:
+            return "prune(2:4) knows no ratio: two of four weights go, always"
         return None
 
     def run(self, program: Program, ctx: Context) -> None:
@@ -174,11 +188,18 @@ class Prune(Pass):
         """Remove that share of the residual blocks which matters least."""
         patterns = Patterns(self.layers, self.skip)
         found = depth.residual_blocks(program, names)
-        blocks = [block for block in found if patterns.wants(*_split(block.name))]
+        blocks = []
+        for block in found:
+            if not patterns.wants(*_split(block.name)):
+                ctx.skip(block.name, SKIPPED)
+            elif not block.fits:
+                ctx.skip(block.name, "its stream has another shape or type than the sum")
+            else:
+                blocks.append(block)
         if len(self.what) == 1:
             patterns.check("block", names)
         if not blocks:
-            raise DiffoptError(f"there are no residual blocks to prune in {', '.join(names)}")
+            raise _nothing("residual blocks", names, ctx)
         count = round(self.ratio * len(blocks))
         if count == len(blocks):
             raise DiffoptError(
@@ -212,14 +233,17 @@ class Prune(Pass):
         rules = [(Patterns([p]), share) for p, share in map(read_ratio, self.ratios)]
         groups, given = [], []
         for group in coupling.groups:
-            if not all(layer.partition(".")[0] in names for layer in group.layers):
+            inside = [layer.partition(".")[0] in names for layer in group.layers]
+            if not all(inside):
+                if any(inside):
+                    ctx.skip(group.name, "a layer of another component goes with it")
                 continue
             wanted = [patterns.wants(*_split(layer)) for layer in group.layers]
             share = _own_share(group, rules)
-            if not all(wanted):
-                ctx.skip(group.name, "its modules are skipped")
-            elif group.kind not in kinds:
+            if group.kind not in kinds:
                 continue
+            if not all(wanted):
+                ctx.skip(group.name, SKIPPED if not any(wanted) else _PARTLY)
             elif len(group.units) == 1:
                 ctx.skip(group.name, "its channels go together, so none can go")
             else:
@@ -232,11 +256,7 @@ class Prune(Pass):
         for own in (patterns, *(own for own, _ in rules)):
             own.check("layer", names)
         if not groups:
-            why = collections.Counter(reason for _, reason in fixed).most_common(1)
-            reason = f" ({why[0][0]})" if why else ""
-            raise DiffoptError(
-                f"there are no {' or '.join(kinds)} to prune in {', '.join(names)}{reason}"
-            )
+            raise _nothing(" or ".join(kinds), names, ctx)
         return groups, given
 
     def _importance(
@@ -284,6 +304,16 @@ def read_ratio(text: str) -> tuple[str, float]:
             f"prune has ratios={text}; write a pattern and a share from 0 to below 1, as *.ff.*:0.5"
         )
     return pattern, share
+
+
+def _nothing(what: str, names: Sequence[str], ctx: Context) -> DiffoptError:
+    """Return the error that nothing can be pruned, with what stood in the way most often."""
+    reasons = collections.Counter(text.rpartition(": ")[2] for text in ctx.skipped)
+    # What the user has asked for tells more than why others could not go in any case.
+    first = [reason for reason in (SKIPPED, _PARTLY) if reason in reasons]
+    first += [reason for reason, _ in reasons.most_common(1)]
+    why = f" ({first[0]})" if first else ""
+    return DiffoptError(f"there are no {what} to prune in {', '.join(names)}{why}")
 
 
 def _own_share(group: Group, rules: Sequence[tuple[Patterns, float]]) -> float | None:

@@ -346,7 +346,15 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path: Path) -> None:
     assert same(resumed, straight)
     notes = [Record.from_json(p.history[-1]).notes for p in (resumed, straight)]
     assert notes[0]["errors"] == notes[1]["errors"]
-    assert not list((tmp_path / "broken").iterdir())  # a finished run needs none
+
+    # What follows a training may be interrupted, too: it is not done again.
+    seen.clear()
+    again = Pipeline.parse(broken).run(
+        Program.load(tmp_path / "after.program"), progress=lambda what, _: seen.append(what)
+    )
+    assert not [what for what in seen if what.startswith("recovering")]
+    assert same(again, straight)
+    assert Record.from_json(again.history[-1]).notes["errors"] == notes[0]["errors"]
 
 
 def test_a_broken_checkpoint_is_none(
