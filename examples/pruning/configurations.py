@@ -51,13 +51,16 @@ DIMS = f"prune((auto,dims),flops={FLOPS})"
 PEERS: Mapping[str, tuple[Sequence[str], str]] = {
     # It removes a channel of each group of a norm, of which all have 2 or 3: that is the least.
     "fashion-sd": (["prune(auto,flops=0.57)"], f"{THEIRS}(ratio=0.06)"),
-    "fashion-dit": ([AUTO, DIMS, "prune((dims,mlp),ratio=0.34)"], f"{THEIRS}(ratio=0.33)"),
+    "fashion-dit": (
+        [AUTO, "prune((auto,dims),flops=0.66)", "prune((dims,mlp),ratio=0.34)"],
+        f"{THEIRS}(ratio=0.33)",
+    ),
 }
 """What leaves as many FLOPs, by diffopt and by torch-pruning."""
 LOW_RANK = "low-rank(rank=0.4,data=true)"
 KINDS = ("prune(heads,ratio=0.25)", "prune(mlp,ratio=0.3)", "prune(blocks,ratio=0.15)")
 LONG = (BY_IMPORTANCE[GOAL]["taylor"], AUTO)
-"""What is trained for long, too."""
+"""What is trained for long, too, and what is measured with few steps."""
 COMPOSED = f"{recovered(AUTO)},{CACHE},{INT8}"
 PARTS = (recovered(AUTO), CACHE, INT8)
 
@@ -72,7 +75,7 @@ def smaller(model: str) -> list[str]:
         AUTO,
         UNIFORM,
         DIMS,
-        *(config for config in [*ours, theirs] if config not in (AUTO, DIMS)),
+        *(config for config in [*ours, theirs] if config != AUTO),
         *(config for config in rest if "random" not in config),
         main["random"],
         LOW_RANK,

@@ -238,6 +238,17 @@ def test_patterns() -> None:
     ]
 
 
+def test_a_weight_that_is_not_finite() -> None:
+    weight = parameter(40, 48)
+    with torch.no_grad():
+        weight[3, 4] = torch.nan
+    with pytest.raises(DiffoptError) as error:
+        run("low-rank(rank=4)", one("linear", weight))
+    assert error.value.message == (
+        "the weight of net.linear_default has values that are not finite"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -210,7 +210,7 @@ def test_ratios_and_skip_by_pattern() -> None:
     assert hidden(result) == [8, 16]
     result, record = prune(built, f"mlp,ratio=0.25,skip=net.{names[0]}")
     assert hidden(result) == [16, 12]
-    assert f"net.{names[0]}: its modules are skipped" in record.skipped
+    assert f"net.{names[0]}: layers and skip leave it alone" in record.skipped
     result, _ = prune(built, f"mlp,ratio=0.25,layers={names[0]}")
     assert hidden(result) == [12, 16]
 
@@ -445,6 +445,19 @@ def test_blocks_of_the_zoo(name: str) -> None:
             "prune(auto,flops=0.5,ratio=0.2)",
             "prune(auto) chooses the shares itself: leave ratio, ratios and scope out",
         ),
+        (
+            "prune(blocks,ratios=net:0.5)",
+            "prune(blocks) knows no ratios: these are of channels, heads, dims and mlp",
+        ),
+        (
+            "prune((blocks,2:4),scope=global)",
+            "prune(blocks and 2:4) knows no scope: these are of channels, heads, dims and mlp",
+        ),
+        ("prune(2:4,ratio=0.6)", "prune(2:4) knows no ratio: two of four weights go, always"),
+        (
+            "prune(mlp,budget=-1)",
+            "prune has budget=-1; write the largest relative error, as 0.02",
+        ),
     ],
 )
 def test_wrong_options(step: str, message: str) -> None:
@@ -462,6 +475,7 @@ def test_wrong_options(step: str, message: str) -> None:
             "or skip it",
         ),
         ("heads", "there are no heads to prune in net (a result of its component)"),
+        ("mlp,skip=*", "there are no mlp to prune in net (layers and skip leave it alone)"),
         (
             "mlp,skip=linear_defalt",
             "no layer of net matches 'linear_defalt'; did you mean 'linear_default'?",
@@ -495,6 +509,93 @@ def test_quantized_programs_are_refused() -> None:
         run(quantized, "prune(all)")
     assert str(caught.value) == (
         "prune finds quantized values in denoiser: write prune before quantize"
+    )
+
+
+def test_almost_all_of_a_large_group() -> None:
+    """Where a group is rounded, that decides how many are left."""
+    wide = parameter(64, 8), parameter(8, 64, seed=1)
+
+    def make(b, x):
+        return b(aten.linear.default, b(aten.linear.default, x, wide[0]), wide[1])
+
+    result, _ = prune(one(make), "mlp,ratio=0.995")
+    assert [list(t.shape) for t in result.weights().values()] == [[8, 8], [8, 8]]
+
+
+def test_a_slice_keeps_one_of_its_units() -> None:
+    small = parameter(16, 8)
+    with torch.no_grad():
+        small[:2] *= 0.01
+
+    def make(b, x):
+        x = b(aten.linear.default, x, small)
+        first = b(aten.mean.dim, b(aten.slice.Tensor, x, 1, 0, 2), [1], True)
+        return b(aten.linear.default, b(aten.mul.Tensor, x, first), DOWN)
+
+    result, record = prune(one(make), "mlp,ratio=0.5")
+    assert record.notes["pruned"]["mlp"] == {"groups": 1, "units": 16, "removed": 8}
+    (got,) = result.run(result.sample_inputs())
+    assert bool(got.isfinite().all())
+
+
+def test_a_slice_of_two_groups_that_would_vanish() -> None:
+    """Each keeps some; what is read of both is gone."""
+    pair = [parameter(8, 8, seed=i) for i in range(2)]
+    with torch.no_grad():
+        pair[0][7] *= 0
+        pair[1][0] *= 0
+
+    def make(b, x):
+        both = b(aten.cat.default, [b(aten.linear.default, x, w) for w in pair], 1)
+        between = b(aten.mean.dim, b(aten.slice.Tensor, both, 1, 7, 9), [1], True)
+        return b(aten.linear.default, b(aten.mul.Tensor, both, between), DOWN)
+
+    with pytest.raises(DiffoptError) as caught:
+        prune(one(make), "mlp,ratio=0.125")
+    assert str(caught.value) == (
+        "nothing would be left of slice_tensor, which reads some of the channels of several"
+        " layers: ask for less, or skip one of these"
+    )
+
+
+def test_a_layer_of_another_component_goes_with_it() -> None:
+    net = body(mlp, X, name="net")
+    other = body(mlp, X, name="other")
+    built = program(lambda b, x: b.call("net", *b.call("other", x)), X, net=net, other=other)
+    with pytest.raises(DiffoptError) as caught:
+        prune(built, "mlp")
+    assert str(caught.value) == (
+        "there are no mlp to prune in net (a layer of another component goes with it)"
+    )
+
+
+def test_a_weight_that_is_computed_says_so() -> None:
+    def make(b, x):
+        twice = b(aten.mul.Tensor, b.weight(parameter(8, 8, seed=2)), 2)
+        return mlp(b, b(aten.linear.default, x, twice))
+
+    _, record = prune(one(make), "all,ratio=0.25")
+    assert "net.linear_default: its weight is computed" in record.skipped
+
+
+@pytest.mark.parametrize("kind", ["type", "shape"])
+def test_blocks_whose_stream_is_no_sum(kind: str) -> None:
+    def make(b, x):
+        if kind == "type":
+            x = b(aten._to_copy.default, x, dtype=torch.bfloat16)
+        wide = b(aten.unsqueeze.default, b(aten._to_copy.default, x, dtype=torch.float32), 0)
+        branch = b(aten.linear.default, b(aten.linear.default, wide, UP), DOWN)
+        if kind == "shape":
+            branch = b(aten.expand.default, branch, [3, 2, 8])
+        stream = x if kind == "shape" else b(aten.unsqueeze.default, x, 0)
+        return b(aten.silu.default, b(aten.add.Tensor, stream, branch))
+
+    with pytest.raises(DiffoptError) as caught:
+        prune(one(make), "blocks,ratio=0.5")
+    assert str(caught.value) == (
+        "there are no residual blocks to prune in net"
+        " (its stream has another shape or type than the sum)"
     )
 
 
