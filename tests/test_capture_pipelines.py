@@ -12,7 +12,7 @@ import torch
 
 import diffopt
 from diffopt.capture import Session
-from tests.zoo import CASES, LEFT_OUT, SCHEDULERS, call, missing_package, scheduler_case
+from tests.zoo import CASES, LEFT_OUT, SCHEDULERS, call, missing_package, scheduler_case, session
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "capture.md"
 EXACT = "bit-exact"
@@ -115,9 +115,9 @@ def record(table: Results, name: str, about: str, pipe, case, session, limit: st
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
 def test_pipeline(name, results):
-    pipe = CASES[name].build()
-    about = describe(pipe)
-    record(results[0], name, about, pipe, CASES[name], Session(pipe), LIMITS.get(name))
+    own = session(name)
+    about = describe(own.pipeline)
+    record(results[0], name, about, own.pipeline, CASES[name], own, LIMITS.get(name))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -388,6 +388,54 @@ def test_accelerate_in_one_process_changes_nothing() -> None:
     assert same(plain, other)
 
 
+SHARE = """
+import sys
+from diffopt.core import Pipeline
+from diffopt.program import Program
+from diffopt.workers import Workers
+
+workers = Workers(accelerate=True)
+assert workers.count == 2
+result = Pipeline.parse(sys.argv[2]).run(Program.load(sys.argv[1]))
+result.save(f"{sys.argv[3]}/{workers.rank}.program")
+"""
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    prepared("loop").save(tmp_path / "before.program")
+    Pipeline((Halve(),)).run(prepared("loop")).save(tmp_path / "after.program")
+    text = f'recover(steps=6,samples=4,reference="{tmp_path}/before.program"'
+    (tmp_path / "share.py").write_text(SHARE)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = [
+        tmp_path / "share.py",
+        tmp_path / "after.program",
+        f"{text},accelerate=true)",
+        tmp_path,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, *launch, *given],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    plain = Pipeline.parse(f"{text})").run(Program.load(tmp_path / "after.program"))
+    both = [Program.load(tmp_path / f"{rank}.program") for rank in (0, 1)]
+    assert same(*both)
+    found = [Record.from_json(p.history[-1]).notes["errors"] for p in (*both, plain)]
+    assert found[0] == found[1]
+    for step, error in found[2].items():
+        assert found[0][step] == pytest.approx(error, rel=1e-4)  # sums in another order
+
+
 # Bad input
 
 

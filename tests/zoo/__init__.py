@@ -9,7 +9,7 @@ from tests.zoo.schedulers import (
     missing_package,
     scheduler_case,
 )
-from tests.zoo.traced import traced
+from tests.zoo.traced import session, traced
 
 __all__ = [
     "CASES",
@@ -23,5 +23,6 @@ __all__ = [
     "modules",
     "prompt",
     "scheduler_case",
+    "session",
     "traced",
 ]

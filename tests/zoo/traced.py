@@ -15,9 +15,10 @@ def traced(name: str, **changes: Any) -> Program:
 
 @cache
 def _program(name: str, **changes: Any) -> Program:
-    return _session(name).program(CASES[name].inputs(0) | changes)
+    return session(name).program(CASES[name].inputs(0) | changes)
 
 
 @cache
-def _session(name: str) -> Session:
+def session(name: str) -> Session:
+    """Return the captures of a case's pipeline."""
     return Session(CASES[name].build())
