@@ -28,10 +28,11 @@ demo: venv
 	$(BIN)/diffopt run fashion.engine --prompt "ankle boot" --seed 0 -n 8 -o boots.png
 	$(BIN)/diffopt bench fashion.engine --against eager,compile
 
-# One thread each: two processes of one thread are faster than one of two. Which files go together,
-# and which first, is for tests/conftest.py to say.
+# One thread each: two processes of one thread are faster than one of two. A file stays in one
+# process, as what its tests share (engines, traced programs) is made once there. Which files go
+# first is for tests/conftest.py to say.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .

@@ -12,17 +12,11 @@ from tests.command import Outcome, Run
 # Files with few tests that take long: begun first, so that two processes end at the same time.
 LONG = (
     *("test_docs", "benchmark", "test_examples", "tests/targets", "test_zoo", "test_recover"),
-    *("test_capture_pipelines", "test_exact"),
+    "test_capture_pipelines",
 )
-# A file stays in one process, as what its tests share is made once there; so do these two.
-TOGETHER = {"test_exact.py": "test_capture_pipelines.py"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        path = item.path.with_name(TOGETHER.get(item.path.name, item.path.name))
-        item.add_marker(pytest.mark.xdist_group(str(path)))
     items.sort(key=lambda item: not any(part in str(item.path) for part in LONG))
     if torch.cuda.is_available():
         return

@@ -1,8 +1,10 @@
 """The capture of whole pipelines: a replay has the bits of the call that it replaces.
 
-A run of all rows writes docs/capture.md.
+A run of all rows writes docs/capture.md. Then come the exact passes, on what was captured, in more
+than one order.
 """
 
+import random
 import re
 from pathlib import Path
 
@@ -12,7 +14,18 @@ import torch
 
 import diffopt
 from diffopt.capture import Session
-from tests.zoo import CASES, LEFT_OUT, SCHEDULERS, call, missing_package, scheduler_case, session
+from diffopt.check import difference
+from diffopt.core import Pipeline, Record
+from tests.zoo import (
+    CASES,
+    LEFT_OUT,
+    SCHEDULERS,
+    call,
+    missing_package,
+    scheduler_case,
+    session,
+    traced,
+)
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "capture.md"
 EXACT = "bit-exact"
@@ -115,9 +128,8 @@ def record(table: Results, name: str, about: str, pipe, case, session, limit: st
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
 def test_pipeline(name, results):
-    own = session(name)
-    about = describe(own.pipeline)
-    record(results[0], name, about, own.pipeline, CASES[name], own, LIMITS.get(name))
+    pipe = session(name).pipeline
+    record(results[0], name, describe(pipe), pipe, CASES[name], session(name), LIMITS.get(name))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -134,7 +146,43 @@ def test_scheduler(name, results, sessions):
     if base not in sessions:
         pipe = CASES[base].build()
         sessions[base] = pipe, Session(pipe), pipe.scheduler
-    pipe, session, own = sessions[base]
+    pipe, captures, own = sessions[base]
     made = own if config is None else getattr(diffusers, scheduler)(**config)
     pipe.register_modules(scheduler=made)
-    record(results[1], name, about, pipe, case, session, SCHEDULER_LIMITS.get(name))
+    record(results[1], name, about, pipe, case, captures, SCHEDULER_LIMITS.get(name))
+
+
+# Exact passes
+
+PASSES = ("unroll", "hoist", "simplify", "fuse")
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_exact_passes(name: str) -> None:
+    case = CASES[name]
+    program = traced(name)
+    # Every pass is checked against the program before it as it runs: an error raises.
+    orders = [",".join(PASSES)]
+    number = sorted(CASES).index(name)
+    if number % 3 == 0:  # for time: one in three also in another order
+        orders.append(",".join(random.Random(name).sample(PASSES, len(PASSES))))
+    for text in orders:
+        result = Pipeline.parse(text).run(program)
+        records = [Record.from_json(row) for row in result.history]
+        assert [r.exact for r in records] == [True] * 4
+        new = program.prepare(**case.inputs(0) | {"generator": torch.Generator().manual_seed(1)})
+        expected, got = program.run(new), result.run(new)
+        # Other noise, all four passes: the rounding of merged and batched matrix products.
+        assert difference(got, expected)[1] <= 1e-4
+        assert {r.max_abs for r in records if r.text == "unroll"} == {0.0}
+        if number % 3 == 1:  # for time: another third
+            Pipeline.parse("batch(max=2)").run(result)
+
+
+def test_every_pass_has_what_to_do_on_a_unet_and_on_a_transformer() -> None:
+    for name in ("sd", "dit"):
+        program = traced(name)
+        result = Pipeline.parse(",".join(PASSES)).run(program)
+        assert all(row["changed"] for row in result.history)
+        step = next(n for n in result.components if n.endswith("_step"))
+        assert len(result.calls(step)) > 1

@@ -113,6 +113,22 @@ def test_tables() -> None:
     ]
 
 
+def test_times_of_larger_models() -> None:
+    times = {
+        "unroll on cpu": {"flops": 100, "seconds": [1.0, 1.1, 0.9]},
+        "prune on cpu": {"flops": 70, "seconds": [0.75]},
+        "prune more on cpu": {"flops": 50, "seconds": [0.7]},
+    }
+    data = {"large": {"unet, 5 steps": {"parameters": 2_000_000, "times": times}}}
+    text = document.section({**data, "setup": {"images": 2}}, Path())
+    assert "| `prune` | 0.70 | 750.0 (-) | 83% |" in text
+    assert "unet, 5 steps, denoiser of 2.0 M parameters:" in text
+    assert findings.large_goals(data["large"]) == [
+        "- Met: unet, 5 steps, `prune`: 70% of the FLOPs, 83% of what that promises.",
+        "- Not met: unet, 5 steps, `prune more`: 50% of the FLOPs, 60% of what that promises.",
+    ]
+
+
 def test_no_sentence_without_its_numbers() -> None:
     assert findings.goals({REFERENCE: row(0)}) == []
     assert findings.rivals({REFERENCE: row(0)}, MODEL) == []

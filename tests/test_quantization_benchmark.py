@@ -14,7 +14,7 @@ from diffopt.errors import DiffoptError
 from diffopt.loop import find_loop
 from diffopt.ranges import Ranges
 from examples.quantization import __main__ as command
-from examples.quantization import document, findings, large, peers
+from examples.quantization import document, findings, peers
 from examples.quantization.configurations import (
     BF16,
     CACHE,
@@ -33,7 +33,7 @@ from examples.quantization.configurations import (
     split,
 )
 from examples.quantization.programs import middle
-from examples.study import measure
+from examples.study import large, measure
 from examples.study.document import BEGIN, END, milliseconds, rewrite
 from examples.study.study import REFERENCE, Study
 from tests import loops

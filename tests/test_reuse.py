@@ -22,7 +22,7 @@ from diffopt.program import Program
 from diffopt.reuse import Applied, Loop, Plan, Reuse, Term, apply, find_loop, merge_calls
 from tests import loops, reference
 from tests.passes.build import Builder, body, parameter, program, randn
-from tests.zoo import CASES
+from tests.zoo import traced
 
 aten = torch.ops.aten
 
@@ -59,8 +59,7 @@ def made(name: str, passes: str = "unroll,hoist", steps: int = 5, alone: int = 0
     elif name == "apart":
         captured = diffopt.trace(Apart(), **loops.arguments(steps=steps, alone=alone))
     else:
-        case = CASES[name]
-        captured = diffopt.trace(case.build(), **case.inputs(0) | {"num_inference_steps": steps})
+        captured = traced(name, num_inference_steps=steps)
     return Pipeline.parse(passes).run(captured)
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import fx
 
-import diffopt
 from diffopt import shares
 from diffopt.ablation import Ablation
 from diffopt.calibrate import run_root
@@ -20,7 +19,7 @@ from diffopt.requests import requests
 from diffopt.shares import Found, Trial, ladder
 from diffopt.simulate import relative
 from tests import loops
-from tests.zoo import CASES
+from tests.zoo import traced
 
 
 def trials(*pairs: tuple[float, int]) -> list[Trial]:
@@ -55,8 +54,7 @@ def some_units(program: Program) -> list[Unit]:
 
 @pytest.mark.parametrize("name", ["sd", "dit"])
 def test_a_program_without_units_is_one_they_were_removed_from(name: str) -> None:
-    case = CASES[name]
-    whole = diffopt.trace(case.build(), **case.inputs(0))
+    whole = traced(name)
     own, before = bench(whole, "unet" if name == "sd" else "transformer"), whole.fingerprint()
     smaller, expected = own.without(some_units(whole)), whole.clone()
     remove(expected, couple(expected), some_units(expected))

@@ -2,7 +2,7 @@
 
     python -m examples.pruning --phase quality --only fashion-sd --threads 1   # both at the
     python -m examples.pruning --phase quality --only fashion-dit --threads 1  # same time
-    python -m examples.pruning --phase time        # by itself, on a machine that is idle
+    python -m examples.pruning --phase time large  # by itself, on a machine that is idle
     pip install --target peers --no-deps torch-pruning
     PYTHONPATH=peers python -m examples.pruning --phase quality peers
 
@@ -18,10 +18,20 @@ from itertools import product
 
 from examples.benchmarks import report
 from examples.pruning import peers
-from examples.pruning.configurations import FEWER, THEIRS, configurations, is_timed, pipeline, split
+from examples.pruning.configurations import (
+    FEWER,
+    LARGE,
+    THEIRS,
+    configurations,
+    is_timed,
+    pipeline,
+    split,
+)
 from examples.pruning.document import DOCUMENT, pictured, section
 from examples.pruning.programs import make
+from examples.study import large
 from examples.study.command import (
+    add_large,
     begin,
     check_images,
     check_machine,
@@ -39,10 +49,13 @@ from examples.study.study import Study
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     about = __doc__.partition("\n")[0]
-    parser = parser_of("examples.pruning", about, ("quality", "time", "peers"), DOCUMENT, 192)
+    parser = parser_of(
+        "examples.pruning", about, ("quality", "time", "large", "peers"), DOCUMENT, 192
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[*FEWER])
     parser.add_argument("--configs", nargs="+", help="default: all")
     parser.add_argument("--target", default="cpu", help="of the engines that are timed")
+    add_large(parser, 5, ["cpu"])
     options = parser.parse_args(words)
     check_images(parser, options.images)
     for config in options.configs or ():
@@ -81,10 +94,24 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run what was asked for, and write the section of the document."""
     options = arguments(words)
     results = begin(options, {"images": options.images})
-    if "time" in options.phase:
+    if {"time", "large"} & {*options.phase}:
         check_machine(results, options.threads)
-    for name, steps in product(options.only, options.steps):
-        measure(name, steps, options, results)
+    if {"quality", "time", "peers"} & {*options.phase}:
+        for name, steps in product(options.only, options.steps):
+            measure(name, steps, options, results)
+    if "large" in options.phase:
+        configs = [pipeline(split(config)) for config in options.configs or LARGE]
+        for name in options.large:
+            large.measure(
+                name,
+                options.large_steps,
+                options.large_targets,
+                configs,
+                options.rounds,
+                results,
+                options.again,
+                passes="",
+            )
     finish(options, results, section(results.read(), options.document.parent))
 
 

@@ -61,6 +61,8 @@ LOW_RANK = "low-rank(rank=0.4,data=true)"
 KINDS = ("prune(heads,ratio=0.25)", "prune(mlp,ratio=0.3)", "prune(blocks,ratio=0.15)")
 LONG = (BY_IMPORTANCE[GOAL]["taylor"], AUTO)
 """What is trained for long, too, and what is measured with few steps."""
+LARGE = (REFERENCE, *(own["magnitude"] for own in BY_IMPORTANCE.values()), UNIFORM)
+"""What is timed of larger models, whose weights are random."""
 COMPOSED = f"{recovered(AUTO)},{CACHE},{INT8}"
 PARTS = (recovered(AUTO), CACHE, INT8)
 

@@ -43,6 +43,8 @@ def section(data: Mapping[str, Any], folder: Path) -> str:
     ]
     for title, own in data.get("models", {}).items():
         lines += ["", f"### {title}", "", *_model(title, own, folder)]
+    if large := data.get("large"):
+        lines += ["", "### Times of larger models", "", *_large(large)]
     return "\n".join(lines)
 
 
@@ -114,6 +116,31 @@ def _table(rows: Rows, configs: Sequence[str]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _large(data: Mapping[str, Any]) -> list[str]:
+    lines = ["Random weights: what is measured is time. All components count, as above."]
+    for title, own in data.items():
+        if "times" not in own:
+            continue
+        lines += [
+            "",
+            f"{title}, denoiser of {own['parameters'] / 1e6:.1f} M parameters:",
+            "",
+            "| engine | FLOPs | time, ms | of the promise |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for key, row in own["times"].items():
+            kept = findings.kept_promise_of(own["times"], key)
+            cells = [
+                f"`{key.partition(' on ')[0]}`",
+                f"{findings.large_share(own['times'], key):.2f}",
+                milliseconds(row["seconds"]),
+                f"{kept:.0%}" if kept is not None else "-",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += left_out(own.get("configs", {}), "times")
+    return [*lines, "", *findings.large_goals(data)]
 
 
 def _peer(own: Mapping[str, Any], rows: Rows, model: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Says what the measurements mean, in sentences that follow the numbers."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffopt.importance import METHODS
@@ -40,6 +41,33 @@ def kept_promise(rows: Rows, config: str) -> float | None:
     if "time" not in rows.get(timed, {}) or saved <= 0:
         return None
     return (1 - median(rows, timed) / median(rows, timed, REFERENCE)) / saved
+
+
+def large_share(times: Rows, key: str) -> float:
+    """Return a larger model's engine's part of the FLOPs of the first engine."""
+    return float(times[key]["flops"] / times[next(iter(times))]["flops"])
+
+
+def kept_promise_of(times: Rows, key: str) -> float | None:
+    """Return how much a larger model's time falls, next to how much the FLOPs do."""
+    first = next(iter(times))
+    saved = 1 - large_share(times, key)
+    own, whole = (statistics.median(times[k]["seconds"]) for k in (key, first))
+    return (1 - own / whole) / saved if saved > 0 else None
+
+
+def large_goals(data: Mapping[str, Any]) -> list[str]:
+    """Return how the times of larger models meet what was asked."""
+    lines = []
+    for title, own in data.items():
+        times = own.get("times", {})
+        kept = {key: part for key in times if (part := kept_promise_of(times, key)) is not None}
+        lines += [
+            f"- {verdict(part >= PROMISE)}: {title}, `{key.partition(' on ')[0]}`:"
+            f" {large_share(times, key):.0%} of the FLOPs, {part:.0%} of what that promises."
+            for key, part in kept.items()
+        ]
+    return lines
 
 
 def rival(rows: Rows, config: str) -> str | None:

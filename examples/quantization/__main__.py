@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from itertools import product
 
 from examples.benchmarks import report
-from examples.quantization import large, peers
-from examples.quantization.configurations import BF16, CONFIGS, EMULATED, split
+from examples.quantization import peers
+from examples.quantization.configurations import BF16, CONFIGS, EMULATED, LARGE, split
 from examples.quantization.document import DOCUMENT, pictured, section
 from examples.quantization.measure import looker
 from examples.quantization.programs import make
+from examples.study import large
 from examples.study.command import (
+    add_large,
     begin,
     check_images,
     check_machine,
@@ -46,11 +48,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--configs", nargs="+", help="default: all")
     parser.add_argument("--engine-images", type=int, default=64, help="of the engines' own")
     parser.add_argument("--target", default="cpu(pack=true)", help="of the engines that are timed")
-    parser.add_argument("--large", choices=large.MAKE, nargs="+", default=[*large.MAKE])
-    parser.add_argument("--large-steps", type=int, default=25)
-    parser.add_argument(
-        "--large-targets", nargs="+", default=["cpu(pack=true)", "cpu(freeze=true)"]
-    )
+    add_large(parser, 25, ["cpu(pack=true)", "cpu(freeze=true)"])
     options = parser.parse_args(words)
     check_images(parser, options.images)
     for config in options.configs or ():
@@ -89,7 +87,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in options.large:
         steps, rounds = options.large_steps, options.rounds
         if "large" in options.phase:
-            timed = options.configs or large.PIPELINES
+            timed = options.configs or LARGE
             large.measure(name, steps, options.large_targets, timed, rounds, results, options.again)
         if "peers" in options.phase and peers.versions() is None:
             report(f"no comparison with {' and '.join(peers.PACKAGES)}: install them")

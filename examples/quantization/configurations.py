@@ -44,6 +44,8 @@ CACHE_INT8 = f"{CACHE},{INT8}"
 ACTIVATIONS = tuple(quantized(f"int8,activations={a}") for a in ("dynamic", "rows", "none"))
 OBSERVERS = tuple(quantized(f"int8,observer={o}") for o in ("percentile", "mse", "entropy"))
 INT4_WEIGHTS = quantized("int4,activations=none")
+LARGE = (REFERENCE, BF16, INT8, INT4, INT4_WEIGHTS, INT4_ALL)
+"""What is timed of larger models."""
 BUDGETS = tuple(quantized(f"auto,budget={b}") for b in (0.02, 0.05))
 
 

@@ -24,7 +24,7 @@ from diffopt.runtime import Body
 from diffopt.target import Image, parse_target
 from examples.benchmarks import report
 from examples.quantization.configurations import BF16, INT8
-from examples.quantization.large import base, rewritten
+from examples.study.large import base, rewritten
 from examples.study.results import Results
 from examples.study.study import REFERENCE
 
@@ -60,7 +60,7 @@ def measure(
     if results.get(*at) is not None and not again:
         return
     # The scheduler's arithmetic stays outside: what is compared is what the denoiser returns.
-    program, parameters = base(name, steps, "fuse(steps=false)")
+    program, parameters = base(name, steps, "unroll,hoist,simplify,fuse(steps=false)")
     loop = find_loop(program)
     (inputs,) = requests(program, [], 1, HELD_OUT)
     visits = list(calibrate.steps(program, loop.calls, inputs))

@@ -11,6 +11,7 @@ import torch
 from diffopt import cachedir
 from diffopt.errors import DiffoptError
 from examples.benchmarks import machine, report
+from examples.study import large
 from examples.study.document import rewrite
 from examples.study.models import ARGUMENTS
 from examples.study.results import Results
@@ -32,6 +33,13 @@ def parser_of(
     parser.add_argument("--work", type=Path, default=cachedir.folder() / name)
     parser.add_argument("--document", type=Path, default=document)
     return parser
+
+
+def add_large(parser: argparse.ArgumentParser, steps: int, targets: Sequence[str]) -> None:
+    """Add the options of the phase that times larger models."""
+    parser.add_argument("--large", choices=large.MAKE, nargs="+", default=[*large.MAKE])
+    parser.add_argument("--large-steps", type=int, default=steps)
+    parser.add_argument("--large-targets", nargs="+", default=targets)
 
 
 def check_images(parser: argparse.ArgumentParser, count: int) -> None:

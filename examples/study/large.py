@@ -11,17 +11,14 @@ from diffusers import DiTTransformer2DModel
 
 import diffopt
 from diffopt import bench, footprint
-from diffopt.core import Pipeline
+from diffopt.core import Pipeline, Size
 from diffopt.program import Program
 from examples.benchmarks import PROMPT, larger, report
 from examples.models.fashion import NULL_CLASS
-from examples.quantization.configurations import BF16, INT4, INT4_ALL, INT4_WEIGHTS, INT8
 from examples.study.measure import refusals
 from examples.study.models import GUIDANCE, load
 from examples.study.results import Results
 from examples.study.study import REFERENCE
-
-PIPELINES = (REFERENCE, BF16, INT8, INT4, INT4_WEIGHTS, INT4_ALL)
 
 
 def transformer() -> Any:
@@ -51,8 +48,8 @@ MAKE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 """The models: how each is made, and what it is told to draw."""
 
 
-def base(name: str, steps: int, fuse: str) -> tuple[Program, int]:
-    """Return a model's program before anything approximate, and its denoiser's parameters."""
+def base(name: str, steps: int, passes: str) -> tuple[Program, int]:
+    """Return a model's program after exact passes, and its denoiser's parameters."""
     report(f"tracing {name}")
     make, request = MAKE[name]
     pipe = make()
@@ -64,7 +61,7 @@ def base(name: str, steps: int, fuse: str) -> tuple[Program, int]:
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
     )
-    program = Pipeline.parse(f"unroll,hoist,simplify,{fuse}").run(program, verify=False)
+    program = Pipeline.parse(passes).run(program, verify=False)
     return program, sum(p.numel() for p in denoiser.parameters())
 
 
@@ -84,12 +81,16 @@ def measure(
     rounds: int,
     results: Results,
     again: bool,
+    passes: str = "unroll,hoist,simplify,fuse",
 ) -> None:
-    """Time some pipelines on all targets, in turn, if that has not been done."""
+    """Time some pipelines on all targets, in turn, if that has not been done.
+
+    The first is what images are compared with; `passes` come before each.
+    """
     at = "large", f"{name}, {steps} steps"
     if results.get(*at, "times") is not None and not again:
         return
-    program, parameters = base(name, steps, "fuse")
+    program, parameters = base(name, steps, passes)
     request = MAKE[name][1]
     engines: dict[str, diffopt.Engine] = {}
     sizes: dict[str, Any] = {}
@@ -103,7 +104,8 @@ def measure(
                     path = Path(folder) / f"{len(engines)}.engine"
                     engines[key] = diffopt.build(own, target, path)
                     weights = footprint.of_program(own).to_json()
-                    sizes[key] = {"file": path.stat().st_size, "weights": weights}
+                    flops = Size.of(own).flops
+                    sizes[key] = {"file": path.stat().st_size, "weights": weights, "flops": flops}
         contenders: dict[str, bench.Make] = {
             key: lambda seed, e=engine: e(**request, seed=seed, output_type="pt")[0]
             for key, engine in engines.items()
