@@ -20,7 +20,7 @@ from examples.pruning.configurations import (
 )
 from examples.study.document import floor_lines, left_out, milliseconds, number
 from examples.study.models import GUIDANCE
-from examples.study.rows import Rows
+from examples.study.rows import Rows, median
 from examples.study.study import REFERENCE
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pruning.md"
@@ -65,8 +65,9 @@ def _about(data: Mapping[str, Any]) -> list[str]:
             "",
             f"Times are of one request on {at['cpu']}, {at['threads']} threads, torch"
             f" {at['torch']}, target `cpu`, medians of engines that take turns with the"
-            " reference's; in parentheses, the interquartile range. Behind them is how much the"
-            " time falls, next to how much the FLOPs do.",
+            " reference's: as a part of its time in the same minutes, and in ms, with the"
+            " interquartile range in parentheses. Behind them is how much the time falls, next to"
+            " how much the FLOPs do.",
         ]
     return lines
 
@@ -92,7 +93,7 @@ def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:
 
 def _table(rows: Rows, configs: Sequence[str]) -> list[str]:
     lines = [
-        "| configuration | FLOPs | parameters | time, ms | of the promise | distance | trained"
+        "| configuration | FLOPs | parameters | time; ms | of the promise | distance | trained"
         " | KID | trained |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -109,13 +110,18 @@ def _table(rows: Rows, configs: Sequence[str]) -> list[str]:
             f"`{config}`" if config != COMPOSED else "all of these together (below)",
             f"{findings.share(rows, config):.2f}",
             f"{findings.share(rows, config, 'parameters'):.2f}",
-            milliseconds(row["time"]["seconds"]) if "time" in row else "-",
+            _time(rows, untrained(config)) if "time" in row else "-",
             f"{kept:.0%}" if kept is not None else "-",
             *(number(own.get("distance"), 1, 4) for own in qualities),
             *(number(own.get("kid held-out"), 1000, 2) for own in qualities),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _time(rows: Rows, config: str) -> str:
+    part = median(rows, config) / median(rows, config, REFERENCE)
+    return f"{part:.2f}; {milliseconds(rows[config]['time']['seconds'])}"
 
 
 def _large(data: Mapping[str, Any]) -> list[str]:
