@@ -18,7 +18,7 @@ from examples.pruning.configurations import (
     recovered,
     untrained,
 )
-from examples.study.document import floor_lines, left_out, milliseconds, number
+from examples.study.document import floor_lines, larger, left_out, milliseconds, number
 from examples.study.models import GUIDANCE
 from examples.study.rows import Rows, median
 from examples.study.study import REFERENCE
@@ -125,28 +125,21 @@ def _time(rows: Rows, config: str) -> str:
 
 
 def _large(data: Mapping[str, Any]) -> list[str]:
-    lines = ["Random weights: what is measured is time. All components count, as above."]
-    for title, own in data.items():
-        if "times" not in own:
-            continue
-        lines += [
-            "",
-            f"{title}, denoiser of {own['parameters'] / 1e6:.1f} M parameters:",
-            "",
-            "| engine | FLOPs | time, ms | of the promise |",
-            "| --- | ---: | ---: | ---: |",
+    def cells(times: Rows, key: str) -> list[str]:
+        kept = findings.kept_promise_of(times, key)
+        return [
+            f"`{key.partition(' on ')[0]}`",
+            f"{findings.large_share(times, key):.2f}",
+            milliseconds(times[key]["seconds"]),
+            f"{kept:.0%}" if kept is not None else "-",
         ]
-        for key, row in own["times"].items():
-            kept = findings.kept_promise_of(own["times"], key)
-            cells = [
-                f"`{key.partition(' on ')[0]}`",
-                f"{findings.large_share(own['times'], key):.2f}",
-                milliseconds(row["seconds"]),
-                f"{kept:.0%}" if kept is not None else "-",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += left_out(own.get("configs", {}), "times")
-    return [*lines, "", *findings.large_goals(data)]
+
+    return [
+        "Random weights: what is measured is time. All components count, as above.",
+        *larger(data, ("engine", "FLOPs", "time, ms", "of the promise"), cells),
+        "",
+        *findings.large_goals(data),
+    ]
 
 
 def _peer(own: Mapping[str, Any], rows: Rows, model: str) -> list[str]:

@@ -37,10 +37,14 @@ def share(rows: Rows, config: str, key: str = "flops") -> float:
 def kept_promise(rows: Rows, config: str) -> float | None:
     """Return how much the time falls, next to how much the FLOPs do; None if it is not known."""
     timed = untrained(config)
-    saved = 1 - share(rows, config)
-    if "time" not in rows.get(timed, {}) or saved <= 0:
+    if "time" not in rows.get(timed, {}):
         return None
-    return (1 - median(rows, timed) / median(rows, timed, REFERENCE)) / saved
+    return _kept(median(rows, timed) / median(rows, timed, REFERENCE), share(rows, config))
+
+
+def _kept(time: float, flops: float) -> float | None:
+    """Return how much the time falls, next to how much the FLOPs do, both as what is left."""
+    return (1 - time) / (1 - flops) if flops < 1 else None
 
 
 def large_share(times: Rows, key: str) -> float:
@@ -50,10 +54,8 @@ def large_share(times: Rows, key: str) -> float:
 
 def kept_promise_of(times: Rows, key: str) -> float | None:
     """Return how much a larger model's time falls, next to how much the FLOPs do."""
-    first = next(iter(times))
-    saved = 1 - large_share(times, key)
-    own, whole = (statistics.median(times[k]["seconds"]) for k in (key, first))
-    return (1 - own / whole) / saved if saved > 0 else None
+    own, whole = (statistics.median(times[k]["seconds"]) for k in (key, next(iter(times))))
+    return _kept(own / whole, large_share(times, key))
 
 
 def large_goals(data: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from examples.quantization.configurations import (
 )
 from examples.quantization.measure import LEVEL
 from examples.quantization.peers import PACKAGES, SAMPLES, THEIRS
-from examples.study.document import floor_lines, left_out, milliseconds, number
+from examples.study.document import floor_lines, larger, left_out, milliseconds, number
 from examples.study.models import GUIDANCE
 from examples.study.rows import median
 from examples.study.study import REFERENCE
@@ -146,42 +146,37 @@ def _timings(rows: Mapping[str, Any]) -> list[str]:
 
 
 def _large(data: Mapping[str, Any]) -> list[str]:
-    lines = [
+    def cells(times: Mapping[str, Any], key: str) -> list[str]:
+        row, weights = times[key], times[key]["weights"]
+        config, _, target = key.partition(" on ")
+        base = times.get(f"{BF16} on {target}")
+        seconds = [statistics.median(own["seconds"]) for own in (base, row) if own]
+        return [
+            f"`{config}` on `{target}`",
+            milliseconds(row["seconds"]),
+            f"{seconds[0] / seconds[1]:.2f}×" if base else "-",
+            f"{weights['bytes'] / 1e6:.1f}",
+            f"{weights['bytes'] / weights['fp16 bytes']:.0%}",
+            f"{row['file'] / 1e6:.1f}",
+            f"{row['psnr']:.1f}",
+        ]
+
+    columns = (
+        "engine",
+        "time, ms",
+        "against bf16",
+        "weights, MB",
+        "of fp16",
+        "file, MB",
+        "PSNR, dB",
+    )
+    return [
         "Random weights: what is measured is time and size. The error is that of the pixels next to"
         " the first row's, in decibels.",
+        *larger(data, columns, cells),
+        "",
+        *findings.speed_goals(data),
     ]
-    for title, own in data.items():
-        if "times" not in own:
-            continue
-        lines += [
-            "",
-            f"{title}, denoiser of {own['parameters'] / 1e6:.1f} M parameters:",
-            "",
-            "| engine | time, ms | against bf16 | weights, MB | of fp16 | file, MB | PSNR, dB |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        times = own["times"]
-        for key, row in times.items():
-            config, _, target = key.partition(" on ")
-            base = times.get(f"{BF16} on {target}")
-            ratio = (
-                statistics.median(base["seconds"]) / statistics.median(row["seconds"])
-                if base
-                else None
-            )
-            weights = row["weights"]
-            cells = [
-                f"`{config}` on `{target}`",
-                milliseconds(row["seconds"]),
-                f"{ratio:.2f}×" if ratio else "-",
-                f"{weights['bytes'] / 1e6:.1f}",
-                f"{weights['bytes'] / weights['fp16 bytes']:.0%}",
-                f"{row['file'] / 1e6:.1f}",
-                f"{row['psnr']:.1f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += left_out(own.get("configs", {}), "times")
-    return [*lines, "", *findings.speed_goals(data)]
 
 
 def _peers(data: Mapping[str, Any]) -> list[str]:

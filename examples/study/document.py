@@ -79,6 +79,34 @@ def left_out(
     return [f"- {what.capitalize()}: {', '.join(n)}: {why}." for (what, why), n in reasons.items()]
 
 
+def larger(
+    data: Mapping[str, Any],
+    columns: Sequence[str],
+    cells: Callable[[Mapping[str, Any], str], Sequence[str]],
+) -> list[str]:
+    """Return the tables of the times of larger models.
+
+    Args:
+        data: What was measured, by model.
+        columns: The titles of the columns; the first is a name, the others are numbers.
+        cells: Returns the cells of an engine, from the rows of all and its key.
+    """
+    lines = []
+    for title, own in data.items():
+        if "times" not in own:
+            continue
+        lines += [
+            "",
+            f"{title}, denoiser of {own['parameters'] / 1e6:.1f} M parameters:",
+            "",
+            f"| {' | '.join(columns)} |",
+            f"| --- |{' ---: |' * (len(columns) - 1)}",
+            *(f"| {' | '.join(cells(own['times'], key))} |" for key in own["times"]),
+            *left_out(own.get("configs", {}), "times"),
+        ]
+    return lines
+
+
 def draw(study: Study, configs: Iterable[str], path: Path) -> None:
     """Write the first images of some configurations as a PNG, enlarged three times."""
     files = [study.path(c, ".0.pt") for c in configs]
