@@ -215,6 +215,8 @@ class Pipeline:
             seed: Seed of everything random that the passes do.
             prompts: What passes that measure values calibrate with.
         """
+        for step in self.passes:
+            _check_budget(step, _budget(step, budget))
         limited = [step for step in self.passes if _budget(step, budget) is not None]
         if limited and not compare:
             raise DiffoptError(
@@ -339,6 +341,14 @@ def pass_names() -> list[str]:
     return sorted(_sources())
 
 
+def _check_budget(step: Pass, limit: float | None, **where: Any) -> None:
+    """Stop if no error can be within a budget; `where` is what an error says of the text."""
+    if limit is not None and not limit >= 0:
+        raise DiffoptError(
+            f"{step.name} has budget={limit:g}; write the largest relative error, as 0.02", **where
+        )
+
+
 def find_pass(name: str) -> type[Pass]:
     """Return the pass called `name`."""
     found: type[Pass] = plugins.find(name, _sources(), Pass, "pass")
@@ -357,11 +367,5 @@ def _bind(call: spec.Call, text: str) -> Pass:
     except DiffoptError as error:
         raise DiffoptError(error.message, text=text, span=call.span) from None
     step: Pass = spec.bind(call, cls, text)
-    limit = _budget(step, None)
-    if limit is not None and limit < 0:
-        raise DiffoptError(
-            f"{step.name} has budget={limit:g}; write the largest relative error, as 0.02",
-            text=text,
-            span=call.span,
-        )
+    _check_budget(step, _budget(step, None), text=text, span=call.span)
     return step

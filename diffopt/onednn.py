@@ -34,7 +34,13 @@ mkldnn = torch.ops.mkldnn
 
 _Post = tuple[str, list[float], str]  # what a kernel applies to its results
 _NO_POST: _Post = ("none", [], "")
-_UNSIGNED = 128  # what is added to signed numbers where a kernel takes unsigned ones
+_UNSIGNED = 128
+"""What is added to signed numbers: convolutions take unsigned ones alone, and for signed ones a CPU
+without AMX has a reference product that is hundreds of times as slow."""
+
+# A call of oneDNN takes some 15 µs more than torch's own product in float32, which turns weights
+# around as it reads them: with fewer multiply-adds that is more than a packed weight saves.
+_WORTH_PACKING = 2**22
 
 
 def lower(components: Mapping[str, fx.GraphModule], pack: bool, lack: str | None) -> setup.Lowered:
@@ -73,17 +79,18 @@ def _lower_body(gm: fx.GraphModule, pack: bool, lack: str | None) -> setup.Rewri
         on_integers = weight is not None and x is not None and reason is None
         counts["int8" if on_integers else "float"] += 1
         reasons.update([reason] if reason else [])
-        last = layer.node
+        if not on_integers and _is_of_pixels(layer):
+            layer = _as_product(gm.graph, layer, changed)
+        if not (on_integers or _packs(layer)):
+            continue
         with gm.graph.inserting_before(layer.node):
             if weight is not None and x is not None and reason is None:
                 last, post = _activated(layer, x.rows)
                 lowering = _convolution if layer.convolution else _linear
                 made = lowering(gm.graph, layer, weight, x, inputs, post)
-            elif _packs(layer):
+            else:
                 last, post = _activated(layer)
                 made = _float(gm.graph, layer, post)
-            else:
-                continue
         replace(last, made)
         if last is not layer.node:
             gm.graph.erase_node(layer.node)
@@ -110,30 +117,32 @@ class _Inputs:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._made: dict[Any, tuple[fx.Node, ...]] = {}
+        self._made: dict[tuple[fx.Node, bool], tuple[fx.Node, fx.Node]] = {}
 
-    def unsigned(self, x: qdq.Activation, rank: int) -> tuple[fx.Node, ...]:
-        """Return unsigned numbers of at least four axes and their zero point."""
-        key = x.quantized, rank
+    def unsigned(self, x: qdq.Activation, line: bool = False) -> tuple[fx.Node, fx.Node]:
+        """Return unsigned numbers and their zero point; a `line` gets the axis of an image."""
+        key = x.quantized, line
         if key not in self._made:
             graph = self._gm.graph
             source, zero = x.source, x.zero
             with graph.inserting_before(x.quantized):
                 zero = g.call(graph, aten.add.Tensor, zero, _UNSIGNED)
-                if rank == 3:
+                if line:
                     source = g.call(graph, aten.unsqueeze.default, source, 2)
                 limits = (x.scale, zero, 0, 255, torch.uint8)
                 quantize = qd.quantize_per_tensor.tensor
                 self._made[key] = g.call(graph, quantize, source, *limits), zero
         return self._made[key]
 
-    def rows(self, x: qdq.Activation) -> tuple[fx.Node, ...]:
-        """Return the numbers of rows that have scales of their own, in plain operators."""
-        if x.quantized not in self._made:
+    def rows(self, x: qdq.Activation) -> tuple[fx.Node, fx.Node]:
+        """Return the same of rows that have scales of their own, in plain operators."""
+        key = x.quantized, False
+        if key not in self._made:
             graph = self._gm.graph
             with graph.inserting_before(x.quantized):
-                self._made[x.quantized] = (qdq.rounded_rows(graph, x.quantized),)
-        return self._made[x.quantized]
+                q = qdq.rounded_rows(graph, x.quantized, _UNSIGNED)
+                self._made[key] = q, _full(graph, [1], _UNSIGNED, torch.int32)
+        return self._made[key]
 
 
 def _linear(
@@ -148,15 +157,14 @@ def _linear(
     rows = [math.prod(shape[:-1]), shape[-1]]
     packed = _packed(graph, onednn.qlinear_prepack.default, weight.values, rows)
     zeros = _zeros(graph, weight)
+    q, zero = inputs.rows(x) if x.rows else inputs.unsigned(x)
     if not x.rows:
-        given: tuple[Any, ...] = (x.quantized, x.scale, x.zero, packed, weight.scales, zeros)
+        given: tuple[Any, ...] = (q, x.scale, zero, packed, weight.scales, zeros)
         end: tuple[Any, ...] = (_bias(graph, layer), 1.0, 0, _computed(dtype), *post)
         result = g.call(graph, onednn.qlinear_pointwise.tensor, *given, *end, like=layer.node)
         return g.to_dtype(graph, result, dtype)
-    (q,) = inputs.rows(x)
     one = _full(graph, [1], 1.0, torch.float32)
-    none = _full(graph, [1], 0, torch.int32)
-    given = (q, one, none, packed, weight.scales, zeros)
+    given = (q, one, zero, packed, weight.scales, zeros)
     end = (None, 1.0, 0, torch.float32, *post)
     product = g.call(graph, onednn.qlinear_pointwise.tensor, *given, *end, like=layer.node)
     result = g.call(graph, aten.mul.Tensor, product, x.scale)
@@ -178,7 +186,7 @@ def _convolution(
     values = weight.values
     if rank == 3:  # kernels have two axes or more
         values = g.call(graph, aten.unsqueeze.default, values, 2)
-    q, zero = inputs.unsigned(x, rank)
+    q, zero = inputs.unsigned(x, line=rank == 3)
     given = (values, weight.scales, 1.0, _UNSIGNED, *sizes, list(q.meta["val"].shape))
     packed = _packed(graph, onednn.qconv_prepack.default, *given)
     taken = (q, x.scale, zero, packed, weight.scales, _zeros(graph, weight), _bias(graph, layer))
@@ -189,14 +197,47 @@ def _convolution(
     return g.to_dtype(graph, result, dtype)
 
 
+def _is_on_images(layer: qdq.Layer) -> bool:
+    """Tell whether a layer is a convolution of a batch of images."""
+    ranks = {node.meta["val"].dim() for node in (layer.weight, layer.x)}
+    return layer.convolution and ranks == {4}
+
+
+def _is_of_pixels(layer: qdq.Layer) -> bool:
+    """Tell whether a layer is a convolution that multiplies each pixel by a matrix."""
+    if not _is_on_images(layer):
+        return False
+    stride, padding, _, groups = geometry(layer.node)
+    kernel = layer.weight.meta["val"].shape[2:]
+    return (*kernel, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
+
+
+def _as_product(graph: fx.Graph, layer: qdq.Layer, changed: set[fx.Node]) -> qdq.Layer:
+    """Put a matrix product in place of a convolution of single pixels.
+
+    Kernels of packed convolutions read and write channels last, where it needs no copy.
+    """
+    with graph.inserting_before(layer.node):
+        x = g.call(graph, aten.permute.default, layer.x, [0, 2, 3, 1])
+        weight = g.call(graph, aten.squeeze.dims, layer.weight, [2, 3])
+        product = g.call(graph, aten.linear.default, x, weight, layer.bias, like=layer.node)
+        image = g.call(graph, aten.permute.default, product, [0, 3, 1, 2])
+    replace(layer.node, image)
+    changed.add(image)
+    return qdq.Layer(product, x, weight, layer.bias, convolution=False)
+
+
 def _packs(layer: qdq.Layer) -> bool:
-    """Tell whether a layer on floats has a kernel that takes a packed weight."""
+    """Tell whether a layer on floats has a kernel that takes a packed weight and is faster."""
     weight, dtype = layer.weight.meta["val"], layer.node.meta["val"].dtype
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return False
-    return not layer.convolution or weight.dim() == layer.x.meta["val"].dim() == 4
+    if layer.convolution:
+        return _is_on_images(layer)
+    multiply_adds = layer.node.meta["val"].numel() * weight.shape[1]
+    return dtype != torch.float32 or multiply_adds >= _WORTH_PACKING
 
 
 def _activated(layer: qdq.Layer, rows: bool = False) -> tuple[fx.Node, _Post]:

@@ -206,6 +206,14 @@ def test_an_approximate_pass_is_measured() -> None:
 
 
 @pytest.mark.parametrize(
+    ("step", "budget"), [(Round(-0.1), None), (Round(), -0.1), (Round(), float("nan"))]
+)
+def test_a_budget_that_nothing_is_within(step: Round, budget: float | None) -> None:
+    with pytest.raises(DiffoptError, match=r"round has budget=.*; write the largest relative"):
+        run(step, budget=budget)
+
+
+@pytest.mark.parametrize(
     ("step", "budget"), [(Round(), 0.1), (Round(0.1), None), (Round(0.1), 1.0)]
 )
 def test_a_budget_makes_it_pass_or_fail(step: Round, budget: float | None) -> None:

@@ -21,6 +21,7 @@ from examples.pruning import peers
 from examples.pruning.configurations import (
     FEWER,
     LARGE,
+    TARGET,
     THEIRS,
     configurations,
     is_timed,
@@ -54,8 +55,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[*FEWER])
     parser.add_argument("--configs", nargs="+", help="default: all")
-    parser.add_argument("--target", default="cpu", help="of the engines that are timed")
-    add_large(parser, 5, ["cpu"])
+    parser.add_argument("--target", default=TARGET, help="of the engines that are timed")
+    add_large(parser, 5, [TARGET])
     options = parser.parse_args(words)
     check_images(parser, options.images)
     for config in options.configs or ():

@@ -64,12 +64,20 @@ def _about(data: Mapping[str, Any]) -> list[str]:
         lines += [
             "",
             f"Times are of one request on {at['cpu']}, {at['threads']} threads, torch"
-            f" {at['torch']}, target `cpu`, medians of engines that take turns with the"
+            f" {at['torch']}, target {_targets(data)}, medians of engines that take turns with the"
             " reference's: as a part of its time in the same minutes, and in ms, with the"
             " interquartile range in parentheses. Behind them is how much the time falls, next to"
             " how much the FLOPs do.",
         ]
     return lines
+
+
+def _targets(data: Mapping[str, Any]) -> str:
+    rows = [row for own in data.get("models", {}).values() for row in own["configs"].values()]
+    timed = [row["time"]["target"] for row in rows if "time" in row]
+    for own in data.get("large", {}).values():
+        timed += [key.rpartition(" on ")[2] for key in own.get("times", ())]
+    return ", ".join(f"`{target}`" for target in dict.fromkeys(timed))
 
 
 def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:

@@ -33,6 +33,13 @@ Layer = Callable[["Made"], fx.Node]
 # scales, where results are of the order of 1. A number rounded to another integer gives 1e-3.
 TIGHT = {"atol": 2e-5, "rtol": 1e-5}
 
+WORTH_PACKING = onednn._WORTH_PACKING
+
+
+@pytest.fixture(autouse=True)
+def _small_products_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "_WORTH_PACKING", 0)
+
 
 class Made:
     """A body with one input for each kind of layer, all quantized in some way."""
@@ -65,9 +72,11 @@ class Made:
         made: fx.Node = self.make(aten.linear.default, x, self.weight(6, 8, **weight), *end)
         return made
 
-    def convolution(self, scaling: qdq.Scaling | None, *geometry: Any, groups: int = 1) -> fx.Node:
+    def convolution(
+        self, scaling: qdq.Scaling | None, *geometry: Any, groups: int = 1, kernel: int = 3
+    ) -> fx.Node:
         x = self.quantize(self.image, scaling) if scaling else self.image
-        weight = self.weight(8, 4 // groups, 3, 3)
+        weight = self.weight(8, 4 // groups, kernel, kernel)
         bias = parameter(8).to(self.image.meta["val"].dtype)
         made: fx.Node = self.make(aten.conv2d.default, x, weight, bias, *geometry)
         return made
@@ -109,6 +118,7 @@ LAYERS: dict[str, tuple[str, Layer]] = {
         "float",
         lambda m: m.make(aten.silu.default, m.convolution(None, [1, 1])),
     ),
+    "convolution of pixels, weight alone": ("float", lambda m: m.convolution(None, kernel=1)),
     "convolution, silu": (
         "int8",
         lambda m: m.make(aten.silu.default, m.convolution("static", [1, 1], [1, 1])),
@@ -318,6 +328,55 @@ def test_packing_counts_layers_on_floats_too(engines: Callable[[str], Path]) -> 
     assert targets["mkldnn._reorder_linear_weight.default"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_packed_where_that_saves_time(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "_WORTH_PACKING", WORTH_PACKING)
+
+    def make(make: Any, x: fx.Node) -> list[fx.Node]:
+        large = make(aten.linear.default, x, parameter(256, 128).to(dtype))
+        return [make(aten.linear.default, large, parameter(8, 256).to(dtype))]
+
+    gm = body(make, randn(2, 64, 128).to(dtype))
+    result, _ = lowered(gm, pack=True)
+    made = operators(result.bodies["body"])
+    small = dtype == torch.float32
+    assert made["mkldnn._linear_pointwise"] == 2 - small
+    assert made["aten.linear"] == small
+
+
+def test_packed_convolutions_of_pixels_are_products_on_what_lies_channels_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def make(make: Any, x: fx.Node) -> list[fx.Node]:
+        y = make(aten.conv2d.default, x, parameter(8, 4, 3, 3), None, [1, 1], [1, 1])
+        pixels = make(aten.conv2d.default, y, parameter(8, 8, 1, 1), parameter(8))
+        strided = make(aten.conv2d.default, y, parameter(8, 8, 1, 1), None, [2, 2])
+        grouped = make(aten.conv2d.default, y, parameter(8, 4, 1, 1), None, [1], [0], [1], 2)
+        return [make(aten.silu.default, pixels), strided, grouped]
+
+    x = randn(2, 4, 6, 7)
+    gm = body(make, x)
+    for worth, product in ((0, "mkldnn._linear_pointwise"), (WORTH_PACKING, "aten.linear")):
+        monkeypatch.setattr(onednn, "_WORTH_PACKING", worth)
+        result, further = lowered(gm, pack=True)
+        library = result.bodies["body"]
+        made = operators(library)
+        assert (made["mkldnn._convolution_pointwise"], made[product]) == (3, 1)
+        assert made["aten.convolution"] == made["aten.conv2d"] == 0
+        for got, expected in zip(library(x, *further), gm(x), strict=True):
+            torch.testing.assert_close(got, expected, **TIGHT)
+    run = Kernel(
+        open_library(compile_body(library, Cpu()._settings()), dict(g.named_tensors(library))),
+        [None],
+        further,
+    )
+    for got, expected in zip(run([x]), gm(x), strict=True):
+        torch.testing.assert_close(got, expected, **TIGHT)
+        assert got.stride() == expected.stride()
+
+
 def test_convolutions_whose_weights_are_packed_in_every_call() -> None:
     def make(make: Any, x: fx.Node) -> list[fx.Node]:
         y = make(aten.conv2d.default, x, parameter(4, 4, 3, 3).to(dtype))
@@ -346,9 +405,11 @@ def test_kernels_on_integers_are_in_what_onednn_says(engines: Callable[[str], Pa
         check=True,
     ).stdout
     lines = [line for line in said.splitlines() if "exec,cpu" in line]
-    products = [line for line in lines if "src:s8" in line and "wei:s8" in line]
+    products = [line for line in lines if "src:u8" in line and "wei:s8" in line]
     assert len([line for line in products if ",matmul," in line]) == 3
-    assert len([line for line in lines if ",convolution," in line and "src:u8" in line]) == 1
+    assert len([line for line in products if ",convolution," in line]) == 1
+    # Its reference product takes hundreds of times as long.
+    assert not [line for line in lines if ",ref" in line]
 
 
 # What it depends on, and what it refuses
