@@ -237,7 +237,7 @@ def _packs(layer: qdq.Layer) -> bool:
     if layer.convolution:
         return _is_on_images(layer)
     multiply_adds = layer.node.meta["val"].numel() * weight.shape[1]
-    return dtype != torch.float32 or multiply_adds >= _WORTH_PACKING
+    return bool(dtype != torch.float32 or multiply_adds >= _WORTH_PACKING)
 
 
 def _activated(layer: qdq.Layer, rows: bool = False) -> tuple[fx.Node, _Post]:
