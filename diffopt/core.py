@@ -215,8 +215,9 @@ class Pipeline:
             seed: Seed of everything random that the passes do.
             prompts: What passes that measure values calibrate with.
         """
+        _check_budget("the pipeline", budget)
         for step in self.passes:
-            _check_budget(step, _budget(step, budget))
+            _check_budget(step.name, _budget(step, None))
         limited = [step for step in self.passes if _budget(step, budget) is not None]
         if limited and not compare:
             raise DiffoptError(
@@ -341,11 +342,11 @@ def pass_names() -> list[str]:
     return sorted(_sources())
 
 
-def _check_budget(step: Pass, limit: float | None, **where: Any) -> None:
+def _check_budget(name: str, limit: float | None, **where: Any) -> None:
     """Stop if no error can be within a budget; `where` is what an error says of the text."""
     if limit is not None and not limit >= 0:
         raise DiffoptError(
-            f"{step.name} has budget={limit:g}; write the largest relative error, as 0.02", **where
+            f"{name} has budget={limit:g}; write the largest relative error, as 0.02", **where
         )
 
 
@@ -367,5 +368,5 @@ def _bind(call: spec.Call, text: str) -> Pass:
     except DiffoptError as error:
         raise DiffoptError(error.message, text=text, span=call.span) from None
     step: Pass = spec.bind(call, cls, text)
-    _check_budget(step, _budget(step, None), text=text, span=call.span)
+    _check_budget(step.name, _budget(step, None), text=text, span=call.span)
     return step

@@ -1,14 +1,16 @@
 """Lowers quantized layers to oneDNN's integer kernels, and packs weights once, on loading.
 
 A layer whose weight and input are both quantized becomes one operator on integers; other quantized
-weights are widened and packed for the kernels of their type. What follows from stored tensors alone
-(unpacking 4-bit numbers, widening, packing for the kernels) is computed on loading (see `setup`):
+weights are widened, and packed for the kernels of their type where that saves time. What follows
+from stored tensors alone (unpacking 4-bit numbers, widening, packing for the kernels) is computed on
+loading (see `setup`):
 
     %w: float32[16,8] = quantized_decomposed.dequantize_per_channel(%values, %scales, None, 0, …)
     %y: float32[4,16] = aten.linear(%d, %w, %bias)
 
     setup:     %packed: int8[8,16] = onednn.qlinear_prepack(%values, [4, 8])
-    component: %y: float32[4,16] = onednn.qlinear_pointwise.tensor(%q, %scale, %zero, %packed, …)
+    component: %u: uint8[4,8] = quantized_decomposed.quantize_per_tensor(%x, %scale, %zero2, …)
+               %y: float32[4,16] = onednn.qlinear_pointwise.tensor(%u, %scale, %zero2, %packed, …)
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _UNSIGNED = 128
 """What is added to signed numbers: convolutions take unsigned ones alone, and for signed ones a CPU
 without AMX has a reference product that is hundreds of times as slow."""
 
-# A call of oneDNN takes some 15 µs more than torch's own product in float32, which turns weights
+# A call of oneDNN takes some 10 µs more than torch's own product in float32, which turns weights
 # around as it reads them: with fewer multiply-adds that is more than a packed weight saves.
 _WORTH_PACKING = 2**22
 
@@ -48,7 +50,8 @@ def lower(components: Mapping[str, fx.GraphModule], pack: bool, lack: str | None
 
     Args:
         components: Components by name.
-        pack: Also pack the weights of layers in floats, which are then no longer those stored.
+        pack: Also pack the weights of layers in floats, which are then no longer those stored; not
+            those of small products in float32, at the sizes of the sample.
         lack: Why nothing can run on integers.
     """
     return setup.lower(
@@ -79,7 +82,7 @@ def _lower_body(gm: fx.GraphModule, pack: bool, lack: str | None) -> setup.Rewri
         on_integers = weight is not None and x is not None and reason is None
         counts["int8" if on_integers else "float"] += 1
         reasons.update([reason] if reason else [])
-        if not on_integers and _is_of_pixels(layer):
+        if not on_integers and _packs(layer) and _is_of_pixels(layer):
             layer = _as_product(gm.graph, layer, changed)
         if not (on_integers or _packs(layer)):
             continue
@@ -230,6 +233,8 @@ def _as_product(graph: fx.Graph, layer: qdq.Layer, changed: set[fx.Node]) -> qdq
 def _packs(layer: qdq.Layer) -> bool:
     """Tell whether a layer on floats has a kernel that takes a packed weight and is faster."""
     weight, dtype = layer.weight.meta["val"], layer.node.meta["val"].dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():

@@ -266,18 +266,18 @@ def _row_scale(graph: fx.Graph, x: fx.Node, high: float) -> fx.Node:
     return g.call(graph, aten.div.Tensor, least, high)
 
 
-def rounded_rows(graph: fx.Graph, node: fx.Node, unsigned: int = 0) -> fx.Node:
+def rounded_rows(graph: fx.Graph, node: fx.Node, offset: int = 0) -> fx.Node:
     """Insert, in plain operators, the numbers of rows that `node` quantizes; return their node.
 
-    They are bytes without a sign, and `unsigned` higher, if that is not 0.
+    With an `offset` they are that much higher, in uint8.
     """
     x, scale, _, low, high, dtype = args(node)
     inverse = g.call(graph, aten.reciprocal.default, scale)
     scaled = g.call(graph, aten.mul.Tensor, x, inverse)
     whole = g.call(graph, aten.round.default, scaled)
     inside = g.call(graph, aten.clamp.default, whole, low, high)
-    if unsigned:
-        inside, dtype = g.call(graph, aten.add.Tensor, inside, unsigned), torch.uint8
+    if offset:
+        inside, dtype = g.call(graph, aten.add.Tensor, inside, offset), torch.uint8
     return g.call(graph, aten._to_copy.default, inside, dtype=dtype)
 
 

@@ -50,7 +50,7 @@ log = logging.getLogger("diffopt")
 class Cpu(Target):
     """Compile for this machine's CPU with AOTInductor."""
 
-    pack: bool = option(False, "pack the weights on loading; later changes in place do nothing")
+    pack: bool = option(False, "pack the weights on loading; do not change them in place then")
     freeze: bool = option(False, "pack the weights into the kernels, instead of sharing them")
     threads: int = option(0, "threads to run on, set on loading; 0: as many as torch has now")
     max_autotune: bool = option(False, "try several kernels for each matrix product; wants freeze")

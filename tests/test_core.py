@@ -209,7 +209,8 @@ def test_an_approximate_pass_is_measured() -> None:
     ("step", "budget"), [(Round(-0.1), None), (Round(), -0.1), (Round(), float("nan"))]
 )
 def test_a_budget_that_nothing_is_within(step: Round, budget: float | None) -> None:
-    with pytest.raises(DiffoptError, match=r"round has budget=.*; write the largest relative"):
+    who = "round" if budget is None else "the pipeline"
+    with pytest.raises(DiffoptError, match=f"{who} has budget=.*; write the largest relative"):
         run(step, budget=budget)
 
 
