@@ -2,8 +2,8 @@
 
 A layer whose weight and input are both quantized becomes one operator on integers; other quantized
 weights are widened, and packed for the kernels of their type where that saves time. What follows
-from stored tensors alone (unpacking 4-bit numbers, widening, packing for the kernels) is computed on
-loading (see `setup`):
+from stored tensors alone (4-bit numbers, widened ones, packed ones) is computed on loading
+(see `setup`):
 
     %w: float32[16,8] = quantized_decomposed.dequantize_per_channel(%values, %scales, None, 0, …)
     %y: float32[4,16] = aten.linear(%d, %w, %bias)
