@@ -273,6 +273,14 @@ def _budget(step: Pass, budget: float | None) -> float | None:
     return budget if own is None else own
 
 
+def _check_budget(name: str, limit: float | None, **where: Any) -> None:
+    """Stop if no error can be within a budget; `where` is what an error says of the text."""
+    if limit is not None and not limit >= 0:
+        raise DiffoptError(
+            f"{name} has budget={limit:g}; write the largest relative error, as 0.02", **where
+        )
+
+
 def _apply(
     step: Pass, before: State, first: State, ctx: Context, verify: bool, compare: bool
 ) -> tuple[State, Record]:
@@ -340,14 +348,6 @@ def _write_reproducer(
 def pass_names() -> list[str]:
     """Return the names of all passes, without importing any."""
     return sorted(_sources())
-
-
-def _check_budget(name: str, limit: float | None, **where: Any) -> None:
-    """Stop if no error can be within a budget; `where` is what an error says of the text."""
-    if limit is not None and not limit >= 0:
-        raise DiffoptError(
-            f"{name} has budget={limit:g}; write the largest relative error, as 0.02", **where
-        )
 
 
 def find_pass(name: str) -> type[Pass]:

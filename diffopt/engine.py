@@ -226,7 +226,8 @@ class Engine:
         path: The file that it is in.
         manifest: What the file says about itself: target, passes, records, versions, members.
         target: What runs it.
-        tensors: Weights by key. To swap in others, change them in place.
+        tensors: Weights by key. To swap in others, change them in place (but not where
+            the target has packed them on loading).
     """
 
     def __init__(

@@ -82,10 +82,13 @@ def _lower_body(gm: fx.GraphModule, pack: bool, lack: str | None) -> setup.Rewri
         on_integers = weight is not None and x is not None and reason is None
         counts["int8" if on_integers else "float"] += 1
         reasons.update([reason] if reason else [])
-        if not on_integers and _packs(layer) and _is_of_pixels(layer):
-            layer = _as_product(gm.graph, layer, changed)
-        if not (on_integers or _packs(layer)):
-            continue
+        if not on_integers:
+            if not _has_kernel(layer):
+                continue
+            if _is_of_pixels(layer):
+                layer = _as_product(gm.graph, layer, changed)
+            if not _is_worth_packing(layer):
+                continue
         with gm.graph.inserting_before(layer.node):
             if weight is not None and x is not None and reason is None:
                 last, post = _activated(layer, x.rows)
@@ -127,25 +130,23 @@ class _Inputs:
         key = x.quantized, line
         if key not in self._made:
             graph = self._gm.graph
-            source, zero = x.source, x.zero
             with graph.inserting_before(x.quantized):
-                zero = g.call(graph, aten.add.Tensor, zero, _UNSIGNED)
-                if line:
-                    source = g.call(graph, aten.unsqueeze.default, source, 2)
-                limits = (x.scale, zero, 0, 255, torch.uint8)
-                quantize = qd.quantize_per_tensor.tensor
-                self._made[key] = g.call(graph, quantize, source, *limits), zero
+                made = _unsigned_rows(graph, x) if x.rows else _unsigned(graph, x, line)
+                self._made[key] = made
         return self._made[key]
 
-    def rows(self, x: qdq.Activation) -> tuple[fx.Node, fx.Node]:
-        """Return the same of rows that have scales of their own, in plain operators."""
-        key = x.quantized, False
-        if key not in self._made:
-            graph = self._gm.graph
-            with graph.inserting_before(x.quantized):
-                q = qdq.rounded_rows(graph, x.quantized, _UNSIGNED)
-                self._made[key] = q, _full(graph, [1], _UNSIGNED, torch.int32)
-        return self._made[key]
+
+def _unsigned(graph: fx.Graph, x: qdq.Activation, line: bool) -> tuple[fx.Node, fx.Node]:
+    zero = g.call(graph, aten.add.Tensor, x.zero, _UNSIGNED)
+    source = g.call(graph, aten.unsqueeze.default, x.source, 2) if line else x.source
+    limits = (x.scale, zero, 0, 255, torch.uint8)
+    return g.call(graph, qd.quantize_per_tensor.tensor, source, *limits), zero
+
+
+def _unsigned_rows(graph: fx.Graph, x: qdq.Activation) -> tuple[fx.Node, fx.Node]:
+    """Return the same of rows that have scales of their own, in plain operators."""
+    q = qdq.rounded_rows(graph, x.quantized, _UNSIGNED)
+    return q, _full(graph, [1], _UNSIGNED, torch.int32)
 
 
 def _linear(
@@ -160,7 +161,7 @@ def _linear(
     rows = [math.prod(shape[:-1]), shape[-1]]
     packed = _packed(graph, onednn.qlinear_prepack.default, weight.values, rows)
     zeros = _zeros(graph, weight)
-    q, zero = inputs.rows(x) if x.rows else inputs.unsigned(x)
+    q, zero = inputs.unsigned(x)
     if not x.rows:
         given: tuple[Any, ...] = (q, x.scale, zero, packed, weight.scales, zeros)
         end: tuple[Any, ...] = (_bias(graph, layer), 1.0, 0, _computed(dtype), *post)
@@ -200,15 +201,9 @@ def _convolution(
     return g.to_dtype(graph, result, dtype)
 
 
-def _is_on_images(layer: qdq.Layer) -> bool:
-    """Tell whether a layer is a convolution of a batch of images."""
-    ranks = {node.meta["val"].dim() for node in (layer.weight, layer.x)}
-    return layer.convolution and ranks == {4}
-
-
 def _is_of_pixels(layer: qdq.Layer) -> bool:
     """Tell whether a layer is a convolution that multiplies each pixel by a matrix."""
-    if not _is_on_images(layer):
+    if not layer.convolution:
         return False
     stride, padding, _, groups = geometry(layer.node)
     kernel = layer.weight.meta["val"].shape[2:]
@@ -230,8 +225,8 @@ def _as_product(graph: fx.Graph, layer: qdq.Layer, changed: set[fx.Node]) -> qdq
     return qdq.Layer(product, x, weight, layer.bias, convolution=False)
 
 
-def _packs(layer: qdq.Layer) -> bool:
-    """Tell whether a layer on floats has a kernel that takes a packed weight and is faster."""
+def _has_kernel(layer: qdq.Layer) -> bool:
+    """Tell whether a layer on floats has a kernel that takes a packed weight."""
     weight, dtype = layer.weight.meta["val"], layer.node.meta["val"].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
@@ -239,10 +234,15 @@ def _packs(layer: qdq.Layer) -> bool:
         return False
     if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return False
-    if layer.convolution:
-        return _is_on_images(layer)
-    multiply_adds = layer.node.meta["val"].numel() * weight.shape[1]
-    return bool(dtype != torch.float32 or multiply_adds >= _WORTH_PACKING)
+    return not layer.convolution or weight.dim() == layer.x.meta["val"].dim() == 4
+
+
+def _is_worth_packing(layer: qdq.Layer) -> bool:
+    """Tell whether a layer on floats is faster with the kernel that takes a packed weight."""
+    result = layer.node.meta["val"]
+    if layer.convolution or result.dtype != torch.float32:
+        return True
+    return bool(result.numel() * layer.weight.meta["val"].shape[1] >= _WORTH_PACKING)
 
 
 def _activated(layer: qdq.Layer, rows: bool = False) -> tuple[fx.Node, _Post]:

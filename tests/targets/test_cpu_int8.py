@@ -148,6 +148,13 @@ def lowered(gm: fx.GraphModule, **options: Any) -> tuple[loading.Lowered, list[T
     return result, loading.run_setup(data, lambda _, name: tensors[name]).get("body", [])
 
 
+def compiled(gm: fx.GraphModule, further: list[Tensor], *sizes: Any) -> Kernel:
+    """Return a lowered body's library, which takes the body's inputs as they come."""
+    files = compile_body(gm, Cpu()._settings(), *sizes)
+    inputs = len(g.placeholders(gm)) - len(further)
+    return Kernel(open_library(files, dict(g.named_tensors(gm))), [None] * inputs, further)
+
+
 def operators(gm: fx.GraphModule) -> Counter[str]:
     """Return how often operators are called."""
     return Counter(g.target_name(n) for n in gm.graph.nodes if n.op == "call_function")
@@ -161,10 +168,8 @@ def test_the_compiler_takes_a_packed_weight_as_it_is_however_the_weight_lay() ->
     x = randn(2, 5, 16).to(torch.bfloat16)
     gm = body(lambda make, x: [make(aten.linear.default, x, turned)], x)
     result, further = lowered(gm, pack=True)
-    made = result.bodies["body"]
-    files = compile_body(made, Cpu(threads=1)._settings())
-    kernel = Kernel(open_library(files, dict(g.named_tensors(made))), [None], further)
-    torch.testing.assert_close(kernel([x])[0], gm(x)[0])
+    run = compiled(result.bodies["body"], further)
+    torch.testing.assert_close(run([x])[0], gm(x)[0])
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -244,10 +249,7 @@ def test_bodies_without_quantized_weights_are_as_they_were() -> None:
 def test_every_kind_of_layer_compiles() -> None:
     gm = layers(*LAYERS)
     result, further = lowered(gm)
-    library = result.bodies["body"]
-    members = compile_body(library, Cpu()._settings())
-    tensors = dict(g.named_tensors(library))
-    run = Kernel(open_library(members, tensors), [None] * 3, further)
+    run = compiled(result.bodies["body"], further)
     results = zip(LAYERS, run(list(SAMPLES)), gm(*SAMPLES), strict=True)
     for name, made, expected in results:
         torch.testing.assert_close(made, expected, **TIGHT, msg=lambda text, n=name: f"{n}: {text}")
@@ -257,11 +259,8 @@ def test_every_kind_of_layer_compiles() -> None:
 def test_one_library_for_a_range_of_sizes() -> None:
     gm = layers("static", "convolution")
     result, further = lowered(gm)
-    library = result.bodies["body"]
     open_axis = {0: (1, 4)}
-    members = compile_body(library, Cpu()._settings(), {0: open_axis, 1: open_axis})
-    tensors = dict(g.named_tensors(library))
-    run = Kernel(open_library(members, tensors), [None] * 3, further)
+    run = compiled(result.bodies["body"], further, {0: open_axis, 1: open_axis})
     for count in (1, 4):
         samples = [randn(count, *sample.shape[1:]) for sample in SAMPLES[:2]] + [SAMPLES[2]]
         for made, expected in zip(run(list(samples)), gm(*samples), strict=True):
@@ -368,11 +367,7 @@ def test_packed_convolutions_of_pixels_are_products_on_what_lies_channels_last(
         assert made["aten.convolution"] == made["aten.conv2d"] == 0
         for got, expected in zip(library(x, *further), gm(x), strict=True):
             torch.testing.assert_close(got, expected, **TIGHT)
-    run = Kernel(
-        open_library(compile_body(library, Cpu()._settings()), dict(g.named_tensors(library))),
-        [None],
-        further,
-    )
+    run = compiled(library, further)
     for got, expected in zip(run([x]), gm(x), strict=True):
         torch.testing.assert_close(got, expected, **TIGHT)
         assert got.stride() == expected.stride()
