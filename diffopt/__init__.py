@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffopt.capture import trace
+    from diffopt.capture.trace import trace
     from diffopt.core import Pipeline
-    from diffopt.engine import Engine, build, finish, load, write
+    from diffopt.engine.engine import Engine, build, finish, load, write
     from diffopt.errors import CaptureError, DiffoptError
-    from diffopt.program import Program
+    from diffopt.ir.program import Program
 
 __all__ = [
     "CaptureError",

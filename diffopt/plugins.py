@@ -6,25 +6,26 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Any
 
 from diffopt import spec
 from diffopt.errors import DiffoptError
 
 
-def sources(package: ModuleType, plural: str) -> dict[str, str]:
+def sources(package: str, plural: str, group: str | None = None) -> dict[str, str]:
     """Map the name of each to where it is, as "module:class", without importing any.
 
     Args:
-        package: Each module in it is one; its name is also that of the group of entry points.
+        package: The name of a package of which each module is one: as text, since it is above
+            what asks for it.
         plural: What error messages call them.
+        group: The group of entry points; by default it is called as the package.
     """
     found = {}
-    for module in pkgutil.iter_modules(package.__path__):
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         camel = "".join(map(str.capitalize, module.name.split("_")))
-        found[module.name.replace("_", "-")] = f"{package.__name__}.{module.name}:{camel}"
-    return add_entries(found, package.__name__, plural)
+        found[module.name.replace("_", "-")] = f"{package}.{module.name}:{camel}"
+    return add_entries(found, group or package, plural)
 
 
 def add_entries(found: dict[str, str], group: str, plural: str) -> dict[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffopt import graph
+from diffopt.capture.trace import trace_function
 from diffopt.core import Pass, Pipeline, Record
-from diffopt.program import Program
+from diffopt.ir.printing import format_graph
+from diffopt.ir.program import Program
 
 
 def check_pass(
@@ -24,7 +25,7 @@ def check_pass(
         args: Sample tensors to capture a function with.
         atol: Largest allowed difference of the outputs; the test says why it is not 0.
     """
-    program = model if isinstance(model, Program) else Program.from_function(model, *args)
+    program = model if isinstance(model, Program) else trace_function(model, *args)
     pipeline = Pipeline.parse(step) if isinstance(step, str) else Pipeline((step,))
     result = pipeline.run(program, enforce=False)
     record = Record.from_json(result.history[-1])
@@ -32,4 +33,4 @@ def check_pass(
     assert record.max_abs <= atol, f"{record.text} changed the output by {record.max_abs:.3g}"
     again = Record.from_json(pipeline.run(result, enforce=False).history[-1])
     assert not again.changed, f"{record.text} is not done after one run"
-    return str(result) if result.components else graph.text(result.root), record
+    return str(result) if result.components else format_graph(result.root), record

@@ -26,7 +26,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import diffopt
-from diffopt import bench
+from diffopt.cli import timing
 from diffopt.core import Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ def trace(pipe: Any, steps: int) -> diffopt.Program:
     return diffopt.trace(pipe, prompt=PROMPT, num_inference_steps=steps, generator=generator)
 
 
-def images_of(pipe: Any, steps: int) -> bench.Make:
+def images_of(pipe: Any, steps: int) -> timing.Make:
     """Return the pipeline as a function from a seed to images."""
     return lambda seed: (
         pipe(
@@ -98,7 +98,7 @@ def images_of(pipe: Any, steps: int) -> bench.Make:
 
 def compiled(pipe: Any, mode: str | None) -> Any:
     """Compile the pipeline's denoiser and decoder as its users do."""
-    bench.compile_pipeline(pipe, mode)
+    timing.compile_pipeline(pipe, mode)
     return pipe
 
 
@@ -115,7 +115,7 @@ def speed(make: Callable[[], Any], options: argparse.Namespace, folder: Path) ->
         "engine without passes, cpu": engine(program, "cpu", folder),
     }
     contenders |= {f"engine, {t}": engine(rewritten, t, folder) for t in options.targets}
-    results = bench.measure(contenders, "diffusers, eager", rounds=rounds, report=report)
+    results = timing.measure(contenders, "diffusers, eager", rounds=rounds, report=report)
     return {
         "load before": load,
         "rounds": rounds,
@@ -138,7 +138,7 @@ def speed(make: Callable[[], Any], options: argparse.Namespace, folder: Path) ->
     }
 
 
-def engine(program: diffopt.Program, target: str, folder: Path) -> bench.Make:
+def engine(program: diffopt.Program, target: str, folder: Path) -> timing.Make:
     """Build and load an engine; return it as a function from a seed to images."""
     report(f"building for {target}")
     path = folder / f"{len(list(folder.iterdir()))}.engine"

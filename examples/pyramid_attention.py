@@ -19,11 +19,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffopt
-from diffopt.anatomy import Anatomy
+from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.caching.apply_plan import Loop, Plan
+from diffopt.caching.policy import Part, Policy, branch_values, hold, merge, option
 from diffopt.core import Context
 from diffopt.passes.cache import Cache
-from diffopt.policy import Part, Policy, branch_values, hold, merge, option
-from diffopt.reuse import Loop, Plan
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 
 import diffopt
-from diffopt.hardware import Hardware, hardware
-from diffopt.roofline import roofline
+from diffopt.lowering.hardware import Hardware, hardware
+from diffopt.lowering.roofline import roofline
 
 
 def seconds(run: Callable[[], object], times: int) -> float:

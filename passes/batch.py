@@ -21,10 +21,10 @@ Not rewritten, but refused, is
 
 from dataclasses import dataclass
 
-from diffopt import vectorize
 from diffopt.core import Context, Pass, option
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
+from diffopt.ir.program import Program
+from diffopt.transforms import request_dimension
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,6 @@ class Batch(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite the outer graph and all components that an input reaches."""
-        vectorize.batch_root(program.root, self.max)
+        request_dimension.batch_root(program.root, self.max)
         program.batch = (self.min, self.max)
         ctx.note("requests of a run", f"{self.min} to {self.max}")

@@ -24,12 +24,12 @@ Not rewritten when
 
 from dataclasses import dataclass
 
-from diffopt import plans, reuse, stepmap
-from diffopt.anatomy import anatomy
+from diffopt.analysis.denoiser_structure import anatomy
+from diffopt.caching import apply_plan, reuse_plan, step_map
+from diffopt.caching.policy import Policy, check_fits, policy_names
 from diffopt.core import Context, Pass, option
 from diffopt.errors import DiffoptError
-from diffopt.policy import Policy, check_fits, policy_names
-from diffopt.program import Program
+from diffopt.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,17 @@ class Cache(Pass):
                 "cache wants a policy, as in cache(deepcache,interval=3); there are "
                 f"{', '.join(policy_names())}"
             )
-        loop = reuse.find_loop(program)
+        loop = apply_plan.find_loop(program)
         parts = anatomy(loop.body, loop.changing)
         check_fits(self.policy, loop.name, parts)
         plan = {i: taken for i, taken in self.policy.plan(loop, parts, ctx).items() if taken}
         if not plan:
             ctx.skip(loop.name, f"{self.policy.name} computes everything in every step")
             return
-        steps = plans.schedule(loop, plan)
-        promised = stepmap.predicted(loop, steps)
-        applied = reuse.apply(program, loop, plan)
-        works = stepmap.works(program, loop)
+        steps = reuse_plan.schedule(loop, plan)
+        promised = step_map.predicted(loop, steps)
+        applied = apply_plan.apply(program, loop, plan)
+        works = step_map.works(program, loop)
         self.policy.finish(loop, ctx)
         program.refresh()
         kept = applied.peak_cache_bytes
@@ -74,18 +74,18 @@ class Cache(Pass):
                 f"{self} keeps up to {kept / 2**20:.3g} MB of values for later steps, over "
                 f"max-cache-mb={self.max_cache_mb:g}"
             )
-        works = stepmap.finished(program, loop, works)
+        works = step_map.finished(program, loop, works)
         ctx.note(
             loop.name,
             {
-                "map": stepmap.step_map(loop, steps, works),
-                "legend": stepmap.LEGEND,
+                "map": step_map.step_map(loop, steps, works),
+                "legend": step_map.LEGEND,
                 "flops": {
                     "before": applied.flops_before,
                     "predicted": promised,
-                    "measured": stepmap.measured(program, loop),
+                    "measured": step_map.measured(program, loop),
                 },
-                "bodies": len({str(call.target) for call in stepmap.calls(program, loop)}),
+                "bodies": len({str(call.target) for call in step_map.calls(program, loop)}),
                 "peak cache bytes": kept,
             },
         )

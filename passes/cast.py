@@ -23,8 +23,9 @@ After `cast(bf16,islands=norms)`:
     return %8
 
 Layers and what reads their values change; the pipeline graph, what only leads up to layers or comes
-after the last one, float64 and integers do not (see `diffopt.precision` for the terms). Components
-take and return float32, but for values that go from component to component alone. With
+after the last one, float64 and integers do not (see `diffopt.analysis.dtype_regions` for the
+terms). Components take and return float32, but for values that go from component to component
+alone. With
 `islands=auto` each component runs on a few of its calls, as a whole in the low type and with each
 kind of island in float32, and a kind stays that takes at least `share` off the squared error.
 
@@ -41,14 +42,14 @@ from typing import Any, Literal
 
 import torch
 
-from diffopt.casting import Weights, cast_body, update_calls
+from diffopt.analysis.dtype_regions import Cut, halves, islands, layers, timed_arguments
 from diffopt.core import Context, Pass, option
-from diffopt.crossings import find_crossings
 from diffopt.errors import DiffoptError
-from diffopt.precision import Cut, halves, islands, layers, timed_arguments
-from diffopt.program import Program
-from diffopt.requests import requests
-from diffopt.trials import Chosen, Trial, choose, record
+from diffopt.execution.calibration_inputs import requests
+from diffopt.ir.program import Program
+from diffopt.precision.boundary_dtypes import find_crossings
+from diffopt.precision.cast_body import Weights, cast_body, update_calls
+from diffopt.precision.island_search import Chosen, Trial, choose, record
 
 Islands = Literal["auto", "none", "norms", "softmax", "time", "output"]
 

@@ -40,10 +40,18 @@ float64 and rounded once.
 
 from dataclasses import dataclass
 
-from diffopt import folding, fronts, linears, lora, rewrite, scales
 from diffopt.core import Context, Pass, option
-from diffopt.outline import outline_steps
-from diffopt.program import Program
+from diffopt.ir import nodes
+from diffopt.ir.aliasing import separate_outputs, shared_memory
+from diffopt.ir.program import Program
+from diffopt.transforms import (
+    fold_following,
+    fold_lora,
+    fold_preceding,
+    merge_linears,
+    weight_folding,
+)
+from diffopt.transforms.outline_steps import outline_steps
 
 
 @dataclass(frozen=True)
@@ -65,18 +73,20 @@ class Fuse(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Fold into weights first, so that merged weights are folded ones."""
         counts: dict[str, int] = {}
-        before = rewrite.shared_memory(program)
+        before = shared_memory(program)
         if self.lora:
-            counts["LoRA merged"] = folding.fold_all(program, lora.find_lora, ctx.skip)
+            counts["LoRA merged"] = weight_folding.fold_all(program, fold_lora.find_lora, ctx.skip)
         if self.scales:
-            graphs = rewrite.graphs(program).values()
-            counts["scales combined"] = sum(map(scales.combine_scales, graphs))
-            counts["scales folded"] = folding.fold_all(program, scales.find_scale, ctx.skip)
-            counts |= fronts.fold_fronts(program, ctx.skip)
+            graphs = nodes.graphs(program).values()
+            counts["scales combined"] = sum(map(fold_following.combine_scales, graphs))
+            counts["scales folded"] = weight_folding.fold_all(
+                program, fold_following.find_scale, ctx.skip
+            )
+            counts |= fold_preceding.fold_fronts(program, ctx.skip)
         if self.linears:
             size = self.max_merged_mb << 20
-            counts["linears merged"] = linears.merge_linears(program, size, ctx.skip)
-        rewrite.separate_outputs(program, before)
+            counts["linears merged"] = merge_linears.merge_linears(program, size, ctx.skip)
+        separate_outputs(program, before)
         if self.steps:
             outline_steps(program, ctx)
         for what, count in counts.items():

@@ -29,11 +29,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from diffopt import graph as g
-from diffopt import interface
 from diffopt.core import Context, Pass, option
-from diffopt.program import Program
-from diffopt.tables import add_placeholder, as_row, frontier, is_view, take_rows
+from diffopt.ir import graph as g
+from diffopt.ir.flops import graph_flops, node_flops
+from diffopt.ir.program import Program
+from diffopt.ir.step_tables import add_placeholder, as_row, frontier, is_view, take_rows
+from diffopt.transforms import component_signatures
 
 aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ class Hoist(Pass):
             if len(calls) < 2:
                 ctx.skip(name, "is called once only")
                 continue
-            before = g.flops(program.components[name])
+            before = graph_flops(program.components[name])
             own = {id(t) for _, t in g.named_tensors(program.components[name])}
             moved = self._once(program, name, calls, ctx)
             if self.batch:
@@ -72,7 +73,7 @@ class Hoist(Pass):
                 {
                     "values": moved,
                     "parameters moved": sum(t.numel() for t in weights),
-                    "FLOPs per step": [before, g.flops(body)],
+                    "FLOPs per step": [before, graph_flops(body)],
                 },
             )
 
@@ -97,7 +98,7 @@ class Hoist(Pass):
             value.replace_all_uses_with(taken)
         for call in calls:
             call.args = (*call.args, *results)
-        interface.drop_unread_arguments(program, name)
+        component_signatures.drop_unread_arguments(program, name)
         return len(values)
 
     def _steps(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
@@ -152,7 +153,7 @@ class Hoist(Pass):
                 with program.root.graph.inserting_before(call):
                     row = g.call(program.root.graph, aten.select.int, result, 0, k)
                 call.args = (*call.args, row)
-        interface.drop_unread_arguments(program, name)
+        component_signatures.drop_unread_arguments(program, name)
         return len(values)
 
 
@@ -183,7 +184,7 @@ def _is_cheap(node: fx.Node) -> bool:
 
 def _costs(value: fx.Node, early: set[fx.Node]) -> bool:
     """Tell whether a matrix product or convolution goes into a value."""
-    return any(g.node_flops(n) for n in g.ancestors([value]) & early)
+    return any(node_flops(n) for n in g.ancestors([value]) & early)
 
 
 def _batch(

@@ -11,8 +11,8 @@ After `lengths(max=64)`:
     %2: float32[1,5,2,8] = aten.reshape(%1, [1, -1, 2, 8])
 
 The pipeline is captured again with longer texts, the same passes run on these captures, and what
-differs between them becomes a size that the graph reads from its inputs (see `diffopt.unify`). The
-new program must give what each of these captures gives.
+differs between them becomes a size that the graph reads from its inputs (see
+`diffopt.transforms.token_dimension`). The new program must give what each of these captures gives.
 
 Not rewritten when the pipeline pads or cuts every text to a fixed number of tokens. Refused is
 - a program that is not captured in this run: other texts cannot be captured for a saved one;
@@ -23,15 +23,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffopt import graph as g
-from diffopt import sizes
-from diffopt.check import difference
 from diffopt.core import Context, Pass, Pipeline, option
+from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.host import Call, Processor, places
-from diffopt.program import Program
-from diffopt.sizes import Length
-from diffopt.unify import unify
+from diffopt.host.inputs import Call, Processor, places
+from diffopt.ir import dynamic_sizes
+from diffopt.ir import graph as g
+from diffopt.ir.dynamic_sizes import Length
+from diffopt.ir.printing import format_type
+from diffopt.ir.program import Program
+from diffopt.transforms.token_dimension import unify
 
 SPREADS = ((0, 5), (1, 3))
 """How many tokens beyond the most to capture, and by how many captures differ.
@@ -77,7 +78,9 @@ class Lengths(Pass):
         for capture in captures:
             self._compare(program, capture)
         # The shapes to record are those that the inputs seen at capture give.
-        sizes.propagate(program.root, [g.fake(tensor) for tensor in program.sample], record=True)
+        dynamic_sizes.propagate(
+            program.root, [g.fake(tensor) for tensor in program.sample], record=True
+        )
         ctx.note("tokens", {n.text: f"{n.low} to {n.high}" for n in program.lengths})
 
     def _compare(self, program: Program, capture: Program) -> None:
@@ -86,7 +89,7 @@ class Lengths(Pass):
         largest, _ = difference(program.run(capture.sample), expected)
         scale = max((float(t.abs().max()) for t in expected if t.numel()), default=0.0)
         if not largest <= self.atol + self.rtol * scale:
-            shapes = ", ".join(g.type_text(t) for t in capture.sample)
+            shapes = ", ".join(format_type(t) for t in capture.sample)
             raise ToleranceError(
                 f"{self} changed the output by {largest:.3g} for other texts, with inputs {shapes}"
             )
@@ -105,7 +108,7 @@ def _rewrite(
             if len({str(capture.host.to_json()["steps"]) for capture in captures}) > 1:
                 raise DiffoptError("what is drawn or tokenized differs for texts of other lengths")
             root, guards = unify(captures)
-            found = sizes.lengths(captures, grown)
+            found = dynamic_sizes.lengths([p.root for p in captures], grown)
         except DiffoptError as error:
             errors.append(error)
             continue

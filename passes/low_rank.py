@@ -37,14 +37,18 @@ from typing import Literal
 
 from torch import Tensor, fx
 
-from diffopt import calibrate, factoring, qdq, quantizer, rewrite, transforms
-from diffopt import graph as g
+from diffopt.analysis.scope import Scope, boundary_weights, choose_scope
 from diffopt.core import Context, Pass, option
+from diffopt.core.module_filter import Patterns
 from diffopt.errors import DiffoptError
-from diffopt.factoring import Spectrum
-from diffopt.patterns import Patterns
-from diffopt.program import Program
-from diffopt.requests import representative
+from diffopt.execution import trajectories
+from diffopt.execution.calibration_inputs import representative
+from diffopt.ir import graph as g
+from diffopt.ir import nodes, qdq
+from diffopt.ir.program import Program
+from diffopt.pruning import low_rank_factors
+from diffopt.pruning.low_rank_factors import Spectrum
+from diffopt.quantization import layer_preparation, quantize_body
 
 ENERGY = 0.9
 """What is kept where neither `rank` nor `energy` is given."""
@@ -98,9 +102,9 @@ class LowRank(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Find layers, calibrate, choose ranks, and write two layers for each."""
-        scope = quantizer.choose(program, self.components)
+        scope = choose_scope(program, self.components)
         for name in scope.calls:
-            transforms.as_linears(program.components[name])
+            layer_preparation.as_linears(program.components[name])
             g.prune_unused(program.components[name])  # what read weights before counts no more
         todo = self._layers(program, scope, ctx)
         moments = self._moments(program, scope, todo, ctx) if self.data else {}
@@ -108,24 +112,24 @@ class LowRank(Pass):
         before = after = 0
         for index, (key, uses) in enumerate(todo.items()):
             component, layer = uses[0]
-            path = f"{component}.{quantizer.module(layer.node)}"
+            path = f"{component}.{quantize_body.module(layer.node)}"
             ctx.progress(f"low-rank: {path}", index / len(todo))
-            weight = rewrite.stored(program.components[component], layer.weight)
+            weight = nodes.stored(program.components[component], layer.weight)
             assert weight is not None
             if not bool(weight.isfinite().all()):
                 raise DiffoptError(f"the weight of {path} has values that are not finite")
             found = self._spectrum(layer, weight, moments.get(key))
-            rank = self._rank(found, factoring.cost(layer, found.form))
-            most = min(factoring.cost(own, found.form).most for _, own in uses)
+            rank = self._rank(found, low_rank_factors.cost(layer, found.form))
+            most = min(low_rank_factors.cost(own, found.form).most for _, own in uses)
             if rank > most:
                 ctx.skip(path, f"rank {rank} saves nothing: it has to be {most} or less")
                 continue
-            both = factoring.factors(found, rank, weight.dtype)
+            both = low_rank_factors.factors(found, rank, weight.dtype)
             for name, own in uses:
-                factoring.place(program.components[name], own, found.form, *both)
+                low_rank_factors.place(program.components[name], own, found.form, *both)
             before += weight.numel()
             after += sum(tensor.numel() for tensor in both)
-            full = factoring.full_rank(weight)
+            full = low_rank_factors.full_rank(weight)
             form = f" ({found.form})" if layer.convolution else ""
             ranks[path] = f"{rank} of {full}{form}, keeps {found.kept(rank):.1%}"
         ctx.note("ranks", ranks)
@@ -135,17 +139,19 @@ class LowRank(Pass):
 
     def _spectrum(self, layer: qdq.Layer, weight: Tensor, moments: Tensor | None) -> Spectrum:
         """Decompose a weight in the form that keeps most for its FLOPs, or costs least."""
-        allowed = [f for f in factoring.forms(layer) if self.form in ("auto", f)]
-        found = [factoring.spectrum(weight, form, moments) for form in allowed or ["channel"]]
+        allowed = [f for f in low_rank_factors.forms(layer) if self.form in ("auto", f)]
+        found = [
+            low_rank_factors.spectrum(weight, form, moments) for form in allowed or ["channel"]
+        ]
 
         def merit(one: Spectrum) -> float:
-            cost = factoring.cost(layer, one.form)
+            cost = low_rank_factors.cost(layer, one.form)
             rank = self._rank(one, cost)
             return -rank * cost.flops if self.rank is None else one.kept(rank)
 
         return max(found, key=merit)
 
-    def _rank(self, found: Spectrum, cost: factoring.Cost) -> int:
+    def _rank(self, found: Spectrum, cost: low_rank_factors.Cost) -> int:
         """Return the rank of a weight in a form."""
         full = min(found.shape[0], cost.whole_parameters // found.shape[0])
         if self.rank is None:
@@ -157,29 +163,29 @@ class LowRank(Pass):
             rank = max(1, round(self.rank * full * channel / cost.parameters))
         return min(-(-rank // self.multiple) * self.multiple, len(found.energy))
 
-    def _layers(
-        self, program: Program, scope: quantizer.Scope, ctx: Context
-    ) -> dict[int, list[Use]]:
+    def _layers(self, program: Program, scope: Scope, ctx: Context) -> dict[int, list[Use]]:
         """Return the layers to factor, by their weight's identity."""
-        ends = {id(t) for t in ([] if self.ends else quantizer.ends(program, scope))}
+        ends = {id(t) for t in ([] if self.ends else boundary_weights(program, scope))}
         patterns = Patterns(self.layers, self.skip)
         found: dict[int, list[Use]] = {}
         for name in scope.calls:
             gm = program.components[name]
             for layer in qdq.layers(gm):
-                path = quantizer.module(layer.node)
+                path = quantize_body.module(layer.node)
                 if not patterns.wants(name, path):
                     continue
-                weight = rewrite.stored(gm, layer.weight)
+                weight = nodes.stored(gm, layer.weight)
                 if reason := self._refused(layer, weight, ends):
                     ctx.skip(f"{name}.{path}", reason)
                 else:
                     found.setdefault(id(weight), []).append((name, layer))
         patterns.check("layer", scope.calls)
-        uses = rewrite.weight_uses(program)
+        uses = nodes.weight_uses(program)
         for key in [key for key, own in found.items() if len(own) != uses[key]]:
             name, layer = found.pop(key)[0]
-            ctx.skip(f"{name}.{quantizer.module(layer.node)}", "its weight is also used elsewhere")
+            ctx.skip(
+                f"{name}.{quantize_body.module(layer.node)}", "its weight is also used elsewhere"
+            )
         return found
 
     def _refused(self, layer: qdq.Layer, weight: Tensor | None, ends: set[int]) -> str | None:
@@ -187,7 +193,7 @@ class LowRank(Pass):
             return "its weight is quantized: run low-rank before quantize"
         if id(weight) in ends:
             return "one of the first or the last layers"
-        forms = factoring.forms(layer)
+        forms = low_rank_factors.forms(layer)
         if not forms:
             return "it is a convolution in groups"
         if qdq.activation(layer.x) is not None:
@@ -197,7 +203,7 @@ class LowRank(Pass):
     def _moments(
         self,
         program: Program,
-        scope: quantizer.Scope,
+        scope: Scope,
         todo: Mapping[int, Sequence[Use]],
         ctx: Context,
     ) -> dict[int, Tensor]:
@@ -213,10 +219,10 @@ class LowRank(Pass):
         rows = collections.Counter[int]()
         for index, tensors in enumerate(inputs):
             ctx.progress("low-rank: calibrating", index / len(inputs))
-            for visit in calibrate.steps(program, at, tensors, readers):
+            for visit in trajectories.steps(program, at, tensors, readers):
                 for node, value in visit.values.items():
                     for key, layer in readers[node]:
-                        own, count = factoring.second_moments(layer, value)
+                        own, count = low_rank_factors.second_moments(layer, value)
                         found[key] = found[key] + own if key in found else own
                         rows[key] += count
         return {key: own for key, own in found.items() if rows[key] >= ENOUGH * len(own)}

@@ -43,15 +43,17 @@ from typing import Literal
 import torch
 from torch import fx
 
-from diffopt import quantizer, tokens
-from diffopt.axes import Unfit
+from diffopt.analysis.axes import Unfit
+from diffopt.analysis.scope import choose_scope
 from diffopt.core import Context, Pass, option
+from diffopt.core.module_filter import Patterns
 from diffopt.errors import DiffoptError
-from diffopt.patterns import Patterns
-from diffopt.program import Program
-from diffopt.tokens import Site
+from diffopt.ir.program import Program
+from diffopt.quantization import quantize_body
+from diffopt.transforms import token_merging
+from diffopt.transforms.token_merging import Site
 
-MOST = 1 - 1 / tokens.CELL**2
+MOST = 1 - 1 / token_merging.CELL**2
 """The share of tokens that are no destinations."""
 
 
@@ -83,7 +85,7 @@ class MergeTokens(Pass):
         if not 0 <= self.ratio <= MOST:
             raise DiffoptError(
                 f"merge-tokens has ratio={self.ratio:g}; write a number from 0 to {MOST:g}: one"
-                f" token in {tokens.CELL**2} is what others are merged into"
+                f" token in {token_merging.CELL**2} is what others are merged into"
             )
         if self.levels < 0 or self.tokens < 0:
             raise DiffoptError("merge-tokens wants levels and tokens to be 0 or more")
@@ -92,7 +94,7 @@ class MergeTokens(Pass):
         """Find the attentions of every component, and merge in those with most tokens."""
         if self.ratio == 0:
             return
-        scope = quantizer.choose(program, self.components)
+        scope = choose_scope(program, self.components)
         patterns = Patterns(self.layers, self.skip)
         merged: dict[str, str] = {}
         for name in scope.calls:
@@ -101,12 +103,12 @@ class MergeTokens(Pass):
             sizes = sorted({site.count for site in sites}, reverse=True)
             least = sizes[: self.levels or None][-1] if sizes else 0
             for number, site in enumerate(sites):
-                path = f"{name}.{quantizer.module(site.attention)}"
-                gone = tokens.merged_count(site.grid, self.ratio)
+                path = f"{name}.{quantize_body.module(site.attention)}"
+                gone = token_merging.merged_count(site.grid, self.ratio)
                 if site.count < max(least, self.tokens) or not gone:
                     ctx.skip(path, f"it has {site.count} tokens, too few")
                     continue
-                tokens.merge(gm, site, gone, self._into(site, ctx.seed + number))
+                token_merging.merge(gm, site, gone, self._into(site, ctx.seed + number))
                 shape = " x ".join(map(str, site.grid))
                 merged[path] = f"{shape} tokens, {site.count - gone} left"
         patterns.check("attention", scope.calls)
@@ -117,16 +119,16 @@ class MergeTokens(Pass):
     def _sites(self, name: str, gm: fx.GraphModule, patterns: Patterns, ctx: Context) -> list[Site]:
         """Return the attentions to merge in, all of which are found before any is changed."""
         found = []
-        for node in gm.graph.find_nodes(op="call_function", target=tokens.ATTENTION):
-            path = quantizer.module(node)
+        for node in gm.graph.find_nodes(op="call_function", target=token_merging.ATTENTION):
+            path = quantize_body.module(node)
             if not patterns.wants(name, path):
                 continue
             try:
-                found.append(tokens.find_site(node, self.merge == "all"))
+                found.append(token_merging.find_site(node, self.merge == "all"))
             except Unfit as reason:
                 ctx.skip(f"{name}.{path}", str(reason))
         return found
 
     def _into(self, site: Site, seed: int) -> torch.Tensor:
         random = torch.Generator().manual_seed(seed) if self.choice == "random" else None
-        return tokens.destinations(site.grid, random)
+        return token_merging.destinations(site.grid, random)

@@ -46,22 +46,23 @@ from typing import Literal
 
 from torch import Tensor
 
-from diffopt import depth, quantizer, removal, shares
-from diffopt.ablation import FEW, Ablation
+from diffopt.analysis.scope import boundary_weights, choose_scope
 from diffopt.core import Context, Pass, Size, option
-from diffopt.coupling import KINDS, Coupling, Group, Unit, couple
+from diffopt.core.module_filter import Patterns
 from diffopt.errors import DiffoptError
-from diffopt.importance import Method, importance
-from diffopt.patterns import Patterns
-from diffopt.program import Program
-from diffopt.pruning import Scope, least, unit_scores
-from diffopt.requests import representative
-from diffopt.sparsity import sparsify
+from diffopt.execution.calibration_inputs import representative
+from diffopt.ir.program import Program
+from diffopt.pruning import block_removal, ratio_search, removal
+from diffopt.pruning.ablation import FEW, Ablation
+from diffopt.pruning.coupling import KINDS, Coupling, Group, Unit, couple
+from diffopt.pruning.importance import Method, importance
+from diffopt.pruning.selection import Scope, least, unit_scores
+from diffopt.transforms.sparsity_2_4 import sparsify
 
 What = Literal["channels", "heads", "dims", "mlp", "blocks", "all", "2:4", "auto"]
 
 RATIO = 0.3
-MOST = shares.SHARES[-1]
+MOST = ratio_search.SHARES[-1]
 SKIPPED = "layers and skip leave it alone"
 _PARTLY = "layers and skip leave some of the layers alone that go together"
 
@@ -129,10 +130,10 @@ class Prune(Pass):
             return "prune(auto) wants the part of the FLOPs to leave: write prune(auto,flops=0.7)"
         if not 0 < self.flops < 1:
             return f"prune has flops={self.flops:g}; write the part to leave, between 0 and 1"
-        if not shares.SHARES[0] <= self.most < 1:
+        if not ratio_search.SHARES[0] <= self.most < 1:
             return (
                 f"prune has most={self.most:g}; write the largest share that a group may lose,"
-                f" from {shares.SHARES[0]:g} to below 1"
+                f" from {ratio_search.SHARES[0]:g} to below 1"
             )
         if self.ratio != RATIO or self.ratios or self.scope != "layer":
             return "prune(auto) chooses the shares itself: leave ratio, ratios and scope out"
@@ -168,7 +169,7 @@ class Prune(Pass):
             else:
                 inputs = representative(str(self), program, ctx.prompts, FEW, ctx.seed)
                 bench = Ablation(program, coupling, names, inputs)
-                found = shares.choose(
+                found = ratio_search.choose(
                     bench, groups, scores, self.flops, self.most, self.round_to, ctx.progress
                 )
                 units = found.units
@@ -187,7 +188,7 @@ class Prune(Pass):
     ) -> None:
         """Remove that share of the residual blocks which matters least."""
         patterns = Patterns(self.layers, self.skip)
-        found = depth.residual_blocks(program, names)
+        found = block_removal.residual_blocks(program, names)
         blocks = []
         for block in found:
             if not patterns.wants(*_split(block.name)):
@@ -205,14 +206,14 @@ class Prune(Pass):
             raise DiffoptError(
                 f"ratio={self.ratio:g} of {len(blocks)} blocks is all of them; ask for less"
             )
-        blocks.sort(key=lambda block: depth.block_score(block, measured))
-        depth.remove_blocks(blocks[:count])
+        blocks.sort(key=lambda block: block_removal.block_score(block, measured))
+        block_removal.remove_blocks(blocks[:count])
         ctx.note("blocks", {"of": len(found), "removed": [b.name for b in blocks[:count]]})
 
     def _sparsify(self, program: Program, names: Sequence[str], ctx: Context) -> None:
         """Make the weights that are left 2:4 sparse, but for those of the first and last layers."""
-        scope = quantizer.choose(program, self.components)
-        ends = {id(tensor) for tensor in quantizer.ends(program, scope)}
+        scope = choose_scope(program, self.components)
+        ends = {id(tensor) for tensor in boundary_weights(program, scope)}
         patterns = Patterns(self.layers, self.skip)
         measured = self._importance(program, names, ctx)
         done = sparsify(program, names, patterns.wants, ctx.skip, measured, ends)
@@ -288,7 +289,7 @@ class Prune(Pass):
 
 def chosen(program: Program, wanted: Sequence[str]) -> list[str]:
     """Return the names of the components to prune."""
-    scope = quantizer.choose(program, wanted)
+    scope = choose_scope(program, wanted)
     return list(scope.loop if tuple(wanted) == ("loop",) else scope.calls)
 
 

@@ -43,15 +43,17 @@ from typing import Any, Literal
 
 from torch import Tensor, fx
 
-from diffopt import automatic, qdq, quantizer, ranges, rewrite, transforms
+from diffopt.analysis.scope import Scope, boundary_weights, choose_scope
 from diffopt.core import Context, Pass, option
+from diffopt.core.module_filter import Patterns
 from diffopt.errors import DiffoptError
-from diffopt.patterns import Patterns
-from diffopt.program import Program
-from diffopt.quantizer import Activations, Format, Formats, Range, Scope, Store, choose
-from diffopt.requests import representative, requests
-from diffopt.shared import Shared
-from diffopt.simulate import Simulator
+from diffopt.execution.calibration_inputs import representative, requests
+from diffopt.ir import nodes, qdq
+from diffopt.ir.program import Program
+from diffopt.quantization import format_search, layer_preparation, quantize_body, ranges
+from diffopt.quantization.quantize_body import Activations, Format, Formats, Range, Store
+from diffopt.quantization.simulate import Simulator
+from diffopt.quantization.tensor_memo import Shared
 
 HELD_SEED = 1 << 20
 """How far the seeds of requests that formats are tried on are from those of calibration."""
@@ -96,7 +98,7 @@ class Quantize(Pass):
         None, "largest relative error that the pass may add; auto: 0.02 by default"
     )
     formats: tuple[str, ...] = option(("int8", "int4"), "what auto chooses from")
-    goal: automatic.Goal = option(  # noqa: RUF009 (a string)
+    goal: format_search.Goal = option(  # noqa: RUF009 (a string)
         "both", "what auto makes little of: size, speed, both"
     )
 
@@ -114,21 +116,23 @@ class Quantize(Pass):
             )
         if self.format == "auto" and self.samples == 0:
             raise DiffoptError("auto measures what formats cost: ask for samples=1 or more")
-        automatic.columns(self.formats, self.activations)
+        format_search.columns(self.formats, self.activations)
         for text in self.keep:
             read_steps(text, 1 << 30)
 
     def run(self, program: Program, ctx: Context) -> None:
         """Choose layers, make them easier to quantize, calibrate, and write Q/DQ."""
-        scope = choose(program, self.components)
+        scope = choose_scope(program, self.components)
         for name in scope.calls:
-            transforms.as_linears(program.components[name])
+            layer_preparation.as_linears(program.components[name])
         shared, store, report = Shared(), Store(self.scale), ctx.progress
         notes: dict[str, Any] = {}
         if self.split:
             bodies = [program.components[name] for name in scope.loop]
-            notes["layers split"] = sum(transforms.split_concats(gm, shared) for gm in bodies)
-        scope = quantizer.keep_steps(program, scope, self._kept(scope))
+            notes["layers split"] = sum(
+                layer_preparation.split_concats(gm, shared) for gm in bodies
+            )
+        scope = quantize_body.keep_steps(program, scope, self._kept(scope))
         formats = self._formats(program, scope, ctx)
         needs = self.activations == "static" or self.smooth or self.rounding != "nearest"
         needs |= self.format == "auto"
@@ -136,33 +140,33 @@ class Quantize(Pass):
         if needs:
             inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
         if self.smooth:
-            notes["layers smoothed"] = transforms.smooth_layers(
+            notes["layers smoothed"] = layer_preparation.smooth_layers(
                 program, scope, formats, inputs, self.scale, shared, report
             )
         if self.rank:
-            notes["branches"] = transforms.branch_layers(
+            notes["branches"] = layer_preparation.branch_layers(
                 program, scope, formats, self.rank, self.scale, shared, report
             )
             if not notes["branches"]:
                 wanted = f"a branch of rank {self.rank} wants {4 * self.rank} inputs and outputs"
                 ctx.skip("rank", f"{wanted}, which no weight has")
-        found, groups = quantizer.calibrated(
+        found, groups = quantize_body.calibrated(
             program, scope, formats, inputs, self.observer, self.groups, report
         )
         if self.format == "auto":
             formats, notes["auto"] = self._chosen(program, scope, formats, found, inputs, ctx)
         if self.rounding == "adaround":
-            notes["rounding learned"] = quantizer.learn_rounding(
+            notes["rounding learned"] = quantize_body.learn_rounding(
                 program, scope, formats, found, inputs, store, ctx.seed, report
             )
         for name, own in formats.items():
             at = scope.calls[name]
-            quantizer.quantize_body(program, name, own, at, found.get(name), store)
+            quantize_body.quantize_body(program, name, own, at, found.get(name), store)
         read = self._tables(program, scope)
         for name, node in read:
             # A row is what it is: no sum over inputs averages the errors of 4 bits.
             how = self._weights(is_beside=True)
-            quantizer.quantize_table(program.components[name], node, how, store)
+            quantize_body.quantize_table(program.components[name], node, how, store)
         notes["tables"] = len(read)
         notes["layers"] = {name: len(own) for name, own in formats.items()}
         notes["groups of steps"] = {n: [len(group) for group in own] for n, own in groups.items()}
@@ -182,14 +186,14 @@ class Quantize(Pass):
     ) -> tuple[Formats, dict[str, Any]]:
         """Return the formats of layers within the budget, and what they were chosen by."""
         store = Store(self.scale)
-        held = requests(program, ctx.prompts, automatic.HELD, ctx.seed + HELD_SEED)
-        return automatic.choose(
+        held = requests(program, ctx.prompts, format_search.HELD, ctx.seed + HELD_SEED)
+        return format_search.choose(
             Simulator(program, scope, found, store),
             {name: list(own) for name, own in formats.items()},
-            automatic.columns(self.formats, self.activations, self.group),
+            format_search.columns(self.formats, self.activations, self.group),
             self.goal,
-            automatic.BUDGET if ctx.budget is None else ctx.budget,
-            inputs[: automatic.FEW],
+            format_search.BUDGET if ctx.budget is None else ctx.budget,
+            inputs[: format_search.FEW],
             [list(ctx.inputs), *held],
             store,
             ctx.progress,
@@ -205,20 +209,20 @@ class Quantize(Pass):
 
     def _formats(self, program: Program, scope: Scope, ctx: Context) -> Formats:
         """Return the format of each layer to quantize, by component."""
-        ends = [] if self.ends else quantizer.ends(program, scope)
+        ends = [] if self.ends else boundary_weights(program, scope)
         patterns = Patterns(self.layers, self.skip)
         formats: Formats = {}
         for name in scope.calls:
             body, own = program.components[name], dict[fx.Node, Format]()
             for layer in qdq.layers(body):
-                module = quantizer.module(layer.node)
+                module = quantize_body.module(layer.node)
                 path = f"{name}.{module}"
                 if not patterns.wants(name, module):
                     continue
                 if layer.weight.op != "get_attr":
                     ctx.skip(path, "its weight is quantized already")
                 elif name in scope.loop and any(
-                    rewrite.stored(body, layer.weight) is t for t in ends
+                    nodes.stored(body, layer.weight) is t for t in ends
                 ):
                     ctx.skip(path, "one of the first or the last layers")
                 else:
@@ -239,8 +243,8 @@ class Quantize(Pass):
         return [
             (name, node)
             for name in (scope.calls if self.tables else ())
-            for node in quantizer.readers_of_tables(program.components[name])
-            if patterns.wants(name, quantizer.module(node))
+            for node in quantize_body.readers_of_tables(program.components[name])
+            if patterns.wants(name, quantize_body.module(node))
         ]
 
     def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:
@@ -258,7 +262,7 @@ class Quantize(Pass):
             return Format("int8", "none")
         group = self.group or None
         if self.group is None and self.format == "int4":
-            group = quantizer.INT4_GROUP
+            group = quantize_body.INT4_GROUP
         return Format(self.format, "none", group)
 
 

@@ -35,12 +35,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from diffopt import quantizer, recovery
+from diffopt.analysis.scope import Scope, choose_scope
 from diffopt.core import Context, Pass, option
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
-from diffopt.requests import representative
-from diffopt.workers import Workers
+from diffopt.execution.calibration_inputs import representative
+from diffopt.ir.program import Program
+from diffopt.training import distill
+from diffopt.training.distributed import Workers
 
 LEAST, MOST = 16, 512
 """How many requests are sampled where it is not said: with too few, what is learnt is these."""
@@ -94,17 +95,17 @@ class Recover(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Train, and note what came of it."""
         reference = self._reference(ctx)
-        scope = quantizer.choose(program, self.components)
+        scope = choose_scope(program, self.components)
         names = scope.loop if self.components == ("loop",) else list(scope.calls)
         samples = self.samples or self._enough(scope, names)
         inputs = representative(str(self), program, ctx.prompts, samples, ctx.seed)
         began = time.perf_counter()
-        outcome = recovery.recover(
+        outcome = distill.recover(
             program,
             reference,
             inputs,
             names,
-            recovery.Settings(
+            distill.Settings(
                 self.steps,
                 self.lr,
                 self.batch,
@@ -134,7 +135,7 @@ class Recover(Pass):
         ctx.note("blocks matched", outcome.features)
         ctx.note("seconds", time.perf_counter() - began)
 
-    def _enough(self, scope: quantizer.Scope, names: Sequence[str]) -> int:
+    def _enough(self, scope: Scope, names: Sequence[str]) -> int:
         """Return how many requests have so many calls that each is drawn about once."""
         calls = sum(len(scope.calls[name]) for name in names)
         return min(max(LEAST, -(-self.steps * self.batch // max(1, calls))), MOST)

@@ -30,10 +30,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from diffopt import constants, interface, noops, rewrite
-from diffopt import graph as g
 from diffopt.core import Context, Pass, option
-from diffopt.program import Program
+from diffopt.ir import graph as g
+from diffopt.ir import nodes
+from diffopt.ir.aliasing import separate_outputs, shared_memory
+from diffopt.ir.cse import share_equal_nodes
+from diffopt.ir.program import Program
+from diffopt.transforms import canonicalize, component_signatures, constant_folding
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Simplify(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Apply all rules until none applies."""
-        before = rewrite.shared_memory(program)
+        before = shared_memory(program)
         totals: dict[str, int] = {}
         contents: dict[int, tuple[Tensor, object]] = {}
         reasons: dict[str, tuple[fx.Node | str, str]] = {}
@@ -59,7 +62,7 @@ class Simplify(Pass):
                 totals[what] = totals.get(what, 0) + count
             if not any(counts.values()):
                 break
-        rewrite.separate_outputs(program, before)
+        separate_outputs(program, before)
         for where, reason in reasons.values():
             ctx.skip(where, reason)
         for what, count in totals.items():
@@ -74,7 +77,7 @@ class Simplify(Pass):
     ) -> dict[str, int]:
         """Apply every rule once; return how often each did something."""
         counts = dict.fromkeys(["no-ops", "views", "equal nodes", "constants"], 0)
-        for name, gm in rewrite.graphs(program).items():
+        for name, gm in nodes.graphs(program).items():
 
             def skip(node: fx.Node, reason: str, name: str = name) -> None:
                 where = f"{name}.{node.name}" if name else node.name
@@ -87,20 +90,24 @@ class Simplify(Pass):
             idle, views = _drop_idle(gm, apart)
             counts["no-ops"] += idle
             counts["views"] += views
-            counts["constants"] += constants.fold(gm, self.max_constant_mb << 20, apart, skip)
+            counts["constants"] += constant_folding.fold(
+                gm, self.max_constant_mb << 20, apart, skip
+            )
             g.prune_unused(gm)
-            counts["equal nodes"] += rewrite.share_equal_nodes(gm, apart)
-        counts["equal constants"] = constants.share_equal_constants(program, contents)
+            counts["equal nodes"] += share_equal_nodes(gm, apart)
+        counts["equal constants"] = constant_folding.share_equal_constants(program, contents)
         names = list(program.components)
-        counts["outputs"] = sum(interface.trim_outputs(program, name) for name in names)
-        counts["arguments"] = sum(interface.trim_arguments(program, name) for name in names)
-        counts["components"] = interface.merge_equal_components(program)
+        counts["outputs"] = sum(component_signatures.trim_outputs(program, name) for name in names)
+        counts["arguments"] = sum(
+            component_signatures.trim_arguments(program, name) for name in names
+        )
+        counts["components"] = component_signatures.merge_equal_components(program)
         return counts
 
 
 def _copies_of_outputs(gm: fx.GraphModule) -> set[fx.Node]:
     """Return the outputs that are copies without which an output would share memory."""
-    return {n for n in g.outputs(gm) if noops.keeps_output_apart(gm, n)}
+    return {n for n in g.outputs(gm) if canonicalize.keeps_output_apart(gm, n)}
 
 
 def _drop_idle(gm: fx.GraphModule, keep: set[fx.Node]) -> tuple[int, int]:
@@ -109,10 +116,10 @@ def _drop_idle(gm: fx.GraphModule, keep: set[fx.Node]) -> tuple[int, int]:
     for node in list(gm.graph.nodes):
         if node in keep:
             continue
-        if (source := noops.unchanged(gm, node)) is not None:
-            rewrite.replace(node, source)
+        if (source := canonicalize.unchanged(gm, node)) is not None:
+            nodes.replace(node, source)
             idle += 1
-        elif (source := noops.collapse(gm, node)) is not None:
-            rewrite.replace(node, source)
+        elif (source := canonicalize.collapse(gm, node)) is not None:
+            nodes.replace(node, source)
             views += 1
     return idle, views

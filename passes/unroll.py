@@ -22,11 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from diffopt import graph as g
-from diffopt import interface, rewrite, sampler
 from diffopt.core import Context, Pass, option
-from diffopt.program import Program
-from diffopt.tables import as_row, first_after_arguments, frontier, pass_rows, take_rows
+from diffopt.ir import graph as g
+from diffopt.ir.aliasing import separate_outputs, shared_memory
+from diffopt.ir.program import Program
+from diffopt.ir.step_tables import as_row, first_after_arguments, frontier, pass_rows, take_rows
+from diffopt.transforms import component_signatures, resample
 
 aten = torch.ops.aten
 
@@ -47,11 +48,11 @@ class Unroll(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Re-sample where asked to, then fold."""
         if not self.is_exact():
-            sampler.resample(program, ctx, self.steps, self.scheduler, self.spacing)
-        before = rewrite.shared_memory(program)
+            resample.resample(program, ctx, self.steps, self.scheduler, self.spacing)
+        before = shared_memory(program)
         for name in list(program.components):
             self._fold(program, name, ctx)
-        rewrite.separate_outputs(program, before)
+        separate_outputs(program, before)
 
     def _fold(self, program: Program, name: str, ctx: Context) -> None:
         calls, body = program.calls(name), program.components[name]
@@ -81,7 +82,7 @@ class Unroll(Pass):
         for members in groups:
             table = [as_row([stored[m][c] for m in members]) for c in range(len(calls))]
             pass_rows(program.root, calls, table, f"{name}_table")
-        interface.drop_unread_arguments(program, name)
+        component_signatures.drop_unread_arguments(program, name)
         ctx.note(name, {"calls": len(calls), "values in tables": len(varying), "table bytes": size})
 
 

@@ -25,15 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import aoti, cachedir, lowering, onednn, qdq, setup
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
-from diffopt.hardware import Hardware, hardware
-from diffopt.lowering import elsewhere, free_sizes, identity, machine, source
-from diffopt.program import Program
-from diffopt.runtime import Body, lay_out
-from diffopt.sizes import Bounds
-from diffopt.target import Image, Lowered, Target, option
+from diffopt.ir import qdq
+from diffopt.ir.dynamic_sizes import Bounds
+from diffopt.ir.program import Program
+from diffopt.lowering import aoti, compile_inputs, load_time_graph, onednn
+from diffopt.lowering.compile_inputs import elsewhere, free_sizes, identity, machine, source
+from diffopt.lowering.executor import Body, lay_out
+from diffopt.lowering.hardware import Hardware, hardware
+from diffopt.lowering.target import Image, Lowered, Target, option
+from diffopt.storage import disk_cache
 
 # What a compiler told to use all of this CPU may emit instructions of.
 _ISA = ("avx", "amx", "fma", "bmi", "sse4", "f16c", "sha", "vaes", "gfni", "sve", "asimd", "i8mm")
@@ -103,7 +105,7 @@ class Cpu(Target):
                 count,
             )
         free = free_sizes(program)
-        keys = {name: cachedir.key(self._key(gm, free.get(name))) for name, gm in bodies.items()}
+        keys = {name: disk_cache.key(self._key(gm, free.get(name))) for name, gm in bodies.items()}
         done: dict[str, dict[str, bytes]] = {}
 
         def report(name: str, members: dict[str, bytes], how: str) -> None:
@@ -113,14 +115,14 @@ class Cpu(Target):
 
         missing = {}
         for name, gm in bodies.items():
-            if (found := cachedir.get(keys[name])) is None:
+            if (found := disk_cache.get(keys[name])) is None:
                 missing[name] = gm
             else:
                 report(name, found, "from the cache")
         if missing:
             progress(f"compiling {', '.join(missing)}", len(done) / len(bodies))
         for name, members, seconds in self._compile(missing, free):
-            cachedir.put(keys[name], members)
+            disk_cache.put(keys[name], members)
             report(name, members, f"compiled in {seconds:.1f} s")
         members = {f"{n}.{kind}": done[n][kind] for n in bodies for kind in done[n]}
         if lowered.setup.takes:
@@ -152,7 +154,7 @@ class Cpu(Target):
         further: dict[str, list[Tensor]] = {}
         if _SETUP in image.members:
             data = json.loads(bytes(image.members[_SETUP]))
-            further = setup.run_setup(data, partial(_weight, image))
+            further = load_time_graph.run_setup(data, partial(_weight, image))
         return {name: self._load(name, image, further.get(name, [])) for name in image.graphs}
 
     def _load(self, name: str, image: Image, further: list[Tensor]) -> Body:
@@ -256,4 +258,6 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the lowering, which decides what comes out of the compiler."""
-    return source((aoti.__file__, lowering.__file__, onednn.__file__, setup.__file__))
+    return source(
+        (aoti.__file__, compile_inputs.__file__, onednn.__file__, load_time_graph.__file__)
+    )

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from diffopt import aoti, cuda, qdq
-from diffopt.deferred import Deferred, Package
-from diffopt.sizes import Bounds
-from diffopt.target import option
+from diffopt.ir import qdq
+from diffopt.ir.dynamic_sizes import Bounds
+from diffopt.lowering import aoti, cuda_runtime
+from diffopt.lowering.device_compilation import Deferred, Package
+from diffopt.lowering.target import option
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -43,7 +44,7 @@ class Cuda(Deferred):
     def package(self, gm: fx.GraphModule, sizes: Bounds) -> Package:
         """Compile a component, which gets its weights when it is loaded."""
         with _attention(self.attention):
-            return Package(aoti.compile_package(gm, self._inductor(), sizes, cuda.DEVICE))
+            return Package(aoti.compile_package(gm, self._inductor(), sizes, cuda_runtime.DEVICE))
 
     def settings(self) -> dict[str, Any]:
         """Return the configuration of the compiler, and whose kernels it is to prefer."""

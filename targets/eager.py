@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from diffopt.core import Progress
-from diffopt.program import Program
-from diffopt.runtime import Body
-from diffopt.target import Image, Lowered, Target
+from diffopt.ir.program import Program
+from diffopt.lowering.executor import Body
+from diffopt.lowering.target import Image, Lowered, Target
 
 
 @dataclass(frozen=True)

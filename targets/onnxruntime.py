@@ -21,18 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import diffopt.onnx
-from diffopt import cachedir, serialize
-from diffopt import graph as g
+import diffopt.lowering.onnx
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
-from diffopt.hardware import Hardware, hardware
-from diffopt.lowering import elsewhere, free_sizes, identity, source
-from diffopt.onnx import NEEDS, export, lacks, require
-from diffopt.program import Program
-from diffopt.runtime import Body
-from diffopt.sizes import Bounds
-from diffopt.target import Image, Lowered, Target, option
+from diffopt.ir import graph as g
+from diffopt.ir import serialize
+from diffopt.ir.dynamic_sizes import Bounds
+from diffopt.ir.program import Program
+from diffopt.lowering.compile_inputs import elsewhere, free_sizes, identity, source
+from diffopt.lowering.executor import Body
+from diffopt.lowering.hardware import Hardware, hardware
+from diffopt.lowering.onnx import NEEDS, export, lacks, require
+from diffopt.lowering.target import Image, Lowered, Target, option
+from diffopt.storage import disk_cache
 
 _TABLE = "(weights).json"
 _SETUP = "(setup).onnx"
@@ -74,19 +75,21 @@ class Onnxruntime(Target):
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Export the components, or take them from the cache, and choose kernels."""
-        from diffopt.onnx import kernels, stored
+        from diffopt.lowering.onnx import ort_kernels, weight_precompute
 
         free, adapted = free_sizes(program), {}
         for index, (name, gm) in enumerate(program.components.items()):
             progress(f"exporting {name}", index / len(program.components))
             model = _exported(name, gm, free.get(name))
-            adapted[name] = kernels.adapt(model)
+            adapted[name] = ort_kernels.adapt(model)
         owners = {
             (name, key): id(tensor)
             for name, gm in program.components.items()
             for key, tensor in g.named_tensors(gm)
         }
-        made = stored.separate({name: own.model for name, own in adapted.items()}, owners)
+        made = weight_precompute.separate(
+            {name: own.model for name, own in adapted.items()}, owners
+        )
         bodies: dict[str, dict[str, Any]] = {}
         for name, own in adapted.items():
             bodies[name] = {"kernel": f"{name}.onnx"}
@@ -105,7 +108,7 @@ class Onnxruntime(Target):
     def load(self, image: Image) -> dict[str, Body]:
         """Start a session for each component, with the engine's weights."""
         require("onnxruntime")
-        from diffopt.onnx import sessions
+        from diffopt.lowering.onnx import sessions
 
         threads = self.threads or torch.get_num_threads()
         table = json.loads(bytes(image.members[_TABLE]))
@@ -144,13 +147,13 @@ def _strides(graph: Mapping[str, Any]) -> list[tuple[int, ...] | None]:
 
 
 def _members(made: Any) -> dict[str, bytes]:
-    from diffopt.onnx import surgeon
+    from diffopt.lowering.onnx import gs_tools
 
     table = {
         "setup": made.sources,
         "components": {
             name: {
-                "weights": surgeon.outside_names(model, made.takes[name]),
+                "weights": gs_tools.outside_names(model, made.takes[name]),
                 "setup": made.takes[name],
             }
             for name, model in made.models.items()
@@ -168,12 +171,12 @@ def _exported(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> Any:
     """Return a component as ONNX, from the cache if it was exported before."""
     import onnx
 
-    key = cachedir.key(_key(name, gm, sizes))
-    if (found := cachedir.get(key)) is not None:
+    key = disk_cache.key(_key(name, gm, sizes))
+    if (found := disk_cache.get(key)) is not None:
         log.info("%s: from the cache", name)
         return onnx.load_from_string(found["onnx"])
     model = export(gm, name, opset=_OPSET, sizes=sizes, weights=False)
-    cachedir.put(key, {"onnx": model.SerializeToString(deterministic=True)})
+    disk_cache.put(key, {"onnx": model.SerializeToString(deterministic=True)})
     return model
 
 
@@ -186,7 +189,7 @@ def _key(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> dict[str, Any]:
         "opset": _OPSET,
         "torch": torch.__version__,
         "packages": {name: importlib.metadata.version(name) for name in NEEDS},
-        "exporter": source(sorted(Path(diffopt.onnx.__file__).parent.glob("*.py"))),
+        "exporter": source(sorted(Path(diffopt.lowering.onnx.__file__).parent.glob("*.py"))),
     }
 
 

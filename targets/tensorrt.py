@@ -23,24 +23,25 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-import diffopt.onnx
-import diffopt.trt
-from diffopt import cachedir, cuda, formats
-from diffopt import graph as g
+import diffopt.lowering.onnx
+import diffopt.lowering.trt
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
-from diffopt.lowering import free_sizes, identity, source
-from diffopt.onnx import export, require
-from diffopt.onnx.exporting import NEEDS
-from diffopt.program import Program
-from diffopt.rewrite import calls
-from diffopt.runtime import Body, Plan
-from diffopt.sizes import Bounds
-from diffopt.sparsity import sparse_layers
-from diffopt.target import Image, Lowered, Target, option
-from diffopt.trt import library, runtime, scales
-from diffopt.trt.builder import Ranges, Settings, build
-from diffopt.trt.library import Library
+from diffopt.ir import graph as g
+from diffopt.ir.dynamic_sizes import Bounds
+from diffopt.ir.nodes import calls
+from diffopt.ir.program import Program
+from diffopt.lowering import cuda_runtime, legality
+from diffopt.lowering.compile_inputs import free_sizes, identity, source
+from diffopt.lowering.executor import Body, Plan
+from diffopt.lowering.onnx import export, require
+from diffopt.lowering.onnx.export import NEEDS
+from diffopt.lowering.target import Image, Lowered, Target, option
+from diffopt.lowering.trt import library, plan_runtime, qdq_legalize
+from diffopt.lowering.trt.builder import Ranges, Settings, build
+from diffopt.lowering.trt.library import Library
+from diffopt.storage import disk_cache
+from diffopt.transforms.sparsity_2_4 import sparse_layers
 
 aten = torch.ops.aten
 
@@ -114,12 +115,12 @@ class Tensorrt(Target):
             def tell(what: str, done: float, index: int = index, name: str = name) -> None:
                 progress(f"{name}: {what}", (index + done) / count)
 
-            key = cachedir.key(self._key(gm, free.get(name), chosen))
-            entry = cachedir.get(key)
+            key = disk_cache.key(self._key(gm, free.get(name), chosen))
+            entry = disk_cache.get(key)
             if entry is None:
                 started = time.perf_counter()
                 entry = self._build(name, gm, free.get(name), chosen, tell)
-                cachedir.put(key, entry)
+                disk_cache.put(key, entry)
                 tell(f"built in {time.perf_counter() - started:.1f} s", 1.0)
             else:
                 tell("from the cache", 1.0)
@@ -144,7 +145,7 @@ class Tensorrt(Target):
         tell: _Tell,
     ) -> dict[str, bytes]:
         tell("exporting to ONNX", 0.0)
-        model = export(scales.rewrite(gm), name, sizes=sizes)
+        model = export(qdq_legalize.rewrite(gm), name, sizes=sizes)
         names = {
             "inputs": [value.name for value in model.graph.input],
             "outputs": [value.name for value in model.graph.output],
@@ -175,7 +176,7 @@ class Tensorrt(Target):
         device = self.hardware
         assert device is not None
         return {
-            **cuda.requires(device),
+            **cuda_runtime.requires(device),
             "builder": chosen.name,
             "version": chosen.version,
         }
@@ -194,7 +195,7 @@ class Tensorrt(Target):
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
         """Compare the GPU, its platform and the installed TensorRT with what the plans need."""
-        if (reason := cuda.unfit(requires, "plans")) is not None:
+        if (reason := cuda_runtime.unfit(requires, "plans")) is not None:
             return reason
         name = requires["builder"]
         if not library.is_installed(name):
@@ -208,7 +209,7 @@ class Tensorrt(Target):
         made = json.loads(bytes(image.members[_BUILD]))
         chosen = library.open_for(made["builder"])
         return {
-            name: runtime.Body(
+            name: plan_runtime.Body(
                 name,
                 chosen,
                 image.members[f"{name}.plan"],
@@ -219,16 +220,19 @@ class Tensorrt(Target):
             for name in image.graphs
         }
 
-    def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> cuda.GpuPlan:
+    def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> cuda_runtime.GpuPlan:
         """Run what is between the components on the GPU too."""
-        return cuda.GpuPlan(Plan(root, bodies, cuda.DEVICE), self.cuda_graph)
+        return cuda_runtime.GpuPlan(Plan(root, bodies, cuda_runtime.DEVICE), self.cuda_graph)
 
 
 def _refused(node: fx.Node, chosen: Library) -> str | None:
     """Say why TensorRT cannot take a node."""
-    if node.op == "placeholder" and (kind := node.meta["val"].dtype) not in runtime.DTYPES.values():
+    if (
+        node.op == "placeholder"
+        and (kind := node.meta["val"].dtype) not in plan_runtime.DTYPES.values()
+    ):
         return f"TensorRT has no type {str(kind).removeprefix('torch.')}"
-    if calls(node, *_PRODUCTS) and (number := formats.of_products(node)):
+    if calls(node, *_PRODUCTS) and (number := legality.of_products(node)):
         return chosen.lacks(number)
     return None
 
@@ -248,5 +252,8 @@ def _ranges(gm: fx.GraphModule, names: list[str], sizes: Bounds | None) -> Range
 @cache
 def _source() -> str:
     """Return the hash of what turns a component into a plan."""
-    folders = (Path(str(package.__file__)).parent for package in (diffopt.onnx, diffopt.trt))
+    folders = (
+        Path(str(package.__file__)).parent
+        for package in (diffopt.lowering.onnx, diffopt.lowering.trt)
+    )
     return source(path for folder in folders for path in sorted(folder.glob("*.py")))

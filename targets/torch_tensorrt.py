@@ -25,16 +25,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from diffopt import aoti, cuda
-from diffopt import graph as g
-from diffopt.deferred import Deferred, Package
 from diffopt.errors import DiffoptError
-from diffopt.lowering import dynamic_shapes, example
-from diffopt.program import Program
-from diffopt.sizes import Bounds
-from diffopt.sparsity import sparse_layers
-from diffopt.target import option
-from diffopt.trt.builder import Settings
+from diffopt.ir import graph as g
+from diffopt.ir.dynamic_sizes import Bounds
+from diffopt.ir.printing import target_name
+from diffopt.ir.program import Program
+from diffopt.lowering import aoti, cuda_runtime
+from diffopt.lowering.compile_inputs import dynamic_shapes, example
+from diffopt.lowering.device_compilation import Deferred, Package
+from diffopt.lowering.target import option
+from diffopt.lowering.trt.builder import Settings
+from diffopt.transforms.sparsity_2_4 import sparse_layers
 
 _REPORTS = "torch_tensorrt.dynamo._DryRunTracker"
 """The logger of what Torch-TensorRT says about how it cut a graph up."""
@@ -74,7 +75,7 @@ class TorchTensorrt(Deferred):
         """Compile a component, whose weights become part of the package."""
         library = _library()
         values = [node.meta["val"] for node in g.placeholders(gm)]
-        arguments = tuple(example(value, cuda.DEVICE) for value in values)
+        arguments = tuple(example(value, cuda_runtime.DEVICE) for value in values)
         shapes = dynamic_shapes(len(values), sizes) if sizes else None
         inputs = [_input(library, v, sizes.get(i, {})) for i, v in enumerate(values)]
         with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, aoti.quiet():
@@ -89,7 +90,7 @@ class TorchTensorrt(Deferred):
                 )
             about = _about(cut, "".join(reports))
             if not about["tensorrt"]["plans"]:
-                return Package(aoti.compile_package(gm, {}, sizes, cuda.DEVICE), about)
+                return Package(aoti.compile_package(gm, {}, sizes, cuda_runtime.DEVICE), about)
             path = Path(folder, "body.pt2")
             library.save(
                 cut,
@@ -187,7 +188,7 @@ def _about(cut: fx.GraphModule, report: str) -> dict[str, Any]:
     counts = [int(count) for count in _OPERATORS.findall(report)]
     inside = [part for part in parts.values() if isinstance(part, fx.GraphModule)]
     ran = Counter(
-        g.target_name(node)
+        target_name(node)
         for graph in [cut, *inside]
         for node in graph.graph.nodes
         if node.op == "call_function" and node.target is not operator.getitem

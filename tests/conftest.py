@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffopt import cli
+from diffopt.cli import main
 from tests.command import Outcome, Run
 
 # Files with few tests that take long: begun first, so that two processes end at the same time.
@@ -36,7 +36,7 @@ def diffopt(
     def run(*words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["diffopt", *map(str, words)])
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return Outcome(exit.value.code or 0, captured.out, captured.err)
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import graph as g
-from diffopt.coupling import Coupling, Unit
-from diffopt.program import Program
-from diffopt.rewrite import stored
-from diffopt.walk import packet
+from diffopt.analysis.reachability import packet
+from diffopt.ir import graph as g
+from diffopt.ir.nodes import stored
+from diffopt.ir.program import Program
+from diffopt.pruning.coupling import Coupling, Unit
 
 aten = torch.ops.aten
 

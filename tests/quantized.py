@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import graph as g
-from diffopt import qdq
-from diffopt.program import Program
-from diffopt.rewrite import stored
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.nodes import stored
+from diffopt.ir.program import Program
 from tests.passes.build import body, parameter, program, randn
 
 aten = torch.ops.aten

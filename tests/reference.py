@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.reuse import Loop, Plan, Reuse
+from diffopt.caching.apply_plan import Loop, Plan, Reuse
 
 Record = dict[tuple[int, fx.Node], Tensor]
 

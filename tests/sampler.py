@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import diffopt
-from diffopt.program import Program
+from diffopt.ir.program import Program
 
 
 class Denoiser(nn.Module):

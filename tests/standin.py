@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffopt import cuda
+from diffopt.lowering import cuda_runtime
 
 
 def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -25,7 +25,7 @@ def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         said.append(f"on {own.name}")
         yield
 
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_runtime, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("own"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("caller"))
     monkeypatch.setattr(torch.cuda, "stream", inside)

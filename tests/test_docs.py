@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import diffopt.passes
-from diffopt import cli, core, models
-from diffopt.engine import build
+from diffopt.cli import load_model, main
+from diffopt.core import pass_manager
+from diffopt.engine.engine import build
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,7 +58,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "examples").symlink_to(ROOT / "examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        program = models.trace_model("examples/models/fashion-sd", {}, 2, 1, "")
+        program = load_model.trace_model("examples/models/fashion-sd", {}, 2, 1, "")
         build(program, "eager", "fashion.engine")
     return folder
 
@@ -79,7 +80,7 @@ def test_commands(
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "argv", [program, *words])
     with pytest.raises(SystemExit) as exit:
-        cli.main()
+        main.main()
     assert not exit.value.code, capsys.readouterr().err
 
 
@@ -100,7 +101,7 @@ def test_snippets_of_the_readme(
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file of the worked example's pass, where `merge-relus` is found."""
     monkeypatch.setattr(diffopt.passes, "__path__", [*diffopt.passes.__path__, str(tmp_path)])
-    monkeypatch.setattr(core, "_sources", core._sources.__wrapped__)
+    monkeypatch.setattr(pass_manager, "_sources", pass_manager._sources.__wrapped__)
     source, _ = fences(ROOT / "CONTRIBUTING.md", "python")
     path = tmp_path / "merge_relus.py"
     path.write_text(source)
@@ -116,7 +117,7 @@ def example_tests() -> dict[str, Callable[[], None]]:
 
 
 def test_the_worked_example(example: Path) -> None:
-    assert "merge-relus" in core.pass_names()
+    assert "merge-relus" in pass_manager.pass_names()
     functions = example_tests()
     assert len(functions) == 3
     for function in functions.values():
@@ -134,7 +135,7 @@ def test_the_guard_of_the_worked_example_is_needed(example: Path) -> None:
 
 def test_options_of_the_command_line_are_in_the_help() -> None:
     """A command in a plain block or a sentence names options that exist."""
-    known = set(re.findall(r'"(--?[\w-]+)"', Path(cli.__file__).read_text()))
+    known = set(re.findall(r'"(--?[\w-]+)"', Path(main.__file__).read_text()))
     known |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", _cli(), re.M)}
     for path in DOCUMENTS:
         for line in re.findall(r"diffopt [a-z]+ [^`\n]*", path.read_text(encoding="utf-8")):
@@ -143,4 +144,4 @@ def test_options_of_the_command_line_are_in_the_help() -> None:
 
 
 def _cli() -> str:
-    return textwrap.dedent(Path(cli.__file__).read_text())
+    return textwrap.dedent(Path(main.__file__).read_text())

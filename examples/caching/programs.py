@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from diffopt import graph as g
-from diffopt import stepmap
+from diffopt.caching import step_map
 from diffopt.core import Pipeline
-from diffopt.loop import find_loop
-from diffopt.program import Program
+from diffopt.ir.flops import graph_flops
+from diffopt.ir.program import Program
+from diffopt.ir.sampling_loop import find_loop
 from examples.caching.configurations import kind, shown
 from examples.study.study import CALIBRATION, REFERENCE, Study
 
@@ -33,8 +33,8 @@ def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
 
 def _denoiser_flops(program: Program, unrolled: Program) -> int:
     """Return the FLOPs of all calls of the loop's body, and of what a cache made of them."""
-    calls = stepmap.calls(program, find_loop(unrolled))
-    return sum(g.flops(program.components[str(call.target)]) for call in calls)
+    calls = step_map.calls(program, find_loop(unrolled))
+    return sum(graph_flops(program.components[str(call.target)]) for call in calls)
 
 
 def relative_cost(study: Study, config: str) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from diffopt import cachedir
 from diffopt.errors import DiffoptError
-from diffopt.target import Target, parse_target
+from diffopt.lowering.target import Target, parse_target
+from diffopt.storage import disk_cache
 from examples.benchmarks import report
 from examples.gpu import savings
 from examples.gpu.document import DOCUMENT, WHY_NOT, section, show
@@ -52,7 +52,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", default="h100")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try everything")
     parser.add_argument("--again", action="store_true", help="measure what is known once more")
-    parser.add_argument("--work", type=Path, default=cachedir.folder() / "gpu")
+    parser.add_argument("--work", type=Path, default=disk_cache.folder() / "gpu")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     parser.add_argument(
         "--out",

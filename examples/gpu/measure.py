@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 import diffopt
-from diffopt import graph as g
-from diffopt import tags
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
-from diffopt.roofline import roofline
-from diffopt.target import parse_target
+from diffopt.ir import call_tags
+from diffopt.ir.flops import graph_flops
+from diffopt.ir.program import Program
+from diffopt.lowering.roofline import roofline
+from diffopt.lowering.target import parse_target
 from examples.benchmarks import report
 from examples.gpu.models import DTYPE, MODELS
 from examples.gpu.rows import Row
@@ -151,11 +151,11 @@ def engine(settings: Settings, row: Row, captured: Program) -> dict[str, Any]:
 
 def cost(program: Program, target: str) -> dict[str, Any]:
     """Return the operations of each step, and what the device takes for all of them at best."""
-    own = {name: g.flops(gm) for name, gm in program.components.items()}
+    own = {name: graph_flops(gm) for name, gm in program.components.items()}
     steps: dict[int, int] = {}
     before = 0
     for call in program.calls():
-        tag = tags.tag(call)
+        tag = call_tags.tag(call)
         if tag is None:
             before += own[str(call.target)]
         else:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import diffopt
-from diffopt import graph as g
-from diffopt import tags
-from diffopt.program import Program
+from diffopt.ir import call_tags
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
 from examples.gpu.measure import rewrite
 from examples.gpu.models import MODELS
 
@@ -50,5 +50,5 @@ def _in_loop(program: Program) -> int:
 
 def _handed_on(program: Program) -> int:
     """Return the bytes of what is computed before the loop, and kept for it."""
-    once = [call for call in program.calls() if tags.tag(call) is None]
+    once = [call for call in program.calls() if call_tags.tag(call) is None]
     return sum(g.tensor_bytes(call.meta["val"]) for call in once)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
+from diffopt.ir.program import Program
 from examples.gpu import measure
 from examples.gpu.measure import Settings
 from examples.gpu.rows import Row

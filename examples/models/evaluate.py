@@ -5,7 +5,8 @@
 
 Writes quality.json, fashion-sd.png and fashion-dit.png beside this file. For every set of images:
 
-- `kid`, `kid_std`: kernel distance to the 10,000 held-out images (see diffopt/metrics.py).
+- `kid`, `kid_std`: kernel distance to the 10,000 held-out images (see
+  diffopt/cli/image_metrics.py).
   The floor is that of as many real training images; no model gets below it.
 - `class_rate`: how often a linear probe, fitted on half of the held-out images, finds the class
   that was asked for. Its rate on the other half, real images, is the ceiling.
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from diffopt import metrics
+from diffopt.cli import image_metrics
 
 STEPS = 50
 GUIDANCE = {"fashion-sd": 2.0, "fashion-dit": 2.0}
@@ -69,7 +70,7 @@ def held_out(args: argparse.Namespace) -> Tensor:
     cache = args.work / f"held-out-{SIZE}.pt"
     if not cache.exists():
         args.work.mkdir(parents=True, exist_ok=True)
-        torch.save(metrics.features(images(args.data, "t10k") / 2 + 0.5, size=SIZE), cache)
+        torch.save(image_metrics.features(images(args.data, "t10k") / 2 + 0.5, size=SIZE), cache)
     return torch.load(cache)
 
 
@@ -114,8 +115,8 @@ def main() -> None:
         print(what, entry)
 
     def measure(what: str, samples: Tensor, wanted: Tensor) -> None:
-        x = metrics.features(samples, size=SIZE)
-        mean, std = metrics.kid(x, real)
+        x = image_metrics.features(samples, size=SIZE)
+        mean, std = image_metrics.kid(x, real)
         rate = class_rate(weight, x, wanted)
         write(what, {"kid": round(mean, 4), "kid_std": round(std, 4), "class_rate": rate})
 

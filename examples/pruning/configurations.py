@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from diffopt.errors import DiffoptError
-from diffopt.importance import METHODS
+from diffopt.pruning.importance import METHODS
 from examples.study.study import REFERENCE
 from examples.study.texts import name_of, passes
 

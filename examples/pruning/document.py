@@ -57,8 +57,8 @@ def _about(data: Mapping[str, Any]) -> list[str]:
         " Images are those of"
         f" {data['setup']['images']} seeds, the same for all and others than those of training."
         " Distance is the mean over pairs of images of the same seed of |f(a) - f(b)| / |f(b)|, f"
-        " the features of diffopt/metrics.py. KID is to held-out images, times 1000, ± its"
-        " deviation over subsets.",
+        " the features of diffopt/cli/image_metrics.py. KID is to held-out images, times 1000,"
+        " ± its deviation over subsets.",
     ]
     if at := data.get("machine"):
         lines += [

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffopt.importance import METHODS
+from diffopt.pruning.importance import METHODS
 from examples.pruning.configurations import (
     AUTO,
     BY_IMPORTANCE,

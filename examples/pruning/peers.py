@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffopt import graph as g
 from diffopt import spec
-from diffopt.coupling import couple
-from diffopt.program import Program
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
+from diffopt.pruning.coupling import couple
 from examples.pruning.configurations import THEIRS, UNROLLED
 from examples.study.models import load
 from examples.study.study import Study

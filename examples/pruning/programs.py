@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from diffopt.core import Pipeline, Size
-from diffopt.program import Program
+from diffopt.ir.program import Program
 from examples.pruning import peers
 from examples.pruning.configurations import THEIRS, UNROLLED, pipeline, split
 from examples.study.study import CALIBRATION, Study

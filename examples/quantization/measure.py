@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import diffopt
-from diffopt import metrics
+from diffopt.cli import image_metrics
 from examples.study.measure import Look, compare
 from examples.study.study import REFERENCE, SIZE, Study
 
@@ -16,7 +16,7 @@ LEVEL = 19  # of zstandard, for the size of compressed files
 def looker(study: Study, target: str, count: int) -> Look:
     """Return what measures an engine's file and `count` images that it makes."""
     reference = study.images(REFERENCE, count, 0, lambda done: None)
-    features = metrics.features(reference, size=SIZE)
+    features = image_metrics.features(reference, size=SIZE)
 
     def look(config: str, engine: diffopt.Engine) -> dict[str, Any]:
         requests = [study.request(k, k) for k in range(count)]
@@ -34,7 +34,7 @@ def looker(study: Study, target: str, count: int) -> Look:
 
 
 def _distance(made: torch.Tensor, reference: torch.Tensor, features: torch.Tensor) -> Any:
-    own = metrics.features(made, size=SIZE)
+    own = image_metrics.features(made, size=SIZE)
     return compare(made, own, reference, features)["distance"]
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import calibrate
-from diffopt import graph as g
-from diffopt.loop import Loop, find_loop
-from diffopt.program import Program
-from diffopt.requests import requests
-from diffopt.runtime import Body
-from diffopt.target import Image, parse_target
+from diffopt.execution import trajectories
+from diffopt.execution.calibration_inputs import requests
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
+from diffopt.ir.sampling_loop import Loop, find_loop
+from diffopt.lowering.executor import Body
+from diffopt.lowering.target import Image, parse_target
 from examples.benchmarks import report
 from examples.quantization.configurations import BF16, INT8
 from examples.study.large import base, rewritten
@@ -63,7 +63,7 @@ def measure(
     program, parameters = base(name, steps, "unroll,hoist,simplify,fuse(steps=false)")
     loop = find_loop(program)
     (inputs,) = requests(program, [], 1, HELD_OUT)
-    visits = list(calibrate.steps(program, loop.calls, inputs))
+    visits = list(trajectories.steps(program, loop.calls, inputs))
     makers = _ours(program, loop, inputs, targets) | _theirs(program, loop, threads)
     with torch.no_grad():
         truth = [list(loop.body(*visit.arguments)) for visit in visits]
@@ -109,7 +109,7 @@ def calls_of(program: Program, plain: Loop, inputs: Sequence[Tensor], target: st
         target: What to compile for.
     """
     loop = find_loop(program)
-    added = [list(visit.arguments) for visit in calibrate.steps(program, loop.calls, inputs)]
+    added = [list(visit.arguments) for visit in trajectories.steps(program, loop.calls, inputs)]
     names = {node.name: i for i, node in enumerate(g.placeholders(plain.body))}
     places = [names.get(node.name) for node in g.placeholders(loop.body)]
     body = compiled(program, loop.name, target)
@@ -147,7 +147,7 @@ def _theirs(program: Program, loop: Loop, threads: int) -> dict[str, Make]:
     import openvino
 
     given = requests(program, [], SAMPLES, 0)
-    calls = [v.arguments for x in given for v in calibrate.steps(program, loop.calls, x)]
+    calls = [v.arguments for x in given for v in trajectories.steps(program, loop.calls, x)]
     report("OpenVINO: converting")
     model = openvino.convert_model(torch.export.export(loop.body, tuple(calls[0])))
     model.reshape(dict(enumerate([list(tensor.shape) for tensor in calls[0]])))

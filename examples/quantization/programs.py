@@ -7,9 +7,10 @@ from unittest import mock
 
 import torch
 
-from diffopt import footprint, ranges
+from diffopt.analysis import weight_memory
 from diffopt.core import Pipeline
-from diffopt.program import Program
+from diffopt.ir.program import Program
+from diffopt.quantization import ranges
 from examples.quantization.configurations import ONE_STEP, beginning, split
 from examples.study.study import CALIBRATION, Study
 
@@ -24,7 +25,7 @@ def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
             base, verify=False, enforce=False, seed=CALIBRATION, prompts=study.prompts
         )
     records = program.history[len(base.history) :]
-    own = footprint.of_program(program)
+    own = weight_memory.of_program(program)
     return program, {
         "weights": own.to_json(),
         "seconds": sum(record["seconds"] for record in records),

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from diffopt import cachedir
 from diffopt.errors import DiffoptError
+from diffopt.storage import disk_cache
 from examples.benchmarks import machine, report
 from examples.study import large
 from examples.study.document import rewrite
@@ -30,7 +30,7 @@ def parser_of(
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="measure what is known once more")
-    parser.add_argument("--work", type=Path, default=cachedir.folder() / name)
+    parser.add_argument("--work", type=Path, default=disk_cache.folder() / name)
     parser.add_argument("--document", type=Path, default=document)
     return parser
 

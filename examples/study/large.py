@@ -10,9 +10,10 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import diffopt
-from diffopt import bench, footprint
+from diffopt.analysis import weight_memory
+from diffopt.cli import timing
 from diffopt.core import Pipeline, Size
-from diffopt.program import Program
+from diffopt.ir.program import Program
 from examples.benchmarks import PROMPT, larger, report
 from examples.models.fashion import NULL_CLASS
 from examples.study.measure import refusals
@@ -103,14 +104,14 @@ def measure(
                     key = f"{config} on {target}"
                     path = Path(folder) / f"{len(engines)}.engine"
                     engines[key] = diffopt.build(own, target, path)
-                    weights = footprint.of_program(own).to_json()
+                    weights = weight_memory.of_program(own).to_json()
                     flops = Size.of(own).flops
                     sizes[key] = {"file": path.stat().st_size, "weights": weights, "flops": flops}
-        contenders: dict[str, bench.Make] = {
+        contenders: dict[str, timing.Make] = {
             key: lambda seed, e=engine: e(**request, seed=seed, output_type="pt")[0]
             for key, engine in engines.items()
         }
-        found = bench.measure(contenders, next(iter(contenders)), rounds=rounds, report=report)
+        found = timing.measure(contenders, next(iter(contenders)), rounds=rounds, report=report)
     times = {
         key: {"seconds": own.seconds, "psnr": own.psnr, "max_abs": own.max_abs, **sizes[key]}
         for key, own in found.items()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import diffopt
-from diffopt import bench, metrics
+from diffopt.cli import image_metrics, timing
 from diffopt.errors import DiffoptError
 from examples.benchmarks import report
 from examples.models.fashion import DEBIAN, images
@@ -92,13 +92,13 @@ def quality(
         own = study.features(config, made, 0)
         found = compare(made, own, reference, x)
         if each:
-            distances = metrics.feature_distance(own, x).tolist()
+            distances = image_metrics.feature_distance(own, x).tolist()
             found["distances"] = [round(distance, 5) for distance in distances]
         found["kid other seeds"] = kid(own, y)
         if held is not None:
             found["kid held-out"] = kid(own, held)
             found["kid above reference"] = list(
-                metrics.kid_difference(own, x, held, subset_size=_half(own, held))
+                image_metrics.kid_difference(own, x, held, subset_size=_half(own, held))
             )
         results.put(own_cost, *at, "configs", config, "cost")
         results.put(found, *at, "configs", config, "quality")
@@ -143,7 +143,7 @@ def times(
                     engines[config] = diffopt.build(study.program(config), target, path)
             clock.tell("timing", start)
             contenders = {c: images_of(study, engine) for c, engine in engines.items()}
-            found = bench.measure(contenders, REFERENCE, rounds=rounds)
+            found = timing.measure(contenders, REFERENCE, rounds=rounds)
             for config, engine in engines.items():
                 taken = {
                     "target": target,
@@ -199,7 +199,7 @@ def compare(made: Tensor, own: Tensor, reference: Tensor, x: Tensor) -> dict[str
     norm = torch.linalg.vector_norm
     pixels = norm((made - reference).flatten(1), dim=1) / norm(reference.flatten(1), dim=1)
     return {
-        "distance": mean(metrics.feature_distance(own, x)),
+        "distance": mean(image_metrics.feature_distance(own, x)),
         "pixels": mean(pixels),
     }
 
@@ -211,7 +211,7 @@ def mean(values: Tensor) -> list[float]:
 
 def kid(x: Tensor, y: Tensor) -> list[float]:
     """Return the kernel distance of features and its deviation over subsets of half the images."""
-    return list(metrics.kid(x, y, subset_size=_half(x, y)))
+    return list(image_metrics.kid(x, y, subset_size=_half(x, y)))
 
 
 def _half(x: Tensor, y: Tensor) -> int:
@@ -234,7 +234,7 @@ def train(work: Path, count: int) -> Tensor:
     return kept_features(work / "train.pt", images(DEBIAN, "train")[:count] / 2 + 0.5)
 
 
-def images_of(study: Study, engine: diffopt.Engine) -> bench.Make:
+def images_of(study: Study, engine: diffopt.Engine) -> timing.Make:
     """Return an engine as a function from a seed to images."""
     return lambda seed: engine(**study.request(9, seed), output_type="pt")[0]
 

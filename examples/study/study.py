@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import diffopt
-from diffopt import metrics
+from diffopt.cli import image_metrics
 from diffopt.core import Pipeline
-from diffopt.program import Program
+from diffopt.ir.program import Program
 from examples.benchmarks import report
 from examples.models.fashion import CLASSES
 from examples.study.models import ARGUMENTS, GUIDANCE, load
@@ -155,6 +155,6 @@ def kept_features(path: Path, made: Tensor) -> Tensor:
         if torch.equal(kept["sum"], made.double().sum((1, 2, 3))):
             known: Tensor = kept["features"]
             return known
-    found = metrics.features(made, size=SIZE)
+    found = image_metrics.features(made, size=SIZE)
     torch.save({"features": found, "sum": made.double().sum((1, 2, 3))}, path)
     return found

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffopt import cachedir
+from diffopt.storage import disk_cache
 from examples.benchmarks import report
 from examples.study.command import finish, known, run
 from examples.study.results import Results
@@ -30,7 +30,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=[*FORMATS])
     parser.add_argument("--minutes", type=float, help="start nothing later than this")
     parser.add_argument("--again", action="store_true", help="build what is known once more")
-    parser.add_argument("--work", type=Path, default=cachedir.folder() / "targets")
+    parser.add_argument("--work", type=Path, default=disk_cache.folder() / "targets")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     return parser.parse_args(words)
 

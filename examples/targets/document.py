@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffopt.hardware import hardware
+from diffopt.lowering.hardware import hardware
 from examples.targets.measure import whole
 from examples.targets.programs import ARCHITECTURES, FORMATS, MODELS
 

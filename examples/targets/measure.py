@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import fx
 
-from diffopt import formats, onnx
 from diffopt.errors import DiffoptError
-from diffopt.hardware import hardware
-from diffopt.program import Program
-from diffopt.trt import library, scales
-from diffopt.trt.builder import Settings, build
+from diffopt.ir.program import Program
+from diffopt.lowering import legality, onnx
+from diffopt.lowering.hardware import hardware
+from diffopt.lowering.trt import library, qdq_legalize
+from diffopt.lowering.trt.builder import Settings, build
 
 
 def refused(program: Program, devices: list[str]) -> dict[str, str]:
     """Return why devices do not take a program, of those that do not."""
-    found = {device: formats.refused(program, hardware(device)) for device in devices}
+    found = {device: legality.refused(program, hardware(device)) for device in devices}
     return {device: reason for device, reason in found.items() if reason}
 
 
@@ -25,7 +25,7 @@ def component(name: str, gm: fx.GraphModule, devices: list[str]) -> dict[str, An
     started = time.perf_counter()
     row: dict[str, Any] = {"nodes": len(gm.graph.nodes)}
     try:
-        model = onnx.export(scales.rewrite(gm), name)
+        model = onnx.export(qdq_legalize.rewrite(gm), name)
     except DiffoptError as error:
         return {**row, "not exported": error.message.partition(": ")[2]}
     row |= {"operators": len(model.graph.node), "export seconds": _since(started), "devices": {}}

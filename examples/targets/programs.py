@@ -4,7 +4,7 @@ from pathlib import Path
 
 import diffopt
 from diffopt.core import Pipeline
-from diffopt.program import Program
+from diffopt.ir.program import Program
 from examples.study.models import ARGUMENTS, load
 from tests.zoo import CASES
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt import graph as g
-from diffopt.host import Host
-from diffopt.program import Program
+from diffopt.host.inputs import Host
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
 
 aten = torch.ops.aten
 

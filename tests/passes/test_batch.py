@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffopt import graph as g
+from diffopt.capture.trace import trace_function
 from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError, VerifyError
-from diffopt.program import Program
-from diffopt.vectorize import Unbatchable
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
+from diffopt.transforms.request_dimension import Unbatchable
 from tests import sampler
 from tests.zoo import CASES, traced
 
@@ -103,7 +104,7 @@ def _masked(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_serve_every_size(name: str) -> None:
     function, tensors = OPERATORS[name]
-    check(Program.from_function(function, *tensors))
+    check(trace_function(function, *tensors))
 
 
 def test_a_weight_free_value_is_computed_once() -> None:
@@ -166,7 +167,7 @@ def test_requests_are_cut_into_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_batched_is_named() -> None:
-    program = Program.from_function(lambda x: torch.histc(x, 4), FLOATS)
+    program = trace_function(lambda x: torch.histc(x, 4), FLOATS)
     with pytest.raises(Unbatchable, match=r"^aten.histc \(.*\) cannot be batched: "):
         Pipeline.parse("batch").run(program)
 
@@ -184,9 +185,7 @@ def test_limits_are_checked() -> None:
 
 
 def test_the_verifier_refuses_a_graph_that_fixes_the_size() -> None:
-    batched = Pipeline.parse("batch(max=3)").run(
-        Program.from_function(lambda x: x.view(6, 4), FLOATS)
-    )
+    batched = Pipeline.parse("batch(max=3)").run(trace_function(lambda x: x.view(6, 4), FLOATS))
     view = next(n for n in batched.root.graph.nodes if n.target is torch.ops.aten.reshape.default)
     view.args = (view.args[0], [3, 6, 4])
     with pytest.raises((VerifyError, RuntimeError, ValueError)):

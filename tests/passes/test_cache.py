@@ -11,16 +11,17 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.taylorseer_cache import apply_taylorseer_cache
 from torch import Tensor, fx
 
-from diffopt import calibrate, plans, stepmap
-from diffopt import graph as g
-from diffopt.anatomy import anatomy
-from diffopt.check import difference
+from diffopt.analysis.denoiser_structure import anatomy
+from diffopt.caching import reuse_plan, step_map
+from diffopt.caching.apply_plan import Reuse, Term, apply, find_loop
+from diffopt.caching.policies import magcache
+from diffopt.caching.policy import policy_names, residuals, stack
 from diffopt.core import Pipeline, Record
+from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.policies import magcache
-from diffopt.policy import policy_names, residuals, stack
-from diffopt.program import Program
-from diffopt.reuse import Reuse, Term, apply, find_loop
+from diffopt.execution import trajectories
+from diffopt.ir.flops import flop_counter, graph_flops
+from diffopt.ir.program import Program
 from tests.hooks import hold_outputs
 from tests.zoo import CASES, call, traced
 
@@ -45,7 +46,7 @@ def cached(name: str, text: str, before: str = "unroll,hoist") -> tuple[Program,
 
 
 def note(record: Record) -> dict[str, Any]:
-    (report,) = stepmap.reports([record])
+    (report,) = step_map.reports([record])
     return dict(report.note)
 
 
@@ -293,11 +294,11 @@ def test_smoothcache_and_magcache_measure_for_themselves() -> None:
     program = unrolled("dit")
     loop = find_loop(program)
     values = residuals(stack(anatomy(loop.body, loop.changing)))
-    inputs = calibrate.requests(program, (), 2, 0)
+    inputs = trajectories.requests(program, (), 2, 0)
     ratios = magcache.measure(loop, values, inputs).tolist()
     assert ratios[0] == 1.0
     visits = [
-        next(v for v in calibrate.steps(program, loop.calls, tensors, values[0]) if v.step == at)
+        next(v for v in trajectories.steps(program, loop.calls, tensors, values[0]) if v.step == at)
         for tensors in inputs
         for at in (2, 3)
     ]
@@ -337,7 +338,7 @@ def test_flops_and_memory(text: str) -> None:
     _, record = cached("sd", text)
     before, after = (note(record)["flops"][key] for key in ("before", "measured"))
     assert record.before.flops - record.after.flops == before - after
-    full = g.flops(unrolled("sd").components["unet"])
+    full = graph_flops(unrolled("sd").components["unet"])
     assert before == STEPS * full
     shallow = (2 * after - before) // STEPS
     assert 0 < shallow < full / 2
@@ -353,7 +354,7 @@ class Counter(fx.Interpreter):
         self.flops = 0
 
     def run_node(self, n: fx.Node) -> Any:
-        counter = g.flop_counter()
+        counter = flop_counter()
         with counter:
             result = super().run_node(n)
         self.flops += counter.get_total_flops() if n in self.calls else 0
@@ -394,9 +395,9 @@ def test_a_map_says_what_stands_for_a_block_that_is_not_computed() -> None:
     terms = {2: (Term(1),), 3: (Term(0, -1.0), Term(1, 2.0)), 4: (Term(2),), 5: (Term(3),)}
     plan = {step: [Reuse(deep, which)] for step, which in terms.items()}
     plan[2].append(Reuse(parts.branches[-1].value, (Term(0, 0.5), Term(1, 0.5))))
-    steps = plans.schedule(loop, plan)
+    steps = reuse_plan.schedule(loop, plan)
     apply(program, loop, plan)
-    table = stepmap.step_map(loop, steps, stepmap.works(program, loop))
+    table = step_map.step_map(loop, steps, step_map.works(program, loop))
     # A step that takes a value from one that took it as a sum takes that sum.
     assert table["mid_block.attentions.0"] == table["mid_block.resnets.1"] == "##-~-~"
     assert table["down_blocks.0"] == "######", "skip connections read it"

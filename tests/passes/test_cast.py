@@ -7,11 +7,13 @@ import torch
 from expecttest import assert_expected_inline
 
 import diffopt
-from diffopt import graph as g
-from diffopt import precision, qdq
+from diffopt.analysis import dtype_regions
 from diffopt.core import Context, Pass, Pipeline, Record
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.program import Program
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.printing import format_graph
+from diffopt.ir.program import Program
 from tests.passes.build import body, parameter, program, randn
 from tests.zoo import traced
 
@@ -44,7 +46,7 @@ def layer_types(built: Program) -> dict[str, set[torch.dtype]]:
     """Return, for each component, what types its layers read, but for their tensors of ints."""
     found: dict[str, set[torch.dtype]] = {}
     for name, gm in built.components.items():
-        for node in precision.layers(gm):
+        for node in dtype_regions.layers(gm):
             reads = (n.meta["val"].dtype for n in node.all_input_nodes)
             found.setdefault(name, set()).update(t for t in reads if t.is_floating_point)
     return found
@@ -60,7 +62,7 @@ def test_layers_and_an_island():
 
     result, record = run(one(make), "cast(bf16,islands=norms)")
     assert_expected_inline(
-        g.text(result.components["net"]),
+        format_graph(result.components["net"]),
         """\
 %x: float32[2,8]
 %1: bfloat16[2,8] = aten._to_copy(%x, dtype=bfloat16)

@@ -5,8 +5,8 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
+from diffopt.capture.trace import trace_function
 from diffopt.core import Pipeline, Record
-from diffopt.program import Program
 from diffopt.testing import check_pass
 from tests.passes.build import Make, body, parameter, program, randn
 
@@ -661,7 +661,7 @@ def test_an_attention_block():
         return block(x).cos()
 
     loop.components = {"block": block}
-    built = Program.from_function(loop, randn(2, 5, 8))
+    built = trace_function(loop, randn(2, 5, 8))
     _, record = check_pass("fuse(steps=false)", built, atol=LAST_PLACES)
     assert record.notes == {"scales folded": 2, "linears merged": 2}
     assert record.max_abs <= LAST_PLACES
@@ -677,7 +677,7 @@ def test_peft():
         return block(x).cos()
 
     loop.components = {"block": block}
-    built = Program.from_function(loop, randn(2, 5, 8))
+    built = trace_function(loop, randn(2, 5, 8))
     text, record = check_pass("simplify,fuse(steps=false)", built, atol=LAST_PLACES)
     assert record.notes["LoRA merged"] == 2
     assert text.count("aten.linear") == 2
@@ -701,7 +701,7 @@ def test_steps():
         return x
 
     loop.components = {"denoiser": denoiser}
-    text, _ = check_pass("fuse", Program.from_function(loop, X), atol=LAST_PLACES)
+    text, _ = check_pass("fuse", trace_function(loop, X), atol=LAST_PLACES)
     root = text.partition("\n\n")[0]
     assert root.count("denoiser_step(") == 3
     assert "aten." not in root

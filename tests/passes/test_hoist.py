@@ -2,9 +2,10 @@
 
 import torch
 
-from diffopt import graph as g
+from diffopt.capture.trace import trace_function
 from diffopt.core import Pipeline, Record
-from diffopt.program import Program
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
 from tests import loops
 
 
@@ -80,7 +81,7 @@ def test_calls_that_do_not_follow_one_another_are_no_loop() -> None:
 
     linear = torch.nn.Linear(2, 2).requires_grad_(False)
     function.components = {"linear": linear}  # type: ignore[attr-defined]
-    program = Program.from_function(function, torch.ones(1, 2), torch.zeros(1, 2))
+    program = trace_function(function, torch.ones(1, 2), torch.zeros(1, 2))
     _, record = hoist(program)
     assert record.skipped == [
         "linear: nothing depends only on arguments that stay the same",

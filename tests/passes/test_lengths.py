@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import diffopt
-from diffopt import unify
 from diffopt.core import Pipeline
-from diffopt.engine import build
+from diffopt.engine.engine import build
 from diffopt.errors import DiffoptError, ToleranceError, VerifyError
-from diffopt.program import Program
-from tests.test_capture import TextDiffusion, Words
+from diffopt.ir.program import Program
+from diffopt.transforms import token_dimension
+from tests.capture.test_trace import TextDiffusion, Words
 from tests.zoo import CASES, call, generator
 
 EXACT = "unroll,hoist,simplify,fuse"
@@ -264,7 +264,7 @@ def test_a_saved_program_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_result_is_compared_with_the_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unify, "_begins", lambda longest, tensor: True)
+    monkeypatch.setattr(token_dimension, "_begins", lambda longest, tensor: True)
     pipe = Guided(lambda words: words * torch.linspace(0, 1, words.shape[1])[:, None])
     with pytest.raises(ToleranceError, match=r"^lengths\(max=10\) changed the output by .*\[1,5\]"):
         Pipeline.parse("lengths(max=10)").run(trace(pipe))

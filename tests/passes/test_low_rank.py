@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from diffopt import engine, factoring, qdq, quantizer
 from diffopt.core import Pipeline, Record
+from diffopt.engine import engine
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
+from diffopt.ir import qdq
+from diffopt.ir.program import Program
+from diffopt.pruning import low_rank_factors
+from diffopt.quantization import quantize_body
 from tests.passes.build import Builder, body, parameter, program, randn
 from tests.zoo import traced
 
@@ -67,17 +70,17 @@ def one(kind: str, weight: Tensor) -> Program:
 
 @pytest.mark.parametrize("form", ["channel", "spatial"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_rank_is_the_layer(kind: str, form: factoring.Form) -> None:
+def test_full_rank_is_the_layer(kind: str, form: low_rank_factors.Form) -> None:
     weight = parameter(*KINDS[kind][1])
     made = one(kind, weight)
     before = only(made)
     (layer,) = layers(made)
-    if form not in factoring.forms(layer):
+    if form not in low_rank_factors.forms(layer):
         assert form == "spatial"
         return
-    found = factoring.spectrum(weight, form)
-    first, second = factoring.factors(found, len(found.energy), torch.float32)
-    factoring.place(made.components["net"], layer, form, first, second)
+    found = low_rank_factors.spectrum(weight, form)
+    first, second = low_rank_factors.factors(found, len(found.energy), torch.float32)
+    low_rank_factors.place(made.components["net"], layer, form, first, second)
     made.refresh()
     made.verify()
     assert len(layers(made)) == 2
@@ -86,8 +89,8 @@ def test_full_rank_is_the_layer(kind: str, form: factoring.Form) -> None:
 
 def test_a_share_of_the_rank_is_torchs_nearest_matrix() -> None:
     weight = steep(40, 48)
-    found = factoring.spectrum(weight, "channel")
-    first, second = factoring.factors(found, 7, torch.float32)
+    found = low_rank_factors.spectrum(weight, "channel")
+    first, second = low_rank_factors.factors(found, 7, torch.float32)
     u, s, v = torch.linalg.svd(weight)
     torch.testing.assert_close(second @ first, u[:, :7] * s[:7] @ v[:7], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.energy.sqrt().float(), s, rtol=1e-4, atol=1e-5)
@@ -96,7 +99,7 @@ def test_a_share_of_the_rank_is_torchs_nearest_matrix() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 48), (48, 40)])
 def test_the_least_rank_for_an_energy(shape: tuple[int, int]) -> None:
-    found = factoring.spectrum(steep(*shape), "channel")
+    found = low_rank_factors.spectrum(steep(*shape), "channel")
     for share in (0.5, 0.9, 0.99):
         rank = found.rank_for(share)
         assert found.kept(rank) >= share > found.kept(rank - 1)
@@ -109,8 +112,8 @@ def test_moments_make_the_outputs_nearest(shape: tuple[int, int]) -> None:
     exact = x @ weight.T
     errors = []
     for moments in (None, x.T @ x):
-        found = factoring.spectrum(weight, "channel", moments)
-        first, second = factoring.factors(found, 6, torch.float32)
+        found = low_rank_factors.spectrum(weight, "channel", moments)
+        first, second = low_rank_factors.factors(found, 6, torch.float32)
         errors.append(float((x @ first.T @ second.T - exact).norm()))
     best = torch.linalg.svdvals(exact)[6:].norm()
     assert errors[1] < 1.01 * float(best) < 0.8 * errors[0]
@@ -120,7 +123,7 @@ def test_moments_of_a_convolution_are_those_of_its_patches() -> None:
     made = one("dilated", parameter(*CONVS["dilated"][1]))
     (layer,) = layers(made)
     x = CONVS["dilated"][2]
-    moments, rows = factoring.second_moments(layer, x)
+    moments, rows = low_rank_factors.second_moments(layer, x)
     weight = made.components["net"].get_parameter("weight")
     exact = only(made) - parameter(24, seed=9)[:, None, None]
     assert rows == exact[:, 0].numel()
@@ -129,12 +132,12 @@ def test_moments_of_a_convolution_are_those_of_its_patches() -> None:
 
 
 @pytest.mark.parametrize("form", ["channel", "spatial"])
-def test_costs_are_those_of_the_graph(form: factoring.Form) -> None:
+def test_costs_are_those_of_the_graph(form: low_rank_factors.Form) -> None:
     weight = steep(*CONVS["conv2d"][1])
     made = one("conv2d", weight)
     before = made.flops()
     (layer,) = layers(made)
-    cost = factoring.cost(layer, form)
+    cost = low_rank_factors.cost(layer, form)
     result, record = run(f"low-rank(rank=5,form={form})", made)
     assert before == 2 * cost.whole_flops
     assert result.flops() == 2 * 5 * cost.flops
@@ -287,7 +290,9 @@ def test_all_layers_of_a_unet_and_of_a_transformer(name: str) -> None:
     assert set(reasons(record)) == {"one of the first or the last layers"}
     assert record.after.flops < record.before.flops
     assert record.after.parameters < record.before.parameters
-    before = {quantizer.module(la.node) for la in qdq.layers(unrolled(name).components[BODY[name]])}
+    before = {
+        quantize_body.module(la.node) for la in qdq.layers(unrolled(name).components[BODY[name]])
+    }
     ranks = {path.partition(".")[2] for path in record.notes["ranks"]}
     assert len(before - ranks) == 2
     _, finer = run("low-rank(energy=0.95,multiple=1)", unrolled(name))

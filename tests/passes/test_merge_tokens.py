@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from diffopt import engine, tokens
-from diffopt.check import difference
 from diffopt.core import Pipeline, Record
+from diffopt.core.equivalence import difference
+from diffopt.engine import engine
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
+from diffopt.ir.program import Program
+from diffopt.transforms import token_merging
 from tests.passes.build import Builder, body, parameter, program, randn
 from tests.zoo import traced
 
@@ -97,7 +98,7 @@ def test_it_does_what_loops_do(size: tuple[int, int], which: str) -> None:
     made = net(picture, randn(2, WIDTH, *size))
     result, _ = run(f"merge-tokens(ratio=0.4,merge={which},choice=regular)", made)
     grid = size if size[0] > 1 else (size[1],)
-    into = tokens.destinations(grid, None).tolist()
+    into = token_merging.destinations(grid, None).tolist()
     gone = int(0.4 * size[0] * size[1])
     rows = []
     for x in made.sample[0].flatten(2).transpose(1, 2):
@@ -117,12 +118,12 @@ def test_tokens_that_are_equal_are_merged_without_error() -> None:
 
 
 def test_destinations() -> None:
-    assert tokens.destinations((4, 4), None).tolist() == [0, 2, 8, 10]
-    assert tokens.destinations((3, 5), None).tolist() == [0, 2, 4, 10, 12, 14]
-    assert tokens.destinations((2, 2, 4), None).tolist() == [0, 2, 8, 10]
-    assert tokens.destinations((9,), None).tolist() == [0, 4, 8]
+    assert token_merging.destinations((4, 4), None).tolist() == [0, 2, 8, 10]
+    assert token_merging.destinations((3, 5), None).tolist() == [0, 2, 4, 10, 12, 14]
+    assert token_merging.destinations((2, 2, 4), None).tolist() == [0, 2, 8, 10]
+    assert token_merging.destinations((9,), None).tolist() == [0, 4, 8]
     seeded = [torch.Generator().manual_seed(s) for s in (1, 1, 2)]
-    one, again, other = (tokens.destinations((8, 8), s).tolist() for s in seeded)
+    one, again, other = (token_merging.destinations((8, 8), s).tolist() for s in seeded)
     assert one == again != other
     cells = {(i // 8 // 2, i % 8 // 2) for i in one}
     assert len(one) == len(cells) == 16, "one in each square"
@@ -130,7 +131,7 @@ def test_destinations() -> None:
 
 @pytest.mark.parametrize(("grid", "ratio", "gone"), [((4, 4), 0.5, 8), ((3, 5), 0.75, 9)])
 def test_how_many_go(grid: tuple[int, ...], ratio: float, gone: int) -> None:
-    assert tokens.merged_count(grid, ratio) == gone
+    assert token_merging.merged_count(grid, ratio) == gone
 
 
 # Where it does nothing

@@ -8,14 +8,16 @@ import torch
 from expecttest import assert_expected_inline
 
 import diffopt
-from diffopt import cli_show as show
-from diffopt import graph as g
-from diffopt import sparsity
+from diffopt.cli import output as show
 from diffopt.core import Pipeline, Record
-from diffopt.engine import build
+from diffopt.engine.engine import build
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
-from diffopt.rewrite import args
+from diffopt.ir import graph as g
+from diffopt.ir.flops import graph_flops
+from diffopt.ir.nodes import args
+from diffopt.ir.printing import format_graph
+from diffopt.ir.program import Program
+from diffopt.transforms import sparsity_2_4
 from tests import loops
 from tests.command import Run
 from tests.passes.build import body, parameter, program, randn
@@ -53,7 +55,7 @@ def mlp(b, x):
 def test_hidden_units() -> None:
     result, record = prune(one(mlp), "mlp,ratio=0.25")
     assert_expected_inline(
-        g.text(result.components["net"]),
+        format_graph(result.components["net"]),
         """\
 %x: float32[2,8]
 %1: float32[12,8] = weight
@@ -346,7 +348,7 @@ def test_auto_of_the_zoo(name: str, denoiser: str, options: str) -> None:
     built = traced(name)
     result, record = run(built, f"prune(auto,flops=0.8,{options})")
     before, after = (
-        len(p.calls(denoiser)) * g.flops(p.components[denoiser]) for p in (built, result)
+        len(p.calls(denoiser)) * graph_flops(p.components[denoiser]) for p in (built, result)
     )
     assert 0.7 * before < after <= 0.8 * before
     note = record.notes["auto"]
@@ -646,17 +648,17 @@ def test_engines_agree(name: str, tmp_path) -> None:
 def test_2_4_sparse_weights() -> None:
     result, record = prune(one(mlp), "2:4")
     tensors = dict(g.named_tensors(result.components["net"]))
-    assert all(map(sparsity.is_2_4, tensors.values()))
+    assert all(map(sparsity_2_4.is_2_4, tensors.values()))
     assert record.notes["2:4"] == {"layers": 2, "parameters": 256}
     up = next(t for t in tensors.values() if t.shape == UP.shape)
-    assert torch.equal(up, UP * sparsity.mask_2_4(UP))
+    assert torch.equal(up, UP * sparsity_2_4.mask_2_4(UP))
 
 
 def test_2_4_after_smaller_weights() -> None:
     result, _ = prune(one(mlp), "(mlp,2:4),ratio=0.25")
     tensors = [tensor for _, tensor in g.named_tensors(result.components["net"])]
     assert sorted(map(list, (t.shape for t in tensors))) == [[8, 12], [12, 8]]
-    assert all(map(sparsity.is_2_4, tensors))
+    assert all(map(sparsity_2_4.is_2_4, tensors))
 
 
 @pytest.mark.parametrize("name", ["sd", "dit"])

@@ -8,13 +8,15 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
 
-from diffopt import graph as g
-from diffopt import qdq, quantizer, rewrite, tags, transforms
 from diffopt.core import Pipeline, Record
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.program import Program
-from diffopt.ranges import affine
-from diffopt.shared import Shared
+from diffopt.ir import call_tags, nodes, qdq
+from diffopt.ir import graph as g
+from diffopt.ir.printing import format_graph
+from diffopt.ir.program import Program
+from diffopt.quantization import layer_preparation, quantize_body
+from diffopt.quantization.ranges import affine
+from diffopt.quantization.tensor_memo import Shared
 from tests.passes import build
 from tests.zoo import CASES, traced
 
@@ -44,7 +46,7 @@ def layers(program: Program, component: str) -> dict[str, qdq.Layer]:
     """Return the layers of a component by module, with a number where a module has several."""
     found: dict[str, qdq.Layer] = {}
     for layer in qdq.layers(program.components[component]):
-        name = quantizer.module(layer.node)
+        name = quantize_body.module(layer.node)
         found[name if name not in found else f"{name}/{len(found)}"] = layer
     return found
 
@@ -56,11 +58,11 @@ def scale_of(program: Program, call: fx.Node, layer: qdq.Layer) -> tuple[float, 
     assert activation.zero is not None
     found = []
     for node in (activation.scale, activation.zero):
-        row, _, index = rewrite.args(node)
+        row, _, index = nodes.args(node)
         body = program.components[str(call.target)]
         if row.op == "placeholder":
-            at = rewrite.args(call)[g.placeholders(body).index(row)]
-            table, _, number = rewrite.args(at)
+            at = nodes.args(call)[g.placeholders(body).index(row)]
+            table, _, number = nodes.args(at)
             values = g.attribute(program.root, str(table.target))[number]
         else:
             values = g.attribute(body, str(row.target))
@@ -77,13 +79,13 @@ def test_text() -> None:
 
     def make(at: build.Builder, x: fx.Node) -> fx.Node:
         node = at.call("layer", x)[0]
-        at.gm.graph.find_nodes(op="call_module")[0].meta["tag"] = tags.Tag("layer", 0, 0)
+        at.gm.graph.find_nodes(op="call_module")[0].meta["tag"] = call_tags.Tag("layer", 0, 0)
         return node
 
     program = build.program(make, build.randn(2, 8), layer=layer)
     done = Pipeline.parse("quantize(int8,ends=true)").run(program)
     assert_expected_inline(
-        g.text(done.components["layer"]),
+        format_graph(done.components["layer"]),
         """\
 %x: float32[2,8]
 %1: int32[1] = input_zeros
@@ -154,7 +156,7 @@ def test_steps_share_ranges_in_groups() -> None:
     assert len(record.notes["groups of steps"]["unet"]) == 2
     assert len({call.target for call in two.calls("unet")}) == 1
     (table,) = {
-        rewrite.args(call.args[-1])[0].target  # type: ignore[arg-type]
+        nodes.args(call.args[-1])[0].target  # type: ignore[arg-type]
         for call in two.calls("unet")
     }
     assert len(g.attribute(two.root, str(table))) == 2
@@ -180,7 +182,7 @@ def test_formats(name: str, text: str, error: float) -> None:
     found = [layer for layer in layers(program, BODY[name]).values() if qdq.weight(layer.weight)]
     for layer in found:
         body = program.components[BODY[name]]
-        reads = {n.target: rewrite.stored(body, n) for n in g.ancestors([layer.weight])}
+        reads = {n.target: nodes.stored(body, n) for n in g.ancestors([layer.weight])}
         types = {t.dtype for t in reads.values() if t is not None}
         stored_as = {"int8": torch.int8, "int4": torch.uint8, "fp8": qdq.FP8}[number]
         assert stored_as in types
@@ -213,7 +215,7 @@ def test_weights_beside_the_loop_have_eight_bits_unless_they_are_named() -> None
     tables = program.components["transformer_once"].graph.find_nodes(
         op="call_function", target=aten.embedding.default
     )
-    assert [qdq.weight(rewrite.args(n)[0]).number for n in tables] == ["int8"] * len(tables)  # type: ignore[union-attr]
+    assert [qdq.weight(nodes.args(n)[0]).number for n in tables] == ["int8"] * len(tables)  # type: ignore[union-attr]
     text = "quantize(int4,group=8,activations=none,components=transformer_steps)"
     program, _ = quantized("dit", text)
     weights = [qdq.weight(la.weight) for la in layers(program, "transformer_steps").values()]
@@ -224,7 +226,7 @@ def test_weights_beside_the_loop_have_eight_bits_unless_they_are_named() -> None
     found = program.components["transformer_once"].graph.find_nodes(
         op="call_function", target=aten.embedding.default
     )
-    assert {qdq.weight(rewrite.args(n)[0]).number for n in found} == {"int8"}  # type: ignore[union-attr]
+    assert {qdq.weight(nodes.args(n)[0]).number for n in found} == {"int8"}  # type: ignore[union-attr]
     for option in ("tables=false", "skip=*emb*", "layers=*attn1*"):
         _, record = quantized("dit", f"quantize(int4,{option})")
         assert "tables" not in record.notes
@@ -240,7 +242,7 @@ def test_products_with_a_stored_matrix_are_layers() -> None:
 
     body = build.body(make, x)
     expected = body(x)
-    transforms.as_linears(body)
+    layer_preparation.as_linears(body)
     body.recompile()
     assert len(qdq.layers(body)) == 2  # not the one that takes half of the bias
     for one, other in zip(body(x), expected, strict=True):
@@ -290,7 +292,7 @@ def test_one_prompt_is_told_to_be_few(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_steps_compute_what_they_did(name: str, text: str) -> None:
     program, record = quantized(name, f"quantize(int8,keep={text})")
-    calls = [c for c in program.calls() if (t := tags.tag(c)) and t.component == BODY[name]]
+    calls = [c for c in program.calls() if (t := call_tags.tag(c)) and t.component == BODY[name]]
     kept = [not any(qdq.activation(n) for n in _body(program, c).graph.nodes) for c in calls]
     assert kept == [True, False, False, False, True, True]
     assert record.relative < quantized(name, "quantize(int8)")[1].relative
@@ -304,7 +306,9 @@ def test_a_body_all_of_whose_steps_are_kept() -> None:
     text = "unroll,hoist,cache(fora,interval=2,start=1),simplify"
     plain = unrolled("dit", text)
     names = [
-        str(c.target) for c in plain.calls() if (t := tags.tag(c)) and t.component in BODY["dit"]
+        str(c.target)
+        for c in plain.calls()
+        if (t := call_tags.tag(c)) and t.component in BODY["dit"]
     ]
     full = names[0]
     assert full not in (names[2], names[4])  # these reuse all but the first and the last layers
@@ -321,14 +325,14 @@ def test_a_body_all_of_whose_steps_are_kept() -> None:
 def test_operands_of_a_concatenation_have_layers_of_their_own() -> None:
     program, record = quantized("sd", "quantize(int8)")
     before = layers(unrolled("sd"), "unet").values()
-    count = sum(rewrite.calls(layer.x, aten.cat.default) for layer in before)
+    count = sum(nodes.calls(layer.x, aten.cat.default) for layer in before)
     assert record.notes["layers split"] == count > 0
     made = [n for n in layers(program, "unet") if n.startswith("up_") and "conv_shortcut" in n]
     assert len(made) == 2 * count
     for path in made:
         x = qdq.activation(layers(program, "unet")[path].x)
         assert x is not None
-        assert not rewrite.calls(x.source, aten.cat.default)
+        assert not nodes.calls(x.source, aten.cat.default)
     assert "layers split" not in quantized("dit", "quantize(int8)")[1].notes
 
 
@@ -342,7 +346,7 @@ def test_splitting_is_exact() -> None:
 
     body = build.body(make, a, c)
     expected = body(a, c)[0]
-    assert transforms.split_concats(body, Shared()) == 1
+    assert layer_preparation.split_concats(body, Shared()) == 1
     g.prune_unused(body)
     body.recompile()
     assert torch.allclose(body(a, c)[0], expected, atol=1e-5)
@@ -362,7 +366,7 @@ def test_a_concatenation_along_another_axis_or_of_groups_stays() -> None:
 
     for make in (rows, groups):
         body = build.body(make, a, a)
-        assert transforms.split_concats(body, Shared()) == 0
+        assert layer_preparation.split_concats(body, Shared()) == 0
 
 
 # In combination with other passes
@@ -466,7 +470,7 @@ def test_values_that_are_not_finite_in_calibration() -> None:
 
     def make(at: build.Builder, x: fx.Node) -> fx.Node:
         node = at.call("layer", x)[0]
-        at.gm.graph.find_nodes(op="call_module")[0].meta["tag"] = tags.Tag("layer", 0, 0)
+        at.gm.graph.find_nodes(op="call_module")[0].meta["tag"] = call_tags.Tag("layer", 0, 0)
         return node
 
     body = build.body(layer, build.randn(2, 8))

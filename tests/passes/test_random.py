@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from diffopt.core import Pipeline, Record
-from diffopt.program import Program
+from diffopt.ir.program import Program
 from tests.passes.build import Builder, body, parameter, program, randn
 
 aten = torch.ops.aten

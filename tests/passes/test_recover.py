@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from diffopt import cachedir, qdq, quantizer, recovery, sparsity
-from diffopt import graph as g
+from diffopt.analysis.scope import choose_scope
 from diffopt.core import Context, Pass, Pipeline, Record, find_pass
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
-from diffopt.requests import requests
-from diffopt.rewrite import stored
+from diffopt.execution.calibration_inputs import requests
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.nodes import stored
+from diffopt.ir.program import Program
+from diffopt.storage import disk_cache
+from diffopt.training import distill
+from diffopt.transforms import sparsity_2_4
 from tests import loops
 from tests.zoo import traced
 
@@ -34,7 +38,7 @@ class Halve(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         made: dict[int, torch.nn.Parameter] = {}
-        for name in quantizer.choose(program, ("loop",)).loop:
+        for name in choose_scope(program, ("loop",)).loop:
             gm = program.components[name]
             for layer in qdq.layers(gm):
                 weight = stored(gm, layer.weight)
@@ -135,7 +139,7 @@ def test_shared_weights_stay_shared() -> None:
     text = "unroll,hoist,cache(fora,interval=2)"
     program = Pipeline((Halve(), recover(steps=10))).run(prepared("dit", text))
     assert Record.from_json(program.history[-1]).changed
-    names = quantizer.choose(program, ("loop",)).loop
+    names = choose_scope(program, ("loop",)).loop
     assert len(names) > 1
     own = [{id(t) for _, t in g.named_tensors(program.components[n])} for n in names]
     assert own[0] & own[1]
@@ -146,14 +150,14 @@ def test_shared_weights_stay_shared() -> None:
 def test_sparse_weights_stay_sparse(then: str) -> None:
     before = prepared("loop", "unroll")
     sparse = before.clone()
-    sparsity.sparsify(sparse, ["denoiser"], lambda name, module: True, lambda path, why: None)
+    sparsity_2_4.sparsify(sparse, ["denoiser"], lambda name, module: True, lambda path, why: None)
     damaged = Pipeline.parse(then).run(sparse) if then else sparse
     made = damaged.clone()
-    given, settings = requests(before, (), 4), recovery.Settings(steps=20, lr=1e-3)
-    outcome = recovery.recover(made, before, given, ["denoiser"], settings)
+    given, settings = requests(before, (), 4), distill.Settings(steps=20, lr=1e-3)
+    outcome = distill.recover(made, before, given, ["denoiser"], settings)
     assert outcome.after < 0.9 * outcome.before
     left, wanted = (
-        [layer.node.name for layer in sparsity.sparse_layers(p.components["denoiser"])]
+        [layer.node.name for layer in sparsity_2_4.sparse_layers(p.components["denoiser"])]
         for p in (made, damaged)
     )
     assert len(wanted) > 2
@@ -274,24 +278,24 @@ def test_it_never_ends_worse() -> None:
 
 def test_the_best_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the fifth step on all is spoiled."""
-    monkeypatch.setattr(recovery, "_share", lambda step, steps: 1.0 if step < 5 else 1e4)
+    monkeypatch.setattr(distill, "_share", lambda step, steps: 1.0 if step < 5 else 1e4)
     before = prepared("loop")
     program = Pipeline((Halve(),)).run(before)
     given = requests(program, (), 4)
-    settings = recovery.Settings(steps=10)
-    outcome = recovery.recover(program, before, given, ["denoiser"], settings)
+    settings = distill.Settings(steps=10)
+    outcome = distill.recover(program, before, given, ["denoiser"], settings)
     assert 0 < outcome.best < 6
     assert outcome.after == min(outcome.errors.values()) < outcome.before
-    again = recovery.recover(program, before, given, ["denoiser"], settings)
+    again = distill.recover(program, before, given, ["denoiser"], settings)
     assert again.before == pytest.approx(outcome.after, rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_ends_it() -> None:
     before = prepared("loop")
     program = Pipeline((Halve(),)).run(before)
-    settings = recovery.Settings(steps=10, lr=1e30)
+    settings = distill.Settings(steps=10, lr=1e30)
     given = requests(program, (), 8)
-    outcome = recovery.recover(program, before, given, ["denoiser"], settings)
+    outcome = distill.recover(program, before, given, ["denoiser"], settings)
     assert outcome.steps < 10
     assert outcome.stopped.startswith(f"the loss is not finite in step {outcome.steps + 1} (of re")
     assert "denoiser, step" in outcome.stopped
@@ -305,7 +309,7 @@ def test_a_loss_that_is_not_finite_ends_it() -> None:
 CHILD = """
 import os, signal, sys
 from diffopt.core import Pipeline
-from diffopt.program import Program
+from diffopt.ir.program import Program
 
 program, text, step = Program.load(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -370,7 +374,7 @@ def test_a_broken_checkpoint_is_none(
     pipeline = Pipeline((Halve(), recover(steps=5, every=0.0)))
     with pytest.raises(Killed):
         pipeline.run(prepared("loop"), progress=stop)
-    (path,) = (cachedir.folder() / "checkpoints").iterdir()
+    (path,) = (disk_cache.folder() / "checkpoints").iterdir()
     path.write_bytes(path.read_bytes()[:-100])
     first = pipeline.run(prepared("loop"))
     assert "truncated" in caplog.text
@@ -391,8 +395,8 @@ def test_accelerate_in_one_process_changes_nothing() -> None:
 SHARE = """
 import sys
 from diffopt.core import Pipeline
-from diffopt.program import Program
-from diffopt.workers import Workers
+from diffopt.ir.program import Program
+from diffopt.training.distributed import Workers
 
 workers = Workers(accelerate=True)
 assert workers.count == 2

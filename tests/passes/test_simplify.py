@@ -7,9 +7,9 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from diffopt import graph as g
 from diffopt.core import Pipeline, Record
-from diffopt.program import Program
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
 from diffopt.testing import check_pass
 from tests.passes.build import Make, body, parameter, program, randn
 

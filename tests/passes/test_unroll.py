@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from diffopt import graph as g
+from diffopt.capture.trace import trace_function
 from diffopt.core import Pipeline, Record
 from diffopt.errors import DiffoptError
-from diffopt.program import Program
+from diffopt.ir import graph as g
+from diffopt.ir.printing import format_graph
+from diffopt.ir.program import Program
 from tests import loops
 
 
@@ -45,7 +47,7 @@ def test_a_second_run_changes_nothing() -> None:
 def test_fifty_steps_have_as_many_bodies_as_ten() -> None:
     ten, fifty = (unroll(loops.program(steps=steps))[0] for steps in (10, 50))
     assert list(ten.components) == list(fifty.components)
-    bodies = [g.text(p.components["denoiser"]) for p in (ten, fifty)]
+    bodies = [format_graph(p.components["denoiser"]) for p in (ten, fifty)]
     assert bodies[0] == bodies[1]
 
 
@@ -61,7 +63,7 @@ def test_a_component_without_constant_arguments_is_left_alone() -> None:
 
     linear = torch.nn.Linear(2, 2).requires_grad_(False)
     function.components = {"linear": linear}  # type: ignore[attr-defined]
-    _, record = unroll(Program.from_function(function, torch.ones(1, 2)))
+    _, record = unroll(trace_function(function, torch.ones(1, 2)))
     assert record.skipped == ["linear: no argument is a constant at every call"]
     assert not record.changed
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from diffopt.engine import build
-from diffopt.program import Program
+from diffopt.engine.engine import build
+from diffopt.ir.program import Program
 from tests.sampler import program
 
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import diffopt
-from diffopt import aoti, archive, cachedir, graph
 from diffopt.core import Pipeline
-from diffopt.engine import Engine, build, load
-from diffopt.enginefile import KIND
+from diffopt.engine.engine import Engine, build, load
+from diffopt.engine.engine_file import KIND
 from diffopt.errors import DiffoptError
-from diffopt.lowering import free_sizes
-from diffopt.program import Program
-from diffopt.target import parse_target
+from diffopt.ir import graph
+from diffopt.ir.program import Program
+from diffopt.lowering import aoti
+from diffopt.lowering.compile_inputs import free_sizes
+from diffopt.lowering.target import parse_target
+from diffopt.storage import container, disk_cache
 from diffopt.targets import cpu
 from diffopt.targets.cpu import Cpu
 from tests.sampler import program
@@ -153,10 +155,10 @@ def test_one_engine_serves_a_range_of_batch_sizes(captured: Program, tmp_path: P
     # Another range is another kernel, the same one is in the cache.
     sizes = free_sizes(batched)
     keys = [Cpu()._key(gm, sizes.get(name)) for name, gm in batched.components.items()]
-    assert all(cachedir.get(cachedir.key(key)) for key in keys)
+    assert all(disk_cache.get(disk_cache.key(key)) for key in keys)
     wider = free_sizes(Pipeline.parse("batch(max=4)").run(captured))
     assert not any(
-        cachedir.get(cachedir.key(Cpu()._key(gm, wider[name])))
+        disk_cache.get(disk_cache.key(Cpu()._key(gm, wider[name])))
         for name, gm in batched.components.items()
     )
     for count in (1, 2, 3, 4):
@@ -213,8 +215,8 @@ def test_a_broken_cache_entry_is_compiled_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engines("cpu")
-    key = cachedir.key(Cpu()._key(captured.components["unet"]))
-    entry = cachedir._path(key)
+    key = disk_cache.key(Cpu()._key(captured.components["unet"]))
+    entry = disk_cache._path(key)
     content = bytearray(entry.read_bytes())
     content[len(content) // 2] ^= 1
     entry.write_bytes(content)
@@ -229,7 +231,7 @@ def test_a_broken_cache_entry_is_compiled_again(
     assert messages(caplog)[0] == (
         f"cache: {entry}: member so is damaged; copy it again, or build it again; making it again"
     )
-    assert cachedir.get(key) is not None
+    assert disk_cache.get(key) is not None
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(
@@ -237,8 +239,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIFFOPT_CACHE", str(tmp_path / "file"))
-    cachedir.put("0" * 64, {"so": b""})
-    assert cachedir.get("0" * 64) is None
+    disk_cache.put("0" * 64, {"so": b""})
+    assert disk_cache.get("0" * 64) is None
     assert [message.partition(" cannot be written: ")[2] for message in messages(caplog)] == [
         "Not a directory"
     ]
@@ -248,7 +250,7 @@ def test_what_a_kernel_depends_on(captured: Program, monkeypatch: pytest.MonkeyP
     def key(target: Cpu, change: Callable[[Any], None] = lambda gm: None) -> str:
         gm = graph.clone(captured.components["unet"])
         change(gm)
-        return cachedir.key(target._key(gm))
+        return disk_cache.key(target._key(gm))
 
     def rename(gm: Any) -> None:
         for index, node in enumerate(gm.graph.nodes):
@@ -280,13 +282,13 @@ def test_what_a_kernel_depends_on(captured: Program, monkeypatch: pytest.MonkeyP
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFOPT_CACHE", "/somewhere")
-    assert cachedir.folder() == Path("/somewhere")
+    assert disk_cache.folder() == Path("/somewhere")
     monkeypatch.delenv("DIFFOPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/else")
-    assert cachedir.folder() == Path("/else/diffopt")
+    assert disk_cache.folder() == Path("/else/diffopt")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
-    assert cachedir.folder() == Path("/home/me/.cache/diffopt")
+    assert disk_cache.folder() == Path("/home/me/.cache/diffopt")
 
 
 # What it refuses
@@ -349,11 +351,11 @@ def test_no_compiler(captured: Program, tmp_path: Path, monkeypatch: pytest.Monk
 def test_engine_of_another_machine(
     key: str, value: Any, message: str, engines: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    opened = archive.Archive(engines("cpu"), KIND, "an engine", "")
+    opened = container.Archive(engines("cpu"), KIND, "an engine", "")
     members = {name: [opened.read(name)] for name in opened.manifest["members"]}
     requires = opened.manifest["requires"]
     changed = {**opened.manifest, "requires": {**requires, key: value}}
-    archive.write(tmp_path / "x", KIND, changed, members)
+    container.write(tmp_path / "x", KIND, changed, members)
     with pytest.raises(DiffoptError) as caught:
         load(tmp_path / "x")
     assert str(caught.value) == (
@@ -371,7 +373,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     for place in places.values():
         place.mkdir()
     code = (
-        "from diffopt.engine import build\n"
+        "from diffopt.engine.engine import build\n"
         "from tests.sampler import program\n"
         "say = lambda what, fraction: print(what, flush=True)\n"
         f"build(program(), 'cpu', {str(places['out'] / 'x.engine')!r}, progress=say)\n"

@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from diffopt import graph as g
-from diffopt import onednn, qdq
-from diffopt import setup as loading
-from diffopt.aoti import Kernel, compile_body, open_library
-from diffopt.engine import Engine, build, load
+from diffopt.engine.engine import Engine, build, load
 from diffopt.errors import DiffoptError
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.printing import target_name
+from diffopt.lowering import load_time_graph as loading
+from diffopt.lowering import onednn
+from diffopt.lowering.aoti import Kernel, compile_body, open_library
 from diffopt.targets import cpu
 from diffopt.targets.cpu import Cpu
 from tests.passes.build import body, parameter, program, randn
@@ -157,7 +159,7 @@ def compiled(gm: fx.GraphModule, further: list[Tensor], *sizes: Any) -> Kernel:
 
 def operators(gm: fx.GraphModule) -> Counter[str]:
     """Return how often operators are called."""
-    return Counter(g.target_name(n) for n in gm.graph.nodes if n.op == "call_function")
+    return Counter(target_name(n) for n in gm.graph.nodes if n.op == "call_function")
 
 
 # What is computed

@@ -13,15 +13,16 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import diffopt
-from diffopt import aoti, cuda, deferred, engine
-from diffopt import graph as g
-from diffopt.archive import Archive
 from diffopt.core import Pipeline, Progress
-from diffopt.enginefile import KIND
+from diffopt.engine import engine
+from diffopt.engine.engine_file import KIND
 from diffopt.errors import DiffoptError
-from diffopt.hardware import hardware, hardware_names
-from diffopt.program import Program
-from diffopt.target import Finished, Image
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
+from diffopt.lowering import aoti, cuda_runtime, device_compilation
+from diffopt.lowering.hardware import hardware, hardware_names
+from diffopt.lowering.target import Finished, Image
+from diffopt.storage.container import Archive
 from diffopt.targets.cuda import Cuda
 from tests.command import Run
 from tests.passes.build import Builder, body, parameter, randn
@@ -40,7 +41,7 @@ PLAIN = "h100(cuda-graph=false)"
 def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
     """Put the CPU in the place of a GPU of this compute capability."""
     replace_gpu(monkeypatch)
-    monkeypatch.setattr(cuda, "capability", lambda: capability)
+    monkeypatch.setattr(cuda_runtime, "capability", lambda: capability)
 
 
 def archive(path: Path) -> Archive:
@@ -117,7 +118,7 @@ def test_a_moved_graph_views_what_is_laid_out_otherwise_and_returns_what_it_did(
     expected = gm(x)
     turned = weight.contiguous(memory_format=torch.channels_last)
     gm.register_parameter("weight", torch.nn.Parameter(turned, requires_grad=False))
-    deferred.move(gm, "cpu")
+    device_compilation.move(gm, "cpu")
     for own, other in zip(gm(x), expected, strict=True):
         torch.testing.assert_close(own, other, check_stride=True)
 
@@ -310,7 +311,7 @@ def test_quantized_layers_are_products_of_integers(
 def test_on_a_gpu(options: str, tmp_path: Path, captured: Program) -> None:
     """Engines run on the GPU at hand, the third time from a CUDA graph."""
     known = {hardware(name).capability: name for name in hardware_names()}
-    device = known.get(cuda.capability())
+    device = known.get(cuda_runtime.capability())
     if device is None:
         pytest.skip("no description has this GPU's compute capability")
     for program in (captured, steps(32), traced("sd"), traced("dit")):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from diffopt.engine import build
+from diffopt.engine.engine import build
 from tests.sampler import program
 
 

@@ -16,19 +16,20 @@ import torch
 from torch import Tensor, fx, nn
 
 import diffopt
-from diffopt import cuda, formats, lowering, qdq, rewrite
-from diffopt.archive import Archive
+from diffopt.caching.apply_plan import Reuse, Term, apply, find_loop
 from diffopt.core import Pipeline
-from diffopt.engine import load, write
-from diffopt.enginefile import KIND
+from diffopt.engine.engine import load, write
+from diffopt.engine.engine_file import KIND
 from diffopt.errors import DiffoptError
-from diffopt.hardware import hardware, hardware_names
-from diffopt.onnx import export
-from diffopt.program import Program
-from diffopt.reuse import Reuse, Term, apply, find_loop
-from diffopt.target import parse_target
-from diffopt.trt import builder, library, runtime, scales
-from diffopt.trt.builder import Plan, Settings
+from diffopt.ir import nodes, qdq
+from diffopt.ir.program import Program
+from diffopt.lowering import compile_inputs, cuda_runtime, legality
+from diffopt.lowering.hardware import hardware, hardware_names
+from diffopt.lowering.onnx import export
+from diffopt.lowering.target import parse_target
+from diffopt.lowering.trt import builder, library, plan_runtime, qdq_legalize
+from diffopt.lowering.trt.builder import Plan, Settings
+from diffopt.storage.container import Archive
 from tests import loops
 from tests.command import Run
 from tests.passes import build
@@ -80,7 +81,7 @@ def traced() -> Callable[[torch.dtype], Program]:
 
 def plan(gm: fx.GraphModule, device: str, **options: Any) -> Plan:
     """Build a component for a device."""
-    model = options.pop("model", None) or export(scales.rewrite(gm), "body")
+    model = options.pop("model", None) or export(qdq_legalize.rewrite(gm), "body")
     chosen = library.choose("tensorrt-rtx", device, CAPABILITIES[device])
     return builder.build("body", model, chosen, options.pop("settings", QUICK), {}, **options)
 
@@ -132,7 +133,7 @@ def test_quantized_layers_run_on_what_they_are_quantized_to(
 ) -> None:
     number, scaling, group = form
     gm = quantized(traced(torch.float16), number, scaling, group).components["body"]
-    model = export(scales.rewrite(gm), "body")
+    model = export(qdq_legalize.rewrite(gm), "body")
     widths = {"int4": 0.5, "int8": 1, "fp8": 1}
     layers = 192 * 64 + 64 * 64
     for device in devices:
@@ -244,7 +245,7 @@ def test_rewritten_layers_give_the_same(
 ) -> None:
     base = traced(dtype)
     gm = quantized(base, number, scaling).components["body"]
-    made = scales.rewrite(gm)
+    made = qdq_legalize.rewrite(gm)
     assert len(made.graph.nodes) > len(gm.graph.nodes) or number == "int4"
     (exact,), (before,), (after,) = (f(*base.sample) for f in (base.components["body"], gm, made))
     assert after.dtype == before.dtype
@@ -252,14 +253,14 @@ def test_rewritten_layers_give_the_same(
     if dtype == torch.float32:
         assert error(after, before) < 2e-6
     for layer in qdq.layers(made):
-        x = layer.x.args[0] if rewrite.calls(layer.x, aten._to_copy.default) else layer.x
+        x = layer.x.args[0] if nodes.calls(layer.x, aten._to_copy.default) else layer.x
         found = qdq.activation(layer.x) or qdq.activation(x)
         assert (found is None) == (scaling is None)
         if found is not None:
-            constant = rewrite.stored(made, found.scale)
+            constant = nodes.stored(made, found.scale)
             assert constant is not None
             assert constant.item() == (2.0**-9 if number == "fp8" else 2.0**-7)
-            assert found.zero is None or rewrite.stored(made, found.zero) == 0
+            assert found.zero is None or nodes.stored(made, found.zero) == 0
 
 
 @pytest.mark.parametrize("scaling", [None, "rows"])
@@ -276,7 +277,9 @@ def test_layers_may_share_a_weight(scaling: qdq.Scaling | None, zero: bool) -> N
         return b(aten.linear.default, read, placed)
 
     before = build.body(make, build.randn(3, 64))
-    (found,), (expected,) = (gm(build.randn(3, 64)) for gm in (scales.rewrite(before), before))
+    (found,), (expected,) = (
+        gm(build.randn(3, 64)) for gm in (qdq_legalize.rewrite(before), before)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -374,7 +377,7 @@ def fake_modules(monkeypatch: pytest.MonkeyPatch, installed: set[str], gpu: Any)
     module = Module(__version__="1.0", ComputeCapability=SimpleNamespace(__members__=members))
     monkeypatch.setattr(library, "is_installed", lambda name: name in installed)
     monkeypatch.setattr(library, "load", lambda name: module)
-    monkeypatch.setattr(cuda, "capability", lambda: gpu)
+    monkeypatch.setattr(cuda_runtime, "capability", lambda: gpu)
 
 
 BOTH = {"tensorrt", "tensorrt-rtx"}
@@ -460,7 +463,7 @@ def test_what_plans_need_is_compared_with_the_machine(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, str], gpu: Any, message: str | None
 ) -> None:
     fake_modules(monkeypatch, {"tensorrt-rtx"}, gpu)
-    here = lowering.machine()
+    here = compile_inputs.machine()
     requires = {
         "device": "rtx4090",
         "capability": [8, 9],
@@ -564,7 +567,7 @@ class FakeTrt(SimpleNamespace):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTrt:
     """Put the CPU in the GPU's place."""
-    monkeypatch.setattr(runtime, "DEVICE", "cpu")
+    monkeypatch.setattr(plan_runtime, "DEVICE", "cpu")
     stream = SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -574,7 +577,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTrt:
 def body(trt: FakeTrt, content: bytes = b"plan", name: str = "tensorrt-rtx", **options: Any) -> Any:
     inputs = ["x", "unused", "n"]
     chosen = library.Library(name, trt)
-    return runtime.Body("unet", chosen, memoryview(content), inputs, ["y0"], **options)
+    return plan_runtime.Body("unet", chosen, memoryview(content), inputs, ["y0"], **options)
 
 
 def test_plans_read_and_write_tensors_where_they_are(gpu: FakeTrt) -> None:
@@ -627,7 +630,7 @@ def test_plans_that_do_not_load_or_run(gpu: FakeTrt) -> None:
 def device() -> str:
     """Return the description of the GPU at hand."""
     known = {hardware(name).capability: name for name in hardware_names()}
-    found = known.get(cuda.capability())
+    found = known.get(cuda_runtime.capability())
     if found is None:
         pytest.skip("no description has this GPU's compute capability")
     return found
@@ -673,7 +676,7 @@ def test_quantized_plans_are_as_good_as_the_graphs(
 ) -> None:
     base = traced(torch.float16)
     made = quantized(base, *form)
-    if (reason := formats.refused(made, hardware(device))) is not None:
+    if (reason := legality.refused(made, hardware(device))) is not None:
         pytest.skip(reason)
     opened = engine(made, f"{device}:tensorrt", tmp_path / "x")
     exact = traced(torch.float32).run([x.float() for x in base.sample_inputs()])[0]

@@ -20,14 +20,15 @@ from torch import fx, nn
 from torch.fx.passes.split_module import split_module
 
 import diffopt
-from diffopt import cuda, deferred, engine, enginefile
 from diffopt.core import Pipeline, Progress
+from diffopt.engine import engine, engine_file
 from diffopt.errors import DiffoptError
-from diffopt.hardware import hardware, hardware_names
-from diffopt.program import Program
-from diffopt.sparsity import mask_2_4
-from diffopt.target import Finished, Image, Target, parse_target
+from diffopt.ir.program import Program
+from diffopt.lowering import cuda_runtime, device_compilation
+from diffopt.lowering.hardware import hardware, hardware_names
+from diffopt.lowering.target import Finished, Image, Target, parse_target
 from diffopt.targets import torch_tensorrt
+from diffopt.transforms.sparsity_2_4 import mask_2_4
 from tests import sampler
 from tests.command import Run
 from tests.standin import replace_gpu
@@ -139,7 +140,7 @@ def report(text: str) -> None:
 def replace(patch: pytest.MonkeyPatch) -> Library:
     """Put the CPU in the place of an H100, and the stand-in in that of the package."""
     replace_gpu(patch)
-    patch.setattr(cuda, "capability", lambda: (9, 0))
+    patch.setattr(cuda_runtime, "capability", lambda: (9, 0))
     made = Library()
     patch.setitem(sys.modules, "torch_tensorrt", made)
     patch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.16.1"))
@@ -178,7 +179,7 @@ def target(**options: object) -> str:
 
 
 def components(path: Path) -> Mapping[str, Any]:
-    about: Mapping[str, Any] = enginefile.EngineFile(path).manifest["components"]
+    about: Mapping[str, Any] = engine_file.EngineFile(path).manifest["components"]
     return about
 
 
@@ -189,7 +190,7 @@ def expect_close(opened: engine.Engine, program: Program, count: int | None = No
 
 
 def test_an_engine_is_written_as_far_as_it_goes_without_the_gpu(made: Made) -> None:
-    manifest = enginefile.EngineFile(made.unfinished).manifest
+    manifest = engine_file.EngineFile(made.unfinished).manifest
     assert manifest["finished"] is False
     assert manifest["components"] == {"unet": {"kernel": "unet.pt2"}, "vae": {"kernel": "vae.pt2"}}
     with pytest.raises(
@@ -199,7 +200,7 @@ def test_an_engine_is_written_as_far_as_it_goes_without_the_gpu(made: Made) -> N
 
 
 def test_a_finished_engine_says_which_operators_ran_where(made: Made) -> None:
-    manifest = enginefile.EngineFile(made.finished).manifest
+    manifest = engine_file.EngineFile(made.finished).manifest
     assert manifest["finished"] is True
     assert manifest["components"] == {
         "unet": {
@@ -306,9 +307,9 @@ def test_packages_are_taken_from_the_cache_where_the_weights_in_them_are_the_sam
     monkeypatch.setenv("DIFFOPT_CACHE", str(tmp_path / "cache"))
     compiled: list[str] = []
 
-    def package(self: Target, gm: fx.GraphModule, sizes: Any) -> deferred.Package:
+    def package(self: Target, gm: fx.GraphModule, sizes: Any) -> device_compilation.Package:
         compiled.append(gm.__class__.__name__)
-        return deferred.Package(b"")
+        return device_compilation.Package(b"")
 
     monkeypatch.setattr(type(parse_target(name)), "package", package)
     program = sampler.program()
@@ -432,7 +433,7 @@ def test_on_a_gpu(options: str, passes: str, captured: Program, tmp_path: Path) 
     if importlib.util.find_spec("torch_tensorrt") is None:
         pytest.skip("torch-tensorrt is not installed")
     known = {hardware(name).capability: name for name in hardware_names()}
-    device = known.get(cuda.capability())
+    device = known.get(cuda_runtime.capability())
     if device is None:
         pytest.skip("no description has this GPU's compute capability")
     program = Pipeline.parse(passes).run(captured) if passes else captured

@@ -3,8 +3,8 @@
 from functools import cache
 from typing import Any
 
-from diffopt.capture import Session
-from diffopt.program import Program
+from diffopt.capture.trace import Session
+from diffopt.ir.program import Program
 from tests.zoo.schedulers import CASES
 
 

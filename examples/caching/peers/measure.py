@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import diffopt
-from diffopt import bench
+from diffopt.cli import timing
 from examples.benchmarks import report
 from examples.caching.peers.pairs import Peer
 from examples.caching.peers.pipelines import REQUESTS, denoiser, images_of, unrolled
@@ -69,7 +69,7 @@ def compare(peer: Peer, options: argparse.Namespace, folder: Path) -> dict[str, 
     with compiling():
         if options.compile:
             contenders |= compiled_contenders(peer, steps, row)
-        results = bench.measure(contenders, EAGER, rounds=options.rounds, report=report)
+        results = timing.measure(contenders, EAGER, rounds=options.rounds, report=report)
     row["contenders"] = {
         name: {
             "seconds": result.seconds,
@@ -82,7 +82,7 @@ def compare(peer: Peer, options: argparse.Namespace, folder: Path) -> dict[str, 
     return row
 
 
-def differences(contenders: Mapping[str, bench.Make]) -> dict[str, float]:
+def differences(contenders: Mapping[str, timing.Make]) -> dict[str, float]:
     """Return how far the engine's images are from the peer's, and those from uncached ones."""
     made = {name: torch.stack([make(s) for s in range(SEEDS)]) for name, make in contenders.items()}
     engine, cached = ((made[EAGER] - made[name]).abs().double() for name in (ENGINE, UNCACHED))
@@ -104,7 +104,7 @@ def compiling() -> Iterator[None]:
         yield
 
 
-def compiled_contenders(peer: Peer, steps: int, row: dict[str, Any]) -> dict[str, bench.Make]:
+def compiled_contenders(peer: Peer, steps: int, row: dict[str, Any]) -> dict[str, timing.Make]:
     """Return the pipeline compiled, without a cache and with the peer's where that works.
 
     Writes into the row what compiling the peer's took.
@@ -126,12 +126,12 @@ def compiled_contenders(peer: Peer, steps: int, row: dict[str, Any]) -> dict[str
         }
         made[COMPILED] = make
     plain = load(peer.model)
-    bench.compile_pipeline(plain, None)
+    timing.compile_pipeline(plain, None)
     made[UNCACHED_COMPILED] = images_of(peer.model, plain, steps)
     return made
 
 
-def compiled(peer: Peer, steps: int) -> bench.Make:
+def compiled(peer: Peer, steps: int) -> timing.Make:
     """Return the pipeline with the peer's cache, compiled."""
     pipe = load(peer.model)
     net = denoiser(pipe)

@@ -24,15 +24,15 @@ from diffusers import (
 )
 from diffusers.hooks.hooks import CacheContext, HookRegistry, _set_cache_context
 
-from diffopt.anatomy import Anatomy
+from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.caching.apply_plan import Loop, Plan
+from diffopt.caching.policies.deepcache import Deepcache
+from diffopt.caching.policies.delta_dit import DeltaDit
+from diffopt.caching.policies.magcache import Magcache
+from diffopt.caching.policies.taylorseer import Taylorseer
+from diffopt.caching.policy import Part, Policy, hold, option, residuals, stack
 from diffopt.core import Context
 from diffopt.passes.cache import Cache
-from diffopt.policies.deepcache import Deepcache
-from diffopt.policies.delta_dit import DeltaDit
-from diffopt.policies.magcache import Magcache
-from diffopt.policies.taylorseer import Taylorseer
-from diffopt.policy import Part, Policy, hold, option, residuals, stack
-from diffopt.reuse import Loop, Plan
 from examples.caching.peers.pipelines import Begin, images_of
 from examples.pyramid_attention import PyramidAttention
 from examples.study.models import load

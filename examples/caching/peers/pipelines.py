@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import diffopt
-from diffopt import bench
-from diffopt.program import Program
+from diffopt.cli import timing
+from diffopt.ir.program import Program
 from examples.benchmarks import report
 from examples.study.models import GUIDANCE, load
 
@@ -25,7 +25,7 @@ def denoiser(pipe: Any) -> Any:
     return getattr(pipe, "unet", None) or pipe.transformer
 
 
-def images_of(model: str, pipe: Any, steps: int, begin: Begin = lambda: None) -> bench.Make:
+def images_of(model: str, pipe: Any, steps: int, begin: Begin = lambda: None) -> timing.Make:
     """Return the pipeline as a function from a seed to images."""
 
     def make(seed: int) -> torch.Tensor:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from diffopt import bench, tags
-from diffopt import graph as g
-from diffopt.program import Program
-from diffopt.reuse import find_loop
+from diffopt.caching.apply_plan import find_loop
+from diffopt.cli import timing
+from diffopt.ir import call_tags
+from diffopt.ir.flops import node_flops
+from diffopt.ir.program import Program
 from examples.caching.peers.pairs import Peer
 from examples.caching.peers.pipelines import denoiser, unrolled
 from examples.study.models import load
@@ -26,23 +27,23 @@ def layers(peer: Peer, steps: int) -> list[str]:
 def costly(body: torch.fx.GraphModule) -> set[str]:
     """Return the modules whose operators in a body cost FLOPs."""
     nodes = [n for n in body.graph.nodes if n.op == "call_function" and n.meta.get("module")]
-    return {str(n.meta["module"]) for n in nodes if g.node_flops(n)}
+    return {str(n.meta["module"]) for n in nodes if node_flops(n)}
 
 
 def computed_by_engine(cached: Program, peer: Peer, steps: int) -> list[set[str]]:
     """Return the layers that each step of a program computes."""
     loop = find_loop(unrolled(peer.model, steps))
-    own = {tags.tag(call): step for (step, _), call in loop.calls.items()}
-    calls = {call: str(call.target) for call in cached.calls() if tags.tag(call) in own}
+    own = {call_tags.tag(call): step for (step, _), call in loop.calls.items()}
+    calls = {call: str(call.target) for call in cached.calls() if call_tags.tag(call) in own}
     costs = {name: costly(cached.components[name]) for name in {*calls.values()}}
     known = {*layers(peer, steps)}
     found = [set[str]() for _ in range(steps)]
     for call, name in calls.items():
-        found[own[tags.tag(call)]] |= costs[name] & known
+        found[own[call_tags.tag(call)]] |= costs[name] & known
     return found
 
 
-def computed_by_peer(pipe: Any, make: bench.Make, paths: Collection[str]) -> list[set[str]]:
+def computed_by_peer(pipe: Any, make: timing.Make, paths: Collection[str]) -> list[set[str]]:
     """Return the layers that each step of a pipeline computes."""
     net = denoiser(pipe)
     found: list[set[str]] = []

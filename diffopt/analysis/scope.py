@@ -1,0 +1,100 @@
+"""Which components and which of their calls a pass is about: the loop's, all, some by name."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from diffopt.errors import DiffoptError
+from diffopt.ir import call_tags, qdq
+from diffopt.ir import graph as g
+from diffopt.ir.flops import graph_flops
+from diffopt.ir.nodes import stored
+from diffopt.ir.program import Program
+from diffopt.spec import suggest
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """The components to quantize.
+
+    Attributes:
+        calls: The calls of each, with their steps; 0 for those outside of the loop.
+        loop: Those that the sampling loop calls.
+        weights: Those whose weights alone are quantized.
+    """
+
+    calls: dict[str, list[tuple[fx.Node, int]]]
+    loop: list[str]
+    weights: frozenset[str]
+
+
+def choose_scope(program: Program, wanted: Sequence[str]) -> Scope:
+    """Return the components that `wanted` means: "loop", "all", or patterns of names.
+
+    "loop" is the component that is called in several steps (of several, the one on which most is
+    spent), in all of its bodies, and what is called in front of the loop on its behalf; "all" adds
+    the weights of all others.
+    """
+    calls: dict[str, list[tuple[fx.Node, int]]] = {}
+    spent: dict[str, int] = {}
+    steps: dict[str, set[int]] = {}
+    source: dict[str, str | None] = {}
+    for call in program.calls():
+        name, tag = str(call.target), call_tags.tag(call)
+        calls.setdefault(name, []).append((call, tag.step if tag else 0))
+        source[name] = tag.component if tag else None
+        if tag:
+            cost = graph_flops(program.components[name])
+            spent[tag.component] = spent.get(tag.component, 0) + cost
+            steps.setdefault(tag.component, set()).add(tag.step)
+    # A small denoiser may cost less than what decodes its result once.
+    heaviest = max(spent, key=lambda c: (len(steps[c]) > 1, spent[c]), default=None)
+    loop = [name for name in calls if source[name] == heaviest]
+    before = [name for name in calls if source[name] is None and heaviest is not None]
+    if tuple(wanted) == ("loop",):
+        chosen, weights = [*before, *loop], before
+    elif tuple(wanted) == ("all",):
+        chosen, weights = list(calls), [name for name in calls if name not in loop]
+    else:
+        chosen, weights = [], []
+        for pattern in wanted:
+            names = fnmatch.filter(calls, pattern)
+            if not names:
+                raise DiffoptError(f"there is no component '{pattern}'{suggest(pattern, calls)}")
+            chosen += names
+    own = {name: calls[name] for name in calls if name in chosen}
+    return Scope(own, [name for name in loop if name in own], frozenset(weights))
+
+
+def by_step(scope: Scope) -> dict[tuple[int, int], fx.Node]:
+    """Return the calls whose inputs are watched, each by its step and a number of its own."""
+    watched = [at for name, own in scope.calls.items() if name not in scope.weights for at in own]
+    return {(step, number): call for number, (call, step) in enumerate(watched)}
+
+
+def boundary_weights(program: Program, scope: Scope) -> list[Tensor]:
+    """Return the weights of the first layers that see the latents, and of the last ones.
+
+    They read and make what the sampler works on, are small, and lose most by rounding.
+    """
+    found: list[Tensor] = []
+    late = g.descendants(call for name in scope.loop for call, _ in scope.calls[name])
+    bodies = sorted(scope.loop, key=lambda n: graph_flops(program.components[n]))
+    for name in bodies[-1:]:  # bodies with less in them begin and end inside of it
+        gm = program.components[name]
+        given = [call.args for call, _ in scope.calls[name]]
+        takes = enumerate(g.placeholders(gm))
+        seen = g.descendants(n for i, n in takes if any(own[i] in late for own in given))
+        layers = [layer for layer in qdq.layers(gm) if layer.node in seen]
+        nodes = {layer.node for layer in layers}
+        for layer in layers:
+            is_first = not nodes & (g.ancestors([layer.node]) - {layer.node})
+            is_last = not nodes & (g.descendants([layer.node]) - {layer.node})
+            tensor = stored(gm, layer.weight)
+            if (is_first or is_last) and tensor is not None:
+                found.append(tensor)
+    return found

@@ -1,0 +1,148 @@
+"""How much memory a program's weights take, by the format of their numbers, and next to float16."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.nodes import args, calls, graphs, stored
+from diffopt.ir.program import Program
+
+SCALES = "scales"
+"""What the scales and zero points of quantized values are listed as."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What weights take.
+
+    Attributes:
+        elements: Weights by format, without what is stored to scale others.
+        bytes: What is stored, by format.
+        fp16: What all would take with 2 bytes a weight.
+    """
+
+    elements: dict[str, int]
+    bytes: dict[str, int]
+    fp16: int
+
+    @property
+    def total(self) -> int:
+        """What is stored in all."""
+        return sum(self.bytes.values())
+
+    @property
+    def ratio(self) -> float:
+        """The part of float16's size that is stored."""
+        return self.total / self.fp16 if self.fp16 else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers as JSON."""
+        rows = {n: {"elements": self.elements[n], "bytes": self.bytes[n]} for n in self.bytes}
+        return {"bytes": self.total, "fp16 bytes": self.fp16, "formats": rows}
+
+    def __str__(self) -> str:
+        return f"weights {self.total / 1e6:.1f} MB, {100 * self.ratio:.0f} % of fp16"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    name: str
+    format: str
+    elements: int
+    shape: tuple[int, ...]
+
+
+def of_program(program: Program) -> Footprint:
+    """Return what the weights and constants of all graphs take; each counts once."""
+    return of_graphs(graphs(program).values())
+
+
+def of_graphs(bodies: Iterable[fx.GraphModule]) -> Footprint:
+    """Return what the weights and constants of some graphs take; each counts once."""
+    tensors: dict[int, Tensor] = {}
+    found: dict[int, _Stored] = {}
+    for gm in bodies:
+        quantized = _quantized(gm)
+        for name, tensor in g.named_tensors(gm):
+            tensors[id(tensor)] = tensor
+            plain = _Stored(name, _name(tensor.dtype), tensor.numel(), tuple(tensor.shape))
+            if id(tensor) in quantized or id(tensor) not in found:
+                found[id(tensor)] = quantized.get(id(tensor), plain)
+    elements: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for key, own in sorted(found.items(), key=lambda item: item[1].format):
+        elements[own.format] = elements.get(own.format, 0) + own.elements
+        sizes[own.format] = sizes.get(own.format, 0) + tensors[key].nbytes
+    return Footprint(elements, sizes, _fp16_bytes(tensors, found))
+
+
+def _fp16_bytes(tensors: dict[int, Tensor], found: dict[int, _Stored]) -> int:
+    """Return what weights would take with 2 bytes each, and the rest as it is.
+
+    A weight that is stored in several formats, for different steps, counts once.
+    """
+    formats: dict[tuple[str, tuple[int, ...]], str] = {}
+    total = 0
+    for key, own in sorted(found.items(), key=lambda item: item[1].format not in _FLOATS):
+        is_float = own.format in _FLOATS
+        if own.format == SCALES:
+            continue
+        if not is_float and own.format not in _QUANTIZED:
+            total += tensors[key].nbytes
+        elif formats.setdefault((own.name, own.shape), own.format) == own.format or is_float:
+            total += 2 * own.elements
+    return total
+
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_QUANTIZED = ("int8", "int4", "fp8")
+
+
+def _quantized(gm: fx.GraphModule) -> dict[int, _Stored]:
+    """Return the tensors of quantized weights and of scales, by identity."""
+    found: dict[int, _Stored] = {}
+    for node in gm.graph.nodes:
+        if (activation := qdq.activation(node)) is not None:
+            given = [n for n in (activation.scale, activation.zero) if n is not None]
+            found |= {id(stored(gm, n)): _scale(n) for n in given if n.op == "get_attr"}
+        if (weight := qdq.weight(node)) is not None:
+            numbers = g.ancestors([weight.values])
+            for source in g.ancestors([node]):
+                if source.op == "get_attr":
+                    found[id(stored(gm, source))] = _scale(source)
+            for source in numbers:
+                if source.op == "get_attr" and _is_number(source.meta["val"]):
+                    found[id(stored(gm, source))] = _weight(source, weight)
+    return found
+
+
+def _is_number(value: Tensor) -> bool:
+    return value.dtype in (torch.int8, torch.uint8, qdq.FP8)
+
+
+def _scale(source: fx.Node) -> _Stored:
+    return _Stored(str(source.target), SCALES, 0, ())
+
+
+def _weight(source: fx.Node, weight: qdq.Weight) -> _Stored:
+    shape = tuple(source.meta["val"].shape)
+    kind: str = "fp8" if weight.number == "fp8" else "int8"
+    for user in source.users:
+        if calls(user, torch.ops.diffopt.unpack_int4.default):
+            kind, shape = "int4", tuple(args(user)[1])
+    # `qdq.place_weight` names the numbers after the weight that they stand for.
+    name = re.sub(rf"_{kind}(?=(_\d+)?$)", "", str(source.target))
+    return _Stored(name, kind, prod(shape), shape)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

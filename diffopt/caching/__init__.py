@@ -1,0 +1,1 @@
+"""Reuse of features over sampling steps: plans, searches and policies."""

@@ -1,0 +1,1 @@
+"""The cache policies, one a file; `diffopt.caching.policy` finds them."""

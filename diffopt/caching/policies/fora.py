@@ -1,0 +1,38 @@
+"""FORA: take every attention's and MLP's output from the last computed step.
+
+Pratheba Selvaraju et al., FORA: Fast-Forward Caching in Diffusion Transformer Acceleration, 2024
+(2407.01425).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.caching.apply_plan import Loop, Plan
+from diffopt.caching.policy import ATTENTION_AND_MLP, Part, Policy, branch_values, hold, option
+from diffopt.core import Context
+from diffopt.errors import DiffoptError
+
+
+@dataclass(frozen=True)
+class Fora(Policy):
+    """Take every attention's and MLP's output from the last computed step."""
+
+    needs: ClassVar[Part] = "branches"
+
+    interval: int = option(3, "compute every N steps")
+    start: int = option(0, "compute this many steps at the beginning as well")
+
+    def __post_init__(self) -> None:
+        if self.interval < 1 or self.start < 0:
+            raise DiffoptError("fora wants interval >= 1 and start >= 0")
+
+    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+        """Take the branches' outputs as they are before the gate."""
+        values = branch_values(parts, ATTENTION_AND_MLP)
+        return hold(values, computed(loop.steps, self.interval, self.start), loop.steps)
+
+
+def computed(steps: int, interval: int, start: int = 0) -> list[int]:
+    """Return the steps that compute: the first ones, then one an interval."""
+    return [*range(min(start, steps)), *range(start, steps, interval)]

@@ -1,0 +1,1 @@
+"""From a pipeline's own Python to a program."""

@@ -1,0 +1,336 @@
+"""Components: exported once per call signature, recorded as calls.
+
+For the time of a capture the public methods of every component are replaced. A call with tensors
+exports the component in the state it has at that call (processors, adapters and hooks are part of
+the signature), adds a call node and returns placeholder values of the right shape.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import logging
+import operator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.capture import value_tree
+from diffopt.capture.dispatch_modes import location, plain
+from diffopt.capture.export import Body, Call, export
+from diffopt.capture.module_state import Attribute, restore_state, save_state
+from diffopt.capture.recorder import Recorder
+from diffopt.capture.torch_functions import Scalar
+from diffopt.ir import graph as g
+from diffopt.ir.printing import graph_fingerprint
+
+log = logging.getLogger("diffopt")
+
+_PUBLIC = frozenset(dir(torch.nn.Module))
+
+
+class Lifted(Exception):
+    """Ask for another run: a Python number that differs between calls has become an input."""
+
+
+@dataclasses.dataclass
+class Signature:
+    """One call of a component: its tensors, its structure."""
+
+    component: str
+    method: str
+    tensors: list[Tensor]
+    spec: value_tree.Spec
+    state: list[Attribute]
+    """Attributes that hold values of earlier calls."""
+    numbers: list[Any]
+
+    def key(self, fingerprint: int) -> Hashable:
+        """Return what two calls have in common when they run the same graph."""
+        types = tuple((t.dtype, t.shape, t.stride()) for t in self.tensors)
+        state = tuple((id(store), name, _types(store[name])) for store, name in self.state)
+        return (self.component, self.method, self.spec.key, types, state, fingerprint)
+
+
+def _types(value: Any) -> Hashable:
+    leaves, spec = value_tree.flatten(value)
+    return spec.key, tuple((t.dtype, t.shape, t.stride()) for t in leaves)
+
+
+class Boundary:
+    """The components of a pipeline, and what has been exported of them.
+
+    Args:
+        components: Modules by name.
+    """
+
+    def __init__(self, components: Mapping[str, torch.nn.Module]) -> None:
+        self.modules = dict(components)
+        self.bodies: dict[Hashable, Body] = {}
+        self.exports = 0
+        self.lifted: set[tuple[str, str, int]] = set()
+        self.inlined: dict[Hashable, str] = {}
+        """Calls that could not be exported, and why; they are recorded operator by operator."""
+        self.recorder: Recorder | None = None
+        self.random = torch.Generator().manual_seed(0)
+        self._seen: dict[Hashable, list[list[Any]]] = {}
+        self._inside = False
+
+    def weights(self) -> dict[int, tuple[str, Tensor]]:
+        """Return parameters and buffers by identity, with a name: weights used outside of calls."""
+        table: dict[int, tuple[str, Tensor]] = {}
+        for name, module in self.modules.items():
+            for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                table.setdefault(id(tensor), (f"{name}.{key}", tensor))
+        return table
+
+    @contextlib.contextmanager
+    def recording(self, recorder: Recorder, seed: int) -> Iterator[None]:
+        """Record calls of the components with `recorder` for the time of the context."""
+        self.recorder, self._seen = recorder, {}
+        self.random.manual_seed(seed)
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+        saved = [save_state(module) for module in self.modules.values()]
+        buffers = {id(b): b for module in self.modules.values() for b in module.buffers()}
+        contents = [(b, b._version, b.clone()) for b in buffers.values()]
+        try:
+            for name, module in self.modules.items():
+                store = vars(module)
+                for method in _methods(type(module)):  # type: ignore[arg-type]
+                    undo.append((store, method, store.get(method)))
+                    store[method] = self._wrapper(name, module, method)
+            yield
+        finally:
+            for store, method, own in reversed(undo):
+                store.pop(method, None)
+                if own is not None:
+                    store[method] = own
+            for rows in saved:
+                restore_state(rows)
+            for buffer, version, content in contents:
+                if buffer._version != version:
+                    buffer.copy_(content)
+            self.recorder = None
+
+    def _wrapper(self, name: str, module: torch.nn.Module, method: str) -> Callable[..., Any]:
+        original = getattr(module, method)
+        signature: list[inspect.Signature | None] = []
+
+        @functools.wraps(original)  # pipelines look at signatures
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._inside or not _has_tensor((args, kwargs)):  # a method for the host
+                return original(*args, **kwargs)
+            if method == "forward":
+                # Positional and named arguments of one call are one signature.
+                if not signature:
+                    signature.append(_signature(original))
+                args, kwargs = _named(signature[0], args, kwargs)
+            return self._call(name, module, method, original, args, kwargs)
+
+        return call
+
+    def _call(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        method: str,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        numbers: list[Any] = []
+        tensors, spec = value_tree.flatten(self._lift(name, method, (args, kwargs), numbers))
+        state = self._tracked_state(module)
+        signature = Signature(name, method, tensors, spec, state, numbers)
+        self._watch_numbers(signature)
+        skip = frozenset((id(store), attribute) for store, attribute in state)
+        key = signature.key(value_tree.fingerprint(module, skip))
+        if key not in self.bodies and key not in self.inlined:
+            self._export(key, signature, module, original)
+        if key in self.inlined:
+            return original(*args, **kwargs)
+        return self._record(self.bodies[key], signature, (args, kwargs))
+
+    def _export(
+        self,
+        key: Hashable,
+        signature: Signature,
+        module: torch.nn.Module,
+        original: Callable[..., Any],
+    ) -> None:
+        """Export a call, or note why it has to be recorded operator by operator."""
+        name, method = signature.component, signature.method
+        label = name if method == "forward" else f"{name}_{method}"
+        self.exports += 1
+        call = Call(module, original, signature.spec, len(signature.tensors), signature.state)
+        try:
+            self._inside = True
+            with plain(), torch.random.fork_rng(devices=[]):
+                body = export(label, call, signature.tensors)
+        except Exception as error:  # whatever the exporter meets in someone's model
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            log.info("%s.%s is recorded operator by operator: %s", name, method, error)
+            self.inlined[key] = f"{name}.{method} could not be exported as a whole: {reason}"
+        else:
+            # States that make no difference, such as a counter, give the same graph.
+            same = (known.module for known in self.bodies.values() if known.name == body.name)
+            text = graph_fingerprint(body.module)
+            body.module = next((m for m in same if graph_fingerprint(m) == text), body.module)
+            self.bodies[key] = body
+        finally:
+            self._inside = False
+
+    # Numbers that differ between calls
+
+    def _lift(self, name: str, method: str, value: Any, numbers: list[Any]) -> Any:
+        """Replace the Python numbers that became inputs by tensors; collect all numbers."""
+        if isinstance(value, Scalar):
+            return value.tensor
+        if isinstance(value, bool) or not isinstance(value, (int, float, list, tuple, dict)):
+            return value
+        if isinstance(value, (int, float)):
+            numbers.append(value)
+            if (name, method, len(numbers) - 1) not in self.lifted:
+                return value
+            dtype = torch.int64 if isinstance(value, int) else torch.float64
+            return torch.tensor(value, dtype=dtype)
+        if isinstance(value, dict):
+            if type(value) is not dict:
+                return value
+            return {k: self._lift(name, method, v, numbers) for k, v in value.items()}
+        items = [self._lift(name, method, v, numbers) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+    def _watch_numbers(self, signature: Signature) -> None:
+        """Ask for a run with a number as an input once it is seen to differ between calls."""
+        types = tuple(t.shape for t in signature.tensors)
+        group = (signature.component, signature.method, types, len(signature.numbers))
+        for earlier in self._seen.setdefault(group, []):
+            for index, (a, b) in enumerate(zip(earlier, signature.numbers, strict=True)):
+                place = (signature.component, signature.method, index)
+                if a != b and place not in self.lifted:
+                    self.lifted.add(place)
+                    raise Lifted
+        self._seen[group].append(signature.numbers)
+
+    # Recording
+
+    def _tracked_state(self, module: torch.nn.Module) -> list[Attribute]:
+        """Return the attributes that hold values of earlier calls."""
+        assert self.recorder is not None
+        found = []
+        for store, name in value_tree.attributes(module):
+            value = store[name]
+            if not isinstance(value, (Tensor, list, tuple, dict)) or not _may_hold_tensor(value):
+                continue
+            leaves, _ = value_tree.flatten(value)
+            if any(self.recorder.node_of(t) is not None for t in leaves):
+                found.append((store, name))
+        return found
+
+    def _record(self, body: Body, signature: Signature, arguments: Any) -> Any:
+        """Add a call node; returns placeholder values in the structure of the result."""
+        recorder = self.recorder
+        assert recorder is not None
+        name = self._attach(body)
+        state = [t for store, key in signature.state for t in value_tree.flatten(store[key])[0]]
+        given = [*signature.tensors, *state]
+        node = recorder.root.graph.call_module(name, tuple(recorder.value(t) for t in given))
+        node.meta["val"] = tuple(n.meta["val"] for n in g.outputs(body.module))
+        node.meta["where"] = str(location())
+        values: list[Tensor] = []
+        plain_results = len(node.meta["val"]) - len(body.written)
+        for index, type_ in enumerate(node.meta["val"]):
+            part = recorder.emit(operator.getitem, node, index)
+            if index >= plain_results:
+                recorder.write(given[body.written[index - plain_results]], part)
+                continue
+            values.append(self._placeholder(type_))
+            recorder.bind(values[-1], part)
+        outcome = body.outcome
+        start = outcome.results
+        for change in outcome.changes:
+            change.store[change.name] = change.spec.build(values[start : start + change.tensors])
+            start += change.tensors
+        for hooks, contents in outcome.hooks:
+            hooks.clear()
+            hooks.update(contents)
+        if outcome.arguments:
+            value_tree.update(arguments, outcome.arguments.build(values[start:]))
+        return outcome.result.build(values[: outcome.results])
+
+    def _attach(self, body: Body) -> str:
+        assert self.recorder is not None
+        root = self.recorder.root
+        for name, module in root._modules.items():
+            if module is body.module:
+                return name
+        name, count = body.name, 1
+        while hasattr(root, name):
+            count += 1
+            name = f"{body.name}_{count}"
+        root.add_module(name, body.module)
+        return name
+
+    def _placeholder(self, value: Tensor) -> Tensor:
+        with plain():
+            result = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            if value.is_floating_point():
+                return result.normal_(generator=self.random).mul_(0.5)
+            return result.zero_()
+
+
+@functools.cache
+def _methods(kind: type) -> tuple[str, ...]:
+    """Return the names of a module class's own public methods, which a pipeline may call."""
+    names = ["forward"]
+    for name in dir(kind):
+        if name.startswith("_") or name in _PUBLIC:
+            continue
+        if inspect.isfunction(inspect.getattr_static(kind, name)):
+            names.append(name)
+    return tuple(names)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Return a signature by which every argument has a name; None where there is none."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+    return None if any(p.kind in unnamed for p in signature.parameters.values()) else signature
+
+
+def _named(
+    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's arguments by name where the signature allows it."""
+    if signature is None:
+        return args, kwargs
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        return args, kwargs
+    named = dict(bound.arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind == inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return (), named
+
+
+def _has_tensor(value: Any) -> bool:
+    return bool(value_tree.flatten(value)[0])
+
+
+def _may_hold_tensor(value: Any) -> bool:
+    """Tell whether a tensor is in nested containers; cheaper than flattening them."""
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, dict):
+        return any(map(_may_hold_tensor, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_may_hold_tensor, value))
+    return hasattr(value, "__dict__") and not isinstance(value, (torch.nn.Module, type))

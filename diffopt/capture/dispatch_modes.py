@@ -1,0 +1,67 @@
+"""What capture's modes share: where the user's code is, and how to step out of the modes."""
+
+import contextlib
+import dataclasses
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """A line of the pipeline's code."""
+
+    file: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.text}"
+
+
+_OWN = (
+    f"{Path(torch.__file__).parent}{os.sep}",
+    f"{Path(str(find_spec('diffopt').origin)).parent}{os.sep}",  # type: ignore[union-attr]
+    str(Path(contextlib.__file__)),
+)
+
+
+def location() -> Location:
+    """Return the innermost line that runs now and is neither torch's nor diffopt's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OWN) and not name.startswith("<"):
+            text = linecache.getline(name, frame.f_lineno).strip()
+            short = "/".join(Path(name).parts[-2:])
+            return Location(short, frame.f_lineno, text)
+        frame = frame.f_back  # type: ignore[assignment]
+    return Location("?", 0, "")
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Run outside capture's modes; exporting needs the mode stacks to itself."""
+    popped = [_pop_mode() for _ in _get_current_function_mode_stack()]  # type: ignore[no-untyped-call]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(popped):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def is_random(func: Any) -> bool:
+    """Tell whether an operator draws random numbers; attention is tagged so as well."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    name, arguments = func._schema.name, func._schema.arguments
+    return name.startswith("aten::rand") or any(a.name == "generator" for a in arguments)

@@ -1,0 +1,367 @@
+"""Components as graphs: a method of a module, exported with torch.export for one signature."""
+
+import dataclasses
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._export.utils import _is_preservable_cia_op
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffopt.capture import value_tree
+from diffopt.capture.dispatch_modes import is_random
+from diffopt.capture.module_state import (
+    Attribute,
+    changed_hooks,
+    restore_state,
+    save_state,
+    snapshot,
+)
+from diffopt.errors import CaptureError
+from diffopt.ir import graph as g
+from diffopt.ir.nodes import args, argument
+from diffopt.ir.printing import target_name
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """An attribute that a call of a component sets."""
+
+    store: dict[str, Any]
+    name: str
+    spec: value_tree.Spec
+    tensors: int
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one run of a call returned, set and changed, but for the tensors."""
+
+    result: value_tree.Spec
+    results: int
+    changes: list[Change]
+    arguments: value_tree.Spec | None
+    """What the call makes of containers among its arguments; None where it leaves them alone."""
+    hooks: list[tuple[dict[int, Any], dict[int, Any]]]
+    """Dictionaries of hooks that the call changed, and their contents after it."""
+
+
+@dataclasses.dataclass
+class Body:
+    """A component exported for one signature."""
+
+    name: str
+    module: fx.GraphModule
+    outcome: Outcome
+    written: list[int]
+    """Which arguments the call writes in place, by position; their values are the last outputs."""
+
+
+class _Outcomes:
+    last: Outcome | None = None
+
+
+class Call(torch.nn.Module):
+    """One call of a component's method as a module of flat tensors, for export.
+
+    Args:
+        component: The module.
+        method: What to call.
+        arguments: The structure of the call's (args, kwargs).
+        count: How many tensors the arguments hold.
+        state: Attributes that hold values of earlier calls, which become arguments.
+    """
+
+    def __init__(
+        self,
+        component: torch.nn.Module,
+        method: Callable[..., Any],
+        arguments: value_tree.Spec,
+        count: int,
+        state: Sequence[Attribute],
+    ) -> None:
+        super().__init__()
+        self.component = component
+        self.run = method
+        self.arguments, self.count = arguments, count
+        self.state = [(store, name, *value_tree.flatten(store[name])) for store, name in state]
+        self.before = save_state(component)
+        # The exporter puts attributes back that a run sets, but not those of an object.
+        self.outcomes = _Outcomes()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the method; returns its tensors, then those of what it set and changed."""
+        restore_state(self.before)  # the exporter runs this more than once
+        args, kwargs = self.arguments.build(tensors)
+        start = self.count
+        for store, name, leaves, spec in self.state:
+            store[name] = spec.build(tensors[start : start + len(leaves)])
+            start += len(leaves)
+        before = {
+            (id(store), name): snapshot(store[name])
+            for store, name in value_tree.attributes(self.component)
+        }
+        out = self.run(*args, **kwargs)
+        results, result = value_tree.flatten(out)
+        outcome = Outcome(result, len(results), [], None, changed_hooks(self.before))
+        for store, name in value_tree.attributes(self.component):
+            value = store[name]
+            if before.get((id(store), name)) == snapshot(value):
+                continue
+            changed, spec = value_tree.flatten(value)
+            outcome.changes.append(Change(store, name, spec, len(changed)))
+            results.extend(changed)
+        after, spec = value_tree.flatten((args, kwargs))
+        same = all(a is b for a, b in zip(after, tensors, strict=False))
+        if not same or spec.key != self.arguments.key:
+            outcome.arguments = spec
+            results.extend(after)
+        self.outcomes.last = outcome
+        return tuple(results)
+
+
+def export(name: str, call: Call, inputs: Iterable[Tensor]) -> Body:
+    """Export one call of a component; leaves the component as it was."""
+    inputs = [t.detach() for t in (*inputs, *(t for row in call.state for t in row[2]))]
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(call, tuple(inputs), strict=False)
+            _refuse_random(exported.graph_module)
+            if _writes(exported.graph_module):
+                exported = exported.run_decompositions({})
+    finally:
+        restore_state(call.before)
+    body, written = import_exported(exported, name, prefix="component.")
+    outcome = call.outcomes.last
+    assert outcome is not None
+    return Body(name, body, outcome, written)
+
+
+def _operators(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if isinstance(node.target, torch._ops.OpOverload):
+                    yield node
+
+
+def _refuse_random(gm: fx.GraphModule) -> None:
+    """Refuse what draws random numbers: recorded one by one, the draws become inputs."""
+    for node in _operators(gm):
+        drops = node.target is aten.dropout.default and bool(node.args[1]) and bool(node.args[2])
+        if drops or is_random(node.target):
+            raise CaptureError(f"{target_name(node)} draws random numbers inside")
+
+
+def _writes(gm: fx.GraphModule) -> bool:
+    """Tell whether a graph writes in place, so that it must be made functional."""
+    return any(node.target._schema.is_mutable for node in _operators(gm))  # type: ignore[union-attr]
+
+
+def import_exported(
+    exported: torch.export.ExportedProgram, name: str, prefix: str = ""
+) -> tuple[fx.GraphModule, list[int]]:
+    """Return an exported program as a component body, weights as `get_attr` nodes.
+
+    Returns:
+        The body, and the positions of the inputs that it writes, whose new values are its last
+        outputs.
+    """
+    signature = exported.graph_signature
+    source = exported.graph_module
+    body = g.new_body(name)
+    env: dict[fx.Node, Any] = {}
+    formals = source.graph.find_nodes(op="placeholder")
+    specs = list(zip(formals, signature.input_specs, strict=True))
+    users = [node for node, spec in specs if spec.kind == InputKind.USER_INPUT]
+    for index, node in enumerate(users):
+        env[node] = body.graph.placeholder(f"arg{index}")
+        env[node].meta["val"] = g.fake(node.meta["val"])
+    for node, spec in specs:
+        if spec.kind != InputKind.USER_INPUT:
+            target = str(spec.target)
+            table: Any = exported.constants if target in exported.constants else exported.state_dict
+            env[node] = g.get_attr(body, target.removeprefix(prefix), table[target])
+    _import_nodes(source, body, env, prefix)
+    results: Any = source.graph.output_node().args[0]
+    names = [node.name for node in users]
+    outs, written, mutated = [], [], []
+    for result, out in zip(results, signature.output_specs, strict=True):
+        if out.kind == OutputKind.USER_OUTPUT:
+            outs.append(env[result])
+        elif out.kind == OutputKind.USER_INPUT_MUTATION:
+            written.append(names.index(str(out.target)))
+            mutated.append(env[result])
+        else:
+            raise CaptureError(
+                f"{name}: writes its buffer {str(out.target).removeprefix(prefix)!r} during the "
+                "call; keep it as a plain attribute, or disable the caching"
+            )
+    body.graph.output((*outs, *mutated))
+    g.set_outputs(body, [*outs, *mutated])
+    g.prune_unused(body)
+    body.recompile()
+    return body, written
+
+
+def _import_nodes(
+    source: fx.GraphModule, body: fx.GraphModule, env: dict[fx.Node, Any], prefix: str
+) -> None:
+    for node in source.graph.nodes:
+        if node in env or node.op in ("placeholder", "output"):
+            continue
+        if node.op == "get_attr":
+            value = getattr(source, str(node.target))
+            is_region = isinstance(value, fx.GraphModule)
+            env[node] = value if is_region else g.get_attr(body, str(node.target), value)
+        elif _is_region(node.target):
+            env[node] = _inline(node, body, env, prefix)
+        elif "_assert" in str(node.target) or "sym_constrain_range" in str(node.target):
+            continue
+        elif node.target is operator.getitem and isinstance(env[node.args[0]], (tuple, list)):
+            env[node] = env[node.args[0]][node.args[1]]
+        else:
+            first = len(body.graph.nodes)
+            env[node] = _import_operator(node, body, env)
+            path = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            if not path or not path[-1]:
+                continue
+            module = path[-1].removeprefix(prefix.rstrip(".")).lstrip(".")
+            added = len(body.graph.nodes) - first
+            for new, _ in zip(reversed(body.graph.nodes), range(added), strict=False):
+                new.meta["module"] = module
+
+
+def _import_operator(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+    if not _is_composite(node.target):
+        copy = body.graph.node_copy(node, lambda n: env[n])
+        copy.meta = {"val": g.fake(node.meta["val"])}
+        _number_padding(copy)
+        return copy
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+    steps = _Steps(body)
+    values = fx.map_arg((args, kwargs), steps.given)
+    with g.FAKE, torch.no_grad(), steps:
+        return steps.map(node.target(*values[0], **values[1]))  # type: ignore[operator]
+
+
+def _number_padding(node: fx.Node) -> None:
+    """Write a convolution's padding as numbers where it is a word: passes know one form."""
+    if node.target not in _PADDED:
+        return
+    x, weight = args(node)[:2]
+    kernel = weight.meta["val"].shape[2:]
+    dilation = argument(node, 5, "dilation", 1)
+    steps = [dilation] if isinstance(dilation, int) else list(dilation)
+    steps = steps * len(kernel) if len(steps) == 1 else steps
+    same = argument(node, 4, "padding", "valid") == "same"
+    both = [step * (size - 1) if same else 0 for step, size in zip(steps, kernel, strict=True)]
+    if any(total % 2 for total in both):
+        return  # one side has more
+    bias, stride = argument(node, 2, "bias"), argument(node, 3, "stride", 1)
+    groups = argument(node, 6, "groups", 1)
+    node.args = x, weight, bias, stride, [total // 2 for total in both], steps, groups
+    node.target, node.kwargs = _PADDED[node.target], {}
+
+
+_PADDED = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+
+
+@functools.cache
+def _is_composite(target: Any) -> bool:
+    """Tell whether an operator may return its argument or a view, depending on the layout.
+
+    reshape, to, contiguous, chunk, dropout …: imported as what they do here. It is the rule of
+    `ExportedProgram.run_decompositions({})`, which would trace the whole graph once more.
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return (
+        target.namespace == "aten"
+        and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key)  # type: ignore[no-untyped-call]
+        and not _is_preservable_cia_op(target)
+    )
+
+
+class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Add the operators that a composite operator runs to a graph."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.body = body
+        self.nodes: dict[int, fx.Node] = {}
+        self.keep: list[Tensor] = []
+
+    def given(self, node: fx.Node) -> Any:
+        """Return a value of its own for a node: operators are followed by identity."""
+        value = node.meta["val"]
+        with g.FAKE, torch.no_grad():
+            fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        self.bind(fresh, node)
+        return fresh
+
+    def bind(self, value: Tensor, node: fx.Node) -> None:
+        self.nodes[id(value)] = node
+        self.keep.append(value)
+
+    def map(self, value: Any) -> Any:
+        """Return a nested value with the nodes of its tensors."""
+        if isinstance(value, Tensor):
+            return self.nodes[id(value)]
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.map(item) for item in value)
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Add one operator."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        nodes = self.map((args, tuple(kwargs.values())))
+        node = self.body.graph.call_function(
+            func, nodes[0], dict(zip(kwargs, nodes[1], strict=True))
+        )
+        node.meta["val"] = g.fake(out)
+        if isinstance(out, Tensor):
+            self.bind(out, node)
+        elif isinstance(out, (list, tuple)):
+            for index, item in enumerate(out):
+                part = self.body.graph.call_function(operator.getitem, (node, index))
+                part.meta["val"] = g.fake(item)
+                self.bind(item, part)
+        return out
+
+
+def _is_region(target: Any) -> bool:
+    """Tell whether a node runs a subgraph with gradients or autocast switched: inlined as it is."""
+    name = getattr(target, "__name__", "")
+    return name in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def _inline(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any], prefix: str) -> Any:
+    args: Any = node.args
+    if node.target.__name__ == "wrap_with_autocast" and args[2]:  # type: ignore[union-attr]
+        raise CaptureError("autocast inside a component: cast the model itself instead")
+    first = next(
+        i
+        for i, a in enumerate(args)
+        if isinstance(a, fx.Node) and isinstance(env[a], fx.GraphModule)
+    )
+    inner = env[args[first]]
+    values = [env[a] for a in args[first + 1 :]]
+    formals = inner.graph.find_nodes(op="placeholder")
+    inner_env: dict[fx.Node, Any] = dict(zip(formals, values, strict=True))
+    _import_nodes(inner, body, inner_env, prefix)
+    return fx.map_arg(inner.graph.output_node().args[0], lambda n: inner_env[n])

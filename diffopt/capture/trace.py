@@ -1,0 +1,383 @@
+"""`diffopt.trace`: a whole pipeline call as a program."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, fx
+
+from diffopt.capture import perturbation
+from diffopt.capture.component_calls import Boundary, Lifted
+from diffopt.capture.input_recipes import Sources
+from diffopt.capture.recorder import Recorder
+from diffopt.capture.torch_functions import Functions
+from diffopt.errors import CaptureError
+from diffopt.host import inputs as h
+from diffopt.host.guards import Guards
+from diffopt.host.outputs import images
+from diffopt.host.processors import save_component
+from diffopt.ir import call_tags
+from diffopt.ir import graph as g
+from diffopt.ir.printing import format_type
+from diffopt.ir.program import Program
+from diffopt.storage.weight_digests import digests
+
+
+def trace(
+    pipeline: Callable[..., Any],
+    /,
+    *,
+    dynamic: Sequence[str] = (),
+    components: Mapping[str, Any] | None = None,
+    source: str = "",
+    **arguments: Any,
+) -> Program:
+    """Capture the whole call `pipeline(**arguments)` as a program.
+
+    The pipeline's Python runs three times without computing its models, each of which is exported
+    once per call signature. No adapter per pipeline is needed.
+
+    Args:
+        pipeline: A diffusers pipeline, or any callable.
+        dynamic: Names of number arguments that stay inputs of the program; comparisons that Python
+            makes on them become guards.
+        components: Modules, tokenizers … by name; `pipeline.components` by default.
+        source: Where the pipeline came from, kept as provenance.
+        arguments: The call's arguments; texts, seeds, tensors, pictures and lists of numbers among
+            them become inputs, all other values are bound.
+
+    Returns:
+        The program; `program(**arguments)` takes and returns what the pipeline does.
+
+    Raises:
+        CaptureError: The pipeline does something that no graph can express; names the line.
+    """
+    return Session(pipeline, components, dynamic, source).program(arguments)
+
+
+def trace_function(function: Callable[..., Any], *tensors: Tensor) -> Program:
+    """Capture a function of tensors; see `trace_function`."""
+    arguments = {f"x{index}": tensor for index, tensor in enumerate(tensors)}
+
+    def pipeline(**given: Tensor) -> Any:
+        return function(*given.values())
+
+    return Session(pipeline, getattr(function, "components", {})).program(arguments)
+
+
+class Session:
+    """The captures of one pipeline; what was exported for one serves the next.
+
+    Args:
+        pipeline: A diffusers pipeline, or any callable.
+        components: As in `trace`.
+        dynamic: As in `trace`.
+        source: As in `trace`.
+    """
+
+    def __init__(
+        self,
+        pipeline: Callable[..., Any],
+        components: Mapping[str, Any] | None = None,
+        dynamic: Sequence[str] = (),
+        source: str = "",
+    ) -> None:
+        self.pipeline, self.dynamic, self.source = pipeline, tuple(dynamic), source
+        if components is None:
+            components = getattr(pipeline, "components", {})
+        modules = {name: c for name, c in components.items() if isinstance(c, torch.nn.Module)}
+        self.boundary = Boundary(modules)
+        self.digests = digests(modules)
+        self.processors = {
+            name: c
+            for name, c in components.items()
+            if not isinstance(c, (torch.nn.Module, str, int, float, type(None))) and callable(c)
+        }
+
+    def program(self, arguments: Mapping[str, Any]) -> Program:
+        """Capture one call."""
+        while True:
+            try:
+                return self._program(arguments)
+            except Lifted:
+                continue  # a number became an input; exports of other components are kept
+            except CaptureError as error:
+                for reason in self.boundary.inlined.values():
+                    error.add_note(reason)
+                raise
+
+    def _program(self, arguments: Mapping[str, Any]) -> Program:
+        scout = Sources(
+            perturbation.same_generators(arguments), self.processors, None, self.dynamic
+        )
+        self._run(scout, seed=1)
+        probe, other = self._probe(scout)
+        try:
+            return self._final(arguments, probe, other)
+        except CaptureError:
+            # Where the number of tokens is not fixed, the other texts must have as many.
+            changed = perturbation.same_lengths(scout, probe)
+            if changed is None:
+                raise
+        probe = Sources(changed, self.processors, scout, self.dynamic)
+        other, _ = self._run(probe, seed=2)
+        return self._final(arguments, probe, other)
+
+    def _final(self, arguments: Mapping[str, Any], probe: Sources, other: Recorder) -> Program:
+        copies = perturbation.same_generators(arguments)
+        final = Sources(copies, self.processors, probe, self.dynamic, final=True)
+        recorder, result = self._run(final, seed=1)
+        _compare(recorder, other)
+        output = _describe(result, recorder)
+        steps, sample = final.finish(recorder)
+        root = recorder.root
+        guards = _guards(recorder, other, steps)
+        g.prune_unused(root)
+        call_tags.assign(root)
+        for gm in root.modules():
+            if isinstance(gm, fx.GraphModule):
+                gm.recompile()
+        used = {step.asset for step in steps if isinstance(step, h.Processor)}
+        host = h.Host(
+            steps,
+            output,
+            {name: value for name, value in arguments.items() if _plain_data(value)},
+            {name: save_component(self.processors[name]) for name in used},
+            {name: self.processors[name] for name in used},
+        )
+        resample = self._resample(arguments)
+        return Program(
+            root,
+            host,
+            sample,
+            guards=guards,
+            source=self.source,
+            digests=self.digests,
+            resample=resample,
+        )
+
+    def _probe(self, scout: Sources) -> tuple[Sources, Recorder]:
+        """Run with other texts, pictures, seeds; words such as "pt" are found not to be texts."""
+        places = perturbation.texts(scout)
+        while True:
+            changed = perturbation.disturb(scout, perturbation.other_texts(places))
+            probe = Sources(changed, self.processors, scout, self.dynamic)
+            try:
+                recorder, _ = self._run(probe, seed=2)
+            except (ValueError, KeyError, AttributeError):
+                if not places:
+                    raise
+            else:
+                if perturbation.reached(probe, places) == places:
+                    return probe, recorder
+            places = perturbation.reached(probe, places)
+
+    def _run(self, sources: Sources, seed: int) -> tuple[Recorder, Any]:
+        recorder = Recorder(self.boundary.weights(), sources)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(sources.watching())
+            stack.enter_context(self.boundary.recording(recorder, seed))
+            stack.enter_context(Functions(recorder, sources))
+            stack.enter_context(recorder)
+            result = self.pipeline(**sources.start(recorder))
+        return recorder, result
+
+    def _resample(self, arguments: Mapping[str, Any]) -> Callable[..., Program]:
+        def resample(*, scheduler: Any = None, **changes: Any) -> Program:
+            """Capture again with other arguments, and with another scheduler where one is given."""
+            with _swapped(self.pipeline, "scheduler", scheduler):
+                # Captures share the graphs of components: what passes rewrite must not be these.
+                return self.program({**arguments, **changes}).clone()
+
+        resample.pipeline = self.pipeline  # type: ignore[attr-defined]
+        return resample
+
+
+@contextlib.contextmanager
+def _swapped(owner: Any, name: str, value: Any) -> Any:
+    if value is None:
+        yield
+        return
+    old = vars(owner)[name]
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        vars(owner)[name] = old
+
+
+def _plain_data(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _plain_data(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_plain_data(item) for item in value)
+    return isinstance(value, (str, int, float, bool, type(None)))
+
+
+def _compare(final: Recorder, probe: Recorder) -> None:
+    """Check that nothing but inputs differs between two runs with different texts and pictures."""
+
+    def operators(recorder: Recorder) -> list[fx.Node]:
+        return [n for n in recorder.root.graph.nodes if n.op in ("call_function", "call_module")]
+
+    ours, theirs = operators(final), operators(probe)
+    for a, b in zip(ours, theirs, strict=False):
+        if a.target != b.target or not _same_args(a, b, final, probe):
+            where = a.meta.get("where", "?")
+            raise CaptureError(
+                f"{where}: what the pipeline computes here depends in Python on the text, picture "
+                "or seed; make it depend on tensors alone, or pass tensors (prompt_embeds, "
+                "latents) in their place"
+            )
+    if len(ours) != len(theirs):
+        where = (ours + theirs)[min(len(ours), len(theirs))].meta.get("where", "?")
+        raise CaptureError(
+            f"{where}: whether this runs depends in Python on the text, picture or seed"
+        )
+
+
+def _same_args(a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder) -> bool:
+    if len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
+        return False
+    pairs = [*zip(a.args, b.args, strict=True), *((a.kwargs[k], b.kwargs[k]) for k in a.kwargs)]
+    return all(_same_arg(x, y, final, probe) for x, y in pairs)
+
+
+def _same_arg(x: Any, y: Any, final: Recorder, probe: Recorder) -> bool:
+    if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+        if x.op == "get_attr" and y.op == "get_attr":
+            a, b = g.attribute(final.root, str(x.target)), g.attribute(probe.root, str(y.target))
+            return a is b or (
+                a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+            )
+        return format_type(x.meta["val"]) == format_type(y.meta["val"])
+    if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
+        return len(x) == len(y) and all(
+            _same_arg(i, j, final, probe) for i, j in zip(x, y, strict=True)
+        )
+    return type(x) is type(y) and bool(x == y)
+
+
+def _guards(final: Recorder, probe: Recorder, steps: Sequence[h.Step]) -> Guards | None:
+    """Return what Python read of the caller's values, to be checked for new ones.
+
+    What it read of texts needs no check where the probe's were others: it ran the same operators.
+    """
+    takes = g.placeholders(final.root)
+    texts = [isinstance(step, h.Processor) for step in steps for _ in range(step.count)]
+    texts_only = {node for node, is_text in zip(takes, texts, strict=True) if is_text}
+    body = g.new_body("guards")
+    env: dict[fx.Node, fx.Node] = {}
+    g.copy_nodes(takes, final.root, body, env)
+    values, expected, where, from_text = [], [], [], []
+    others = [value for _, value, _ in probe.reads]
+    for index, (node, value, place) in enumerate(final.reads):
+        needed = g.ancestors([node])
+        only_text = {n for n in needed if n.op == "placeholder"} <= texts_only
+        if only_text and index < len(others) and others[index] != value:
+            continue
+        g.copy_nodes([n for n in final.root.graph.nodes if n in needed], final.root, body, env)
+        values.append(env[node])
+        expected.append(value)
+        where.append(str(place))
+        from_text.append(only_text)
+    if not values:
+        return None
+    body.graph.output(tuple(values))
+    g.set_outputs(body, values)
+    body.recompile()
+    return Guards(body, expected, where, from_text)
+
+
+# What the pipeline returns
+
+
+def _describe(result: Any, recorder: Recorder) -> Any:
+    """Return the structure of a result as JSON (see `packing.pack`) and set the graph's outputs."""
+    outs: list[fx.Node] = []
+    used: set[int] = set()
+
+    def index(node: fx.Node) -> int:
+        if node not in outs:
+            outs.append(node)
+        return outs.index(node)
+
+    def array(value: np.ndarray | Image.Image) -> Any:
+        for number, (escaped, node, _) in enumerate(recorder.escapes):
+            place = _place_in(value, escaped)
+            if place is not None:
+                used.add(number)
+                kind = "array" if isinstance(value, np.ndarray) else "image"
+                return {kind: [index(node), *place]}
+        if isinstance(value, np.ndarray) and value.ndim and len(value):
+            return {"stack": [array(item) for item in value]}
+        raise CaptureError(
+            "the pipeline turns its result into a form on the host that is not known; "
+            "ask for output_type='pt'"
+        )
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {"tensor": index(recorder.value(value))}
+        if isinstance(value, (np.ndarray, Image.Image)):
+            return array(value)
+        if hasattr(value, "__dataclass_fields__") or (
+            isinstance(value, dict) and type(value) is not dict
+        ):
+            fields = dict(value) if isinstance(value, dict) else vars(value)
+            names = fields.keys() | getattr(value, "__dataclass_fields__", {}).keys()
+            ordered = [n for n in getattr(value, "__dataclass_fields__", names) if n in names]
+            kind = f"{type(value).__module__}:{type(value).__qualname__}"
+            return {"class": [kind, {n: visit(getattr(value, n)) for n in ordered}]}
+        if isinstance(value, dict):
+            return {"dict": {k: visit(v) for k, v in value.items()}}
+        if isinstance(value, (list, tuple)):
+            return {"list" if isinstance(value, list) else "tuple": [visit(v) for v in value]}
+        if _plain_data(value):
+            return {"value": value}
+        raise CaptureError(
+            f"the pipeline returns a {type(value).__name__}, which has no tensors that are known"
+        )
+
+    data = visit(result)
+    for number, (_, _, where) in enumerate(recorder.escapes):
+        if number not in used:
+            raise CaptureError(
+                f"{where}: a traced value becomes a numpy array that the pipeline does not return; "
+                "use torch operators"
+            )
+    recorder.root.graph.output(tuple(outs))
+    g.set_outputs(recorder.root, outs)
+    return data
+
+
+def _place_in(value: np.ndarray | Image.Image, escaped: np.ndarray) -> tuple[int, ...] | None:
+    """Return the index at which an escaped array holds a value of the result."""
+    if isinstance(value, Image.Image):
+        if escaped.ndim < 3 or escaped.dtype.kind != "f":
+            return None
+        target, ndim = np.asarray(value), 3
+
+        def matches(part: np.ndarray) -> bool:
+            if part.shape[-1] not in (1, 3, 4):
+                return False
+            return np.array_equal(np.asarray(images(part, "pil")), target)
+    else:
+        target, ndim = value, value.ndim
+
+        def matches(part: np.ndarray) -> bool:
+            return part.shape == target.shape and np.array_equal(
+                part, target, equal_nan=part.dtype.kind == "f"
+            )
+
+    if escaped.ndim < ndim:
+        return None
+    for place in np.ndindex(escaped.shape[: escaped.ndim - ndim]):
+        if matches(escaped[place]):
+            return place
+    return None

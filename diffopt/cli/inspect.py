@@ -1,0 +1,196 @@
+"""`diffopt inspect` and `diffopt verify`: what is in a file, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from diffopt.analysis import weight_memory
+from diffopt.cli import heatmap, image_files
+from diffopt.cli import output as show
+from diffopt.core import Record
+from diffopt.engine import engine
+from diffopt.errors import DiffoptError, VerifyError
+from diffopt.ir import call_tags
+from diffopt.ir import graph as g
+from diffopt.ir.flops import graph_flops
+from diffopt.ir.printing import format_graph, format_type
+from diffopt.ir.program import Program
+from diffopt.lowering import roofline
+from diffopt.lowering.hardware import Hardware
+from diffopt.spec import suggest
+
+
+def open_engine(file: str) -> tuple[Program, dict[str, int]]:
+    """Return the program inside an engine file, and what each part takes in the file."""
+    opened = engine.load(file, target="eager")  # it may be another machine's
+    return opened.program, opened.parts
+
+
+def graph_text(program: Program, name: str) -> str:
+    """Return the text of one graph: a component's, or the outer one called `program`."""
+    graphs = {"program": program.root, **program.components}
+    if name not in graphs:
+        raise DiffoptError(f"there is no component '{name}'{suggest(name, graphs)}")
+    return format_graph(graphs[name])
+
+
+def save_picture(program: Program, output: Path) -> None:
+    """Draw which blocks each step computes into a file."""
+    image_files.save_picture(heatmap.draw(program), output)
+    show.stderr().print(f"wrote {output}")
+
+
+def inspect(
+    program: Program, title: str, as_json: bool, stats: bool, parts: Mapping[str, int]
+) -> None:
+    """Print the inputs, the components, the calls in order, and which steps make them.
+
+    Args:
+        program: What to show.
+        title: What it is called.
+        as_json: Print JSON.
+        stats: Print what each pass noted, too.
+        parts: What the parts of an engine file take in it.
+    """
+    components = [_component(program, name) for name in program.components]
+    inputs = {n.name: format_type(n.meta["val"]) for n in g.placeholders(program.root)}
+    calls = [str(node.target) for node in program.calls()]
+    found = [call_tags.tag(node) for node in program.calls()]
+    size = weight_memory.of_program(program)
+    if as_json:
+        show.print_json(
+            {
+                "source": program.source,
+                "inputs": inputs,
+                "components": components,
+                "calls": calls,
+                "tags": [tag and asdict(tag) for tag in found],
+                "flops": program.flops(),
+                "bytes": g.tensor_bytes(program.weights().values()),
+                "weights": size.to_json(),
+                "file": dict(parts),
+                "passes": program.history,
+            }
+        )
+        return
+    columns = ["component", "calls", "nodes", "parameters", "bytes", "of fp16", "FLOPs a call"]
+    columns.append("FLOPs")
+    rows = [_component_row(row) for row in components]
+    show.table(f"{title}: {show.count(program.flops())} FLOPs a run", columns, rows)
+    _size_tables(size, parts)
+    show.table("inputs", ["input", "type"], [[name, kind] for name, kind in inputs.items()])
+    show.stdout().print("calls: " + ", ".join(_runs(calls)), markup=False)
+    show.table("steps", ["call", "component", "branch", "steps"], _steps(calls, found))
+    if program.history:
+        records = [Record.from_json(row) for row in program.history]
+        show.records_table(records, timing=True, stats=stats)
+        if not stats:
+            show.step_maps(records)
+
+
+def print_roofline(program: Program, title: str, hardware: Hardware, as_json: bool) -> None:
+    """Print what each component costs on a device at best; see `diffopt.lowering.roofline`."""
+    found = roofline.roofline(program, hardware)
+    if as_json:
+        show.print_json(found.to_json())
+        return
+    columns = ["component", "calls", "steps", "FLOPs a call", "bytes a call", "bound by"]
+    columns += ["a call", "at least", "a run"]
+    cores = f", {hardware.cores} cores" if hardware.cores else ""
+    times = f"{_time(found.seconds)} a run predicted, {_time(found.limit)} at least"
+    rows = list(map(_roofline_row, found.rows))
+    show.table(f"{title} on {hardware.name}{cores}: {times}", columns, rows)
+    weights = f"weights {found.weights / 1e6:.1f} MB of {hardware.memory / 1e9:.4g} GB memory"
+    show.stdout().print(weights + ("" if found.weights < hardware.memory else ": they do not fit"))
+
+
+def _roofline_row(row: roofline.Row) -> list[str]:
+    flops = ", ".join(f"{show.count(count)} {number}" for number, count in row.flops.items())
+    left = [row.component, str(row.calls), _ranges(list(row.steps)), flops, show.count(row.bytes)]
+    return [*left, row.bound, *map(_time, (row.seconds, row.limit, row.calls * row.seconds))]
+
+
+def _time(seconds: float) -> str:
+    for unit in ("s", "ms", "µs"):
+        if seconds >= 1:
+            return f"{seconds:.3g} {unit}"
+        seconds *= 1000
+    return f"{seconds:.3g} ns"
+
+
+def _component_row(row: dict[str, Any]) -> list[str]:
+    counts = [show.count(row[key]) for key in ("calls", "nodes", "parameters", "bytes")]
+    ratio = "" if row["fp16 bytes"] == 0 else f"{100 * row['bytes'] / row['fp16 bytes']:.0f} %"
+    return [row["name"], *counts, ratio, show.count(row["flops"]), show.count(row["total"])]
+
+
+def _size_tables(size: weight_memory.Footprint, parts: Mapping[str, int]) -> None:
+    """Print what weights take by the format of their numbers, and what the file consists of."""
+    rows = [[n, show.count(size.elements[n]), show.count(size.bytes[n])] for n in size.bytes]
+    show.table(str(size), ["format", "numbers", "bytes"], rows)
+    totals: dict[str, int] = {}
+    for name, count in parts.items():
+        kind = name.partition("/")[0].partition(".")[0]
+        totals[kind] = totals.get(kind, 0) + count
+    if totals:
+        rows = [[name, show.count(count)] for name, count in totals.items()]
+        show.table(f"file: {sum(totals.values()) / 1e6:.1f} MB", ["part", "bytes"], rows)
+
+
+def _component(program: Program, name: str) -> dict[str, Any]:
+    body = program.components[name]
+    size = weight_memory.of_graphs([body])
+    calls = len(program.calls(name))
+    flops = graph_flops(body)
+    return {
+        "name": name,
+        "calls": calls,
+        "nodes": len(body.graph.nodes),
+        "parameters": sum(size.elements.values()),
+        "bytes": size.total,
+        "fp16 bytes": size.fp16,
+        "flops": flops,
+        "total": calls * flops,
+    }
+
+
+def _runs(calls: list[str]) -> list[str]:
+    """Write equal neighbours once: text_encoder, 25× unet, vae_decode."""
+    runs = [(name, len(list(group))) for name, group in groupby(calls)]
+    return [name if times == 1 else f"{times}× {name}" for name, times in runs]
+
+
+def _steps(calls: list[str], found: list[call_tags.Tag | None]) -> list[list[str]]:
+    """Return a row for every call of one component and branch: the steps that make it."""
+    steps: dict[tuple[str, str, int], list[int]] = {}
+    for name, tag in zip(calls, found, strict=True):
+        if tag is not None:
+            steps.setdefault((name, tag.component, tag.branch), []).append(tag.step)
+    return [
+        [name, component, str(branch), _ranges(sorted(numbers))]
+        for (name, component, branch), numbers in steps.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write neighbours as a range: 0, 2-4."""
+    # What grows as fast as its place in the list stays the same within a range.
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ranges = [[number for _, number in group] for _, group in groups]
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in ranges)
+
+
+def problem(file: Path) -> str | None:
+    """Return what is wrong with a file, in one line, or None."""
+    try:
+        if file.suffix == ".program":
+            Program.load(file).verify()
+        else:
+            engine.load(file).verify()
+    except (DiffoptError, VerifyError) as error:
+        return str(error)
+    return None

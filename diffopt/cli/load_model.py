@@ -1,0 +1,195 @@
+"""Finds what the command line calls MODEL, and the arguments of a call to it."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffopt.capture.trace import trace
+from diffopt.errors import DiffoptError
+from diffopt.ir.program import Program
+from diffopt.spec import suggest
+
+KINDS = "a local diffusers directory, a hub id, a .program file, or package.module:function"
+PROMPT = "a cat"  # short: every model has room for it
+
+
+def load_model(text: str) -> Any:
+    """Return the pipeline, or the `Program`, that a MODEL argument means."""
+    path = Path(text)
+    if path.suffix == ".program":
+        if not path.is_file():
+            raise DiffoptError(f"there is no file {text}")
+        return Program.load(path)
+    if path.exists():
+        return _pipeline(path)
+    if re.fullmatch(r"[\w.]+:\w+", text):
+        return _function(text)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+        return _hub(text)
+    raise DiffoptError(f"there is no {text}; MODEL is {KINDS}")
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError:
+        message = "reading a model needs diffusers: pip install 'diffopt[diffusers]'"
+        raise DiffoptError(message) from None
+    for library in ("diffusers", "transformers"):
+        logging: Any = importlib.import_module(f"{library}.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    return diffusers
+
+
+def _from_pretrained(place: str | Path) -> Any:
+    pipeline = _diffusers().DiffusionPipeline
+    with warnings.catch_warnings():
+        # The new name of torch_dtype is unknown to older diffusers, and the old one warns.
+        warnings.simplefilter("ignore", FutureWarning)
+        return _quiet(pipeline.from_pretrained(place, torch_dtype=torch.float32))
+
+
+def _pipeline(path: Path) -> Any:
+    if not (path / "model_index.json").is_file():
+        raise DiffoptError(f"{path} is no diffusers directory: it has no model_index.json")
+    try:
+        return _from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DiffoptError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _hub(name: str) -> Any:
+    try:
+        return _from_pretrained(name)
+    except Exception as error:  # the hub's client raises many kinds, of several libraries
+        raise DiffoptError(
+            f"{name} is no local directory, and could not be had from the hub: {_first_line(error)}"
+        ) from error
+
+
+def _function(text: str) -> Any:
+    name, _, attribute = text.partition(":")
+    sys.path.insert(0, "")  # a module beside the user's shell, as with `python -m`
+    try:
+        function = getattr(importlib.import_module(name), attribute)
+    except ModuleNotFoundError as error:
+        raise DiffoptError(f"{text}: {error}") from error
+    except AttributeError:
+        raise DiffoptError(f"{text}: module {name} has no '{attribute}'") from None
+    finally:
+        sys.path.remove("")
+    return _quiet(function())
+
+
+def _quiet(pipe: Any) -> Any:
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Read `name=value` texts: Python literals, image and tensor files, or else plain words."""
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.isidentifier():
+            raise DiffoptError(f"--set wants name=value, got '{setting}'")
+        values[name] = _read(text)
+    return values
+
+
+def _read(text: str) -> Any:
+    readers: dict[str, Callable[[str], Any]] = {
+        ".png": Image.open,
+        ".jpg": Image.open,
+        ".jpeg": Image.open,
+        ".pt": lambda name: torch.load(name, weights_only=True),
+        ".npy": lambda name: torch.from_numpy(np.load(name)),
+    }
+    reader = readers.get(Path(text).suffix.lower())
+    if reader:
+        try:
+            return reader(text)
+        except (OSError, ValueError) as error:
+            raise DiffoptError(f"--set: {text} cannot be read: {error}") from error
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def trace_model(
+    text: str, given: Mapping[str, Any], steps: int | None, batch: int, dynamic: str
+) -> Program:
+    """Return the program of a MODEL argument: read from its file, or traced."""
+    model = load_model(text)
+    if isinstance(model, Program):
+        if given or steps or dynamic or batch != 1:
+            raise DiffoptError(f"{text} is traced already: trace its pipeline to change the call")
+        return model
+    arguments = call_arguments(model, given, steps=steps, batch=batch)
+    names = tuple(filter(None, dynamic.split(",")))
+    return trace(model, dynamic=names, source=text, **arguments)
+
+
+def call_arguments(
+    pipe: Any, given: Mapping[str, Any], *, steps: int | None = None, batch: int = 1, seed: int = 0
+) -> dict[str, Any]:
+    """Return arguments to call `pipe` with: those given, and stand-ins for those it must have.
+
+    What the stand-ins are worth does not matter to capture, which only needs one call to look at.
+    With several images to a call each has a generator of its own, so that seeds count up.
+    """
+    parameters = inspect.signature(pipe).parameters
+    # Pipelines that also take **kwargs ignore what they do not know, and so a misspelt name.
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in given.keys() - parameters.keys():
+        if not free or difflib.get_close_matches(name, parameters):
+            raise DiffoptError(f"{_name(pipe)} has no argument '{name}'{suggest(name, parameters)}")
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(batch)]
+    stand_ins = {
+        "prompt": PROMPT if batch == 1 else [PROMPT] * batch,
+        "class_labels": [0] * batch,
+        "batch_size": batch,
+        "generator": generators[0] if batch == 1 else generators,
+        "num_inference_steps": steps,
+    }
+    if "prompt_embeds" in given:
+        del stand_ins["prompt"]
+    if steps is None:
+        del stand_ins["num_inference_steps"]
+    arguments = {name: value for name, value in stand_ins.items() if name in parameters}
+    arguments |= given
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and name not in arguments
+    ]
+    if missing:
+        wanted = " ".join(f"--set {name}=…" for name in missing)
+        raise DiffoptError(f"{_name(pipe)} needs {', '.join(missing)}; give {wanted}")
+    return arguments
+
+
+def _name(pipe: Any) -> str:
+    return str(getattr(pipe, "__name__", type(pipe).__name__))

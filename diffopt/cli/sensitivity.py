@@ -1,0 +1,198 @@
+"""`diffopt sensitivity`: which layer, in which format and at which step, costs how much."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffopt.analysis.scope import choose_scope
+from diffopt.cli import heatmap, image_files
+from diffopt.cli import output as show
+from diffopt.core import Pipeline, Progress
+from diffopt.errors import DiffoptError
+from diffopt.execution.calibration_inputs import requests
+from diffopt.ir import qdq
+from diffopt.ir.program import Program
+from diffopt.quantization import format_search, layer_preparation, quantize_body, sensitivity
+from diffopt.quantization.format_search import Item, label
+from diffopt.quantization.quantize_body import Format
+from diffopt.quantization.simulate import Simulator
+from diffopt.quantization.tensor_memo import Shared
+
+ROWS = 48
+"""How many layers a picture has at the most: those that cost most."""
+
+# From what is not seen to what is: relative errors of the outputs, half a power of ten each.
+_LEVELS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_COLOURS = (
+    *("#f2f2f2", "#fff3c4", "#ffe08a", "#fdbb5a", "#f58b3c"),
+    *("#dd5a2b", "#b32222", "#67000d"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantizing each layer costs and saves, in each of some formats.
+
+    Attributes:
+        columns: The formats.
+        items: The layers, with their numbers.
+    """
+
+    columns: Sequence[Format]
+    items: Sequence[Item]
+
+    def shares(self, column: int) -> Tensor:
+        """Return which part of the squared error in a format each layer has."""
+        parts = torch.stack([item.errors[column].sum() for item in self.items])
+        return parts / parts.sum().clamp_min(1e-30)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do, read before the program is traced, so that a typing error costs nothing."""
+
+    columns: Sequence[Format]
+    pipeline: Pipeline
+
+
+def parse(formats: str, activations: str, passes: str | None, model: str) -> Options:
+    """Read the texts of the command line."""
+    ways = get_args(quantize_body.Activations)
+    if activations not in ways:
+        raise DiffoptError(f"--activations {activations}: wants one of {', '.join(ways)}")
+    if passes is None:
+        passes = "" if model.endswith(".program") else "unroll,hoist,simplify"
+    pipeline = Pipeline.parse(passes) if passes else Pipeline()
+    numbers = [text.strip() for text in formats.split(",") if text.strip()]
+    tried = format_search.columns(numbers, cast(quantize_body.Activations, activations))
+    return Options(tried, pipeline)
+
+
+def measure(
+    program: Program,
+    options: Options,
+    prompts: Sequence[str],
+    samples: int,
+    seed: int,
+    report: Progress,
+) -> Report:
+    """Measure what quantizing the layers of a program's loop costs."""
+    tried = options.columns
+    program = options.pipeline.run(program, seed=seed, prompts=prompts, progress=report)
+    scope = choose_scope(program, ("loop",))
+    if not scope.calls:
+        raise DiffoptError("the program calls no component, so there is no layer to quantize")
+    shared, store = Shared(), quantize_body.Store("mse")
+    for name in scope.loop:
+        layer_preparation.split_concats(program.components[name], shared)
+    bodies = {name: qdq.layers(program.components[name]) for name in scope.calls}
+    nodes = {
+        name: [layer.node for layer in own if layer.weight.op == "get_attr"]
+        for name, own in bodies.items()
+    }
+    nodes = {name: own for name, own in nodes.items() if own}
+    if not nodes:
+        raise DiffoptError(
+            f"there is no layer to quantize in {', '.join(scope.calls)}: its layers are quantized"
+            " already, or their weights are computed"
+        )
+    inputs = requests(program, prompts, samples, seed)
+    plain = format_search.candidates(Simulator(program, scope, {}, store), nodes, tried)
+    first = {name: {n: own[0] for n, own in layers.items()} for name, layers in plain.items()}
+    found, _ = quantize_body.calibrated(program, scope, first, inputs, "minmax", 0, report)
+    simulator = Simulator(program, scope, found, store)
+    settings = {"scale": store.scale}
+    measured = sensitivity.measure(simulator, plain, inputs[: format_search.FEW], settings, report)
+    return Report(tried, format_search.items(simulator, plain, measured, store))
+
+
+def print_report(found: Report, as_json: bool) -> None:
+    """Print a table for each format: layers, those first that cost most."""
+    if as_json:
+        show.print_json({label(c): _json(found, i) for i, c in enumerate(found.columns)})
+        return
+    for index, column in enumerate(found.columns):
+        shares = found.shares(index)
+        order = shares.argsort(descending=True).tolist()
+        rows = [_row(found.items[at], index, float(shares[at])) for at in order]
+        words = ["layer", "share", "error", "worst step", "bytes", "saved"]
+        show.table(f"{label(column)}: {_total(found, index)}", words, rows)
+
+
+def _row(item: Item, column: int, share: float) -> list[str]:
+    errors = item.errors[column]
+    name = item.label if len(item.layers) == 1 else f"{item.label} ({len(item.layers)} calls)"
+    saved = item.sizes[0] - item.sizes[column + 1]
+    numbers = [f"{100 * share:.1f} %", f"{float(errors.sum()) ** 0.5:.2g}"]
+    numbers += [str(int(errors.argmax())), show.count(item.sizes[0]), show.count(saved)]
+    return [name, *numbers]
+
+
+def _total(found: Report, column: int) -> str:
+    error = sum(float(item.errors[column].sum()) for item in found.items) ** 0.5
+    before = sum(item.sizes[0] for item in found.items)
+    after = sum(item.sizes[column + 1] for item in found.items)
+    return (
+        f"all {len(found.items)} layers add an error of {error:.2g} and take {show.count(after)}B"
+        f" in place of {show.count(before)}B"
+    )
+
+
+def _json(found: Report, column: int) -> dict[str, Any]:
+    shares = found.shares(column)
+    return {
+        "error": sum(float(item.errors[column].sum()) for item in found.items) ** 0.5,
+        "bytes": {
+            "before": sum(item.sizes[0] for item in found.items),
+            "after": sum(item.sizes[column + 1] for item in found.items),
+        },
+        "layers": [
+            {
+                "layer": item.label,
+                "share": float(shares[at]),
+                "error": float(item.errors[column].sum()) ** 0.5,
+                "worst step": int(item.errors[column].argmax()),
+                "errors": item.errors[column].sqrt().tolist(),
+                "bytes": {"before": item.sizes[0], "after": item.sizes[column + 1]},
+            }
+            for at, item in enumerate(found.items)
+        ],
+    }
+
+
+def save_picture(found: Report, output: Path) -> None:
+    """Draw the error that each layer adds at each step, for each format, into a file."""
+    pictures = [_picture(found, column) for column in range(len(found.columns))]
+    image_files.save_picture(heatmap.stacked(pictures), output)
+    show.stderr().print(f"wrote {output}")
+
+
+def _picture(found: Report, column: int) -> Image.Image:
+    most = found.shares(column).argsort(descending=True)[:ROWS]
+    rows = {}
+    for at in sorted(most.tolist()):
+        item = found.items[at]
+        name = item.label
+        for number in itertools.count(2):  # a module may have several layers
+            if name not in rows:
+                break
+            name = f"{item.label} ({number})"
+        rows[name] = [_colour(float(error)) for error in item.errors[column].sqrt()]
+    bounds = [f"below {_LEVELS[0]:g}", *(f"{level:g}" for level in _LEVELS)]
+    legend = dict(zip(bounds, _COLOURS, strict=True))
+    less = len(found.items) - len(rows)
+    notes = [_total(found, column), "colour: relative error of the outputs, at least"]
+    notes += [f"{less} layers that cost less are left out"] if less else []
+    return heatmap.cells(label(found.columns[column]), notes, legend, rows)
+
+
+def _colour(error: float) -> str:
+    return _COLOURS[sum(error >= level for level in _LEVELS)]

@@ -1,0 +1,20 @@
+"""Passes, and pipelines of them that are checked with numbers after every step."""
+
+from diffopt.core.pass_base import Context, Pass
+from diffopt.core.pass_manager import Instrument, Pipeline, find_pass, pass_names
+from diffopt.core.record import Record, Size
+from diffopt.progress import Progress
+from diffopt.spec import option
+
+__all__ = [
+    "Context",
+    "Instrument",
+    "Pass",
+    "Pipeline",
+    "Progress",
+    "Record",
+    "Size",
+    "find_pass",
+    "option",
+    "pass_names",
+]

@@ -1,0 +1,129 @@
+"""Compares the program that a pass made with the one it was given, by running both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffopt.analysis import dtype_regions
+from diffopt.core.pass_base import Pass
+from diffopt.core.record import Record, Size
+from diffopt.errors import ToleranceError, VerifyError
+from diffopt.ir import graph
+from diffopt.ir.program import Program
+
+# Where layers read coarsely rounded values, a last bit in front of them decides which way some go,
+# and a step of sampling hands that on to the next. By so many roundings outputs may change: fewer
+# than `cast` and `quantize` themselves change them by, who round every value.
+ROUNDINGS = 4
+
+
+class State:
+    """A program with what is costly to find out about it, found out once."""
+
+    def __init__(self, program: Program, size: Size) -> None:
+        self.program = program
+        self.size = size
+        self.fingerprint = program.fingerprint()
+        self._outputs: tuple[Tensor, ...] | None = None
+        self._aliases: set[str] = set()
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Run the program on its sample inputs, the first time that it is asked for."""
+        if self._outputs is None:
+            # Cloned inputs and outputs: a program that writes into either would hide its error.
+            inputs = [tensor.clone() for tensor in self.program.sample_inputs()]
+            outputs = self.program.run(inputs)
+            self._aliases = _aliases(self.program, inputs, outputs)
+            self._outputs = tuple(t.clone() for t in self.program.sample_outputs(outputs))
+        return self._outputs
+
+    def same_as(self, other: State) -> None:
+        """Take over what is known of an equal program."""
+        self._outputs = other.outputs()
+        self._aliases = other._aliases
+
+    def verify_aliases(self, before: State) -> None:
+        """Raise when an output shares memory with what it did not share with before."""
+        self.outputs()
+        before.outputs()
+        new = self._aliases - before._aliases
+        if new:
+            raise VerifyError("; ".join(sorted(new)) + ": the caller may write into it")
+
+
+def _aliases(program: Program, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> set[str]:
+    owners = {_memory(tensor): f"input {index}" for index, tensor in enumerate(inputs)}
+    for name, body in {"the pipeline": program.root, **program.components}.items():
+        for weight, tensor in graph.named_tensors(body):
+            owners.setdefault(_memory(tensor), f"{weight} of {name}")
+    found = set()
+    for index, tensor in enumerate(outputs):
+        if tensor.numel() == 0:
+            continue
+        owner = owners.setdefault(_memory(tensor), f"output {index}")
+        if owner != f"output {index}":
+            found.add(f"output {index} shares memory with {owner}")
+    return found
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def difference(new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the largest absolute and the relative difference of two lists of tensors.
+
+    Both are infinite when the lists cannot be compared: other shapes, types or special values.
+    """
+    if [(t.shape, t.dtype) for t in new] != [(t.shape, t.dtype) for t in old]:
+        return math.inf, math.inf
+    largest = error = norm = 0.0
+    for a, b in zip(new, old, strict=True):
+        # inf - inf is nan, so equal special values are taken out first.
+        equal = (a == b) | ((a != a) & (b != b))
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        gap = torch.where(equal, 0.0, a.to(wide) - b.to(wide)).abs()
+        gap = gap.nan_to_num(math.inf, math.inf)
+        largest = max(largest, float(gap.max()) if gap.numel() else 0.0)
+        error += float(gap.square().sum())
+        norm += float(b.to(wide).abs().nan_to_num(0.0, 0.0, 0.0).square().sum())
+    if error == 0.0:
+        return largest, 0.0
+    return largest, float((error / norm) ** 0.5) if norm else math.inf
+
+
+def enforce_bounds(step: Pass, record: Record, before: State, budget: float | None) -> None:
+    """Raise when an exact pass changed the output, or an approximate one did beyond its budget."""
+    if record.max_abs is None or record.relative is None:
+        return  # outputs were not compared
+    if record.exact:
+        # Against the largest value of the outputs: sampling mixes all of them, so that a value
+        # near zero carries the rounding of its neighbours.
+        scale = max((float(t.abs().max()) for t in before.outputs() if t.numel()), default=0.0)
+        allowed = step.atol + step.rtol * scale
+        coarse = dtype_regions.coarsest(before.program) if allowed else None
+        allowed += ROUNDINGS * coarse[1] * scale if coarse else 0.0
+        if not record.max_abs <= allowed:
+            more = f"; with roundings to {coarse[0]}, {allowed:.3g}" if coarse else ""
+            raise ToleranceError(
+                f"{step} is exact and changed the output by {record.max_abs:.3g}"
+                f" (allowed: {record.tolerance or 'nothing'}{more})"
+            )
+        return
+    if budget is not None and not record.relative <= budget:
+        raise ToleranceError(
+            f"{step} added a relative error of {record.relative:.3g}, its budget is {budget:g}"
+        )
+
+
+def squared_relative_error(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the squared norm of a difference over that of what is exact."""
+    norm = wrong = 0.0
+    for made, true in zip(tensors, exact, strict=True):
+        norm += float(true.double().square().sum())
+        wrong += float((made.double() - true.double()).square().sum())
+    return wrong / (norm or 1.0)

@@ -1,0 +1,88 @@
+"""What a pass is, and what it is given to work with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from diffopt import spec
+from diffopt.ir.program import Program
+from diffopt.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rewrite a program in place; subclass it in `passes/<name>.py`.
+
+    A subclass is a frozen dataclass whose fields, made with `option`, are its options. The
+    pipeline works on a clone, checks the result, and works out by itself what changed.
+    """
+
+    name: ClassVar[str] = "pass"
+    exact: ClassVar[bool] = True
+    atol: ClassVar[float] = 0.0
+    rtol: ClassVar[float] = 0.0
+    tolerance_reason: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:
+            cls.name = cls.__module__.rpartition(".")[2].replace("_", "-")
+        if (cls.atol or cls.rtol) and not cls.tolerance_reason:
+            raise TypeError(f"{cls.__name__} has a tolerance and no tolerance_reason")
+
+    def is_exact(self) -> bool:
+        """Say whether the result must equal the program before; may depend on the options."""
+        return self.exact
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Rewrite `program` in place."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return spec.unparse(self.name, self)
+
+
+@dataclass
+class Context:
+    """Give a pass what it needs beside the program, and collect what it has to say.
+
+    Attributes:
+        inputs: Flat inputs of the program to calibrate and measure on.
+        seed: Seed of everything random that a pass does.
+        report: Called with what is being done and the fraction done, if known.
+        prompts: What to calibrate with instead of the prompt seen at capture; see `requests`.
+        budget: Largest relative error that the pass may add; None: any.
+        reference: The program before the first approximate pass of the pipeline that changed it;
+            None without one.
+        skipped: Reasons for what was not rewritten.
+        notes: What the pass found out, JSON-able; shown with `--stats`.
+    """
+
+    inputs: Sequence[Tensor] = ()
+    seed: int = 0
+    report: Progress = silent
+    prompts: Sequence[str] = ()
+    budget: float | None = None
+    reference: Program | None = None
+    skipped: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def skip(self, where: fx.Node | str, reason: str) -> None:
+        """Record why the rewrite was not done at `where`."""
+        self.skipped.append(f"{where}: {reason}")
+
+    def note(self, key: str, value: Any) -> None:
+        """Record a fact about this run of the pass."""
+        self.notes[key] = value
+
+    def progress(self, what: str, fraction: float | None = None) -> None:
+        """Tell the user what is being done and, if known, which fraction of it is done."""
+        self.report(what, fraction)
+
+    def generator(self) -> torch.Generator:
+        """Return a random generator that gives the same numbers in every run."""
+        return torch.Generator().manual_seed(self.seed)

@@ -1,0 +1,71 @@
+"""What one run of a pass did: the provenance that programs and engines keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffopt.ir import graph
+from diffopt.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Size:
+    """Count what a program consists of."""
+
+    nodes: int
+    parameters: int
+    bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, program: Program) -> Size:
+        """Count the nodes of all graphs, distinct weights and their bytes, and FLOPs of a run."""
+        weights = program.weights().values()
+        return cls(
+            nodes=sum(len(gm.graph.nodes) for gm in [program.root, *program.components.values()]),
+            parameters=sum(tensor.numel() for tensor in weights),
+            bytes=graph.tensor_bytes(weights),
+            flops=program.flops(),
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """Say what one run of a pass did; programs and engines keep it as provenance.
+
+    Attributes:
+        text: The pass as pipeline text.
+        changed: Whether the program differs at all from the one before.
+        exact: Whether the pass promised an equal result.
+        seconds: Time that the pass took, without the checks.
+        max_abs: Largest absolute difference of any output from the program before; None where
+            outputs were not compared.
+        relative: Norm of that difference over the norm of the outputs before.
+        drift: The same as `relative` against the program that the pipeline began with.
+        skipped: Reasons for what was not rewritten, as "where: reason".
+        notes: What the pass found out.
+        before: Size of the program before.
+        after: Size of the program after.
+        tolerance: "" for bitwise, else the stated bound and its reason.
+    """
+
+    text: str
+    changed: bool
+    exact: bool
+    seconds: float
+    max_abs: float | None
+    relative: float | None
+    drift: float | None
+    skipped: list[str]
+    notes: dict[str, Any]
+    before: Size
+    after: Size
+    tolerance: str = ""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Record:
+        """Return what one entry of `Program.history` says."""
+        sizes = {key: Size(**values[key]) for key in ("before", "after")}
+        return cls(**{**values, **sizes})

@@ -1,0 +1,278 @@
+"""What passes measure before they rewrite: seeded calls of a program, and values inside its loop.
+
+A loop is given by the calls of its body in the root graph, by (step, branch); see `tags`. Seeds and
+prompts make the same numbers in every run, so that measurements can be kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx
+
+from diffopt.execution.calibration_inputs import requests
+from diffopt.ir import graph as g
+from diffopt.ir.printing import graph_fingerprint
+from diffopt.ir.program import Program
+from diffopt.storage import container, disk_cache, weight_digests
+
+__all__ = [
+    "Visit",
+    "cached",
+    "identity",
+    "loop_identity",
+    "requests",
+    "run_root",
+    "step_errors",
+    "steps",
+    "values",
+]
+
+Calls = Mapping[tuple[int, int], fx.Node]
+"""The calls of a loop's body in the root graph, by step and branch."""
+
+
+# Values
+
+
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """One call of a loop's body in a run of the program.
+
+    Attributes:
+        step: Of the call.
+        branch: Of the call.
+        arguments: The flat arguments of the body.
+        values: What the nodes that were asked for are worth in this call.
+    """
+
+    step: int
+    branch: int
+    arguments: list[Tensor]
+    values: dict[fx.Node, Tensor]
+
+
+class _Reader(fx.Interpreter):
+    """Runs a body, and keeps the values of some nodes while others are freed as usual."""
+
+    def __init__(self, body: fx.GraphModule, nodes: Iterable[fx.Node], only: bool = False) -> None:
+        super().__init__(body)
+        self.values: dict[fx.Node, Tensor] = {}
+        self._kept = {node for node in nodes if node.graph is body.graph}
+        self._runs = g.ancestors(self._kept) if only else set(body.graph.nodes)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "placeholder" and n not in self._runs:
+            return None
+        result = super().run_node(n)
+        if n in self._kept:
+            self.values[n] = result
+        return result
+
+
+def values(
+    body: fx.GraphModule, arguments: Sequence[Tensor], nodes: Iterable[fx.Node]
+) -> dict[fx.Node, Tensor]:
+    """Run as much of a body as gives the values of some of its nodes; return these."""
+    reader = _Reader(body, nodes, only=True)
+    with torch.no_grad():
+        reader.run(*arguments, enable_io_processing=False)
+    return reader.values
+
+
+def steps(
+    program: Program, calls: Calls, inputs: Sequence[Tensor], nodes: Iterable[fx.Node] = ()
+) -> Iterator[Visit]:
+    """Run a program for one request up to the end of a loop; yield each call of the loop's body.
+
+    Args:
+        program: What to run.
+        calls: The loop.
+        inputs: The flat inputs of the request.
+        nodes: Nodes of the body whose values are wanted: they cost no second run, as `values` does.
+    """
+    keys = {call: key for key, call in calls.items()}
+    nodes = set(nodes)
+    needed = g.ancestors(calls.values())
+    outer = fx.Interpreter(program.root)
+    outer.args_iter = iter(inputs)
+    for node in program.root.graph.nodes:
+        if node.op != "placeholder" and node not in needed:
+            continue
+        if node not in keys:
+            with torch.no_grad():
+                outer.env[node] = outer.run_node(node)
+        else:
+            arguments, _ = outer.fetch_args_kwargs_from_env(node)
+            reader = _Reader(g.attribute(program.root, str(node.target)), nodes)
+            with torch.no_grad():
+                outer.env[node] = reader.run(*arguments)
+            yield Visit(*keys[node], list(arguments), reader.values)
+        for dead in outer.user_to_last_uses.get(node, ()):
+            del outer.env[dead]
+
+
+def run_root(
+    program: Program,
+    inputs: Sequence[Tensor],
+    visit: Callable[[fx.Node, Sequence[Tensor]], Sequence[Tensor] | None],
+    known: dict[fx.Node, Any] | None = None,
+) -> list[Tensor]:
+    """Run a program; `visit` may give the results of a call.
+
+    Args:
+        program: What to run.
+        inputs: The flat inputs of the request.
+        visit: Called with each call of a component and its arguments; None: it runs as it is.
+        known: Where all values of the outer graph are put.
+    """
+
+    class Run(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            made = None
+            if n.op == "call_module":
+                given, _ = self.fetch_args_kwargs_from_env(n)
+                made = visit(n, list(given))
+            value = super().run_node(n) if made is None else tuple(made)
+            if known is not None:
+                known[n] = value
+            return value
+
+    with torch.no_grad():
+        return list(Run(program.root).run(*inputs))
+
+
+# Measurements
+
+
+def identity(program: Program, inputs: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+    """Return what tells a program and requests from others by their values; part of a `cached` key.
+
+    `Program.fingerprint` tells weights by object, which another process has others of.
+    """
+    known: dict[int, str] = {}
+
+    def constant(tensor: Tensor) -> str:
+        if id(tensor) not in known:
+            # Digests of weights do not see two words of a prompt that change places.
+            floats = tensor.is_floating_point()
+            known[id(tensor)] = weight_digests.digest({"": tensor}) if floats else _sha256(tensor)
+        return known[id(tensor)]
+
+    bodies = {"": program.root, **program.components}
+    return {
+        "program": {name: graph_fingerprint(gm, constant) for name, gm in bodies.items()},
+        "inputs": [[_sha256(tensor) for tensor in tensors] for tensors in inputs],
+    }
+
+
+def loop_identity(
+    program: Program, calls: Calls, inputs: Sequence[Sequence[Tensor]]
+) -> dict[str, Any]:
+    """Return what tells a loop on some requests from others; part of a `cached` key."""
+    outer = {node: index for index, node in enumerate(program.root.graph.nodes)}
+    own = sorted([*at, outer[call]] for at, call in calls.items())
+    return {**identity(program, inputs), "calls": own}
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(container.raw(tensor)).hexdigest()
+
+
+def cached(
+    key: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """Return the tensors that `make` makes, from disk if they were made before.
+
+    Args:
+        key: All that they depend on, as JSON.
+        make: Makes them; also where the entry on disk is damaged.
+    """
+    name = disk_cache.key(key)
+    entry = disk_cache.get(name, "measurement")
+    if entry is not None:
+        return safetensors.torch.load(entry["values.safetensors"])
+    made = make()
+    content = b"".join(container.pack_tensors(made))
+    disk_cache.put(name, {"values.safetensors": content}, "measurement")
+    return made
+
+
+def step_errors(
+    program: Program,
+    calls: Calls,
+    groups: Mapping[str, Sequence[fx.Node]],
+    inputs: Sequence[Sequence[Tensor]],
+    *,
+    reach: int = 3,
+    report: Callable[[str, float | None], None] = lambda what, fraction: None,
+) -> Mapping[str, Tensor]:
+    """Return, for each group, how far the values of a step are from those of earlier steps.
+
+    Entry [i, k] is the mean of |v@i - v@(i-k)| / |v@i|, both norms sums of absolute values, over
+    requests, branches and the nodes of the group. It is infinite where there is no step i-k.
+
+    Args:
+        program: What to run.
+        calls: The loop.
+        groups: Nodes of the loop's body, by a name of the group.
+        inputs: The flat inputs of each request.
+        reach: The largest k.
+        report: Called with what is being done and the fraction done.
+    """
+    place = {
+        n: i for call in calls.values() for i, n in enumerate(_body(program, call).graph.nodes)
+    }
+    key = {
+        "step errors": 1,
+        **loop_identity(program, calls, inputs),
+        "groups": {name: sorted(place[n] for n in group) for name, group in groups.items()},
+        "reach": reach,
+    }
+    return cached(key, lambda: _step_errors(program, calls, groups, inputs, reach, report))
+
+
+def _body(program: Program, call: fx.Node) -> fx.GraphModule:
+    return program.components[str(call.target)]
+
+
+def _step_errors(
+    program: Program,
+    calls: Calls,
+    groups: Mapping[str, Sequence[fx.Node]],
+    inputs: Sequence[Sequence[Tensor]],
+    reach: int,
+    report: Callable[[str, float | None], None],
+) -> dict[str, Tensor]:
+    size = 1 + max(step for step, _ in calls), 1 + reach
+    total = {name: torch.zeros(size, dtype=torch.float64) for name in groups}
+    count = {name: torch.zeros(size, dtype=torch.float64) for name in groups}
+    nodes = {node for group in groups.values() for node in group}
+    for index, tensors in enumerate(inputs):
+        past: dict[tuple[int, int], dict[fx.Node, Tensor]] = {}
+        for done, visit in enumerate(steps(program, calls, tensors, nodes)):
+            what = f"calibrating: request {index + 1} of {len(inputs)}, step {visit.step + 1}"
+            report(what, (index + done / len(calls)) / len(inputs))
+            past[visit.step, visit.branch] = visit.values
+            past.pop((visit.step - reach - 1, visit.branch), None)
+            for back in range(1 + reach):
+                before = past.get((visit.step - back, visit.branch), {})
+                for name, group in groups.items():
+                    for node in group:
+                        if node in before and node in visit.values:
+                            error = _relative(visit.values[node], before[node])
+                            total[name][visit.step, back] += error
+                            count[name][visit.step, back] += 1
+    missing = torch.tensor(torch.inf, dtype=torch.float64)
+    return {n: torch.where(count[n] > 0, total[n] / count[n], missing) for n in groups}
+
+
+def _relative(new: Tensor, old: Tensor) -> float:
+    error = (new.float() - old.float()).abs().sum(dtype=torch.float64)
+    norm = new.float().abs().sum(dtype=torch.float64)
+    return float(error / norm) if error else 0.0

@@ -1,0 +1,308 @@
+"""fx helpers shared by capture, passes and targets: values, printing, hashing, copying, costs.
+
+Everything here works on the two levels of a program alike. A node's `meta["val"]` is a FakeTensor
+of the process-wide mode `FAKE`, so values of graphs captured at different times can be mixed.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffopt.errors import VerifyError
+
+aten = torch.ops.aten
+
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake(value: Any) -> Any:
+    """Return `value` with every tensor replaced by a FakeTensor of `FAKE` of the same layout."""
+    if isinstance(value, Tensor):
+        # A parameter's fake would count as one more leaf that requires a gradient.
+        with FAKE, torch.no_grad():
+            return torch.empty_strided(
+                tuple(int(s) for s in value.shape),
+                tuple(int(s) for s in value.stride()),
+                dtype=value.dtype,
+                device=value.device if value.device.type != "meta" else "cpu",
+            )
+    if isinstance(value, (list, tuple)):
+        return type(value)(fake(item) for item in value)
+    return value
+
+
+def attribute(owner: torch.nn.Module, name: str) -> Any:
+    """Return what a dotted attribute name means on `owner`."""
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def add_attribute(gm: fx.GraphModule, name: str, value: Tensor) -> str:
+    """Register a weight or constant on `gm` under a free name near `name`; return that name.
+
+    A tensor that `gm` already has keeps the name it has, so weights are never listed twice.
+    """
+    for existing, tensor in named_tensors(gm):
+        if tensor is value:
+            return existing
+    name = name.replace(".", "_") or "constant"
+    base, count = name, 0
+    while hasattr(gm, name):
+        count += 1
+        name = f"{base}_{count}"
+    if isinstance(value, torch.nn.Parameter):
+        gm.register_parameter(name, value)
+    else:
+        gm.register_buffer(name, value)
+    return name
+
+
+def named_tensors(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers that belong to `gm` itself, not to its submodules."""
+    yield from gm._parameters.items()  # type: ignore[misc]
+    yield from gm._buffers.items()  # type: ignore[misc]
+
+
+def get_attr(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Insert, at the graph's current insertion point, a `get_attr` node for a tensor."""
+    node = gm.graph.get_attr(add_attribute(gm, name, value))
+    node.meta["val"] = fake(value)
+    return node
+
+
+def call(
+    graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any
+) -> fx.Node:
+    """Insert a `call_function` node at the current insertion point, with its value propagated.
+
+    `like` gives the new node its provenance (`module`, `where`).
+    """
+    node = graph.call_function(target, args, kwargs)
+    for key in ("module", "where"):
+        if like is not None and key in like.meta:
+            node.meta[key] = like.meta[key]
+    node.meta["val"] = propagate(node)
+    return node
+
+
+def to_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return a tensor in another type, which is itself if it has that."""
+    if node.meta["val"].dtype == dtype:
+        return node
+    return call(graph, aten._to_copy.default, node, dtype=dtype)
+
+
+def propagate(node: fx.Node, gm: fx.GraphModule | None = None) -> Any:
+    """Return the fake value of a `call_function` node from its arguments' values."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with FAKE, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def prune_unused(gm: fx.GraphModule) -> bool:
+    """Drop dead nodes, then tensors and submodules that no node names; return whether any went."""
+    changed = gm.graph.eliminate_dead_code(
+        is_impure_node=lambda n: n.op in ("placeholder", "output")
+    )
+    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    for store in (gm._parameters, gm._buffers, gm._modules):
+        for name in [name for name in store if name not in used]:
+            del store[name]
+            changed = True
+    return bool(changed)
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the placeholder nodes of `gm` in order."""
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def output_node(gm: fx.GraphModule) -> fx.Node:
+    """Return the output node of `gm`."""
+    return gm.graph.output_node()
+
+
+def outputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes that `gm` returns, in order."""
+    return list(output_node(gm).args[0])  # type: ignore[arg-type]
+
+
+def set_outputs(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+    """Make `gm` return `nodes`."""
+    output_node(gm).args = (tuple(nodes),)
+    output_node(gm).meta["val"] = tuple(n.meta["val"] for n in nodes)
+
+
+def new_body(name: str) -> fx.GraphModule:
+    """Return an empty GraphModule to build a component in."""
+    return fx.GraphModule(torch.nn.Module(), fx.Graph(), class_name=name)
+
+
+def copy_nodes(
+    nodes: Iterable[fx.Node],
+    source: fx.GraphModule,
+    target: fx.GraphModule,
+    env: dict[fx.Node, fx.Node],
+) -> None:
+    """Append copies of `nodes` (in topological order) to `target`.
+
+    `env` maps old nodes to new ones, and is extended; nodes that it already maps are left out.
+    Weights and submodules are shared by reference.
+    """
+    for node in nodes:
+        if node in env:
+            continue
+        if node.op == "get_attr":
+            copy = get_attr(target, str(node.target), attribute(source, str(node.target)))
+            copy.meta = {**node.meta, "val": copy.meta["val"]}
+        else:
+            copy = target.graph.node_copy(node, lambda n: env[n])
+            if node.op == "call_module" and not hasattr(target, str(node.target)):
+                target.add_submodule(str(node.target), attribute(source, str(node.target)))
+        env[node] = copy
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes and everything that they are computed from."""
+    return reach(nodes, lambda node: node.all_input_nodes)
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes and everything that is computed from them."""
+    return reach(nodes, lambda node: node.users)
+
+
+def reach(
+    nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """Return the nodes and everything to which `neighbours` leads from them."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(neighbours(node))
+    return found
+
+
+def extract(
+    body: fx.GraphModule, takes: Sequence[fx.Node], values: Sequence[fx.Node], name: str
+) -> fx.GraphModule:
+    """Return the part of a body that computes `values` from some of its arguments."""
+    part, env = new_body(name), dict[fx.Node, fx.Node]()
+    needed = ancestors(values) - set(takes)
+    copy_nodes([*takes, *(n for n in body.graph.nodes if n in needed)], body, part, env)
+    part.graph.output(tuple(env[v] for v in values))
+    set_outputs(part, [env[v] for v in values])
+    part.recompile()
+    return part
+
+
+def copy_inlined(
+    nodes: Iterable[fx.Node],
+    source: fx.GraphModule,
+    target: fx.GraphModule,
+    env: dict[fx.Node, fx.Node],
+) -> None:
+    """Append copies of `nodes` with the components that they call written out; see `copy_nodes`."""
+    results: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            body = attribute(source, str(node.target))
+            given = [env[a] for a in node.args if isinstance(a, fx.Node)]
+            inner = dict(zip(placeholders(body), given, strict=True))
+            copy_nodes(
+                [n for n in body.graph.nodes if n.op not in ("placeholder", "output")],
+                body,
+                target,
+                inner,
+            )
+            results[node] = [inner[n] for n in outputs(body)]
+        elif node.target is operator.getitem and node.args[0] in results:
+            env[node] = results[node.args[0]][node.args[1]]  # type: ignore[index]
+        else:
+            copy_nodes([node], source, target, env)
+
+
+def sort(gm: fx.GraphModule) -> None:
+    """Put every node after what it reads; otherwise the order stays. A cycle is a `VerifyError`."""
+    done: set[fx.Node] = set()
+    begun: set[fx.Node] = set()
+    nodes = list(gm.graph.nodes)
+    last = gm.graph._root
+    for node in nodes:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            waiting = [n for n in top.all_input_nodes if n not in done]
+            if waiting:
+                begun.add(top)
+                if not begun.isdisjoint(waiting):
+                    raise VerifyError(f"{top.name} depends on itself")
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            if top not in done:
+                done.add(top)
+                last.append(top)
+                last = top
+
+
+def import_traced(traced: fx.GraphModule, source: fx.GraphModule, name: str) -> fx.GraphModule:
+    """Return what `make_fx` traced of `source` as a body; the same tensors are its weights."""
+    body = new_body(name)
+    names = {id(tensor): key for key, tensor in named_tensors(source)}
+    env: dict[fx.Node, fx.Node] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            tensor = attribute(traced, str(node.target))
+            env[node] = get_attr(body, names.get(id(tensor), str(node.target)), tensor)
+            continue
+        env[node] = body.graph.node_copy(node, lambda n: env[n])
+        if node.op == "output":
+            set_outputs(body, [env[n] for n in node.args[0]])
+        else:
+            env[node].meta = {"val": fake(node.meta["val"])}
+    prune_unused(body)
+    body.recompile()
+    return body
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of the graph; weights and submodules are shared by reference."""
+    copy = new_body(type(gm).__name__)
+    copy._modules.update(gm._modules)
+    copy._parameters.update(gm._parameters)
+    copy._buffers.update(gm._buffers)
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        env[node] = copy.graph.node_copy(node, lambda n: env[n])
+        env[node].name = node.name
+    copy.recompile()
+    return copy
+
+
+def nodes_in(arguments: Any) -> list[fx.Node]:
+    """Return the nodes in nested arguments."""
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, found.append)
+    return found
+
+
+def value_bytes(value: Any) -> int:
+    """Return what a node's value takes: a tensor, several, or what takes nothing."""
+    if isinstance(value, (list, tuple)):
+        return sum(map(value_bytes, value))
+    return value.nbytes if isinstance(value, Tensor) else 0
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of distinct tensors."""
+    unique = {id(t): t for t in tensors}  # holds them, so that no two share an id
+    return sum(t.numel() * t.element_size() for t in unique.values())

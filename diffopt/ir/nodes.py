@@ -1,0 +1,120 @@
+"""What rewrites of graphs have in common: purity, memory that is shared, equal nodes, constants.
+
+Every function here keeps results equal bit by bit.
+"""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
+
+aten = torch.ops.aten
+
+_UNINITIALISED = (
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+)
+
+
+def graphs(program: Program) -> dict[str, fx.GraphModule]:
+    """Return the root graph, as "", and the components by name."""
+    return {"": program.root, **program.components}
+
+
+def args(node: fx.Node) -> tuple[Any, ...]:
+    """Return a node's arguments, which fx types too closely to be looked at."""
+    return node.args
+
+
+def calls(node: Any, *targets: Any) -> bool:
+    """Tell whether a value is a call of one of these functions."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument that may be given by position, by name or not at all."""
+    return args(node)[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+    """Return a convolution's strides, paddings, dilations, each for every axis, and groups."""
+    count = args(node)[1].meta["val"].dim() - 2
+
+    def each(position: int, name: str, default: int) -> list[int]:
+        given = argument(node, position, name, default)
+        sizes = [given] if isinstance(given, int) else list(given)
+        return sizes * count if len(sizes) == 1 else sizes
+
+    sizes = each(3, "stride", 1), each(4, "padding", 0), each(5, "dilation", 1)
+    return *sizes, argument(node, 6, "groups", 1)
+
+
+def stored(gm: fx.GraphModule, node: Any) -> Tensor | None:
+    """Return the tensor that a `get_attr` node reads; None for anything else."""
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        tensor: Tensor = g.attribute(gm, str(node.target))
+        return tensor
+    return None
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Tell whether a node's result depends on its arguments alone and it writes into none."""
+    if node.op != "call_function":
+        return node.op == "get_attr"
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return False
+    if node.target is aten.scaled_dot_product_attention.default:
+        return bool(argument(node, 4, "dropout_p", 0.0) == 0.0)
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return not random and node.target not in _UNINITIALISED
+
+
+def is_pure_graph(gm: fx.GraphModule) -> bool:
+    """Tell whether every node of a component is pure."""
+    return all(is_pure(n) for n in gm.graph.nodes if n.op not in ("placeholder", "output"))
+
+
+def replace(node: fx.Node, by: fx.Node) -> None:
+    """Let `by` stand for `node` everywhere, and erase `node`."""
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def layout(value: Any) -> tuple[Any, ...] | None:
+    """Return what a tensor is in memory: type, shape, strides, offset; None for other values."""
+    if not isinstance(value, Tensor):
+        return None
+    return value.dtype, value.device, tuple(value.shape), value.stride(), value.storage_offset()
+
+
+def same_layout(a: fx.Node, b: fx.Node) -> bool:
+    """Tell whether two values have the same type, shape and strides."""
+    one, other = layout(a.meta["val"]), layout(b.meta["val"])
+    return one is not None and other is not None and one[:4] == other[:4]
+
+
+def fake_call(target: Any, arguments: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Run an operator on values, of which nodes stand for their fake values."""
+    given = fx.map_arg((arguments, dict(kwargs or {})), lambda n: n.meta["val"])
+    with g.FAKE, torch.no_grad():
+        return target(*given[0], **given[1])
+
+
+def weight_uses(program: Program) -> dict[int, int]:
+    """Return how often each stored tensor is used in all graphs, by identity."""
+    counts: dict[int, int] = {}
+    for gm in graphs(program).values():
+        for node in gm.graph.find_nodes(op="get_attr"):
+            key = id(stored(gm, node))
+            counts[key] = counts.get(key, 0) + len(node.users)
+    return counts

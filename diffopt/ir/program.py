@@ -1,0 +1,439 @@
+"""The program: a whole sampling pipeline as a two-level torch.fx graph.
+
+The root graph holds aten operators and calls of components; a component is a GraphModule with flat
+tensor arguments and a flat tuple of tensors as its result. Weights are shared by reference.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.errors import DiffoptError, VerifyError
+from diffopt.host import inputs as h
+from diffopt.host.guards import Guards, Mismatch, mismatch
+from diffopt.host.outputs import pack
+from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
+from diffopt.ir import graph as g
+from diffopt.ir.flops import graph_flops
+from diffopt.ir.printing import format_graph, graph_fingerprint
+from diffopt.ir.verifier import verify_call, verify_graph, verify_type
+from diffopt.storage import program_file
+
+FORMAT = 1
+
+# Programs that are kept for other numbers of tokens; the one that was made first goes first.
+VARIANTS = 8
+
+
+class Program:
+    """A captured sampling program.
+
+    Attributes:
+        root: The pipeline graph; its submodules are the components, its buffers the constants.
+        host: How the caller's arguments become the graph's inputs, and its outputs the result.
+        sample: The flat inputs seen at capture, on which rewrites are checked.
+        history: One record a pass that has run, oldest first, as JSON.
+        source: What it was traced from, as text.
+        digests: One of the weights of each of the pipeline's modules at capture, by name.
+        guards: What Python read of the inputs at capture; None if nothing.
+        batch: The fewest and the most requests of one run, a leading dimension of all inputs and
+            outputs; None: each run serves one, and there is no such dimension.
+        lengths: Numbers of tokens that the inputs' shapes do not fix.
+        resample: Capture again with other arguments; None where the pipeline is not at hand.
+    """
+
+    def __init__(
+        self,
+        root: fx.GraphModule,
+        host: h.Host,
+        sample: Sequence[Tensor],
+        *,
+        guards: Guards | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
+        source: str = "",
+        digests: Mapping[str, str] | None = None,
+        batch: tuple[int, int] | None = None,
+        lengths: Sequence[dynamic_sizes.Length] = (),
+        resample: Callable[..., "Program"] | None = None,
+    ) -> None:
+        self.root = root
+        self.host = host
+        self.sample = list(sample)
+        self.guards = guards
+        self.history = list(history)
+        self.source = source
+        self.digests = dict(digests or {})
+        self.batch = batch
+        self.lengths = list(lengths)
+        self.resample = resample
+        self.variants: list[Program] = []
+
+    # Running
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Run the program as the pipeline was called; returns what the pipeline returns.
+
+        Texts of another number of tokens, where the pipeline does not fix it, are captured when
+        they first come, while the pipeline is at hand.
+        """
+        if self.batch:
+            return self.serve([arguments])[0]
+        program, tensors = self._fitting(arguments)
+        return program.pack(program.run(tensors), arguments.get("output_type"))
+
+    def serve(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Run the program for several calls, as many at once as `batch` allows."""
+        if not self.batch:
+            return [self(**request) for request in requests]
+        return self.serve_with(self.run, requests)
+
+    def serve_with(
+        self,
+        run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        requests: Sequence[Mapping[str, Any]],
+    ) -> list[Any]:
+        """Return what each call returns where `run` executes the graph; see `serve`."""
+        flat = [self.prepare(**request) for request in requests]
+        outputs = batching.run_requests(run, flat, self.batch)
+        return [
+            self.pack(tensors, request.get("output_type"))
+            for tensors, request in zip(outputs, requests, strict=True)
+        ]
+
+    def _fitting(self, arguments: Mapping[str, Any]) -> tuple["Program", list[Tensor]]:
+        """Return this program or its variant that fits the texts, and its flat inputs."""
+        try:
+            return self, self.prepare(**arguments)
+        except Mismatch as error:
+            if not error.from_text or self.resample is None or self.history:
+                raise
+        for variant in self.variants:
+            with contextlib.suppress(Mismatch):
+                return variant, variant.prepare(**arguments)
+        variant = self.resample(**{k: v for k, v in arguments.items() if k != "seed"})
+        self.variants = [*self.variants[1 - VARIANTS :], variant]
+        return variant, variant.prepare(**arguments)
+
+    def prepare(self, **arguments: Any) -> list[Tensor]:
+        """Return the flat inputs for a call with these arguments: those of one request.
+
+        Where that fails, generators are left as they were.
+        """
+        generators = [v for _, v in h.leaves(arguments) if isinstance(v, torch.Generator)]
+        states = [(x, x.get_state()) for x in (torch.default_generator, *generators)]
+        try:
+            return self._prepare(arguments)
+        except BaseException:
+            for generator, state in states:
+                generator.set_state(state)
+            raise
+
+    def _prepare(self, arguments: Mapping[str, Any]) -> list[Tensor]:
+        tensors = self.host.prepare(arguments)
+        is_text = [isinstance(s, h.Processor) for s in self.host.steps for _ in range(s.count)]
+        inputs = zip(g.placeholders(self.root), tensors, is_text, strict=True)
+        for index, (node, tensor, from_text) in enumerate(inputs):
+            shape, traced = list(tensor.shape), list(node.meta["val"].shape)
+            if self.batch:
+                del traced[0]
+            if len(shape) == len(traced):
+                for axis in dynamic_sizes.free_axes(self.lengths, index):
+                    traced[axis] = shape[axis]
+            if shape == traced:
+                continue
+            if from_text:
+                message = (
+                    f"the text gives {node.name} the shape {shape}; the program was traced with "
+                    f"one of {traced}: use a text of as many tokens, or trace it with this text"
+                )
+            else:
+                message = (
+                    f"input {node.name} has shape {shape}; the program was traced for {traced}: "
+                    "trace it again with inputs of this size"
+                )
+            raise mismatch(message, from_text=from_text)
+        for length in self.lengths:
+            length.check([tensor.shape for tensor in tensors])
+        if self.guards:
+            self.guards.check(tensors)
+        return tensors
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Execute the graph on flat inputs; returns flat outputs."""
+        with torch.no_grad():
+            return tuple(self.root(*tensors))
+
+    def pack(self, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
+        """Return flat outputs as the pipeline returns them."""
+        traced = self.host.call.get("output_type")
+        return pack(self.host.output, tensors, output_type if output_type != traced else None)
+
+    def sample_inputs(self, count: int | None = None) -> list[Tensor]:
+        """Return flat inputs for `run`: those seen at capture.
+
+        Where a run serves several requests (`count`; by default the most that it can), these are
+        the last, and the others differ from them.
+        """
+        if self.batch is None:
+            return self.sample
+        return batching.stack(self.sample, self.host, count or self.batch[1])
+
+    def sample_outputs(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return those outputs of a run on `sample_inputs` that are of the inputs at capture."""
+        return [output[-1] if self.batch else output for output in outputs]
+
+    # Looking
+
+    @property
+    def components(self) -> dict[str, fx.GraphModule]:
+        """The components that the root graph calls, by name."""
+        return {name: module for name, module in self.root._modules.items()}  # type: ignore[misc]
+
+    def calls(self, component: str | None = None) -> list[fx.Node]:
+        """Return the component calls in order: all, or one component's."""
+        called = (n for n in self.root.graph.nodes if n.op == "call_module")
+        return [n for n in called if component in (None, n.target)]
+
+    def at(self, component: str, step: int, branch: int = 0) -> fx.Node | None:
+        """Return the call with this tag: the same call one step earlier, say."""
+        wanted = call_tags.Tag(component, step, branch)
+        return next((node for node in self.calls() if call_tags.tag(node) == wanted), None)
+
+    def weights(self) -> dict[int, Tensor]:
+        """Return every distinct weight and constant by identity."""
+        modules = [self.root, *self.components.values()]
+        return {id(t): t for gm in modules for _, t in g.named_tensors(gm)}
+
+    def flops(self) -> int:
+        """Return the floating point operations of one run."""
+        own = {name: graph_flops(gm) for name, gm in self.components.items()}
+        return graph_flops(self.root, own)
+
+    def releasable(self) -> list[str]:
+        """Return the weights that no component called more than once uses, as component.name.
+
+        They are read only before or after the loop, so a runtime may release them there.
+        """
+        counts: dict[str, int] = {}
+        for node in self.calls():
+            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+        loop = {
+            id(t)
+            for n, gm in self.components.items()
+            if counts.get(n, 0) > 1
+            for _, t in g.named_tensors(gm)
+        }
+        once = [(n, gm) for n, gm in self.components.items() if counts.get(n, 0) == 1]
+        return [
+            f"{n}.{key}" for n, gm in once for key, t in g.named_tensors(gm) if id(t) not in loop
+        ]
+
+    def fingerprint(self) -> str:
+        """Return a hash of all graphs; weights count by identity and version."""
+        parts = [
+            graph_fingerprint(self.root),
+            *(n + graph_fingerprint(m) for n, m in sorted(self.components.items())),
+        ]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        bodies = [
+            f"component {name}:\n{_indent(format_graph(gm))}"
+            for name, gm in self.components.items()
+        ]
+        return "\n\n".join([f"program:\n{_indent(format_graph(self.root))}", *bodies])
+
+    # Changing
+
+    def clone(self) -> "Program":
+        """Return a copy whose graphs can be changed; weights are shared by reference."""
+        root = g.clone(self.root)
+        for name, gm in self.components.items():
+            root._modules[name] = g.clone(gm)
+        return Program(
+            root,
+            self.host,
+            self.sample,
+            guards=self.guards,
+            history=self.history,
+            source=self.source,
+            digests=self.digests,
+            batch=self.batch,
+            lengths=self.lengths,
+            resample=self.resample,
+        )
+
+    def add_component(self, name: str, body: fx.GraphModule) -> str:
+        """Add a component under a free name near `name`; return that name."""
+        base, count = name, 1
+        while hasattr(self.root, name):
+            count += 1
+            name = f"{base}_{count}"
+        self.root.add_module(name, body)
+        return name
+
+    def call(
+        self, component: str, arguments: Sequence[Any], tag: call_tags.Tag | None = None
+    ) -> list[fx.Node]:
+        """Insert a call of a component at the root graph's insertion point; return its results.
+
+        `tag` is that of the call which it takes the place of.
+        """
+        node = self.root.graph.call_module(component, tuple(arguments))
+        if tag is not None:
+            node.meta["tag"] = tag
+        node.meta["val"] = tuple(n.meta["val"] for n in g.outputs(self.components[component]))
+        return [
+            g.call(self.root.graph, operator.getitem, node, i) for i in range(len(node.meta["val"]))
+        ]
+
+    def refresh(self) -> None:
+        """Drop what is unused and recompile every graph; a pass need not call it."""
+        g.prune_unused(self.root)
+        for gm in [*self.components.values(), self.root]:
+            g.prune_unused(gm)
+            gm.recompile()
+
+    # Checking
+
+    def verify(self) -> None:
+        """Check the invariants of the IR; a broken one is a `VerifyError`.
+
+        Graphs are well formed; values' recorded shapes and dtypes are what propagation gives; every
+        component call names a component and passes what it takes; tags are those of a loop (see
+        `tags`); inputs fit the host's steps.
+        """
+        for name, gm in {"program": self.root, **self.components}.items():
+            verify_graph(name, gm, is_root=gm is self.root)
+        for node in self.calls():
+            verify_call(node, self.components[str(node.target)])
+        call_tags.verify(self.root)
+        if self.batch:
+            batching.batch_axes(self.root, self.batch[1])
+        if self.lengths:
+            dynamic_sizes.bounds(self.root, self.lengths)
+        takes = g.placeholders(self.root)
+        if len(self.sample) != len(takes):
+            raise VerifyError(f"program: {len(takes)} placeholders for {len(self.sample)} inputs")
+        for node, tensor in zip(takes, self.sample_inputs(), strict=True):
+            verify_type(f"program: input {node.name}", node.meta["val"], tensor)
+
+    # Saving
+
+    def to_members(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
+        """Return the program as JSON, distinct tensors by key, and asset files by path."""
+        keys: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        graphs = {}
+        bodies = {"": self.root, **self.components}
+        if self.guards:
+            bodies["(guards)"] = self.guards.body
+        for name, gm in bodies.items():
+            table = {}
+            for attribute, tensor in g.named_tensors(gm):
+                if id(tensor) not in keys:
+                    keys[id(tensor)] = f"{name}.{attribute}" if name else attribute
+                    tensors[keys[id(tensor)]] = tensor.detach()
+                parameter = isinstance(tensor, torch.nn.Parameter)
+                table[attribute] = [keys[id(tensor)], list(tensor.stride()), parameter]
+            graphs[name] = {"nodes": serialize.graph_to_json(gm), "tensors": table}
+        tensors.update({f"sample/{i}": t.detach() for i, t in enumerate(self.sample)})
+        data = {
+            "format": FORMAT,
+            "graphs": graphs,
+            "host": self.host.to_json(),
+            "guards": [self.guards.expected, self.guards.where, self.guards.from_text]
+            if self.guards
+            else None,
+            "samples": len(self.sample),
+            "history": self.history,
+            "source": self.source,
+            "digests": self.digests,
+            "batch": self.batch,
+            "lengths": [dataclasses.asdict(length) for length in self.lengths],
+        }
+        assets = {
+            f"{name}/{file}": b for name, fs in self.host.assets.items() for file, b in fs.items()
+        }
+        return data, tensors, assets
+
+    @staticmethod
+    def from_members(
+        data: Mapping[str, Any], tensors: Mapping[str, Tensor], assets: Mapping[str, bytes]
+    ) -> "Program":
+        """Rebuild a program from `to_members`' pieces."""
+        shared: dict[str, Tensor] = {}
+
+        def table(graph: Mapping[str, Any]) -> dict[str, Tensor]:
+            for key, stride, parameter in graph["tensors"].values():
+                if key not in shared:
+                    tensor = _restride(tensors[key], stride)
+                    shared[key] = (
+                        torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+                    )
+            return {name: shared[key] for name, (key, _, _) in graph["tensors"].items()}
+
+        graphs = data["graphs"]
+        bodies = {
+            name: serialize.graph_from_json(graph["nodes"], name, table(graph), {})
+            for name, graph in graphs.items()
+            if name
+        }
+        guards = Guards(bodies.pop("(guards)"), *data["guards"]) if data["guards"] else None
+        root = serialize.graph_from_json(graphs[""]["nodes"], "program", table(graphs[""]), bodies)
+        files: dict[str, dict[str, bytes]] = {}
+        for path, content in assets.items():
+            component, _, file = path.partition("/")
+            files.setdefault(component, {})[file] = content
+        sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
+        host = h.Host.from_json(data["host"], files)
+        return Program(
+            root,
+            host,
+            sample,
+            guards=guards,
+            history=data["history"],
+            source=data["source"],
+            digests=data.get("digests"),  # engines of earlier versions have none
+            batch=tuple(data["batch"]) if data.get("batch") else None,
+            lengths=[dynamic_sizes.Length.from_json(row) for row in data.get("lengths", ())],
+        )
+
+    def save(self, path: str | os.PathLike[str], compress: int | None = None) -> None:
+        """Write the program to one file: whole, or as it was before.
+
+        `compress` is the level of zstandard, 1 to 22, for parts that get smaller; None: no part.
+        """
+        program_file.write(path, *self.to_members(), compress)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Program":
+        """Read a program that `save` wrote; a file that is none is a `DiffoptError`."""
+        data, tensors, assets = program_file.read(path)
+        if data["format"] != FORMAT:
+            raise DiffoptError(
+                f"{os.fspath(path)}: format {data['format']}, this diffopt reads {FORMAT}; "
+                "trace the model again"
+            )
+        return Program.from_members(data, tensors, assets)
+
+
+def _restride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return the values in another memory layout, on which a kernel's order of sums can depend."""
+    if list(tensor.stride()) == list(stride):
+        return tensor
+    if 0 in stride:
+        return tensor
+    result = torch.empty_strided(tensor.shape, tuple(stride), dtype=tensor.dtype)
+    return result.copy_(tensor)
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())

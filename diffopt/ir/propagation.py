@@ -1,0 +1,58 @@
+"""Values behind nodes that a rewrite has changed: shapes, types and memory layouts."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from diffopt.ir import graph as g
+from diffopt.ir.nodes import graphs, layout
+from diffopt.ir.program import Program
+
+aten = torch.ops.aten
+
+
+def propagate(node: fx.Node) -> Any:
+    """Return a node's value; a view that another layout does not allow becomes a `reshape`."""
+    try:
+        return g.propagate(node)
+    except (RuntimeError, ValueError):
+        if node.target not in (aten.view.default, aten._unsafe_view.default):
+            raise
+        node.target = aten.reshape.default
+        return g.propagate(node)
+
+
+def repropagate(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
+    """Record the values behind nodes whose memory layout changed.
+
+    A view that the new layout does not allow becomes a `reshape`.
+    """
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
+            continue
+        value = propagate(node)
+        if _layouts(value) != _layouts(node.meta["val"]):
+            node.meta["val"] = value
+            changed.add(node)
+
+
+def keep_outputs(program: Program, name: str, kept: Collection[object]) -> None:
+    """Give the outputs of a graph the memory layout back that they had."""
+    gm = graphs(program)[name]
+    outputs = g.outputs(gm)
+    for index, (node, before) in enumerate(zip(outputs, kept, strict=True)):
+        if layout(node.meta["val"]) != before:
+            with gm.graph.inserting_before(g.output_node(gm)):
+                outputs[index] = g.call(gm.graph, aten.clone.default, node, like=node)
+    g.set_outputs(gm, outputs)
+    for site in program.calls(name) if name else []:
+        site.meta["val"] = tuple(node.meta["val"] for node in outputs)
+        repropagate(program.root, {site})
+
+
+def _layouts(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(layout, value))
+    return layout(value)

@@ -1,0 +1,110 @@
+"""The sampling loop of a program: calls of one body that follow one another."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from diffopt.errors import DiffoptError
+from diffopt.ir import call_tags, nodes
+from diffopt.ir import graph as g
+from diffopt.ir.flops import graph_flops, node_flops
+from diffopt.ir.program import Program
+
+Key = tuple[int, int]
+"""A call of the loop: its step and its branch."""
+
+
+@dataclass(eq=False)
+class Loop:
+    """The sampling loop: calls of one body that follow one another.
+
+    Attributes:
+        program: Where it is.
+        name: The body's name as a component of the program.
+        body: What one call computes.
+        calls: By step and branch, both counted from 0, in the order of the graph.
+        steps: How many.
+        branches: How many calls a step may have.
+    """
+
+    program: Program
+    name: str
+    body: fx.GraphModule
+    calls: dict[Key, fx.Node]
+    steps: int
+    branches: int
+
+    def flops(self, values: Iterable[fx.Node] = ()) -> int:
+        """Return the floating point operations of one call that is given these values."""
+        taken = dict.fromkeys(values)
+        return self.cost(self.live(taken) - taken.keys())
+
+    def cost(self, nodes: Iterable[fx.Node]) -> int:
+        """Return the floating point operations of some nodes of the body."""
+        return sum(self._costs.get(node, 0) for node in nodes)
+
+    @cached_property
+    def _costs(self) -> dict[fx.Node, int]:
+        own = [n for n in self.body.graph.nodes if n.op == "call_function"]
+        return {n: node_flops(n) for n in own if n.target is not operator.getitem}
+
+    @cached_property
+    def places(self) -> dict[fx.Node, int]:
+        """Where each node is in the body."""
+        return {node: i for i, node in enumerate(self.body.graph.nodes)}
+
+    @cached_property
+    def changing(self) -> list[fx.Node]:
+        """The arguments of the body that depend on an earlier call."""
+        late = g.descendants(self.calls.values())
+        takes = enumerate(g.placeholders(self.body))
+        return [n for i, n in takes if any(c.args[i] in late for c in self.calls.values())]
+
+    def live(
+        self, taken: Mapping[fx.Node, fx.Node | None], more: Iterable[fx.Node] = ()
+    ) -> set[fx.Node]:
+        """Return what the results need, and `more`, if values are taken, each with its base."""
+
+        def needs(node: fx.Node) -> Iterable[fx.Node]:
+            if node not in taken:
+                return node.all_input_nodes
+            base = taken[node]
+            return () if base is None else (base,)
+
+        return g.reach([*g.outputs(self.body), *more], needs)
+
+
+def find_loop(program: Program) -> Loop:
+    """Return the calls on which the program's loop spends most."""
+    loops: dict[str, dict[Key, fx.Node]] = {}
+    for call in program.calls():
+        if (own := call_tags.tag(call)) is not None:
+            loops.setdefault(str(call.target), {})[own.step, own.branch] = call
+    loops = {n: calls for n, calls in loops.items() if len({step for step, _ in calls}) > 1}
+    if not loops:
+        raise DiffoptError(
+            "no component is called in more than one step, so there are no values of an earlier "
+            "step: sample in two or more steps, as with unroll(steps=20)"
+        )
+    name = max(loops, key=lambda n: graph_flops(program.components[n]) * len(loops[n]))
+    if _passes_constants(program, name):
+        raise DiffoptError(
+            f"{name} is not unrolled, its calls pass the timestep: run `unroll` first, as in "
+            "unroll,hoist,cache"
+        )
+    steps, branches = (sorted(set(numbers)) for numbers in zip(*loops[name], strict=True))
+    calls = {(steps.index(s), branches.index(b)): call for (s, b), call in loops[name].items()}
+    return Loop(program, name, program.components[name], calls, len(steps), len(branches))
+
+
+def _passes_constants(program: Program, name: str) -> bool:
+    """Tell whether some argument of a component, such as the timestep, is a constant a call."""
+    for actual in zip(*(nodes.args(call) for call in program.calls(name)), strict=True):
+        if all(node.op == "get_attr" for node in actual) and len({n.target for n in actual}) > 1:
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""From programs to compiled code, and running it: targets, compilers, executors."""

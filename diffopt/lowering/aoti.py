@@ -1,0 +1,323 @@
+"""AOTInductor: components as shared libraries, made in several processes at once.
+
+For a CPU that is one library; for a GPU it is a package, a library with its GPU kernels beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.ir import graph as g
+from diffopt.ir import serialize
+from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json
+from diffopt.lowering import onednn
+from diffopt.lowering.compile_inputs import dynamic_shapes, example
+from diffopt.lowering.executor import Body, lay_out
+from diffopt.storage import container
+
+Settings = Mapping[str, Any]
+"""Inductor's configuration, without where the files go."""
+
+KIND = "application/x-diffopt-job"
+_WORK = "import sys; from diffopt.lowering import aoti; aoti.work(sys.argv[1], sys.argv[2])"
+
+
+def compile_body(
+    gm: fx.GraphModule, settings: Settings, sizes: Bounds | None = None
+) -> dict[str, bytes]:
+    """Compile a component; return the library as "so".
+
+    Where the library calls operators that it has no entry point for, "json" says which.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet(folder), onednn.kernels():
+        _compile(gm, settings, sizes, "cpu", folder)
+        files = {p.suffix[1:]: p for p in Path(folder).rglob("*") if _is_product(p)}
+        return {kind: path.read_bytes() for kind, path in sorted(files.items())}
+
+
+def compile_package(
+    gm: fx.GraphModule, settings: Settings, sizes: Bounds | None = None, device: str = "cuda"
+) -> bytes:
+    """Compile a component whose tensors are on `device` for that; return the package."""
+    from torch._inductor.package.package import package_aoti
+
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet():
+        files = _compile(gm, settings, sizes, device, folder)
+        needed: list[Any] = [
+            str(file) for file in files if str(file).endswith((".so", ".json", ".cubin"))
+        ]
+        path = Path(folder, "body.pt2")
+        package_aoti(str(path), needed)
+        return path.read_bytes()
+
+
+def _compile(
+    gm: fx.GraphModule, settings: Settings, sizes: Bounds | None, device: str, folder: str
+) -> Any:
+    """Let AOTInductor write into a folder; return the names of what belongs to the result."""
+    arguments = tuple(example(n.meta["val"], device) for n in g.placeholders(gm))
+    known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
+    options = {key: value for key, value in settings.items() if key in known}
+    options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
+    module: Any = g.clone(gm)
+    for node, argument in zip(g.placeholders(module), arguments, strict=True):
+        node.meta["val"] = g.fake(argument)  # the compiler refuses those of another device
+    if sizes:  # without them the graph is what an export would give
+        shapes = dynamic_shapes(len(arguments), sizes)
+        exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
+        module = exported.module()
+    return torch._inductor.aot_compile(module, arguments, options=options)
+
+
+def compile_bodies(
+    bodies: Mapping[str, fx.GraphModule],
+    settings: Settings,
+    processes: int,
+    with_weights: bool,
+    sizes: Mapping[str, Bounds],
+) -> Iterator[tuple[str, dict[str, bytes], float]]:
+    """Compile components, several at once; yield each with its seconds as it is done.
+
+    Args:
+        bodies: Components by name.
+        settings: Inductor's configuration.
+        processes: How many to compile at once; 1 compiles in this process.
+        with_weights: Whether the library depends on the weights' values.
+        sizes: The sizes that may change, of components that have some.
+    """
+    left = dict(bodies)
+    if min(processes, len(left)) > 1:
+        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+            jobs = {}
+            for name, gm in left.items():
+                jobs[name] = str(Path(folder, f"{name}.job")), str(Path(folder, f"{name}.done"))
+                _write_job(jobs[name][0], gm, settings, with_weights, sizes.get(name))
+            for name, seconds in _run(jobs, processes):
+                done = Path(jobs[name][1])
+                if done.exists():  # else the process failed: compile here, and let the error show
+                    del left[name]
+                    result = container.Archive(done, KIND, "a result", "")
+                    table = result.manifest["members"]
+                    yield name, {member: bytes(result.read(member)) for member in table}, seconds
+    for name, gm in left.items():
+        started = time.perf_counter()
+        members = compile_body(gm, settings, sizes.get(name))
+        yield name, members, time.perf_counter() - started
+
+
+def _write_job(
+    path: str, gm: fx.GraphModule, settings: Settings, with_weights: bool, sizes: Bounds | None
+) -> None:
+    tensors = dict(g.named_tensors(gm))
+    table = {
+        name: [serialize.encode_value(tensor), isinstance(tensor, torch.nn.Parameter)]
+        for name, tensor in tensors.items()
+    }
+    body = {
+        "nodes": serialize.graph_to_json(gm),
+        "tensors": table,
+        "settings": dict(settings),
+        "sizes": [[index, list(axes.items())] for index, axes in (sizes or {}).items()],
+        "threads": torch.get_num_threads(),
+    }
+    weights = container.pack_tensors(tensors if with_weights else {})
+    members: dict[str, container.Buffers] = {
+        "body": [json.dumps(body).encode()],
+        "weights": weights,
+    }
+    container.write(path, KIND, {}, members)
+
+
+def work(job: str, result: str) -> None:
+    """Do a job of `compile_bodies` in a process of its own."""
+    given = container.Archive(job, KIND, "a job", "")
+    body = json.loads(bytes(given.read("body")))
+    weights = given.tensors("weights")
+    tensors: dict[str, Tensor] = {}
+    for name, (value, parameter) in body["tensors"].items():
+        fake = serialize.decode_value(value)
+        tensor = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
+        if name in weights:
+            tensor.copy_(weights[name])
+        tensors[name] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+    torch.set_num_threads(body["threads"])
+    gm = serialize.graph_from_json(body["nodes"], "body", tensors, {})
+    members = compile_body(gm, body["settings"], bounds_from_json(body["sizes"]))
+    container.write(result, KIND, {}, {name: [content] for name, content in members.items()})
+
+
+def _run(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[tuple[str, float]]:
+    """Run jobs, so many at once; yield each name and its seconds. An interruption ends all."""
+    # The children find this package where this process did.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    waiting = list(jobs.items())
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                name, paths = waiting.pop(0)
+                child = subprocess.Popen(
+                    [sys.executable, "-c", _WORK, *paths],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+                running[name] = child, time.perf_counter()
+            done = [name for name, (child, _) in running.items() if child.poll() is not None]
+            for name in done:
+                yield name, time.perf_counter() - running.pop(name)[1]
+            if not done:
+                time.sleep(0.02)
+    finally:
+        for child, _ in running.values():
+            child.send_signal(signal.SIGINT)
+        for child, _ in running.values():
+            try:
+                child.wait(20)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+class Weights(Protocol):
+    """A component's weights by name."""
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """Return a weight in the memory layout of the trace."""
+
+
+# How to run it; and its weights, to be freed with it: a library keeps its references to them.
+_Library = tuple[Callable[[list[Tensor]], list[Tensor]], list[Tensor]]
+
+
+def open_library(members: Mapping[str, bytes | memoryview], weights: Weights | None) -> _Library:
+    """Map a library into this process.
+
+    Args:
+        members: What `compile_body` returned.
+        weights: The component's weights by name; None if the library holds them.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+        for kind, content in members.items():
+            Path(folder, f"body.{kind}").write_bytes(content)
+        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
+    if weights is None:
+        return runner.run, []
+    names = runner.get_constant_names_to_original_fqns()
+    table = {name: _shared(weights[original]) for name, original in names.items()}
+    runner.update_constant_buffer(table, False, True, True)
+    return runner.run, list(table.values())
+
+
+def open_package(content: bytes | memoryview, weights: Weights | None) -> _Library:
+    """Map a package into this process.
+
+    Args:
+        content: What `compile_package` returned.
+        weights: The component's weights by name, on the device; None if the package holds them.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+        path = Path(folder, "body.pt2")
+        path.write_bytes(content)
+        # One thread, one run at a time: else it asks the GPU whether the last run is done, which
+        # is not allowed while a CUDA graph is captured.
+        runner = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    if weights is None:
+        return runner.run, []
+    table = {name: _shared(weights[name]) for name in runner.get_constant_fqns()}
+    runner.load_constants(table, False, True, True)
+    return runner.run, list(table.values())
+
+
+@torch.no_grad()
+def _shared(tensor: Tensor) -> Tensor:
+    """Return another tensor in the same memory, which can be let go of while the tensor lives."""
+    form = tensor.storage_offset(), tensor.shape, tensor.stride()
+    memory = tensor.untyped_storage()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, *form)
+
+
+def _let_go(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.set_()  # type: ignore[call-overload]
+
+
+class Kernel:
+    """A loaded library, as a function of a component's flat arguments."""
+
+    def __init__(
+        self,
+        library: _Library,
+        strides: list[tuple[int, ...] | None],
+        further: Sequence[Tensor] = (),
+    ) -> None:
+        """Make a function of a library.
+
+        Args:
+            library: What `open_library` or `open_package` returned.
+            strides: The memory layout that each argument was compiled for; None: contiguous.
+            further: Arguments behind those of a call, the same for all (see `Setup`).
+        """
+        self._strides = strides
+        self._further = list(further)
+        self._run, weights = library
+        weakref.finalize(self, _let_go, weights).atexit = False
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run the component; `tensors` is used up."""
+        for index, stride in enumerate(self._strides):
+            if stride is None:
+                tensors[index] = tensors[index].contiguous()
+            elif tensors[index].stride() != stride:
+                tensors[index] = lay_out(tensors[index], stride)
+        return self._run(tensors + self._further)
+
+
+def load(library: _Library, graph: Mapping[str, Any], further: Sequence[Tensor] = ()) -> Body:
+    """Return a library as a function; `graph` is the component's, as JSON."""
+    values = [
+        serialize.decode_value(row["val"]) for row in graph["nodes"] if row["op"] == "placeholder"
+    ]
+    # Of a contiguous argument some size may be another than at compilation.
+    strides = [None if value.is_contiguous() else value.stride() for value in values]
+    return Kernel(library, strides, further)
+
+
+def _is_product(path: Path) -> bool:
+    """Tell the library and the list of operators it calls back for from the steps to them."""
+    return path.name.endswith((".wrapper.so", ".wrapper.json"))
+
+
+@contextmanager
+def quiet(folder: str | None = None) -> Iterator[None]:
+    """Keep what the compiler says from the terminal, and its temporary files in `folder`.
+
+    There is none for GPU kernels: the processes that compile these outlive it, and go on using it.
+    """
+    from torch._inductor import select_algorithm
+
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        mock.patch.object(select_algorithm, "PRINT_AUTOTUNE", False),
+        mock.patch.dict(os.environ, {} if folder is None else {"TMPDIR": folder}),
+    ):
+        warnings.simplefilter("ignore")
+        yield

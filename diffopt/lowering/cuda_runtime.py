@@ -1,0 +1,116 @@
+"""Runs a program's outer graph on a GPU: its own stream, and the whole run as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import DiffoptError
+from diffopt.lowering.compile_inputs import machine
+from diffopt.lowering.executor import Plan
+from diffopt.lowering.hardware import Hardware
+
+DEVICE = "cuda"
+
+Capability = tuple[int, int]
+
+
+def capability() -> Capability | None:
+    """Return the compute capability of the GPU at hand; None where there is none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def requires(device: Hardware) -> dict[str, Any]:
+    """Return what compiled code for a device needs of the machine that is to run it."""
+    return {
+        "device": device.name,
+        "capability": list(device.capability or ()),
+        "platform": machine(),
+    }
+
+
+def unfit(requires: Mapping[str, Any], code: str) -> str | None:
+    """Say what this machine lacks of what `requires` has returned; `code` is what needs it."""
+    wanted = ".".join(map(str, requires["capability"]))
+    needs = f"its {code} need a GPU of compute capability {wanted} ({requires['device']})"
+    at_hand = capability()
+    if at_hand is None:
+        return f"{needs}, and torch finds none here"
+    if list(at_hand) != requires["capability"]:
+        return f"{needs}, and the one here has {'.'.join(map(str, at_hand))}"
+    if requires["platform"] != machine():
+        return f"it was built for {requires['platform']}, this is {machine()}"
+    return None
+
+
+_Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+@dataclass
+class _Recorded:
+    """A run that was captured: where it reads, where it writes, and how to start it."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    graph: torch.cuda.CUDAGraph
+
+
+class GpuPlan:
+    """A plan on the GPU, for inputs that are anywhere.
+
+    All of a run is on one stream, which is not the default one: work on that one makes TensorRT
+    wait for the whole device. With `record`, the second run with inputs of the same shapes is
+    captured as one CUDA graph, and the runs after it replay that: a launch for the whole loop.
+    """
+
+    def __init__(self, plan: Plan, record: bool = False) -> None:
+        self._plan = plan
+        self._record = record
+        self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._seen: dict[_Key, _Recorded | None] = {}
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs for flat inputs: on the GPU if all of these are there."""
+        caller = torch.cuda.current_stream()
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            given = [tensor.to(DEVICE, non_blocking=True) for tensor in tensors]
+            results = self._run(given)
+        caller.wait_stream(self._stream)
+        for tensor in results:
+            tensor.record_stream(caller)  # its memory is another's only after the caller's use
+        if tensors and all(tensor.device.type == DEVICE for tensor in tensors):
+            return results
+        return [tensor.cpu() for tensor in results]
+
+    def _run(self, tensors: list[Tensor]) -> list[Tensor]:
+        if not self._record:
+            return self._plan.run(tensors)
+        key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+        if key not in self._seen:  # what kernels prepare in their first run cannot be captured
+            self._seen[key] = None
+            return self._plan.run(tensors)
+        recorded = self._seen[key]
+        if recorded is None:
+            recorded = self._seen[key] = self._capture(tensors)
+        for place, tensor in zip(recorded.inputs, tensors, strict=True):
+            place.copy_(tensor)
+        recorded.graph.replay()
+        return [tensor.clone() for tensor in recorded.outputs]
+
+    def _capture(self, tensors: list[Tensor]) -> _Recorded:
+        inputs = [tensor.clone() for tensor in tensors]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                outputs = self._plan.run(inputs)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DiffoptError(
+                f"the run cannot be captured as a CUDA graph: {reason}; set cuda-graph=false"
+            ) from error
+        return _Recorded(inputs, outputs, graph)

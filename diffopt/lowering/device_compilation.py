@@ -1,0 +1,292 @@
+"""Lowerings that compile on the GPU: what is done without it, what is left to do there, loading.
+
+What needs no GPU is done anywhere: quantized layers become CUDA's matrix products of 8 and 4 bits
+(see `gemm`). The engine holds these graphs beside its weights, which are stored once. The rest
+needs the GPU, so `diffopt finish FILE` does it there and keeps the result; where it was not done,
+what loads the engine does it, and keeps the result in the cache of that machine:
+
+    written anywhere    NAME.json, (setup).json
+    finished on a GPU   NAME.pt2, (made).json
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.core import Progress
+from diffopt.ir import graph as g
+from diffopt.ir import serialize
+from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json, bounds_to_json
+from diffopt.ir.program import Program
+from diffopt.lowering import aoti, compile_inputs, cuda_gemm, cuda_runtime, load_time_graph
+from diffopt.lowering.compile_inputs import elsewhere, example, free_sizes, source
+from diffopt.lowering.executor import Body, Plan, lay_out, place
+from diffopt.lowering.hardware import Hardware
+from diffopt.lowering.target import Finished, Image, Lowered, Target
+from diffopt.storage import disk_cache
+
+_SETUP = "(setup).json"
+_MADE = "(made).json"
+
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+log = logging.getLogger("diffopt")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A component that is compiled.
+
+    Attributes:
+        content: What AOTInductor can load.
+        about: What the manifest says about it, as JSON.
+    """
+
+    content: bytes
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Deferred(Target):
+    """Lower components as far as that goes without the GPU, and compile them on it.
+
+    A subclass is a dataclass. It has the option `cuda_graph`, to replay a run as one CUDA graph.
+
+    Attributes:
+        by_value: Packages hold the weights that they need; else they get the engine's on loading.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("cuda",)
+    by_value: ClassVar[bool] = False
+
+    cuda_graph: bool
+
+    def package(self, gm: fx.GraphModule, sizes: Bounds) -> Package:
+        """Compile a component on the GPU, where its tensors are; they are empty unless `by_value`.
+
+        Args:
+            gm: The component.
+            sizes: Those that may change.
+        """
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Return, as JSON, the configuration of the compiler."""
+        raise NotImplementedError
+
+    def compiler(self) -> dict[str, Any]:
+        """Return, as JSON, what a package can be used with: it is compiled again for another."""
+        return {
+            "torch": ".".join(torch.__version__.split(".")[:2]),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        }
+
+    def strides(self, gm: fx.GraphModule) -> dict[str, list[int]]:
+        """Return the memory layouts of those weights that are to be read in another one."""
+        return {}
+
+    def refuses(self, program: Program) -> str | None:
+        """Refuse what was not traced on the CPU."""
+        return elsewhere(program)
+
+    def compile(self, program: Program, progress: Progress) -> Lowered:
+        """Lower every component as far as it can be done without the GPU."""
+        progress("lowering", None)
+        free = free_sizes(program)
+        lowered = cuda_gemm.lower(program.components, self._device(), free)
+        members = {}
+        for name, gm in lowered.bodies.items():
+            body = {
+                "nodes": serialize.graph_to_json(gm),
+                "sizes": bounds_to_json(free.get(name, {})),
+                "strides": self.strides(gm),
+            }
+            members[f"{name}.json"] = json.dumps(body).encode()
+        if lowered.setup.takes:
+            members[_SETUP] = json.dumps(lowered.setup.to_json()).encode()
+        return Lowered(
+            members=members,
+            requires=cuda_runtime.requires(self._device()),
+            bodies={name: lowered.about(name, f"{name}.pt2") for name in lowered.bodies},
+            finished=False,
+        )
+
+    def is_finished(self, image: Image) -> bool:
+        """Tell whether what is compiled fits this GPU and torch."""
+        made = image.members.get(_MADE)
+        return made is not None and json.loads(bytes(made)) == self.compiler()
+
+    def finish(self, image: Image, progress: Progress) -> Finished:
+        """Compile the components for the GPU at hand, or take them from the cache."""
+        done = Finished({_MADE: json.dumps(self.compiler()).encode()})
+        for index, name in enumerate(image.graphs):
+            progress(f"compiling {name}", index / len(image.graphs))
+            made = self._made(name, image)
+            done.members[f"{name}.pt2"] = made["pt2"]
+            done.bodies[name] = json.loads(made["json"])
+        return done
+
+    def _made(self, name: str, image: Image) -> dict[str, bytes]:
+        """Return a component's package as an entry of the cache, from there or made now."""
+        started = time.perf_counter()
+        body = json.loads(bytes(image.members[f"{name}.json"]))
+        weights = _Weights(image.graphs[name]["tensors"], body["strides"], _OnGpu(image.tensors))
+        used = sorted({row["target"] for row in body["nodes"] if row["op"] == "get_attr"})
+        key = disk_cache.key(self._key(body, used, weights))
+        if (found := disk_cache.get(key)) is not None:
+            log.info("%s: from the cache", name)
+            return found
+        tensors = {part: weights[part] if self.by_value else weights.empty(part) for part in used}
+        gm = serialize.graph_from_json(body["nodes"], name, tensors, {})
+        move(gm, cuda_runtime.DEVICE)
+        package = self.package(gm, bounds_from_json(body["sizes"]))
+        made = {"pt2": package.content, "json": json.dumps(package.about).encode()}
+        disk_cache.put(key, made)
+        log.info("%s: compiled in %.1f s", name, time.perf_counter() - started)
+        return made
+
+    def _key(self, body: Any, used: Iterable[str], weights: _Weights) -> dict[str, Any]:
+        """Return all that a package depends on, as JSON."""
+        return {
+            "body": body,
+            "tensors": {part: weights.identity(part, self.by_value) for part in used},
+            "settings": self.settings(),
+            "compiler": self.compiler(),
+            "torch": torch.__version__,
+            "lowering": _source(inspect.getfile(type(self))),
+        }
+
+    def load(self, image: Image) -> dict[str, Body]:
+        """Map the packages into this process; what they read of the weights is on the GPU once."""
+        members: Mapping[str, bytes | memoryview] = image.members
+        if not self.is_finished(image):
+            log.warning("compiling for this GPU and torch; `diffopt finish FILE` does it for good")
+            members = {**members, **self.finish(image, lambda what, done: None).members}
+        tensors = _OnGpu(image.tensors)
+        further: dict[str, list[Tensor]] = {}
+        if _SETUP in members:
+            data = json.loads(bytes(members[_SETUP]))
+            further = load_time_graph.run_setup(
+                data, partial(_attribute, image, tensors), cuda_runtime.DEVICE
+            )
+        return {
+            name: self._load(name, image, members, tensors, further.get(name, []))
+            for name in image.graphs
+        }
+
+    def _load(
+        self,
+        name: str,
+        image: Image,
+        members: Mapping[str, bytes | memoryview],
+        tensors: _OnGpu,
+        further: list[Tensor],
+    ) -> Body:
+        weights = None
+        if not self.by_value:
+            strides = json.loads(bytes(members[f"{name}.json"]))["strides"]
+            weights = _Weights(image.graphs[name]["tensors"], strides, tensors)
+        library = aoti.open_package(members[f"{name}.pt2"], weights)
+        return aoti.load(library, image.graphs[name], further)
+
+    def unfit(self, requires: Mapping[str, Any]) -> str | None:
+        """Compare the GPU and its platform with what the kernels need."""
+        return cuda_runtime.unfit(requires, "kernels")
+
+    def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> cuda_runtime.GpuPlan:
+        """Run what is between the components on the GPU too."""
+        return cuda_runtime.GpuPlan(Plan(root, bodies, cuda_runtime.DEVICE), self.cuda_graph)
+
+    def _device(self) -> Hardware:
+        device = self.hardware
+        assert device is not None  # a device is named, as no CPU is among `kinds`
+        return device
+
+
+@dataclass
+class _OnGpu:
+    """An engine's tensors on the GPU: each once in every memory layout that it is read in."""
+
+    tensors: Mapping[str, Tensor]
+    made: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    def get(self, key: str, stride: tuple[int, ...]) -> Tensor:
+        if (key, stride) not in self.made:
+            self.made[key, stride] = lay_out(self.tensors[key].to(cuda_runtime.DEVICE), stride)
+        return self.made[key, stride]
+
+
+@dataclass
+class _Weights:
+    """A component's weights by name, in the memory layout that it is compiled for."""
+
+    table: Mapping[str, Any]
+    strides: Mapping[str, list[int]]
+    tensors: _OnGpu
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors.get(*self._where(name))
+
+    def empty(self, name: str) -> Tensor:
+        """Return a tensor on the GPU like a weight, with any values."""
+        key, stride = self._where(name)
+        stored = self.tensors.tensors[key]
+        return torch.empty_strided(
+            stored.shape, stride, dtype=stored.dtype, device=cuda_runtime.DEVICE
+        )
+
+    def identity(self, name: str, by_value: bool) -> Any:
+        """Return, as JSON, what of a weight a package depends on."""
+        key, stride = self._where(name)
+        return [stride, compile_inputs.content(self.tensors.tensors[key], by_value)]
+
+    def _where(self, name: str) -> tuple[str, tuple[int, ...]]:
+        key, stride, _ = self.table[name]
+        return key, tuple(self.strides.get(name, stride))
+
+
+def _attribute(image: Image, tensors: _OnGpu, component: str, name: str) -> Tensor:
+    return _Weights(image.graphs[component]["tensors"], {}, tensors)[name]
+
+
+def move(gm: fx.GraphModule, device: str) -> None:
+    """Let a graph compute on a device, with its tensors there, and return values laid out as here.
+
+    Kernels there, and weights in other memory layouts, lay out values in other ways.
+    """
+    place(gm, device)
+    before = [node.meta["val"] for node in g.outputs(gm)]
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["val"] = g.fake(example(node.meta["val"], device))
+        elif node.op == "get_attr":
+            node.meta["val"] = g.fake(g.attribute(gm, str(node.target)))
+        elif node.op == "call_function":
+            if node.target in _VIEWS:  # of what may be laid out otherwise
+                node.target = aten.reshape.default
+            node.meta["val"] = g.propagate(node)
+    load_time_graph.restore_layouts(gm, before)
+    gm.recompile()
+
+
+@cache
+def _source(target: str) -> str:
+    """Return the hash of a lowering, which decides what comes out of the compiler."""
+    shared = (
+        aoti.__file__,
+        compile_inputs.__file__,
+        cuda_gemm.__file__,
+        load_time_graph.__file__,
+        __file__,
+    )
+    return source((*shared, target))

@@ -1,0 +1,155 @@
+"""Hardware: what a device has, how fast it is at most, and which formats of numbers it lacks.
+
+Devices are described in `targets/devices.toml`. A package adds one with an entry point of the group
+`diffopt.devices`, whose value is a `Hardware`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+from diffopt import plugins
+from diffopt.errors import DiffoptError
+from diffopt.spec import suggest
+
+Kind = Literal["cuda", "cpu"]
+
+FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp4")
+
+SPARSE = "2:4"
+"""Weights of which two in every four are zero."""
+
+# The compute capabilities with products of a format: from, and up to but not with.
+_CAPABILITIES = {
+    "tf32": ((8, 0), None),
+    "fp16": ((7, 0), None),
+    "bf16": ((8, 0), None),
+    "fp8": ((8, 9), None),
+    "int8": ((7, 5), None),
+    "int4": ((7, 5), (9, 0)),
+    "fp4": ((10, 0), None),
+    SPARSE: ((8, 0), None),
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+        name: What targets call it: `h100`.
+        title: What its vendor calls it.
+        kind: What it is programmed with; the lowering that is its default has the same name.
+        memory: In bytes.
+        bandwidth: Of that memory, in bytes a second.
+        peak: Operations a second by format of numbers, dense; formats that are not here it has no
+            products of.
+        capability: Of CUDA devices, what their instructions are.
+        stored: Formats that weights may have without there being products in them.
+        sparsity: Whether there are products of 2:4 sparse weights.
+        cores: Of a CPU, the cores that the figures are of.
+        sources: The documents that the figures are from.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    memory: int
+    bandwidth: float
+    peak: Mapping[str, float] = field(hash=False)
+    capability: tuple[int, int] | None = None
+    stored: tuple[str, ...] = ()
+    sparsity: bool = False
+    cores: int = 0
+    sources: tuple[str, ...] = ()
+
+    def lacks(self, what: str) -> str | None:
+        """Say why there are no products in a format, or of "2:4" sparse weights; None: there are.
+
+        >>> hardware("h100").lacks("fp8")
+        >>> hardware("a100").lacks("fp8")
+        'a100 has no fp8 products: they need compute capability 8.9, and it has 8.0'
+        >>> hardware("cpu").lacks("2:4")
+        'cpu has no 2:4 sparse products: they need a GPU of compute capability 8.0'
+        """
+        if what not in (*FORMATS, SPARSE):
+            known = suggest(what, (*FORMATS, SPARSE))
+            raise DiffoptError(f"there is no format of numbers '{what}'{known}")
+        if self.sparsity if what == SPARSE else what in self.peak:
+            return None
+        products = f"{self.name} has no {what}{' sparse' if what == SPARSE else ''} products"
+        since, until = _CAPABILITIES.get(what, (None, None))
+        if since is None:
+            return products
+        needs = ".".join(map(str, since))
+        if self.capability is None:
+            return f"{products}: they need a GPU of compute capability {needs}"
+        own = ".".join(map(str, self.capability))
+        if self.capability < since:
+            return f"{products}: they need compute capability {needs}, and it has {own}"
+        if until is not None and self.capability >= until:
+            end = ".".join(map(str, until))
+            return f"{products}: GPUs lost them with compute capability {end}, and it has {own}"
+        return f"{products}: {self.sources[0]} names none" if self.sources else products
+
+    def rate(self, number: str) -> float:
+        """Return operations a second in a format; what it has no products in is widened to fp32."""
+        return self.peak.get(number, self.peak["fp32"])
+
+    def holds(self, number: str) -> bool:
+        """Tell whether weights may be stored in a format."""
+        return number in self.peak or number in self.stored
+
+    def share(self, cores: int) -> Hardware:
+        """Return a CPU of which only some cores compute, with as much of its rates."""
+        if not self.cores or not 0 < cores < self.cores:
+            return self
+        part = cores / self.cores
+        peak = {number: part * rate for number, rate in self.peak.items()}
+        return dataclasses.replace(self, cores=cores, peak=peak, bandwidth=part * self.bandwidth)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as JSON."""
+        return dataclasses.asdict(self)
+
+
+def hardware_names() -> list[str]:
+    """Return the names of all devices."""
+    return sorted(_sources())
+
+
+def hardware(name: str) -> Hardware:
+    """Return the device called `name`."""
+    if name not in _sources():
+        raise DiffoptError(f"there is no device '{name}'{suggest(name, hardware_names())}")
+    if name in _described():
+        return _described()[name]
+    found = plugins.load(_sources()[name])
+    if not isinstance(found, Hardware) or found.name != name:
+        raise DiffoptError(f"{_sources()[name]} is not a Hardware named '{name}'")
+    return found
+
+
+@cache
+def _sources() -> dict[str, str]:
+    """Map the name of each device to where it is described."""
+    own = dict.fromkeys(_described(), "targets/devices.toml")
+    return plugins.add_entries(own, "diffopt.devices", "devices")
+
+
+@cache
+def _described() -> dict[str, Hardware]:
+    text = resources.files("diffopt.targets").joinpath("devices.toml").read_text("utf-8")
+    return {name: _read(name, row) for name, row in tomllib.loads(text).items()}
+
+
+def _read(name: str, row: Mapping[str, Any]) -> Hardware:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    values["memory"] = int(values["memory"])
+    return Hardware(name=name, **values)

@@ -1,0 +1,248 @@
+"""Targets: where a program is to run, and how its components are lowered for it.
+
+    target = [DEVICE [":" LOWERING] | LOWERING] ["(" options ")"]
+
+A device (`h100`) has a description, `Hardware`; a lowering (`tensorrt`) is a subclass of `Target`.
+A device alone stands for the lowering that is called as what it is programmed with: `cuda`, `cpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from diffopt import plugins, spec
+from diffopt.core import Progress
+from diffopt.errors import DiffoptError
+from diffopt.ir.program import Program
+from diffopt.lowering.executor import Body, Plan, Runs
+from diffopt.lowering.hardware import Hardware, hardware, hardware_names
+from diffopt.spec import option
+
+__all__ = [
+    "Finished",
+    "Image",
+    "Lowered",
+    "Target",
+    "devices",
+    "find_target",
+    "lowerings",
+    "option",
+    "parse_hardware",
+    "parse_target",
+    "target_names",
+]
+
+
+@dataclass
+class Lowered:
+    """What a target makes of a program.
+
+    Attributes:
+        members: Files to keep in the engine under `kernels/`, by name.
+        requires: JSON that `Target.unfit` compares with the machine that is to run the engine.
+        bodies: JSON about each component: how long it took, whether it came from the cache.
+        holds_weights: The kernels hold the components' weights, so the engine need not.
+        reads: Of these weights, those that are read all the same: components with attributes.
+        finished: Nothing is left to do on the device, see `Target.finish`.
+    """
+
+    members: dict[str, bytes] = field(default_factory=dict)
+    requires: dict[str, Any] = field(default_factory=dict)
+    bodies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    holds_weights: bool = False
+    reads: list[tuple[str, str]] = field(default_factory=list)
+    finished: bool = True
+
+
+@dataclass
+class Finished:
+    """What a target has compiled on the device.
+
+    Attributes:
+        members: More files to keep in the engine under `kernels/`, by name.
+        bodies: More JSON about each component.
+    """
+
+    members: dict[str, bytes] = field(default_factory=dict)
+    bodies: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Image:
+    """What an engine file gives to the target that is to run it.
+
+    Attributes:
+        members: The files that `Target.compile` made.
+        graphs: JSON of each component: its nodes and its table of tensors.
+        tensors: Weights by key, shared by all components.
+        program: Rebuilds the whole program, graphs and all.
+    """
+
+    members: Mapping[str, memoryview]
+    graphs: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    program: Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """Lower programs for one kind of machine; subclass it in `targets/<name>.py`.
+
+    A subclass is a frozen dataclass whose fields, made with `option`, are its options.
+
+    Attributes:
+        kinds: Of the devices that it takes. It can do without one if a CPU is among them.
+        device: What to build for; empty where none was named.
+    """
+
+    name: ClassVar[str] = "target"
+    kinds: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    device: str = field(default="", kw_only=True, metadata={"written": False})
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:
+            cls.name = cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    def refuses(self, program: Program) -> str | None:
+        """Say why this target cannot take `program`, before anything is compiled."""
+        return None
+
+    def compile(self, program: Program, progress: Progress) -> Lowered:
+        """Lower every component of `program`, as far as it can be done without the device."""
+        raise NotImplementedError
+
+    def unfit(self, requires: Mapping[str, Any]) -> str | None:
+        """Say what this machine lacks of what an engine requires."""
+        return None
+
+    def is_finished(self, image: Image) -> bool:
+        """Tell whether nothing of an engine is left to compile on this machine."""
+        return True
+
+    def finish(self, image: Image, progress: Progress) -> Finished:
+        """Compile what `compile` has left for the device to do."""
+        raise NotImplementedError
+
+    def load(self, image: Image) -> dict[str, Body]:
+        """Return something to call for every component of an engine."""
+        raise NotImplementedError
+
+    def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> Runs:
+        """Return what runs the graph that calls the components."""
+        return Plan(root, bodies)
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """The device, whose formats a program is held to; None where none was named."""
+        return hardware(self.device) if self.device else None
+
+    def __str__(self) -> str:
+        name = self.name
+        if self.device:
+            is_default = hardware(self.device).kind == self.name
+            name = self.device if is_default else f"{self.device}:{self.name}"
+        return spec.unparse(name, self)
+
+
+def target_names() -> list[str]:
+    """Return the names of all lowerings, without importing any."""
+    return sorted(_sources())
+
+
+def find_target(name: str) -> type[Target]:
+    """Return the lowering called `name`."""
+    found: type[Target] = plugins.find(name, _sources(), Target, "target")
+    return found
+
+
+def devices(cls: type[Target]) -> list[str]:
+    """Return the names of the devices that a lowering takes."""
+    return [name for name in hardware_names() if hardware(name).kind in cls.kinds]
+
+
+def lowerings(device: Hardware) -> list[str]:
+    """Return the names of the lowerings that take a device."""
+    return [name for name in target_names() if device.kind in find_target(name).kinds]
+
+
+def parse_target(text: str) -> Target:
+    """Read the text of one target, such as `cpu(threads=2)` or `rtx4090:tensorrt`."""
+    calls = spec.parse(text, "target")
+    if len(calls) != 1:
+        raise DiffoptError(f"wants one target, got '{text}'; there are {', '.join(target_names())}")
+    (call,) = calls
+    device, colon, lowering = call.name.partition(":")
+    start, end = call.span
+    if not colon:
+        with _pointing(text, call.span):
+            cls, device = _alone(call.name)
+        return spec.bind(call, cls, text, device=device)
+    if not (device and lowering):
+        raise DiffoptError(f"wants DEVICE:LOWERING, got '{call.name}'", text=text, span=call.span)
+    with _pointing(text, (start, start + len(device))):
+        own = hardware(device)
+    with _pointing(text, (end - len(lowering), end)):
+        cls = _taking(own, lowering)
+    # A lowering alone means what it is called as, if that is a device: `cpu` is `cpu:cpu`.
+    return spec.bind(call, cls, text, device="" if device == cls.name else device)
+
+
+def parse_hardware(text: str) -> Hardware:
+    """Return the device that a text of a target names, with or without a lowering for it."""
+    if text in hardware_names():
+        return hardware(text)
+    target = parse_target(text)
+    if target.hardware is None:
+        raise DiffoptError(
+            f"target {text} names no device: write one of {', '.join(hardware_names())}"
+        )
+    return target.hardware
+
+
+def _alone(name: str) -> tuple[type[Target], str]:
+    """Return the lowering and the device that one name stands for."""
+    if name in _sources():
+        cls = find_target(name)
+        if "cpu" in cls.kinds:
+            return cls, ""
+        ways = ", ".join(f"{device}:{name}" for device in devices(cls)) or "none here fits"
+        raise DiffoptError(f"{name} needs a device: {ways}")
+    if name not in hardware_names():
+        known = {*target_names(), *hardware_names()}
+        raise DiffoptError(f"there is no target '{name}'{spec.suggest(name, known)}")
+    own = hardware(name)
+    if own.kind in _sources():
+        return _taking(own, own.kind), name
+    ways = " or ".join(f"{name}:{each}" for each in lowerings(own))
+    raise DiffoptError(f"{name} needs a lowering: {ways or 'none here takes it'}")
+
+
+def _taking(device: Hardware, name: str) -> type[Target]:
+    """Return the lowering called `name`, which has to take a device."""
+    cls: type[Target] = plugins.find(name, _sources(), Target, "lowering")
+    if device.kind not in cls.kinds:
+        takes = ", ".join(devices(cls)) or "none that is described"
+        raise DiffoptError(f"{name} does not take {device.name}; it takes {takes}")
+    return cls
+
+
+@contextmanager
+def _pointing(text: str, span: spec.Span) -> Iterator[None]:
+    """Say of every error which part of `text` it is about."""
+    try:
+        yield
+    except DiffoptError as error:
+        raise DiffoptError(error.message, text=text, span=span) from None
+
+
+@cache
+def _sources() -> dict[str, str]:
+    """Map the name of each lowering to where it is, as "module:class"."""
+    return plugins.sources("diffopt.targets", "targets")

@@ -1,0 +1,189 @@
+"""Rewrites quantized layers to what TensorRT has: zero points of 0, and scales that are constants.
+
+An activation x with any other scale s and zero point z is scaled in front of the layer, and the
+layer's result behind it. With u = x / s + z, a constant scale c, and W the weight:
+
+    layer(s * (round(u) - z)) = (layer(c * round(u)) - c * z * sum(W)) * s / c
+
+and c * round(u) is c * u quantized with the scale c and the zero point 0. That holds for one scale
+for the tensor, whatever it is computed from, and for one for each row. A convolution that pads with
+zeros gets them in front of that, where 0 is still 0. c is a power of two, so c * u is exact, and
+small enough that a sum of products fits into 16-bit floats.
+
+Weights of 4 bits get scales in the type of the product, the same one for every group of inputs
+where there is one for each output. Then the kernel of the product widens them; otherwise another
+kernel writes them to memory first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.nodes import args, calls, geometry, replace, stored
+from diffopt.transforms.constant_folding import evaluate
+
+aten = torch.ops.aten
+qd = torch.ops.quantized_decomposed
+
+# What the largest number is scaled to lies just below 1.
+_CONSTANT: dict[qdq.Number, float] = {"int8": 2.0**-7, "fp8": 2.0**-9}
+_GROUPS = (128, 64, 32)
+
+
+def rewrite(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a component whose quantized layers are in the form that TensorRT takes."""
+    made = g.clone(gm)
+    for layer in qdq.layers(made):
+        with made.graph.inserting_before(layer.node):
+            _weight(made, layer)
+    factors: dict[fx.Node, fx.Node] = {}
+    for layer in qdq.layers(made):
+        x, weight = qdq.activation(layer.x), qdq.weight(layer.weight)
+        with made.graph.inserting_before(layer.node):
+            if x is not None:
+                factor, shift = _activation(made, layer, x)
+            elif weight is not None and _is_read_alike(weight):
+                if weight.node not in factors:
+                    factors[weight.node] = _one_scale(made, layer, weight)
+                factor, shift = factors[weight.node], None
+            else:
+                continue
+        _behind(made, layer, factor, shift)
+    g.prune_unused(made)
+    made.recompile()
+    return made
+
+
+def _activation(
+    gm: fx.GraphModule, layer: qdq.Layer, x: qdq.Activation
+) -> tuple[fx.Node, fx.Node | None]:
+    """Scale in front of a layer; return what its result is to be multiplied by, and c * z."""
+    graph, constant = gm.graph, _CONSTANT[x.number]
+    given, zero = [torch.tensor(constant)], None
+    if x.number == "int8":
+        given.append(torch.tensor(0, dtype=torch.int32))
+        always = None if x.zero is None else stored(gm, x.zero)
+        zero = x.zero if always is None or always.any() else None
+    source = _padded(graph, layer, x.source) if zero and layer.convolution else x.source
+    scale = x.scale if x.rows else g.call(graph, aten.view.default, x.scale, [])
+    factor = g.call(graph, aten.mul.Tensor, scale, 1 / constant)
+    scaled = g.call(graph, aten.div.Tensor, g.to_dtype(graph, source, torch.float32), factor)
+    if zero is not None:
+        zero = g.to_dtype(graph, g.call(graph, aten.view.default, zero, []), torch.float32)
+        zero = g.call(graph, aten.mul.Tensor, zero, constant)
+        scaled = g.call(graph, aten.add.Tensor, scaled, zero)
+    constants = [g.get_attr(gm, "constant", tensor) for tensor in given]
+    quantized = qdq.quantize(gm, scaled, "static", *constants, number=x.number)
+    layer.node.update_arg(0, g.to_dtype(graph, quantized, layer.node.meta["val"].dtype))
+    return factor, zero
+
+
+def _is_read_alike(weight: qdq.Weight) -> bool:
+    """Tell whether linear layers alone read a weight with a scale for each output, unquantized."""
+    readers = [qdq.layer(user) for user in weight.node.users]
+    return weight.group is None and all(
+        own is not None and not own.convolution and qdq.activation(own.x) is None for own in readers
+    )
+
+
+def _one_scale(gm: fx.GraphModule, layer: qdq.Layer, weight: qdq.Weight) -> fx.Node:
+    """Give all outputs of a weight the same scale; return what each result is to be multiplied by.
+
+    It is the scale of some output in the middle, so that sums are about as large as they were.
+    """
+    scales, name = evaluate(gm, weight.scales).float(), layer.node.name
+    used = scales[scales > 0]
+    middle = torch.full_like(scales, float(used.median()) if len(used) else 1.0)
+    inside = g.ancestors([weight.node])
+    with gm.graph.inserting_before(weight.scales):
+        one = g.get_attr(gm, f"{name}_scale", middle)
+        weight.scales.replace_all_uses_with(one, delete_user_cb=lambda user: user in inside)
+        return g.get_attr(gm, f"{name}_factor", (scales / middle).reshape(_rows(layer)))
+
+
+def _behind(gm: fx.GraphModule, layer: qdq.Layer, factor: fx.Node, shift: fx.Node | None) -> None:
+    """Scale the result of a layer, and shift it by so many times the sums of the weights."""
+    graph, node, bias = gm.graph, layer.node, layer.bias
+    if bias is not None:
+        node.args = (*args(node)[:2], None, *args(node)[3:])
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+    users = list(node.users)
+    with graph.inserting_before(node.next):
+        result = g.to_dtype(graph, node, torch.float32)
+        if shift is not None:
+            sums = g.get_attr(gm, f"{node.name}_sums", _sums(gm, layer))
+            product = g.call(graph, aten.mul.Tensor, sums, shift)
+            result = g.call(graph, aten.sub.Tensor, result, product)
+        result = g.call(graph, aten.mul.Tensor, result, factor)
+        if bias is not None:
+            wide = g.to_dtype(graph, bias, torch.float32)
+            wide = g.call(graph, aten.view.default, wide, _rows(layer))
+            result = g.call(graph, aten.add.Tensor, result, wide)
+        result = g.to_dtype(graph, result, node.meta["val"].dtype)
+    for user in users:
+        user.replace_input_with(node, result)
+
+
+def _rows(layer: qdq.Layer) -> list[int]:
+    """Return the shape in which one number for each output meets a layer's results."""
+    behind = layer.node.meta["val"].dim() - 2 if layer.convolution else 0
+    return [-1] + [1] * behind
+
+
+def _sums(gm: fx.GraphModule, layer: qdq.Layer) -> Tensor:
+    """Return the sum of the weights of each output."""
+    weight: Tensor = evaluate(gm, layer.weight).float()
+    return weight.flatten(1).sum(1).reshape(_rows(layer))
+
+
+def _padded(graph: fx.Graph, layer: qdq.Layer, source: fx.Node) -> fx.Node:
+    """Pad what a convolution reads, so that the convolution need not."""
+    node, sizes = layer.node, layer.node.meta["val"].dim() - 2
+    padding = geometry(node)[1]
+    if not any(padding):
+        return source
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "padding"}
+    if len(node.args) > 4:
+        node.update_arg(4, [0] * sizes)
+    both = [amount for amount in reversed(padding) for _ in range(2)]
+    return g.call(graph, aten.constant_pad_nd.default, source, both, 0.0)
+
+
+def _weight(gm: fx.GraphModule, layer: qdq.Layer) -> None:
+    """Replace a quantized weight that TensorRT would widen in memory by one that it need not."""
+    weight = qdq.weight(layer.weight)
+    if weight is None or weight.number == "fp8":
+        return
+    if weight.number == "int8" and not _is_stored(weight.values):  # rounded again, see qdq.Packed
+        values = g.get_attr(gm, f"{layer.node.name}_values", evaluate(gm, weight.values))
+        weight.node.update_arg(0, values)
+    if weight.number == "int4" and len(layer.weight.meta["val"].shape) == 2:
+        _group(gm, layer, weight)
+
+
+def _group(gm: fx.GraphModule, layer: qdq.Layer, weight: qdq.Weight) -> None:
+    """Give groups of a 4-bit weight scales in the layer's type, as the product's kernel wants."""
+    value = weight.node.meta["val"]
+    fits = [n for n in _GROUPS if value.shape[1] > n and value.shape[1] % n == 0]
+    group = weight.group or (fits[0] if fits else None)
+    if group is None:
+        return
+    scales = evaluate(gm, weight.scales).float()
+    if weight.group is None:
+        scales = scales[:, None].expand(-1, value.shape[1] // group).contiguous()
+    if scales.abs().min() >= torch.finfo(value.dtype).tiny:  # else it would lose digits
+        scales = scales.to(value.dtype)
+    given = g.get_attr(gm, f"{layer.node.name}_scales", scales)
+    limits = (given, None, *qdq.LIMITS["int4"], torch.int8, group, value.dtype)
+    target = qd.dequantize_per_channel_group.default
+    replace(weight.node, g.call(gm.graph, target, weight.values, *limits))
+
+
+def _is_stored(values: fx.Node) -> bool:
+    """Tell whether numbers are stored, packed or not."""
+    while calls(values, aten.view.default, torch.ops.diffopt.unpack_int4.default):
+        values = args(values)[0]
+    return values.op == "get_attr"

@@ -1,5 +1,0 @@
-"""Components as ONNX models. Importing this imports none of the packages that ONNX needs."""
-
-from diffopt.onnx.exporting import NEEDS, export, lacks, require
-
-__all__ = ["NEEDS", "export", "lacks", "require"]

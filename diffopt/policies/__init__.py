@@ -1,1 +1,0 @@
-"""The cache policies, one a file; `diffopt.policy` finds them."""

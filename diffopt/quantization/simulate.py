@@ -1,0 +1,166 @@
+"""Runs a program with some of its layers quantized, without rewriting it.
+
+A layer is computed by a small graph of its own, in which `qdq` has written the same operators that
+it writes into a quantized program, so that the numbers are those that this would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.analysis.scope import Scope
+from diffopt.execution.trajectories import run_root
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.nodes import args, stored
+from diffopt.ir.program import Program
+from diffopt.quantization.quantize_body import Format, Range, Store, qparams
+
+ROOM = 1 << 30
+"""How many bytes of widened weights of a component are kept between calls."""
+
+
+class Layers:
+    """The layers of one component, to be computed as if they were quantized."""
+
+    def __init__(self, body: fx.GraphModule, found: Range | None, store: Store) -> None:
+        self.body = body
+        self.found = found
+        self.own = {layer.node: layer for layer in qdq.layers(body)}
+        self._store = store
+        self._known: dict[tuple[fx.Node, Format], tuple[fx.GraphModule, list[fx.Node]]] = {}
+        self._wide: dict[tuple[fx.Node, Format], Tensor] = {}
+        self._room = ROOM
+
+    def value(
+        self,
+        node: fx.Node,
+        how: Format,
+        step: int,
+        read: Callable[[fx.Node], Tensor],
+    ) -> Tensor:
+        """Return what a layer would give in a format, of values that `read` returns."""
+        layer = self.own[node]
+        if (node, how) not in self._known:
+            self._known[node, how] = self._body(layer, how)
+        body, takes = self._known[node, how]
+        given = [self._weight(layer, how)]
+        for n in takes:
+            is_stored = n.op == "get_attr"
+            given.append(g.attribute(self.body, str(n.target)) if is_stored else read(n))
+        if how.activations == "static":
+            assert self.found is not None
+            scale, zero = qparams(how.input, *self.found(layer.x, step))
+            given.append(torch.tensor(scale))
+            given += [] if how.input == "fp8" else [torch.tensor(zero, dtype=torch.int32)]
+        made: Tensor = body(*given)[0]
+        return made
+
+    def _weight(self, layer: qdq.Layer, how: Format) -> Tensor:
+        """Return the weight that a quantized one stands for; little ones are kept."""
+        key = layer.weight, how
+        if key not in self._wide:
+            tensor = stored(self.body, layer.weight)
+            assert tensor is not None
+            gm = g.new_body("weight")
+            node = qdq.place_weight(gm, "weight", self._store(tensor, how), tensor.dtype)
+            gm.graph.output((node,))
+            gm.recompile()
+            wide: Tensor = gm()[0]
+            if wide.nbytes > self._room:
+                return wide
+            self._room -= wide.nbytes
+            self._wide[key] = wide
+        return self._wide[key]
+
+    def _body(self, layer: qdq.Layer, how: Format) -> tuple[fx.GraphModule, list[fx.Node]]:
+        """Return a graph of one layer, and what it takes between its weight and its scales."""
+        gm, node = g.new_body("layer"), layer.node
+        weight = _placeholder(gm, "weight", layer.weight.meta["val"])
+        takes = [n for n in node.all_input_nodes if n is not layer.weight]
+        env = {n: _placeholder(gm, f"x{i}", n.meta["val"]) for i, n in enumerate(takes)}
+        given: list[fx.Node] = []
+        if how.activations == "static":
+            given = [_placeholder(gm, "scale", g.fake(torch.tensor(1.0)))]
+            if how.input != "fp8":
+                zero = g.fake(torch.tensor(0, dtype=torch.int32))
+                given.append(_placeholder(gm, "zero", zero))
+        x = env[layer.x]
+        if how.activations != "none":
+            x = qdq.quantize(gm, x, how.activations, *given, number=how.input)
+        rest = fx.map_arg(args(node)[2:], env.__getitem__)
+        more: dict[str, Any] = fx.map_arg(node.kwargs, env.__getitem__)
+        result = g.call(gm.graph, node.target, x, weight, *rest, **more)
+        gm.graph.output((result,))
+        gm.recompile()
+        return gm, takes
+
+
+def _placeholder(gm: fx.GraphModule, name: str, value: Any) -> fx.Node:
+    node = gm.graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+class _Body(fx.Interpreter):
+    """Runs a component with some layers quantized."""
+
+    def __init__(self, layers: Layers, own: Mapping[fx.Node, Format], step: int) -> None:
+        super().__init__(layers.body)
+        self._layers, self._own, self._step = layers, own, step
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self._own:
+            return super().run_node(n)
+        return self._layers.value(n, self._own[n], self._step, self.env.__getitem__)
+
+
+class Simulator:
+    """Runs a program as if some layers of the components in scope were quantized.
+
+    Attributes:
+        program: Which.
+        scope: The components, and their calls.
+        layers: Of each component.
+        steps: Of the calls of each component, in order.
+    """
+
+    def __init__(
+        self, program: Program, scope: Scope, found: Mapping[str, Range], store: Store
+    ) -> None:
+        """Prepare to run a program.
+
+        Args:
+            program: Which.
+            scope: The components, and their calls.
+            found: The ranges of inputs with static scales, by component.
+            store: Quantizes weights.
+        """
+        self.program, self.scope = program, scope
+        bodies = program.components
+        self.layers = {n: Layers(bodies[n], found.get(n), store) for n in scope.calls}
+        self.steps = {n: sorted({step for _, step in own}) for n, own in scope.calls.items()}
+        self._site = {call: (name, step) for name, own in scope.calls.items() for call, step in own}
+
+    def call(
+        self, name: str, own: Mapping[fx.Node, Format], step: int, given: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the results of a call of a component whose layers have some formats."""
+        body = _Body(self.layers[name], own, step)
+        with torch.no_grad():
+            return list(body.run(*given, enable_io_processing=False))
+
+    def run(
+        self, inputs: Sequence[Tensor], formats: Mapping[str, Mapping[fx.Node, Format]]
+    ) -> list[Tensor]:
+        """Return the outputs of the program for a request if layers have some formats."""
+
+        def visit(call: fx.Node, given: Sequence[Tensor]) -> list[Tensor] | None:
+            name, step = self._site.get(call, ("", 0))
+            return self.call(name, formats[name], step, given) if name in formats else None
+
+        return run_root(self.program, inputs, visit)

@@ -1,0 +1,124 @@
+"""Rounds weights to few bits: the scales of channels or groups, and the numbers.
+
+Scales are symmetric, float32 for each output channel or float16 for each group of inputs along the
+flattened rest of it. With "max" no weight is clipped by more than half a step; with "mse" a grid
+of smaller ranges is tried, and each channel or group takes the one with the least squared error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import DiffoptError
+from diffopt.ir import qdq
+
+Scale = Literal["max", "mse"]
+
+_RATIOS = torch.linspace(1.0, 0.4, 31).tolist()  # of the range that "mse" tries
+
+
+def quantize_weight(
+    weight: Tensor, number: qdq.Number, group: int | None = None, scale: Scale = "max"
+) -> qdq.Packed:
+    """Return a weight [out, in, …] rounded to the nearest numbers.
+
+    Args:
+        weight: Of any floating-point type.
+        number: The format.
+        group: How many weights in a row share a scale; None: all of an output.
+        scale: How the range is chosen.
+    """
+    rows = _rows(weight, number, group)
+    scales = _max_scales(rows, number, group)
+    if scale == "mse":
+        scales = _best_scales(rows, number, scales)
+    values = rounded(rows / scales.float(), number).reshape(weight.shape)
+    shape = (len(weight),) if group is None else (len(weight), -1)
+    return qdq.Packed.of(number, values, scales.reshape(shape), group)
+
+
+def dequantized(packed: qdq.Packed) -> Tensor:
+    """Return the float32 weight that stored numbers stand for."""
+    weight = numbers(packed).float() * spread(packed)
+    if packed.wide is None:
+        return weight
+    wide = packed.wide.reshape(-1, *[1] * (weight.dim() - 1))
+    return rounded(weight / wide, "int8").float() * wide
+
+
+def widened(packed: qdq.Packed) -> qdq.Packed:
+    """Return a weight that is rounded to int8 again, with one scale for each output."""
+    most = dequantized(packed).flatten(1).abs().amax(1)
+    return replace(packed, wide=most.clamp_min(qdq.EPS) / qdq.LIMITS["int8"][1])
+
+
+def numbers(packed: qdq.Packed) -> Tensor:
+    """Return stored numbers in the weight's shape, int8 or E4M3."""
+    if packed.number == "int4":
+        values: Tensor = qdq.unpack_int4(packed.values, list(packed.shape))
+        return values
+    return packed.values
+
+
+def spread(packed: qdq.Packed) -> Tensor:
+    """Return the float32 scale of every weight, in a shape that broadcasts with the weight."""
+    scales = packed.scales.float()
+    if packed.group is None:
+        return scales.reshape(-1, *[1] * (len(packed.shape) - 1))
+    return scales.repeat_interleave(packed.group, 1).reshape(packed.shape)
+
+
+def rounded(scaled: Tensor, number: qdq.Number) -> Tensor:
+    """Return weights that were divided by their scale as the nearest numbers of the format."""
+    if number == "fp8":
+        return scaled.clamp(-qdq.FP8_MAX, qdq.FP8_MAX).to(qdq.FP8)
+    return scaled.round().clamp(*qdq.LIMITS[number]).to(torch.int8)
+
+
+def _rows(weight: Tensor, number: qdq.Number, group: int | None) -> Tensor:
+    """Return the weights, those that share a scale in a row."""
+    length = weight[0].numel()
+    if not bool(weight.isfinite().all()):
+        raise DiffoptError("a weight has values that are not finite, so it has no scale")
+    if group is None:
+        return weight.detach().float().reshape(len(weight), length)
+    if number == "fp8":
+        raise DiffoptError("fp8 weights have one scale for each output: leave the group out")
+    if group < 1 or length % group:
+        raise DiffoptError(
+            f"an output's {length} weights are not whole groups of {group}: take a group that "
+            f"divides them, such as {_divisor(length, group)}"
+        )
+    return weight.detach().float().reshape(-1, group)
+
+
+def _divisor(length: int, most: int) -> int:
+    return next(d for d in range(max(1, min(most, length)), 0, -1) if length % d == 0)
+
+
+def _max_scales(rows: Tensor, number: qdq.Number, group: int | None) -> Tensor:
+    """Return the scales with which the largest weight is the largest number: [rows, 1]."""
+    low, high = qdq.LIMITS.get(number, (-qdq.FP8_MAX, qdq.FP8_MAX))
+    # Half a step more than the largest of 4 bits: rounding is no further off there than elsewhere.
+    scales = rows.abs().amax(1, keepdim=True) / ((high - low) / 2)
+    return _stored(scales, torch.float32 if group is None else torch.float16)
+
+
+def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return scales.clamp(qdq.EPS, torch.finfo(dtype).max).to(dtype)
+
+
+def _best_scales(rows: Tensor, number: qdq.Number, most: Tensor) -> Tensor:
+    """Return, of smaller and smaller scales, those with the least squared error."""
+    best, least = most, torch.full_like(most, torch.inf, dtype=torch.float32)
+    for ratio in _RATIOS:
+        scales = _stored(most.float() * ratio, most.dtype)
+        wide = scales.float()
+        error = (rounded(rows / wide, number).float() * wide - rows).square().sum(1, keepdim=True)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best

@@ -1,0 +1,1 @@
+"""Training a rewritten program to do what it did before."""

@@ -1,0 +1,139 @@
+"""How far calls of a program are from what its reference returns and has for the same latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.execution.differentiable import FLOATS, Body, Calls
+from diffopt.ir import graph as g
+from diffopt.ir.program import Program
+from diffopt.training import call_pairs
+from diffopt.training.call_pairs import Pair, Tap
+from diffopt.training.trainable_weights import Trained
+
+TOGETHER = 2**29
+"""Bytes of values that calls which are run at once may have, but for the first."""
+
+At = tuple[str, str]
+"""A component and the one of the reference that it stands for."""
+
+
+class Matching:
+    """Calls of a program, and those of its reference.
+
+    Attributes:
+        blocks: How many blocks' results are compared.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        reference: Program,
+        pairs: Sequence[Pair],
+        trained: Trained,
+        features: float,
+        where: torch.device,
+    ) -> None:
+        """Prepare to run them.
+
+        Args:
+            program: What is trained.
+            reference: What it should do.
+            pairs: Calls of all components that are to be compared.
+            trained: The program's weights.
+            features: How much blocks' results weigh next to components'.
+            where: What to compute on.
+        """
+        self._trained, self._features = trained, features
+        first = {_at(pair): pair for pair in reversed(pairs)}
+        found = {
+            at: _taps(program, reference, pair, where) if features else []
+            for at, pair in first.items()
+        }
+        self._taps = found
+        self.blocks = sum(map(len, found.values()))
+        self._own = {
+            at: Calls(program.components[at[0]], trained.nodes[at[0]], [t.own for t in taps], where)
+            for at, taps in found.items()
+        }
+        self._results = {at: g.outputs(program.components[at[0]]) for at in found}
+        self._other = {
+            at: Calls(reference.components[at[1]], (), [t.other for t in taps], where)
+            for at, taps in found.items()
+            if taps
+        }
+        self._together = {at: _fitting(program.components[at[0]]) for at in found}
+
+    def chunks(self, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+        """Yield calls that are run at once: of the same components, as many as fit."""
+        alike: dict[At, list[Pair]] = {}
+        for pair in pairs:
+            alike.setdefault(_at(pair), []).append(pair)
+        for at, own in alike.items():
+            size = self._together[at]
+            yield from (own[start : start + size] for start in range(0, len(own), size))
+
+    def losses(self, chunk: Sequence[Pair]) -> Tensor:
+        """Return the loss of each call, with gradients to the weights.
+
+        Args:
+            chunk: One of `chunks`.
+        """
+        at = _at(chunk[0])
+        values = self._own[at]([p.arguments for p in chunk], self._trained.values(at[0]))
+        loss = self._errors(chunk, values)
+        taps = self._taps[at]
+        if not taps:
+            return loss
+        with torch.no_grad():
+            wanted = self._other[at]([p.others for p in chunk], straight=False)
+        matched = [error(values[t.own], t.targets(wanted[t.other])) for t in taps]
+        return loss + self._features * torch.stack(matched).mean(0)
+
+    @torch.no_grad()
+    def errors(self, chunk: Sequence[Pair]) -> Tensor:
+        """Return the squared relative error of what each call returns."""
+        at = _at(chunk[0])
+        own = self._trained.values(at[0])
+        return self._errors(chunk, self._own[at]([p.arguments for p in chunk], own, straight=False))
+
+    def _errors(self, chunk: Sequence[Pair], values: Mapping[fx.Node, Tensor]) -> Tensor:
+        # The program may return more, for later steps.
+        targets = [torch.stack(column) for column in zip(*(p.targets for p in chunk), strict=True)]
+        pairs = zip(self._results[_at(chunk[0])], targets, strict=False)
+        return torch.stack([error(values[n], t) for n, t in pairs if t.dtype in FLOATS]).mean(0)
+
+
+def error(values: Tensor, targets: Tensor) -> Tensor:
+    """Return the squared relative errors of values [calls, ...]."""
+    wanted = targets.to(values.device, torch.float32).flatten(1)
+    size = wanted.square().mean(1).clamp_min(1e-12)
+    return (values.float().flatten(1) - wanted).square().mean(1) / size
+
+
+def _at(pair: Pair) -> At:
+    return pair.name, pair.other
+
+
+def _taps(program: Program, reference: Program, pair: Pair, where: torch.device) -> list[Tap]:
+    """Return the blocks' results to match."""
+    body, other = program.components[pair.name], reference.components[pair.other]
+    taps = call_pairs.features(body, other)
+    with torch.no_grad():
+        mine = Body(body, (), [t.own for t in taps], where)(pair.arguments, straight=False)
+        theirs = Body(other, (), [t.other for t in taps], where)(pair.others, straight=False)
+    taps = [t.aligned(mine[t.own], theirs[t.other]) for t in taps]
+    # What is called the same and is nothing like it is something else.
+    return [
+        t for t in taps if float(error(mine[t.own][None], t.targets(theirs[t.other][None]))) < 1
+    ]
+
+
+def _fitting(body: fx.GraphModule) -> int:
+    """Return how many calls of a body are run at once: gradients need all their values."""
+    values = (n.meta.get("val") for n in body.graph.nodes if n.op == "call_function")
+    size = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+    return max(1, TOGETHER // max(1, size))

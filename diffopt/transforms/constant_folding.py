@@ -1,0 +1,129 @@
+"""Evaluates what depends on constants alone, and stores equal constants once."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.aliasing import owner
+from diffopt.ir.nodes import graphs, is_pure, is_pure_graph, replace, stored
+from diffopt.ir.program import Program
+
+Skip = Callable[[fx.Node, str], None]
+
+
+def fold(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip: Skip) -> int:
+    """Replace nodes that depend on constants alone by their values; return how many.
+
+    Views of stored tensors stay views. The nodes of `keep` stay, and so does what is larger than
+    `max_bytes` and than the constants that it is made of. So do quantized weights, and what is made
+    of these and larger.
+    """
+    constant = _constant_nodes(gm)
+    widened = [node for node in constant if qdq.is_stored_small(node)]
+    kept = keep | g.ancestors(widened)
+    made_of_small = g.descendants(widened)
+    needed = [n for n in constant if any(user not in constant for user in n.users)]
+    folded: dict[fx.Node, None] = {}
+    seen = set(needed)
+    while needed:
+        node = needed.pop()
+        limit = 0 if node in made_of_small else max_bytes
+        if node.op == "get_attr" or node in kept or _stays(gm, node, limit, skip):
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            needed += fresh
+        else:
+            folded[node] = None
+    values: dict[fx.Node, Any] = {}
+    for node in [n for n in constant if n in folded]:
+        tensor = evaluate(gm, node, values)
+        # A slice of a larger temporary would keep all of its memory.
+        tensor = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        with gm.graph.inserting_before(node):
+            result = g.get_attr(gm, f"constant_{node.name}", tensor)
+        if "module" in node.meta:
+            result.meta["module"] = node.meta["module"]
+        replace(node, result)
+    return len(folded)
+
+
+def _constant_nodes(gm: fx.GraphModule) -> dict[fx.Node, None]:
+    """Return, in order, the nodes whose values depend on no input."""
+    constant: dict[fx.Node, None] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            body = g.attribute(gm, str(node.target))
+            pure = isinstance(body, fx.GraphModule) and is_pure_graph(body)
+        else:
+            pure = is_pure(node)
+        if pure and all(source in constant for source in node.all_input_nodes):
+            constant[node] = None
+    return constant
+
+
+def _stays(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> bool:
+    """Tell whether a constant node has to be computed at run time, from stored arguments."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor) or not is_non_overlapping_and_dense_or_false(value):
+        return True
+    size = value.nbytes
+    if owner(node).op == "get_attr":
+        return True
+    sources = [n for n in g.ancestors([node]) if n.op == "get_attr"]
+    if size > max_bytes and size > sum(n.meta["val"].nbytes for n in sources):
+        if max_bytes:
+            skip(node, f"the constant would take {size / 2**20:.3g} MB, over max-constant-mb")
+        return True
+    return False
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any] | None = None) -> Any:
+    """Return the value of a constant node; `values` keeps those of the nodes before it."""
+    tensor = stored(gm, node)
+    if tensor is not None:
+        return tensor.detach()
+    values = {} if values is None else values
+    if node not in values:
+        for source in node.all_input_nodes:
+            values[source] = evaluate(gm, source, values)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        with torch.no_grad():
+            if node.op == "call_module":
+                body = g.attribute(gm, str(node.target))
+                values[node] = fx.Interpreter(body).run(*args)
+            else:
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[node]
+
+
+def share_equal_constants(program: Program, keys: dict[int, tuple[Tensor, Any]]) -> int:
+    """Store constants of equal layout and bytes once; parameters stay as they are.
+
+    `keys` remembers the contents of tensors between calls.
+    """
+    first: dict[Any, Tensor] = {}
+    count = 0
+    for gm in graphs(program).values():
+        for name, tensor in list(gm._buffers.items()):
+            if tensor is None:
+                continue
+            if id(tensor) not in keys:
+                keys[id(tensor)] = tensor, _content(tensor)
+            same = first.setdefault(keys[id(tensor)][1], tensor)
+            if same is not tensor:
+                gm._buffers[name] = same
+                count += 1
+    return count
+
+
+def _content(tensor: Tensor) -> Any:
+    flat = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+    data = flat.view(torch.uint8).numpy()
+    digest = hashlib.sha256(data.tobytes()).digest()
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), digest

@@ -1,0 +1,264 @@
+"""Finds attentions of tokens with themselves, and merges tokens in front of them: ToMe for SD.
+
+The matching is that of "Token Merging for Fast Stable Diffusion" (Bolya and Hoffman 2023): some
+tokens are destinations, every other one finds its most similar destination, and the pairs that are
+most alike are merged into their mean. Which are merged is computed from the tokens; how many are is
+known at compile time, so that all shapes are fixed. `places` says where each token has gone, and
+reading results at it puts each one back where the token was.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from diffopt.analysis.axes import Unfit, carried, origins, resized
+from diffopt.analysis.reachability import FUSED, LAYERS, packet
+from diffopt.ir import graph as g
+from diffopt.ir import qdq
+from diffopt.ir.nodes import args, argument, calls
+
+aten = torch.ops.aten
+
+ATTENTION = aten.scaled_dot_product_attention.default
+LINEAR = aten.linear.default
+
+CELL = 2
+"""One token of each square of so many is a destination; of a sequence, one in that squared."""
+
+_PIECES = (operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An attention of tokens with themselves.
+
+    Attributes:
+        attention: The operator.
+        x: What its queries, keys and values are projections of: [batch, tokens, features].
+        y: The projection of its result; None where queries are not merged.
+        nodes: What works on fewer tokens, in order, each with its axis of them.
+        grid: The sizes that the tokens are the product of; one where they are a sequence.
+    """
+
+    attention: fx.Node
+    x: fx.Node
+    y: fx.Node | None
+    nodes: Mapping[fx.Node, int]
+    grid: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many tokens there are."""
+        return int(self.x.meta["val"].shape[1])
+
+
+def find_site(attention: fx.Node, queries: bool = True) -> Site:
+    """Return what can be merged around an attention; raise `Unfit` with the reason if nothing.
+
+    Without `queries`, keys and values alone are of merged tokens.
+    """
+    mask, causal = argument(attention, 3, "attn_mask"), argument(attention, 5, "is_causal", False)
+    if mask is not None or causal:
+        raise Unfit("it has a mask, which says which tokens see which")
+    x = _source(attention)
+    if qdq.activation(x) is not None:
+        raise Unfit("its layers are quantized: run merge-tokens before quantize")
+    if is_merged(x):
+        raise Unfit("its tokens are merged already")
+    if x.meta["val"].dim() != 3:
+        raise Unfit("its tokens are no [batch, tokens, features]")
+    axes = {x: 1}
+    above = g.ancestors([attention])
+    below = g.descendants([x])
+    inner = [node for node in attention.graph.nodes if node in above & below and node is not x]
+    for node in inner:
+        axes[node] = carried(node, axes)
+    y = _projection(attention, axes) if queries else None
+    del axes[x]
+    if not queries:
+        needed = g.ancestors([args(attention)[0]])
+        if needed & g.ancestors(args(attention)[1:3]) & axes.keys():
+            raise Unfit("one layer projects queries and keys: run merge-tokens before fuse")
+        axes = {n: axis for n, axis in axes.items() if n not in needed}
+    ends = {attention if y is None else y}
+    if any(not node.users.keys() <= axes.keys() for node in axes if node not in ends):
+        raise Unfit("its projections are read elsewhere as well")
+    return Site(attention, x, y, axes, origins(x, 1))
+
+
+def is_merged(x: fx.Node) -> bool:
+    """Tell whether a value is tokens that `merge` has merged."""
+    inner = args(x)[0] if calls(x, aten._to_copy.default) else x
+    means = args(inner)[0][-1] if calls(inner, aten.cat.default) else inner
+    if not calls(means, aten.div.Tensor) or not calls(args(means)[0], aten.add.Tensor):
+        return False
+    return calls(args(args(means)[0])[1], aten.matmul.default)
+
+
+def _source(attention: fx.Node) -> fx.Node:
+    """Return the one value that queries, keys and values are projections of."""
+    sources = [_sources(node) for node in args(attention)[:3]]
+    if not all(sources):
+        raise Unfit("it is cross attention" if any(sources) else "no linear projects its tokens")
+    while len(every := set().union(*sources)) > 1 and any(map(_factored, every)):
+        # Adapters and factored weights are two linears one after the other.
+        sources = [{_factored(n) or n for n in own} for own in sources]
+    if len(every) == 1:
+        return every.pop()
+    if sources[0].isdisjoint(sources[1]):
+        raise Unfit("it is cross attention")
+    raise Unfit("tokens from several places are joined in it")
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """Return what the nearest linears that a value is computed from read."""
+    near = g.reach([node], lambda n: () if packet(n) in LAYERS | FUSED else n.all_input_nodes)
+    return {args(n)[0] for n in near if calls(n, LINEAR)}
+
+
+def _factored(node: fx.Node) -> fx.Node | None:
+    """Return what a linear reads of which a value is the result, or a piece of it."""
+    while calls(node, *_PIECES):
+        node = args(node)[0]
+    return args(node)[0] if calls(node, LINEAR) else None
+
+
+def _projection(attention: fx.Node, axes: dict[fx.Node, int]) -> fx.Node:
+    """Follow the result of an attention to the linear that projects it; add to `axes`."""
+    node = attention
+    while not calls(node, LINEAR):
+        if len(node.users) != 1:
+            raise Unfit("its result is read in several places before it is projected")
+        node = next(iter(node.users))
+        axes[node] = carried(node, axes)
+    if axes[node] != 1 or node.meta["val"].dim() != 3:
+        raise Unfit("its result is no [batch, tokens, features]")
+    return node
+
+
+# Which tokens
+
+
+def destinations(grid: Sequence[int], random: torch.Generator | None) -> Tensor:
+    """Return the indices of the tokens that others are merged into, in order.
+
+    In a grid these are one of each square of 2 x 2 (of its last two axes), in a sequence one in 4:
+    the first, or a random one that is the same in every run.
+    """
+    rows, columns = grid[-2:] if len(grid) > 1 else (1, grid[0])
+    high, wide = (CELL, CELL) if len(grid) > 1 else (1, CELL * CELL)
+    count = math.prod(grid[:-2])
+    down, right = -(-rows // high), -(-columns // wide)
+    shape = count, down, right
+    y, x = (torch.arange(n) * step for n, step in ((down, high), (right, wide)))
+    y, x = y[None, :, None].expand(shape), x[None, None, :].expand(shape)
+    if random is not None:
+        y = y + torch.randint(high, shape, generator=random)
+        x = x + torch.randint(wide, shape, generator=random)
+    y, x = y.clamp(max=rows - 1), x.clamp(max=columns - 1)
+    frames = torch.arange(count)[:, None, None] * rows * columns
+    return (frames + y * columns + x).flatten().sort().values
+
+
+def merged_count(grid: Sequence[int], ratio: float) -> int:
+    """Return how many tokens go when a share of them is merged."""
+    total = math.prod(grid)
+    return min(int(ratio * total), total - len(destinations(grid, None)))
+
+
+# Rewriting
+
+
+def merge(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> None:
+    """Let an attention and its projections work on `gone` tokens fewer.
+
+    Args:
+        gm: Where.
+        site: The attention.
+        gone: How many tokens are merged into others.
+        into: The indices of those others.
+    """
+    graph, left = gm.graph, site.count - gone
+    with graph.inserting_before(next(iter(site.nodes))):
+        means, places = _merged(gm, site, gone, into)
+    new = {site.x: means}
+    for node in site.nodes:
+        with graph.inserting_before(node):
+            made = resized(node, site.nodes, new, left)
+        new[node] = made
+    end, back = site.y, new[site.y or site.attention]
+    if end is not None:
+        with graph.inserting_before(end):
+            index = g.call(graph, aten.unsqueeze.default, places, -1, like=end)
+            shape = list(end.meta["val"].shape)
+            index = g.call(graph, aten.expand.default, index, shape, like=end)
+            back = g.call(graph, aten.gather.default, back, 1, index, like=end)
+    (end or site.attention).replace_all_uses_with(back)
+    for node in reversed(list(site.nodes)):
+        graph.erase_node(node)
+
+
+def _merged(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> tuple[fx.Node, fx.Node]:
+    """Compute the tokens that are left, and where among them each token is: [batch, tokens].
+
+    Sums are products with a matrix of zeros and ones: unlike adding up at indices, all targets have
+    that, and it sums in the same order in every run.
+    """
+    graph, x = gm.graph, site.x
+    batch, count, features = x.meta["val"].shape
+    rest = torch.ones(count, dtype=torch.bool).index_fill(0, into, False).nonzero().flatten()
+    kept = len(rest) - gone  # in front of the destinations
+    back = torch.cat([rest, into]).argsort()
+
+    def call(target: object, *given: object) -> fx.Node:
+        return g.call(graph, target, *given, like=x)
+
+    def constant(name: str, value: Tensor) -> fx.Node:
+        return g.get_attr(gm, f"tokens_{name}", value)
+
+    def picked(values: fx.Node, index: fx.Node, size: int) -> fx.Node:
+        wide = call(aten.unsqueeze.default, index, -1)
+        wide = call(aten.expand.default, wide, [batch, size, features])
+        return call(aten.gather.default, values, 1, wide)
+
+    wide = g.to_dtype(graph, x, torch.float32)
+    norm = call(aten.linalg_vector_norm.default, wide, 2, [-1], True)
+    unit = call(aten.div.Tensor, wide, call(aten.clamp_min.default, norm, 1e-12))
+    free, fixed = constant("free", rest), constant("into", into)
+    others = call(aten.index_select.default, unit, 1, fixed)
+    alike = call(aten.index_select.default, unit, 1, free)
+    alike = call(aten.matmul.default, alike, call(aten.transpose.int, others, 1, 2))
+    best = call(aten.max.dim, alike, 2)
+    nearest = call(operator.getitem, best, 1)
+    order = call(aten.topk.default, call(operator.getitem, best, 0), len(rest), 1)
+    order = call(operator.getitem, order, 1)
+    goes = call(aten.slice.Tensor, order, 1, 0, gone)
+    stays = call(aten.slice.Tensor, order, 1, gone, len(rest))
+    chosen = call(aten.gather.default, nearest, 1, goes)
+
+    tokens = call(aten.index_select.default, wide, 1, free)
+    taken = picked(tokens, goes, gone)
+    rows = constant("rows", torch.arange(len(into))[None, :, None])
+    ones = call(aten.eq.Tensor, call(aten.unsqueeze.default, chosen, 1), rows)
+    ones = call(aten.where.self, ones, *(constant(f"{n}", torch.tensor(float(n))) for n in (1, 0)))
+    total = call(aten.index_select.default, wide, 1, fixed)
+    total = call(aten.add.Tensor, total, call(aten.matmul.default, ones, taken))
+    share = call(aten.add.Tensor, call(aten.sum.dim_IntList, ones, [-1], True), 1)
+    means = call(aten.div.Tensor, total, share)
+    if kept:
+        means = call(aten.cat.default, [picked(tokens, stays, kept), means], 1)
+
+    moved = call(aten.add.Tensor, chosen, kept)
+    own = constant("own", torch.arange(kept)[None])
+    moved = call(aten.cat.default, [moved, call(aten.expand.default, own, [batch, kept])], 1)
+    where = call(aten.scatter.src, call(aten.zeros_like.default, nearest), 1, order, moved)
+    last = constant("last", torch.arange(kept, kept + len(into))[None])
+    both = call(aten.cat.default, [where, call(aten.expand.default, last, [batch, len(into)])], 1)
+    places = call(aten.index_select.default, both, 1, constant("back", back))
+    return g.to_dtype(graph, means, x.meta["val"].dtype), places
