@@ -23,8 +23,9 @@ def section(data: Mapping[str, Any], folder: Path) -> str:
         f" {GUIDANCE:g}, fp32. Images are those of {setup['images']} seeds, the same for all;"
         " policies that measure do so with other seeds. Distance is the mean over pairs of images"
         " of the same seed of |f(a) - f(b)| / |f(b)|, f the features of"
-        " diffopt/cli/image_metrics.py. KID is times 1000, ± its deviation over subsets; other seeds are images of the reference"
-        " itself. In bold: no configuration has both fewer FLOPs and a smaller distance.",
+        " diffopt/cli/image_metrics.py. KID is times 1000, ± its deviation over subsets;"
+        " other seeds are images of the reference itself. In bold: no configuration has both"
+        " fewer FLOPs and a smaller distance.",
     ]
     if at:
         lines += [

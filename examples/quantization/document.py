@@ -59,7 +59,8 @@ def _about(data: Mapping[str, Any]) -> list[str]:
         " made without a target, with numbers that are quantized and widened again; calibration"
         " has other seeds. Distance is the mean over pairs of images of the same seed of"
         " |f(a) - f(b)| / |f(b)|, f the features of"
-        " diffopt/cli/image_metrics.py. KID is times 1000, ± its deviation over subsets; other seeds are images of the reference itself.",
+        " diffopt/cli/image_metrics.py. KID is times 1000, ± its deviation over"
+        " subsets; other seeds are images of the reference itself.",
         "",
         f"With `{ONE_STEP.strip()}` every step gets the ranges that were measured in the step in"
         " the middle of the trajectory; all else is the same.",
