@@ -31,14 +31,14 @@ __all__ = [
 _MODULES = {
     "CaptureError": "errors",
     "DiffoptError": "errors",
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "Pipeline": "core",
-    "Program": "program",
-    "build": "engine",
-    "finish": "engine",
-    "load": "engine",
-    "trace": "capture",
-    "write": "engine",
+    "Program": "ir.program",
+    "build": "engine.engine",
+    "finish": "engine.engine",
+    "load": "engine.engine",
+    "trace": "capture.trace",
+    "write": "engine.engine",
 }
 
 
