@@ -115,7 +115,7 @@ def speed(make: Callable[[], Any], options: argparse.Namespace, folder: Path) ->
         "engine without passes, cpu": engine(program, "cpu", folder),
     }
     contenders |= {f"engine, {t}": engine(rewritten, t, folder) for t in options.targets}
-    results = timing.measure(contenders, "diffusers, eager", rounds=rounds, report=report)
+    results = timing.measure(contenders, "diffusers, eager", rounds=rounds, progress=report)
     return {
         "load before": load,
         "rounds": rounds,

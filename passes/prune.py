@@ -267,7 +267,7 @@ class Prune(Pass):
         if self.importance not in ("magnitude", "random"):
             inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
         return importance(
-            program, self.importance, inputs, names, seed=ctx.seed, report=ctx.progress
+            program, self.importance, inputs, names, seed=ctx.seed, progress=ctx.progress
         )
 
     def _report(

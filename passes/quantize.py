@@ -125,7 +125,7 @@ class Quantize(Pass):
         scope = choose_scope(program, self.components)
         for name in scope.calls:
             layer_preparation.as_linears(program.components[name])
-        shared, store, report = Shared(), Store(self.scale), ctx.progress
+        shared, store, progress = Shared(), Store(self.scale), ctx.progress
         notes: dict[str, Any] = {}
         if self.split:
             bodies = [program.components[name] for name in scope.loop]
@@ -141,23 +141,23 @@ class Quantize(Pass):
             inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
         if self.smooth:
             notes["layers smoothed"] = layer_preparation.smooth_layers(
-                program, scope, formats, inputs, self.scale, shared, report
+                program, scope, formats, inputs, self.scale, shared, progress
             )
         if self.rank:
             notes["branches"] = layer_preparation.branch_layers(
-                program, scope, formats, self.rank, self.scale, shared, report
+                program, scope, formats, self.rank, self.scale, shared, progress
             )
             if not notes["branches"]:
                 wanted = f"a branch of rank {self.rank} wants {4 * self.rank} inputs and outputs"
                 ctx.skip("rank", f"{wanted}, which no weight has")
         found, groups = quantize_body.calibrated(
-            program, scope, formats, inputs, self.observer, self.groups, report
+            program, scope, formats, inputs, self.observer, self.groups, progress
         )
         if self.format == "auto":
             formats, notes["auto"] = self._chosen(program, scope, formats, found, inputs, ctx)
         if self.rounding == "adaround":
             notes["rounding learned"] = quantize_body.learn_rounding(
-                program, scope, formats, found, inputs, store, ctx.seed, report
+                program, scope, formats, found, inputs, store, ctx.seed, progress
             )
         for name, own in formats.items():
             at = scope.calls[name]

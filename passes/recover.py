@@ -119,7 +119,7 @@ class Recover(Pass):
             checkpoint=Path(self.checkpoint) if self.checkpoint else None,
             every=self.every,
             workers=Workers(self.accelerate),
-            report=ctx.progress,
+            progress=ctx.progress,
         )
         if outcome.stopped:
             ctx.skip(f"step {outcome.steps + 1}", f"{outcome.stopped}; try a smaller lr")

@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,6 @@ from torch import fx
 
 import diffopt.lowering.onnx
 import diffopt.lowering.trt
-from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds
@@ -40,6 +39,7 @@ from diffopt.lowering.target import Image, Lowered, Target, option
 from diffopt.lowering.trt import library, plan_runtime, qdq_legalize
 from diffopt.lowering.trt.builder import Ranges, Settings, build
 from diffopt.lowering.trt.library import Library
+from diffopt.progress import Progress, within
 from diffopt.storage import disk_cache
 from diffopt.transforms.sparsity_2_4 import sparse_layers
 
@@ -57,8 +57,6 @@ _PRODUCTS = (
 )
 
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnx-graphsurgeon")
-
-_Tell = Callable[[str, float], None]
 
 log = logging.getLogger("diffopt")
 
@@ -111,19 +109,16 @@ class Tensorrt(Target):
         about: dict[str, dict[str, Any]] = {}
         count = len(program.components)
         for index, (name, gm) in enumerate(program.components.items()):
-
-            def tell(what: str, done: float, index: int = index, name: str = name) -> None:
-                progress(f"{name}: {what}", (index + done) / count)
-
+            told = within(progress, index, count, f"{name}: ")
             key = disk_cache.key(self._key(gm, free.get(name), chosen))
             entry = disk_cache.get(key)
             if entry is None:
                 started = time.perf_counter()
-                entry = self._build(name, gm, free.get(name), chosen, tell)
+                entry = self._build(name, gm, free.get(name), chosen, told)
                 disk_cache.put(key, entry)
-                tell(f"built in {time.perf_counter() - started:.1f} s", 1.0)
+                told(f"built in {time.perf_counter() - started:.1f} s", 1.0)
             else:
-                tell("from the cache", 1.0)
+                told("from the cache", 1.0)
             members[f"{name}.plan"] = entry["plan"]
             own = json.loads(entry["json"])
             names[name] = own["names"]
@@ -142,21 +137,18 @@ class Tensorrt(Target):
         gm: fx.GraphModule,
         sizes: Bounds | None,
         chosen: Library,
-        tell: _Tell,
+        progress: Progress,
     ) -> dict[str, bytes]:
-        tell("exporting to ONNX", 0.0)
+        progress("exporting to ONNX", 0.0)
         model = export(qdq_legalize.rewrite(gm), name, sizes=sizes)
         names = {
             "inputs": [value.name for value in model.graph.input],
             "outputs": [value.name for value in model.graph.output],
         }
         ranges = _ranges(gm, names["inputs"], sizes)
-        tell("building", 0.5)
-
-        def building(done: float) -> None:
-            tell("building", (1 + done) / 2)
-
-        plan = build(name, model, chosen, self._settings(gm), ranges, building)
+        progress("building", 0.5)
+        told = within(progress, 1, 2)
+        plan = build(name, model, chosen, self._settings(gm), ranges, told)
         for warning in plan.warnings:
             log.info("%s: %s", name, warning)
         text = json.dumps({"names": names, "about": plan.about})

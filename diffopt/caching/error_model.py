@@ -20,10 +20,10 @@ from diffopt.ir import graph as g
 from diffopt.ir.nodes import calls
 from diffopt.ir.sampling_loop import Key, Loop
 from diffopt.ir.step_tables import is_view
+from diffopt.progress import Progress
 
 aten = torch.ops.aten
 
-Report = Callable[[str, float | None], None]
 
 # At how many steps errors and effects are measured; between them they are interpolated.
 _PROBES = 12
@@ -41,10 +41,10 @@ Errors = dict[tuple[int, int, int], float]
 class Lab:
     """A loop on calibration calls, with everything that can be measured of it."""
 
-    def __init__(self, loop: Loop, inputs: Sequence[Sequence[Tensor]], report: Report) -> None:
+    def __init__(self, loop: Loop, inputs: Sequence[Sequence[Tensor]], progress: Progress) -> None:
         self.loop = loop
         self.inputs = inputs
-        self.report = report
+        self.progress = progress
         self.body = Evaluator(loop.body)
         self._keys = {call: key for key, call in loop.calls.items()}
         self._arguments: list[dict[Key, list[Tensor]]] = []
@@ -52,7 +52,7 @@ class Lab:
         self._products: dict[fx.Node, Tensor] = {}
         self._hardness = [0.0] * len(inputs)
         for index, tensors in enumerate(inputs):
-            report(f"calibration: call {index + 1} of {len(inputs)}", None)
+            progress(f"calibration: call {index + 1} of {len(inputs)}", None)
             arguments: dict[Key, list[Tensor]] = {}
 
             def exact(
@@ -107,7 +107,7 @@ class Lab:
         count = 0
         with torch.no_grad():
             for index, (request, step) in enumerate(probes):
-                self.report("measuring values", index / len(probes))
+                self.progress("measuring values", index / len(probes))
                 for branch in range(self.loop.branches):
                     if (step, branch) not in self._keys.values():
                         continue
@@ -137,7 +137,7 @@ class Lab:
         known: list[tuple[int, float]] = []
         probes = self._probes(_PROBES, begin=2)
         for index, probe in enumerate(probes):
-            self.report("measuring steps", index / len(probes))
+            self.progress("measuring steps", index / len(probes))
             moved = changed = 0.0
             for request in range(min(_FEW, len(self.inputs))):
                 more = self._disturb(request, probe)
@@ -184,7 +184,7 @@ class Lab:
         places = {v: _sample(v.meta["val"].numel()) for v in values}
         with torch.no_grad():
             for step in range(self.loop.steps if values else 0):
-                self.report("comparing steps", step / self.loop.steps)
+                self.progress("comparing steps", step / self.loop.steps)
                 for own in rows.values():
                     own.append([])
                 for arguments in self._arguments:
@@ -233,7 +233,7 @@ class Lab:
         values: dict[int, dict[tuple[int, int], Values]] = {}  # of the steps near the probe
         with torch.no_grad():
             for index, step in enumerate(probes):
-                self.report("measuring cuts", index / len(probes))
+                self.progress("measuring cuts", index / len(probes))
                 near = range(max(0, step - 2 * reach), step + 1)
                 values = {at: values.get(at) or self._values(at, cut) for at in near}
                 for last, before in _pairs(step, reach):

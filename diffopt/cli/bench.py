@@ -57,9 +57,9 @@ def run(
                 _compare_weights(Path(name), other, source, pipe)
             contenders[name] = _engine(other, arguments, batch)
     contenders[str(file)] = _engine(engine, arguments, batch)
-    with show.progress("benchmark") as report:
+    with show.progress("benchmark") as progress:
         results = timing.measure(
-            contenders, "eager", rounds=rounds, warmup=warmup, seed=seed, report=report
+            contenders, "eager", rounds=rounds, warmup=warmup, seed=seed, progress=progress
         )
     _print(results, torch.get_num_threads(), rounds, as_json)
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from diffopt.cli import image_files, image_metrics, timing
 from diffopt.cli import output as show
 from diffopt.cli import run as run_command
-from diffopt.core import Progress
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError
 from diffopt.host import outputs
+from diffopt.progress import Progress, within
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ def run(
     _check(files, output)
     calls = [{**arguments, "prompt": text} for text in prompts] or [dict(arguments)]
     made: list[Tensor] = []
-    with show.progress("comparing") as report:
+    with show.progress("comparing") as progress:
         for file in files:
-            made.append(_make(file, calls, seed, number, report))
+            made.append(_make(file, calls, seed, number, progress))
             if made[-1].shape != made[0].shape:
                 raise DiffoptError(
                     f"{file} makes images of the shape {list(made[-1].shape[1:])} and {files[0]}"
                     f" of {list(made[0].shape[1:])}: they cannot be compared"
                 )
-        report("measuring", None)
+        progress("measuring", None)
         rows = _distances(files, made)
     names = [file.name for file in files]
     if len(set(names)) < len(names):
@@ -85,23 +85,19 @@ def _check(files: Sequence[Path], output: Path) -> None:
 
 
 def _make(
-    file: Path, calls: Sequence[Mapping[str, Any]], seed: int, number: int, report: Progress
+    file: Path, calls: Sequence[Mapping[str, Any]], seed: int, number: int, progress: Progress
 ) -> Tensor:
     """Return the images of all calls as one tensor (…, channels, height, width)."""
     loaded = run_command.load(file)
     made = []
     for index, call in enumerate(calls):
-        tell = _prefixed(report, f"{file}: prompt {index + 1} of {len(calls)}, ")
-        results = run_command.make(loaded, {**call, "output_type": "pt"}, seed, number, tell)
+        told = within(progress, 0, 1, f"{file}: prompt {index + 1} of {len(calls)}, ")
+        results = run_command.make(loaded, {**call, "output_type": "pt"}, seed, number, told)
         made.append(torch.cat([torch.as_tensor(result) for result in results])[:number])
     whole = torch.cat(made)
     if whole.ndim < 4 or whole.shape[-3] not in (1, 3, 4):
         raise DiffoptError(f"{file} makes no pictures, but values of {list(whole.shape[1:])}")
     return whole
-
-
-def _prefixed(report: Progress, where: str) -> Progress:
-    return lambda what, fraction: report(where + what, fraction)
 
 
 def _distances(files: Sequence[Path], made: Sequence[Tensor]) -> list[Distance]:

@@ -259,8 +259,8 @@ def run(
     arguments = _arguments(settings)
     named = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
     arguments |= {name: value for name, value in named.items() if value is not None}
-    with show.progress(f"loading {engine}") as report:
-        made = run_command.run(engine, arguments, seed, number, output, report, target)
+    with show.progress(f"loading {engine}") as progress:
+        made = run_command.run(engine, arguments, seed, number, output, progress, target)
     show.stderr().print(f"wrote {output} ({made})")
 
 
@@ -431,8 +431,8 @@ def sensitivity(
     prompts = _prompts(calibrate)
     with show.progress(f"tracing {model}"):
         program = _trace(model, settings, steps)
-    with show.progress("measuring") as report:
-        found = sensitivity_command.measure(program, options, prompts, samples, seed, report)
+    with show.progress("measuring") as progress:
+        found = sensitivity_command.measure(program, options, prompts, samples, seed, progress)
     if output is not None:
         sensitivity_command.save_picture(found, output)
     sensitivity_command.print_report(found, as_json)
@@ -475,8 +475,8 @@ def finish(
         raise DiffoptError(f"there is no file {file}")
     if output is not None:
         _expect(output, ".engine")
-    with show.progress(f"finishing {file}") as report:
-        done = engine.finish(file, output, progress=report)
+    with show.progress(f"finishing {file}") as progress:
+        done = engine.finish(file, output, progress=progress)
     written = output or file
     if as_json:
         show.print_json({"file": str(written if done else file), "finished": done})

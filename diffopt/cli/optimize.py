@@ -81,9 +81,9 @@ def rewrite(
 ) -> tuple[Program, list[Record]]:
     """Run the passes; return the new program and the records of these passes alone."""
     begin = len(program.history)
-    with show.progress("passes") as report:
+    with show.progress("passes") as progress:
         result = pipeline.run(
-            program, instruments=instruments, reproducer=Path(), progress=report, **options
+            program, instruments=instruments, reproducer=Path(), progress=progress, **options
         )
     return result, [Record.from_json(row) for row in result.history[begin:]]
 
@@ -93,16 +93,16 @@ def write(job: Job, program: Program, output: Path) -> None:
     if job.target is None:
         program.save(output, job.compress)
         return
-    with show.progress(f"building for {job.target}") as report:
-        engine.write(program, job.target, output, compress=job.compress, progress=report)
+    with show.progress(f"building for {job.target}") as progress:
+        engine.write(program, job.target, output, compress=job.compress, progress=progress)
 
 
 def find_culprit(
     pipeline: Pipeline, program: Program, bound: float, as_json: bool, **options: Any
 ) -> int:
     """Print the first pass whose output is too far from the captured program's; 1 if any is."""
-    with show.progress("bisecting") as report:
-        culprit, _ = bisect(pipeline, program, bound, progress=report, **options)
+    with show.progress("bisecting") as progress:
+        culprit, _ = bisect(pipeline, program, bound, progress=progress, **options)
     if as_json:
         show.print_json({"bound": bound, "pass": None if culprit is None else asdict(culprit)})
     elif culprit is None:

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from diffopt.caching import step_map
-from diffopt.core import Progress as Report
 from diffopt.core import Record, Size
+from diffopt.progress import Progress
 
 TEXTS = (
     *("kind", "summary", "type", "default", "help", "changed", "promise", "component", "steps"),
@@ -37,12 +38,12 @@ def stderr() -> Console:
 
 
 @contextmanager
-def progress(first: str) -> Iterator[Report]:
+def progress(first: str) -> Iterator[Progress]:
     """Show on stderr what is being done; gives a function of a text and the fraction done."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = stderr()
     quiet = not console.is_terminal  # a log has no use for a bar
-    with Progress(*columns, console=console, transient=True, disable=quiet) as display:
+    with ProgressBar(*columns, console=console, transient=True, disable=quiet) as display:
         task = display.add_task(first, total=None)
 
         def report(what: str, fraction: float | None = None) -> None:

@@ -44,7 +44,7 @@ def spread(loaded: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make(
-    loaded: Any, arguments: Mapping[str, Any], seed: int, number: int, report: Progress
+    loaded: Any, arguments: Mapping[str, Any], seed: int, number: int, progress: Progress
 ) -> list[Any]:
     """Return the results of as many calls as make `number` images, one seed after another."""
     low, high = loaded.batch or (1, 1)
@@ -52,7 +52,7 @@ def make(
     results: list[Any] = []
     made = 0
     while made < number:
-        report(f"image {made + 1} of {number}", made / number)
+        progress(f"image {made + 1} of {number}", made / number)
         count = min(high, max(low, number - made))
         for result in loaded.serve([{**call, "seed": seed + made + k} for k in range(count)]):
             results.append(image_files.first_output(result))
@@ -66,13 +66,13 @@ def run(
     seed: int,
     number: int,
     output: Path,
-    report: Progress,
+    progress: Progress,
     target: str | None = None,
 ) -> str:
     """Make `number` images, one seed after another, and write them; return how many of what."""
     kind = image_files.output_type(
         output
     )  # before the engine is loaded: a wrong name costs nothing
-    results = make(load(file, target), {**arguments, "output_type": kind}, seed, number, report)
+    results = make(load(file, target), {**arguments, "output_type": kind}, seed, number, progress)
     written = image_files.save(results, output, number)
     return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

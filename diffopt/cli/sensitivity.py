@@ -82,11 +82,11 @@ def measure(
     prompts: Sequence[str],
     samples: int,
     seed: int,
-    report: Progress,
+    progress: Progress,
 ) -> Report:
     """Measure what quantizing the layers of a program's loop costs."""
     tried = options.columns
-    program = options.pipeline.run(program, seed=seed, prompts=prompts, progress=report)
+    program = options.pipeline.run(program, seed=seed, prompts=prompts, progress=progress)
     scope = choose_scope(program, ("loop",))
     if not scope.calls:
         raise DiffoptError("the program calls no component, so there is no layer to quantize")
@@ -107,10 +107,12 @@ def measure(
     inputs = requests(program, prompts, samples, seed)
     plain = format_search.candidates(Simulator(program, scope, {}, store), nodes, tried)
     first = {name: {n: own[0] for n, own in layers.items()} for name, layers in plain.items()}
-    found, _ = quantize_body.calibrated(program, scope, first, inputs, "minmax", 0, report)
+    found, _ = quantize_body.calibrated(program, scope, first, inputs, "minmax", 0, progress)
     simulator = Simulator(program, scope, found, store)
     settings = {"scale": store.scale}
-    measured = sensitivity.measure(simulator, plain, inputs[: format_search.FEW], settings, report)
+    measured = sensitivity.measure(
+        simulator, plain, inputs[: format_search.FEW], settings, progress
+    )
     return Report(tried, format_search.items(simulator, plain, measured, store))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt.progress import Progress, silent
+
 Make = Callable[[int], Tensor]
 """Makes images, with values from 0 to 1, from a seed."""
 
@@ -53,7 +55,7 @@ def measure(
     rounds: int = 10,
     warmup: int = 2,
     seed: int = 0,
-    report: Callable[[str, float | None], None] = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> dict[str, Result]:
     """Time the contenders in turn, so that a slow minute of the machine meets all of them.
 
@@ -61,13 +63,13 @@ def measure(
     """
     first, seconds = {}, {name: list[float]() for name in contenders}
     for name, make in contenders.items():
-        report(f"warming up {name}", None)
+        progress(f"warming up {name}", None)
         first[name] = _timed(make, seed)[0]
         for _ in range(warmup - 1):
             make(seed)
     errors = {name: list[Tensor]() for name in contenders}
     for index in range(rounds):
-        report(f"round {index + 1} of {rounds}", index / rounds)
+        progress(f"round {index + 1} of {rounds}", index / rounds)
         images = {}
         for name, make in contenders.items():
             taken, images[name] = _timed(make, seed + index)

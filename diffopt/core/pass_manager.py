@@ -52,7 +52,7 @@ class Pipeline:
         enforce: bool = True,
         compare: bool = True,
         reproducer: Path | None = None,
-        progress: Progress | None = None,
+        progress: Progress = silent,
         seed: int = 0,
         prompts: Sequence[str] = (),
     ) -> Program:
@@ -85,8 +85,7 @@ class Pipeline:
         first = current = State(program, Size.of(program))
         reference: Program | None = None
         for number, step in enumerate(self.passes):
-            if progress:
-                progress(str(step), number / len(self.passes))
+            progress(str(step), number / len(self.passes))
             for instrument in instruments:
                 instrument.before(step, current.program)
             try:
@@ -97,7 +96,7 @@ class Pipeline:
                 ctx = Context(
                     current.program.sample_inputs(),
                     seed,
-                    progress or silent,
+                    progress,
                     prompts,
                     _budget(step, budget),
                     reference,

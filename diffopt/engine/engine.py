@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.core import Progress
 from diffopt.engine.engine_file import FORMAT, KERNELS, KIND, EngineFile, is_component
 from diffopt.errors import DiffoptError
 from diffopt.host.inputs import Host
@@ -23,6 +22,7 @@ from diffopt.ir.printing import format_type
 from diffopt.ir.program import Program
 from diffopt.lowering import legality
 from diffopt.lowering.target import Image, Lowered, Target, parse_target
+from diffopt.progress import Progress, silent
 from diffopt.storage import container
 
 # What `Program.to_members` returns.
@@ -35,7 +35,7 @@ def build(
     path: str | os.PathLike[str],
     *,
     compress: int | None = None,
-    progress: Progress = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> Engine:
     """Lower `program` for `target`, write the engine to `path`, and return it loaded.
 
@@ -57,7 +57,7 @@ def write(
     path: str | os.PathLike[str],
     *,
     compress: int | None = None,
-    progress: Progress = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> None:
     """Lower `program` for `target` and write the engine to `path`, as `build` does.
 
@@ -85,7 +85,7 @@ def finish(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    progress: Progress = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> bool:
     """Compile what an engine is to be compiled of on the device that it is for, and keep that.
 

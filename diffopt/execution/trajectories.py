@@ -19,6 +19,7 @@ from diffopt.execution.calibration_inputs import requests
 from diffopt.ir import graph as g
 from diffopt.ir.printing import graph_fingerprint
 from diffopt.ir.program import Program
+from diffopt.progress import Progress, silent
 from diffopt.storage import container, disk_cache, weight_digests
 
 __all__ = [
@@ -210,7 +211,7 @@ def step_errors(
     inputs: Sequence[Sequence[Tensor]],
     *,
     reach: int = 3,
-    report: Callable[[str, float | None], None] = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> Mapping[str, Tensor]:
     """Return, for each group, how far the values of a step are from those of earlier steps.
 
@@ -223,7 +224,7 @@ def step_errors(
         groups: Nodes of the loop's body, by a name of the group.
         inputs: The flat inputs of each request.
         reach: The largest k.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     place = {
         n: i for call in calls.values() for i, n in enumerate(_body(program, call).graph.nodes)
@@ -234,7 +235,7 @@ def step_errors(
         "groups": {name: sorted(place[n] for n in group) for name, group in groups.items()},
         "reach": reach,
     }
-    return cached(key, lambda: _step_errors(program, calls, groups, inputs, reach, report))
+    return cached(key, lambda: _step_errors(program, calls, groups, inputs, reach, progress))
 
 
 def _body(program: Program, call: fx.Node) -> fx.GraphModule:
@@ -247,7 +248,7 @@ def _step_errors(
     groups: Mapping[str, Sequence[fx.Node]],
     inputs: Sequence[Sequence[Tensor]],
     reach: int,
-    report: Callable[[str, float | None], None],
+    progress: Progress,
 ) -> dict[str, Tensor]:
     size = 1 + max(step for step, _ in calls), 1 + reach
     total = {name: torch.zeros(size, dtype=torch.float64) for name in groups}
@@ -257,7 +258,7 @@ def _step_errors(
         past: dict[tuple[int, int], dict[fx.Node, Tensor]] = {}
         for done, visit in enumerate(steps(program, calls, tensors, nodes)):
             what = f"calibrating: request {index + 1} of {len(inputs)}, step {visit.step + 1}"
-            report(what, (index + done / len(calls)) / len(inputs))
+            progress(what, (index + done / len(calls)) / len(inputs))
             past[visit.step, visit.branch] = visit.values
             past.pop((visit.step - reach - 1, visit.branch), None)
             for back in range(1 + reach):

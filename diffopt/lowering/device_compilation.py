@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from diffopt.core import Progress
 from diffopt.ir import graph as g
 from diffopt.ir import serialize
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json, bounds_to_json
@@ -33,6 +32,7 @@ from diffopt.lowering.compile_inputs import elsewhere, example, free_sizes, sour
 from diffopt.lowering.executor import Body, Plan, lay_out, place
 from diffopt.lowering.hardware import Hardware
 from diffopt.lowering.target import Finished, Image, Lowered, Target
+from diffopt.progress import Progress, silent
 from diffopt.storage import disk_cache
 
 _SETUP = "(setup).json"
@@ -171,7 +171,7 @@ class Deferred(Target):
         members: Mapping[str, bytes | memoryview] = image.members
         if not self.is_finished(image):
             log.warning("compiling for this GPU and torch; `diffopt finish FILE` does it for good")
-            members = {**members, **self.finish(image, lambda what, done: None).members}
+            members = {**members, **self.finish(image, silent).members}
         tensors = _OnGpu(image.tensors)
         further: dict[str, list[Tensor]] = {}
         if _SETUP in members:

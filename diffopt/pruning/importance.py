@@ -21,7 +21,7 @@ All other arguments are those of the trajectory, and both branches of guidance h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -35,11 +35,10 @@ from diffopt.execution.differentiable import FLOATS, Body, device, read_weights
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
+from diffopt.progress import Progress, silent
 
 Method = Literal["magnitude", "taylor", "diff-pruning", "random"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-Report = Callable[[str, float | None], None]
 
 
 def importance(
@@ -50,7 +49,7 @@ def importance(
     *,
     threshold: float = 0.05,
     seed: int = 0,
-    report: Report = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> dict[int, Tensor]:
     """Return how much each element of weights matters, by the identity of the tensor.
 
@@ -62,7 +61,7 @@ def importance(
             weight that several read is one, to which all their calls add.
         threshold: Of `diff-pruning`.
         seed: Of what is drawn.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     names = list(choose_scope(program, ("loop",)).loop if components is None else components)
     stored = {id(t): t for n in names for t in read_weights(program.components[n]).values()}
@@ -73,7 +72,7 @@ def importance(
         return {key: torch.rand(t.shape, generator=generator) for key, t in stored.items()}
     if not inputs:
         raise DiffoptError(f"importance={method} is measured: give it 1 request or more")
-    study = _Study(program, names, stored, generator, report)
+    study = _Study(program, names, stored, generator, progress)
     if method == "taylor":
         return study.taylor(inputs)
     return study.diff_pruning(inputs, threshold)
@@ -88,10 +87,10 @@ class _Study:
         names: Sequence[str],
         stored: Mapping[int, Tensor],
         generator: torch.Generator,
-        report: Report,
+        progress: Progress,
     ) -> None:
         self._program, self._names = program, names
-        self._generator, self._report = generator, report
+        self._generator, self._progress = generator, progress
         self._where = device()
         # Leaves in float32: sums of gradients in 16 bits would lose the small ones.
         self._leaves = {
@@ -113,7 +112,7 @@ class _Study:
             nonlocal done
             if call not in self._calls:
                 return None
-            self._report("measuring importance", done / (len(inputs) * len(self._calls)))
+            self._progress("measuring importance", done / (len(inputs) * len(self._calls)))
             done += 1
             with torch.enable_grad():
                 results = self._run(call, arguments)
@@ -138,7 +137,7 @@ class _Study:
         total = {key: torch.zeros_like(leaf) for key, leaf in self._leaves.items()}
         most, steps = 0.0, sorted(noising.steps, reverse=True)
         for done, step in enumerate(steps):
-            self._report("measuring importance", 0.5 + 0.5 * done / len(steps))
+            self._progress("measuring importance", 0.5 + 0.5 * done / len(steps))
             made = {key: torch.zeros_like(leaf) for key, leaf in self._leaves.items()}
             losses = []
             for call in noising.steps[step]:
@@ -166,7 +165,7 @@ class _Study:
         arguments: dict[fx.Node, list[Tensor]] = {}
         results: dict[fx.Node, list[Tensor]] = {}
         known: dict[fx.Node, Tensor] = {}
-        self._report("sampling", 0.5 * index / count)
+        self._progress("sampling", 0.5 * index / count)
 
         def visit(call: fx.Node, given: Sequence[Tensor]) -> list[Tensor] | None:
             if call not in self._calls:

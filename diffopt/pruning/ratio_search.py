@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,10 @@ from torch import Tensor
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
 from diffopt.ir.program import Program
+from diffopt.progress import Progress, silent
 from diffopt.pruning import selection
 from diffopt.pruning.ablation import Ablation
 from diffopt.pruning.coupling import Group, Unit
-
-Report = Callable[[str, float | None], None]
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """What is tried of each group."""
@@ -114,7 +113,7 @@ def choose(
     part: float,
     most: float,
     round_to: int,
-    report: Report = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> Found:
     """Return what each group loses, so that at most a part of the FLOPs is left.
 
@@ -125,10 +124,10 @@ def choose(
         part: Of the FLOPs of a run of the bench's components.
         most: The largest share that one group may lose.
         round_to: See `pruning.least`.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     tried = [own for own in SHARES if own <= most]
-    trials = _trials(bench, groups, scores, tried, round_to, report)
+    trials = _trials(bench, groups, scores, tried, round_to, progress)
     order = ladder(trials)
     before = bench.cost(bench.program)
 
@@ -164,7 +163,7 @@ def _trials(
     scores: Sequence[Tensor],
     shares: Sequence[float],
     round_to: int,
-    report: Report,
+    progress: Progress,
 ) -> list[list[Trial]]:
     """Return what each share of each group costs, by itself."""
     pairs = zip(groups, scores, strict=True)
@@ -174,7 +173,7 @@ def _trials(
     def measure() -> dict[str, Tensor]:
         rows, before = [], bench.cost(bench.program)
         for done, units in enumerate(flat):
-            report(f"trying shares, {done + 1} of {len(flat)}", done / len(flat))
+            progress(f"trying shares, {done + 1} of {len(flat)}", done / len(flat))
             smaller = bench.without(units)
             rows.append((bench.error(smaller), before - bench.cost(smaller)))
         return {"trials": torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)}

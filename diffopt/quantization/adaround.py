@@ -12,7 +12,7 @@ block's rounding is kept if its error on held-out samples is less than that of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -24,12 +24,11 @@ from diffopt.execution.segments import Part, Run, cut, results_of
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.nodes import args, stored
+from diffopt.progress import Progress, silent, within
 from diffopt.quantization import weight_rounding
 
 qd = torch.ops.quantized_decomposed
 
-Report = Callable[[str, float | None], None]
-Tell = Callable[[float], None]
 
 STEPS = 300
 """Of learning a block."""
@@ -50,7 +49,7 @@ def reconstruct(
     steps: int = STEPS,
     seed: int = 0,
     max_mb: float = 2048,
-    report: Report = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> dict[str, qdq.Packed]:
     """Return better roundings of whole-number weights, by the names of their layers.
 
@@ -63,7 +62,7 @@ def reconstruct(
         steps: How long a block is learned.
         seed: Of what is drawn.
         max_mb: Memory for what the samples are between blocks; fewer are used if it is too little.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     if len(samples) < 2:
         raise DiffoptError(
@@ -78,20 +77,16 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     settled: dict[str, qdq.Packed | None] = {}
     for index, (own, part) in enumerate(zip(plain, parts, strict=True)):
-
-        def tell(fraction: float, index: int = index) -> None:
-            what = f"rounding: block {index + 1} of {len(parts)}"
-            report(what, (index + fraction) / len(parts))
-
         constants = own.constants()
         targets = [run.advance(own, constants) for run in before]
         constants = part.constants()
         here = [r for r in roundings if r.layer in part.nodes]
         # A weight that an earlier block has too is what it became there.
         constants |= _chosen(here, settled)
+        told = within(progress, index, len(parts), f"rounding: block {index + 1} of {len(parts)}")
         block = _Block(part, constants, [run.inputs(part) for run in after], targets)
         new = [r for r in here if r.values not in settled]
-        is_better = block.learn(new, steps, generator, tell)
+        is_better = block.learn(new, steps, generator, told)
         settled |= {r.values: r.packed() if is_better else None for r in new}
         constants |= _chosen(here, settled)
         for run in after:
@@ -235,7 +230,11 @@ class _Block:
         self._own = [i for i in range(len(inputs)) if i not in held_out]
 
     def learn(
-        self, roundings: Sequence[_Rounding], steps: int, source: torch.Generator, report: Tell
+        self,
+        roundings: Sequence[_Rounding],
+        steps: int,
+        source: torch.Generator,
+        progress: Progress,
     ) -> bool:
         """Learn roundings; return whether the block is better with them on held-out samples."""
         unit = self._error(self._own, {})
@@ -245,7 +244,7 @@ class _Block:
         count = max(1, _ROWS // self._rows)
         is_stacked = self._stacks()
         for step in range(steps):
-            report(step / steps)
+            progress("", step / steps)
             drawn = torch.randint(len(self._own), (count,), generator=source).tolist()
             shares = [r.share for r in roundings]
             soft = {r.weight: r.soft(s) for r, s in zip(roundings, shares, strict=True)}
@@ -311,11 +310,11 @@ def _distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     return torch.stack([(o.float() - t.float()).square().sum() for o, t in pairs]).sum()
 
 
-def _undecided(shares: Sequence[Tensor], progress: float) -> Tensor | float:
+def _undecided(shares: Sequence[Tensor], done: float) -> Tensor | float:
     """Return the mean of 1 - |2 h - 1|^b at some point of the learning."""
-    if progress < _WARM_UP:
+    if done < _WARM_UP:
         return 0.0
     high, low = _BETA
-    power = high + (low - high) * (progress - _WARM_UP) / (1 - _WARM_UP)
+    power = high + (low - high) * (done - _WARM_UP) / (1 - _WARM_UP)
     total = torch.stack([(1 - (2 * s - 1).abs() ** power).sum() for s in shares]).sum()
     return total / sum(s.numel() for s in shares)

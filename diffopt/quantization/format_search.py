@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from diffopt.execution.trajectories import run_root
 from diffopt.ir import qdq
 from diffopt.ir.flops import node_flops
 from diffopt.ir.nodes import stored
+from diffopt.progress import Progress
 from diffopt.quantization import knapsack, sensitivity
 from diffopt.quantization.quantize_body import (
     INT4_GROUP,
@@ -30,7 +31,6 @@ from diffopt.quantization.simulate import Simulator
 from diffopt.spec import suggest
 
 Goal = Literal["size", "speed", "both"]
-Report = Callable[[str, float | None], None]
 
 BUDGET = 0.02
 
@@ -152,7 +152,7 @@ def choose(
     inputs: Sequence[Sequence[Tensor]],
     held: Sequence[Sequence[Tensor]],
     store: Store,
-    report: Report,
+    progress: Progress,
 ) -> tuple[Formats, dict[str, Any]]:
     """Return the formats of layers, and what is worth knowing about the choice.
 
@@ -165,12 +165,12 @@ def choose(
         inputs: The requests to measure sensitivity with.
         held: The requests to try choices on.
         store: Quantizes weights.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     if goal == "size":
         tried = [c for c in tried if c.activations == "none"]  # quantized inputs save no bytes
     formats = candidates(simulator, nodes, tried)
-    measured = sensitivity.measure(simulator, formats, inputs, {"scale": store.scale}, report)
+    measured = sensitivity.measure(simulator, formats, inputs, {"scale": store.scale}, progress)
     own = items(simulator, formats, measured, store)
     exact = [run_root(simulator.program, request, lambda call, given: None) for request in held]
     tries = 0
@@ -180,7 +180,7 @@ def choose(
         tries += 1
         worst = 0.0
         for index, request in enumerate(held):
-            report(f"trying formats, {tries}: request {index + 1}", index / len(held))
+            progress(f"trying formats, {tries}: request {index + 1}", index / len(held))
             made = simulator.run(request, _chosen(own, choice))
             worst = max(worst, squared_relative_error(made, exact[index]) ** 0.5)
             if worst > 1.5 * budget:

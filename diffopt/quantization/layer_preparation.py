@@ -6,7 +6,7 @@ Bodies share weights, so what is made of a weight for one body is used in all of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.nodes import args, argument, calls, replace, stored
 from diffopt.ir.program import Program
+from diffopt.progress import Progress
 from diffopt.quantization import smoothquant, svdquant, weight_rounding
 from diffopt.quantization.quantize_body import Format, Formats
 from diffopt.quantization.tensor_memo import Shared
 
 aten = torch.ops.aten
-Report = Callable[[str, float | None], None]
 
 FEW = 4
 """In how many steps, of how many requests, layers' inputs are looked at to smooth them."""
@@ -127,7 +127,7 @@ def smooth_layers(
     inputs: Sequence[Sequence[Tensor]],
     scale: weight_rounding.Scale,
     shared: Shared,
-    report: Report,
+    progress: Progress,
 ) -> int:
     """Move the range of what the loop's layers read into their weights; return of how many.
 
@@ -137,11 +137,11 @@ def smooth_layers(
     todo = _to_quantize(program, scope.loop, formats)
     reads = {layer.x for _, layer, _ in todo}
     calls = by_step(scope)
-    seen = _sample(program, calls, inputs, reads, report)
+    seen = _sample(program, calls, inputs, reads, progress)
     steps = len({step for step, _ in calls})
     count = 0
     for index, (gm, layer, how) in enumerate(todo):
-        report("smoothing", index / len(todo))
+        progress("smoothing", index / len(todo))
         weight = stored(gm, layer.weight)
         assert weight is not None
 
@@ -172,14 +172,14 @@ def _sample(
     calls: Mapping[tuple[int, int], fx.Node],
     inputs: Sequence[Sequence[Tensor]],
     nodes: Collection[fx.Node],
-    report: Report,
+    progress: Progress,
 ) -> dict[fx.Node, list[Tensor]]:
     """Return the values of nodes in a few steps of each request, spread over the trajectory."""
     steps = sorted({step for step, _ in calls})
     chosen = {steps[(2 * i + 1) * len(steps) // (2 * FEW)] for i in range(FEW)}
     found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
     for index, tensors in enumerate(inputs[:FEW]):
-        report("sampling what layers read", index / len(inputs[:FEW]))
+        progress("sampling what layers read", index / len(inputs[:FEW]))
         for visit in trajectories.steps(program, calls, tensors, nodes):
             for node, value in visit.values.items():
                 # A body that few steps call may not be among the chosen: it keeps one call.
@@ -198,7 +198,7 @@ def branch_layers(
     rank: int,
     scale: weight_rounding.Scale,
     shared: Shared,
-    report: Report,
+    progress: Progress,
 ) -> int:
     """Take the largest singular values out of weights (SVDQuant); return of how many.
 
@@ -209,7 +209,7 @@ def branch_layers(
     todo = _to_quantize(program, names, formats)
     count = 0
     for index, (gm, layer, how) in enumerate(todo):
-        report("decomposing weights", index / len(todo))
+        progress("decomposing weights", index / len(todo))
         weight = stored(gm, layer.weight)
         assert weight is not None
         in_groups = layer.convolution and argument(layer.node, 6, "groups", 1) != 1

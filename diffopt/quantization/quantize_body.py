@@ -16,6 +16,7 @@ from diffopt.ir import qdq, step_tables
 from diffopt.ir.flops import graph_flops
 from diffopt.ir.nodes import args, stored
 from diffopt.ir.program import Program
+from diffopt.progress import Progress
 from diffopt.quantization import adaround, ranges, weight_rounding
 from diffopt.quantization.tensor_memo import Shared
 
@@ -258,7 +259,7 @@ def calibrated(
     inputs: Sequence[Sequence[Tensor]],
     observer: ranges.Observer,
     groups: int,
-    report: Callable[[str, float | None], None],
+    progress: Progress,
 ) -> tuple[dict[str, Range], dict[str, list[list[int]]]]:
     """Return the ranges of what layers with static scales read, and the groups of steps of each.
 
@@ -269,7 +270,7 @@ def calibrated(
         inputs: The flat inputs of requests.
         observer: How a range is chosen.
         groups: How many groups of steps have their own; 0: as many as differ.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     sites: dict[str, dict[fx.Node, str]] = {}
     for name, own in formats.items():
@@ -279,7 +280,7 @@ def calibrated(
     if not sites:
         return {}, {}
     every = {node: text for own in sites.values() for node, text in own.items()}
-    found = ranges.measure(program, by_step(scope), inputs, every, observer, report)
+    found = ranges.measure(program, by_step(scope), inputs, every, observer, progress)
     made: dict[str, Range] = {}
     grouped: dict[str, list[list[int]]] = {}
     for name, nodes in sites.items():
@@ -302,7 +303,7 @@ def learn_rounding(
     inputs: Sequence[Sequence[Tensor]],
     store: Store,
     seed: int,
-    report: Callable[[str, float | None], None],
+    progress: Progress,
 ) -> int:
     """Let `store` have better numbers than the nearest; return of how many layers.
 
@@ -332,7 +333,9 @@ def learn_rounding(
     visits = [v for tensors in inputs for v in trajectories.steps(trial, steps, tensors)]
     stride = -(-len(visits) // CALLS)
     samples = [visit.arguments for visit in visits[::stride]]
-    better = adaround.reconstruct(body, trial.components[name], samples, seed=seed, report=report)
+    better = adaround.reconstruct(
+        body, trial.components[name], samples, seed=seed, progress=progress
+    )
     for layer in qdq.layers(body):
         tensor = stored(body, layer.weight)
         if layer.node.name in better and tensor is not None:

@@ -25,9 +25,9 @@ from diffopt import optional
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
 from diffopt.ir.program import Program
+from diffopt.progress import Progress, silent
 
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
-Report = Callable[[str, float | None], None]
 
 TAIL = 5e-5
 """Which fraction of the values "percentile" cuts off at either end."""
@@ -54,7 +54,7 @@ def measure(
     inputs: Sequence[Sequence[Tensor]],
     sites: Mapping[fx.Node, str],
     observer: Observer,
-    report: Report = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> dict[fx.Node, Ranges]:
     """Return the range of each value in each step.
 
@@ -64,7 +64,7 @@ def measure(
         inputs: The flat inputs of each request.
         sites: Nodes of the called bodies, with what to call them in messages.
         observer: How a range is chosen.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     if not inputs:
         raise DiffoptError("there is nothing to calibrate with: ask for one sample or more")
@@ -73,7 +73,7 @@ def measure(
     for index, tensors in enumerate(inputs):
         for done, visit in enumerate(trajectories.steps(program, calls, tensors, sites)):
             what = f"calibrating: request {index + 1} of {len(inputs)}, step {visit.step + 1}"
-            report(what, (index + done / len(calls)) / len(inputs))
+            progress(what, (index + done / len(calls)) / len(inputs))
             for node, value in visit.values.items():
                 if not bool(value.isfinite().all()):
                     raise DiffoptError(

@@ -13,7 +13,7 @@ Errors and effects are measured at a few steps of the trajectory and interpolate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,13 @@ from diffopt.execution import trajectories
 from diffopt.execution.partial_evaluation import Evaluator, rerun
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import args
+from diffopt.progress import Progress, silent
 from diffopt.quantization.quantize_body import Format
 from diffopt.quantization.simulate import Simulator
 
 Candidates = Mapping[str, Mapping[fx.Node, Sequence[Format]]]
 """The formats to try of each layer, by component: as many, in the same order, of each."""
 
-Report = Callable[[str, float | None], None]
 
 PROBES = 5
 """At how many steps errors and effects are measured."""
@@ -69,7 +69,7 @@ def measure(
     candidates: Candidates,
     inputs: Sequence[Sequence[Tensor]],
     settings: Mapping[str, Any],
-    report: Report = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> dict[str, Sensitivity]:
     """Return what quantizing layers costs, by component.
 
@@ -78,7 +78,7 @@ def measure(
         candidates: What to try.
         inputs: The flat inputs of each request.
         settings: What the numbers depend on beside all that, as JSON: how weights are rounded.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     bodies = {name: simulator.program.components[name] for name in candidates}
     place = {n: i for body in bodies.values() for i, n in enumerate(body.graph.nodes)}
@@ -93,7 +93,9 @@ def measure(
         "ranges": {name: _ranges(simulator, name, own) for name, own in candidates.items()},
         "settings": dict(settings),
     }
-    made = trajectories.cached(key, lambda: _Bench(simulator, candidates, inputs, report).measure())
+    made = trajectories.cached(
+        key, lambda: _Bench(simulator, candidates, inputs, progress).measure()
+    )
     return {
         name: Sensitivity(
             list(layers),
@@ -126,13 +128,13 @@ class _Bench:
         simulator: Simulator,
         candidates: Candidates,
         inputs: Sequence[Sequence[Tensor]],
-        report: Report,
+        progress: Progress,
     ) -> None:
         self._sim, self._candidates, self._inputs = simulator, candidates, inputs
         self._bodies = {n: Evaluator(simulator.program.components[n]) for n in candidates}
         self._probes = {n: _probes(len(simulator.steps[n])) for n in candidates}
         self._columns = len(next(iter(next(iter(candidates.values())).values())))
-        self._report = report
+        self._progress = progress
         self._done = 0
 
     def measure(self) -> dict[str, Tensor]:
@@ -179,7 +181,7 @@ class _Bench:
 
     def _tell(self, what: str) -> None:
         own = sum(len(own) * len(self._probes[n]) for n, own in self._layers())
-        self._report(what, min(1.0, self._done / max(1, own)))
+        self._progress(what, min(1.0, self._done / max(1, own)))
 
     def _everywhere(self, name: str, values: Tensor) -> Tensor:
         """Return numbers for all steps from those at the probes, with the logarithm linear."""

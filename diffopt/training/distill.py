@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
 from diffopt.ir.program import Program
+from diffopt.progress import Progress, silent
 from diffopt.storage import checkpoints, disk_cache
 from diffopt.training import call_pairs
 from diffopt.training.distillation_loss import Matching
@@ -31,7 +32,6 @@ from diffopt.training.trainable_weights import Trained
 
 log = logging.getLogger("diffopt")
 
-Report = Callable[[str, float | None], None]
 
 HELD_OUT, HELD_REQUESTS = 4, 8
 """One request of so many is held out, and at most so many."""
@@ -105,7 +105,7 @@ def recover(
     checkpoint: Path | None = None,
     every: float = 60.0,
     workers: Workers | None = None,
-    report: Report = lambda what, fraction: None,
+    progress: Progress = silent,
 ) -> Outcome:
     """Train weights of a program in place.
 
@@ -119,7 +119,7 @@ def recover(
         checkpoint: The folder for the state of the training.
         every: Seconds between two checkpoints.
         workers: The processes that do it together.
-        report: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     workers = workers or Workers()
     if settings.batch < workers.count:
@@ -136,9 +136,9 @@ def recover(
     pairs: list[list[call_pairs.Pair]] = []
     led = round(settings.own * (len(inputs) - _held(len(inputs))))
     for i, tensors in enumerate(inputs):
-        report(f"sampling: request {i + 1} of {len(inputs)}", None)
+        progress(f"sampling: request {i + 1} of {len(inputs)}", None)
         pairs.append(call_pairs.gather(own, other, tensors, i, own=i < led))
-    trainer = _Trainer(program, reference, trained, pairs, settings, workers, report)
+    trainer = _Trainer(program, reference, trained, pairs, settings, workers, progress)
     digest = {
         "recover": 2,
         "program": trajectories.identity(program, inputs),
@@ -173,10 +173,10 @@ class _Trainer:
         pairs: Sequence[Sequence[call_pairs.Pair]],
         settings: Settings,
         workers: Workers,
-        report: Report,
+        progress: Progress,
     ) -> None:
         self._trained, self._settings, self._workers = trained, settings, workers
-        self._report = report
+        self._progress = progress
         held = _held(len(pairs))
         self._pairs = [pair for own in pairs[:-held] for pair in own]
         out = [pair for own in pairs[-held:] for pair in own]
@@ -263,7 +263,7 @@ class _Trainer:
                 mean.lerp_(leaf.detach(), 1 - keeps)
         least = min(self._errors.values())
         what = f"recovering: step {self._step + 1}, loss {float(total):.3g}, best error {least:.3g}"
-        self._report(what, self._step / settings.steps)
+        self._progress(what, self._step / settings.steps)
         return ""
 
     def _largest_rate(self) -> float:

@@ -15,13 +15,13 @@ LEVEL = 19  # of zstandard, for the size of compressed files
 
 def looker(study: Study, target: str, count: int) -> Look:
     """Return what measures an engine's file and `count` images that it makes."""
-    reference = study.images(REFERENCE, count, 0, lambda done: None)
+    reference = study.images(REFERENCE, count, 0)
     features = image_metrics.features(reference, size=SIZE)
 
     def look(config: str, engine: diffopt.Engine) -> dict[str, Any]:
         requests = [study.request(k, k) for k in range(count)]
         made = torch.cat([engine(**request, output_type="pt")[0] for request in requests])
-        emulated = study.images(config, count, 0, lambda done: None)
+        emulated = study.images(config, count, 0)
         return {
             "images": count,
             "engine": _distance(made, reference, features),

@@ -111,7 +111,7 @@ def measure(
             key: lambda seed, e=engine: e(**request, seed=seed, output_type="pt")[0]
             for key, engine in engines.items()
         }
-        found = timing.measure(contenders, next(iter(contenders)), rounds=rounds, report=report)
+        found = timing.measure(contenders, next(iter(contenders)), rounds=rounds, progress=report)
     times = {
         key: {"seconds": own.seconds, "psnr": own.psnr, "max_abs": own.max_abs, **sizes[key]}
         for key, own in found.items()

@@ -16,6 +16,7 @@ from torch import Tensor
 import diffopt
 from diffopt.cli import image_metrics, timing
 from diffopt.errors import DiffoptError
+from diffopt.progress import within
 from examples.benchmarks import report
 from examples.models.fashion import DEBIAN, images
 from examples.study.results import Results
@@ -62,7 +63,7 @@ def quality(
             REFERENCE,
             count,
             first,
-            lambda n, i=index: clock.tell(f"image {n} of {count}", i + n / count),
+            within(clock.tell, index, 2),
         )
         for index, first in enumerate((0, OTHER_SEEDS))
     )
@@ -79,7 +80,7 @@ def quality(
     for index, config in enumerate(configs):
         if not left(results, at, [config], "quality"):
             continue  # another process has measured it meanwhile
-        clock.tell(config, index)
+        clock.tell(config, index / len(configs))
         own_cost = cost_of(study, at, config, results, cost)
         if own_cost is None:
             continue
@@ -87,7 +88,7 @@ def quality(
             config,
             count,
             0,
-            lambda n, i=index, c=config: clock.tell(f"{c}, image {n} of {count}", i + n / count),
+            within(clock.tell, index, len(configs), f"{config}, "),
         )
         own = study.features(config, made, 0)
         found = compare(made, own, reference, x)
@@ -137,11 +138,11 @@ def times(
             costs = {c: own for c, own in found_costs.items() if own is not None}
             engines = {}
             for config in costs:
-                clock.tell(f"building {config}", start)
+                clock.tell(f"building {config}", start / len(configs))
                 path = Path(name) / study.path(config, ".engine").name
                 with refusals(at, config, results):
                     engines[config] = diffopt.build(study.program(config), target, path)
-            clock.tell("timing", start)
+            clock.tell("timing", start / len(configs))
             contenders = {c: images_of(study, engine) for c, engine in engines.items()}
             found = timing.measure(contenders, REFERENCE, rounds=rounds)
             for config, engine in engines.items():
@@ -247,8 +248,9 @@ class Clock:
         self.count = count
         self.started = time.monotonic()
 
-    def tell(self, item: str, done: float) -> None:
-        """Say that `done` of all items are done, a part of this one included."""
+    def tell(self, item: str, fraction: float | None) -> None:
+        """Say which fraction of all items is done, a part of this one included."""
+        done = (fraction or 0.0) * self.count
         spent = time.monotonic() - self.started
         left = f"about {(self.count - done) * spent / done / 60:.0f} min left" if done else ""
         report(f"{self.what}, {item}: {done:.1f} of {self.count} {left}".rstrip())

@@ -14,6 +14,7 @@ import diffopt
 from diffopt.cli import image_metrics
 from diffopt.core import Pipeline
 from diffopt.ir.program import Program
+from diffopt.progress import Progress, silent
 from examples.benchmarks import report
 from examples.models.fashion import CLASSES
 from examples.study.models import ARGUMENTS, GUIDANCE, load
@@ -108,13 +109,13 @@ class Study:
         program.save(self.path(config, ".program"))
         self.path(config, ".json").write_text(json.dumps(cost))
 
-    def images(self, config: str, count: int, first: int, tell: Callable[[int], None]) -> Tensor:
+    def images(self, config: str, count: int, first: int, progress: Progress = silent) -> Tensor:
         """Return the images of seeds from `first` on, as a tensor [count, 1, 32, 32]."""
         path = self.path(config, f".{first}.pt")
         made: Tensor = torch.load(path) if path.exists() else torch.empty(0, 1, 32, 32)
         while len(made) < count:
             batched = self._batched(config)
-            tell(len(made))
+            progress(f"image {len(made)} of {count}", len(made) / count)
             chunk = range(len(made), min(len(made) + CHUNK, count))
             requests = [self.request(k, first + k) for k in chunk]
             flat = [batched.prepare(**request) for request in requests]

@@ -14,6 +14,7 @@ from diffopt.errors import DiffoptError, ToleranceError
 from diffopt.execution import trajectories
 from diffopt.execution.partial_evaluation import Evaluator
 from diffopt.ir.program import Program
+from diffopt.progress import silent
 from tests.zoo import traced
 
 STEPS = 6
@@ -33,7 +34,7 @@ def program(request: pytest.FixtureRequest) -> Program:
 @pytest.fixture(scope="module")
 def lab(program: Program) -> Lab:
     inputs = trajectories.requests(program, (), 2, 0)
-    return Lab(apply_plan.find_loop(program), inputs, lambda what, fraction: None)
+    return Lab(apply_plan.find_loop(program), inputs, silent)
 
 
 def relative_error(new: Program, old: Program, lab: Lab) -> float:

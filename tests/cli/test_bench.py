@@ -38,7 +38,7 @@ def test_measure() -> None:
         rounds=3,
         warmup=2,
         seed=7,
-        report=lambda what, fraction: told.append(what),
+        progress=lambda what, fraction: told.append(what),
     )
     assert calls[:4] == [("eager", 7), ("eager", 7), ("near", 7), ("near", 7)]
     assert calls[4:] == [(name, seed) for seed in (7, 8, 9) for name in ("eager", "near")]

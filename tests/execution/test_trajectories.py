@@ -346,7 +346,7 @@ def test_errors_are_means_over_requests_and_nodes(program: Program) -> None:
     groups = {"one": nodes[:1], "all": nodes}
     told: list[tuple[str, float | None]] = []
     found = trajectories.step_errors(
-        program, loop(program), groups, inputs, reach=2, report=lambda *row: told.append(row)
+        program, loop(program), groups, inputs, reach=2, progress=lambda *row: told.append(row)
     )
     runs = [list(trajectories.steps(program, loop(program), row, nodes)) for row in inputs]
     for name, group in groups.items():

@@ -261,7 +261,7 @@ def test_progress_is_told() -> None:
     gm = body(linears, *samples(linears, 1)[0])
     told: list[tuple[str, float | None]] = []
     adaround.reconstruct(
-        gm, quantized(gm), samples(linears, 4), steps=2, report=lambda *row: told.append(row)
+        gm, quantized(gm), samples(linears, 4), steps=2, progress=lambda *row: told.append(row)
     )
     assert [what for what, _ in told[::2]] == ["rounding: block 1 of 2", "rounding: block 2 of 2"]
     assert [fraction for _, fraction in told] == [0, 0.25, 0.5, 0.75]

@@ -19,6 +19,7 @@ from diffopt.execution.calibration_inputs import requests
 from diffopt.ir import qdq
 from diffopt.ir.nodes import stored
 from diffopt.ir.program import Program
+from diffopt.progress import silent
 from diffopt.quantization import format_search, quantize_body, sensitivity, weight_rounding
 from diffopt.quantization.quantize_body import Format, Store
 from diffopt.quantization.simulate import Simulator
@@ -49,9 +50,7 @@ def prepared(
     formats = format_search.candidates(Simulator(program, scope, {}, store), nodes, tried)
     first = {n: {x: own[0] for x, own in f.items()} for n, f in formats.items()}
     inputs = requests(program, None, 2)
-    found, _ = quantize_body.calibrated(
-        program, scope, first, inputs, "minmax", 0, lambda what, fraction: None
-    )
+    found, _ = quantize_body.calibrated(program, scope, first, inputs, "minmax", 0, silent)
     return Simulator(program, scope, found, store), formats, scope, dict(found)
 
 

@@ -29,6 +29,7 @@ from diffopt.lowering.onnx import export
 from diffopt.lowering.target import parse_target
 from diffopt.lowering.trt import builder, library, plan_runtime, qdq_legalize
 from diffopt.lowering.trt.builder import Plan, Settings
+from diffopt.progress import silent
 from diffopt.storage.container import Archive
 from tests import loops
 from tests.command import Run
@@ -148,7 +149,7 @@ def test_quantized_layers_run_on_what_they_are_quantized_to(
 @needs_rtx
 def test_one_plan_for_a_range_of_requests() -> None:
     batched = Pipeline.parse("batch(max=4)").run(program())
-    made = parse_target("rtx4090:tensorrt(level=0)").compile(batched, lambda what, done: None)
+    made = parse_target("rtx4090:tensorrt(level=0)").compile(batched, silent)
     assert set(made.members) == {"unet.plan", "vae.plan", "(build).json"}
     assert made.bodies["unet"]["steps"]["gemm fp32"] == 2
 

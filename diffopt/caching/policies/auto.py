@@ -193,7 +193,7 @@ class _Search:
         """Return the true error of the output; infinity if that is known to be above a limit."""
         if chosen not in self._errors:
             done = len(self._errors)
-            self.lab.report("checking schedules", min(1.0, done / self.trials))
+            self.lab.progress("checking schedules", min(1.0, done / self.trials))
             self._errors[chosen] = self.lab.error(self.plan(chosen), limit)
         return self._errors[chosen]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffopt.errors import DiffoptError
 from diffopt.lowering.trt import plan_report
 from diffopt.lowering.trt.library import Library, complaints, logger
+from diffopt.progress import Progress, silent
 
 if TYPE_CHECKING:
     import onnx
@@ -21,7 +22,6 @@ Shape = tuple[int, ...]
 Ranges = Mapping[str, tuple[Shape, Shape]]
 """The smallest and the largest shape of inputs that have more than one."""
 
-Tell = Callable[[float], None]
 
 # A weight of this many bytes is handed to the parser where it lies: a model file that holds all of
 # them may have 2 GiB at most.
@@ -72,7 +72,7 @@ def build(
     library: Library,
     settings: Settings,
     ranges: Ranges,
-    tell: Tell = lambda fraction: None,
+    progress: Progress = silent,
 ) -> Plan:
     """Build the plan of one component.
 
@@ -82,7 +82,7 @@ def build(
         library: What to build with, and for what.
         settings: How.
         ranges: Of inputs without a fixed shape.
-        tell: Called with the fraction done.
+        progress: Called with what is being done and the fraction done.
     """
     trt = library.trt
     log = logger(trt)
@@ -93,7 +93,7 @@ def build(
     parser = trt.OnnxParser(network, log)
     kept = _parse(name, model, parser)
     config = _config(builder, network, library, settings, ranges)
-    with _monitor(trt, tell) as monitor:
+    with _monitor(trt, progress) as monitor:
         config.progress_monitor = monitor
         made = builder.build_serialized_network(network, config)
         if monitor.error is not None:
@@ -203,7 +203,7 @@ def _reason(lines: list[tuple[str, str]]) -> str:
 
 
 @contextmanager
-def _monitor(trt: Any, tell: Tell) -> Iterator[Any]:
+def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
     """Give a progress monitor that ends the build when the user interrupts it."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -222,7 +222,7 @@ def _monitor(trt: Any, tell: Tell) -> Iterator[Any]:
             try:  # an exception cannot pass through the builder
                 now = max(self.done(name) for name, p in self.phases.items() if not p[0])
                 self.most = max(self.most, now)  # phases come up while others are done
-                tell(self.most)
+                progress("building", self.most)
             except BaseException as error:
                 self.error = error
             return self.error is None

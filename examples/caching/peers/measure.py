@@ -69,7 +69,7 @@ def compare(peer: Peer, options: argparse.Namespace, folder: Path) -> dict[str, 
     with compiling():
         if options.compile:
             contenders |= compiled_contenders(peer, steps, row)
-        results = timing.measure(contenders, EAGER, rounds=options.rounds, report=report)
+        results = timing.measure(contenders, EAGER, rounds=options.rounds, progress=report)
     row["contenders"] = {
         name: {
             "seconds": result.seconds,
