@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffopt
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import Part, Policy, branch_values, hold, merge, option
 from diffopt.core import Context
@@ -37,7 +37,7 @@ class PyramidAttention(Policy):
     start: float = option(0.2, "fraction of the steps at the beginning that compute everything")
     end: float = option(0.1, "fraction of the steps at the end that compute everything")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take the outputs of both kinds, each by its own schedule."""
         first, last = loop.steps * self.start, loop.steps * (1 - self.end)
         always = {i for i in range(loop.steps) if not first <= i < last}

@@ -24,7 +24,7 @@ Not rewritten when
 
 from dataclasses import dataclass
 
-from diffopt.analysis.denoiser_structure import anatomy
+from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.caching import apply_plan, reuse_plan, step_map
 from diffopt.caching.policy import Policy, check_fits, policy_names
 from diffopt.core import Context, Pass, option
@@ -56,7 +56,7 @@ class Cache(Pass):
                 f"{', '.join(policy_names())}"
             )
         loop = apply_plan.find_loop(program)
-        parts = anatomy(loop.body, loop.changing)
+        parts = analyze_denoiser(loop.body, loop.changing)
         check_fits(self.policy, loop.name, parts)
         plan = {i: taken for i, taken in self.policy.plan(loop, parts, ctx).items() if taken}
         if not plan:

@@ -22,12 +22,12 @@ After `cast(bf16,islands=norms)`:
     %8: float32[2,8] = aten._to_copy(%7, dtype=float32)
     return %8
 
-Layers and what reads their values change; the pipeline graph, what only leads up to layers or comes
-after the last one, float64 and integers do not (see `diffopt.analysis.dtype_regions` for the
-terms). Components take and return float32, but for values that go from component to component
-alone. With
-`islands=auto` each component runs on a few of its calls, as a whole in the low type and with each
-kind of island in float32, and a kind stays that takes at least `share` off the squared error.
+Layers and what reads their values change; the pipeline graph, operators before the first and after
+the last layer, float64 and integers do not (see `diffopt.analysis.dtype_regions` for the terms).
+Arguments and results of components are float32, but for values that are passed from component to
+component alone. With `islands=auto` each component runs on a few of its calls, entirely in the low
+type and with each kind of island in float32, and a kind is kept in float32 that removes at least
+`share` of the squared error.
 
 Not rewritten when
 - a component has no layers, or one that computes in 16 bits already;
@@ -42,14 +42,20 @@ from typing import Any, Literal
 
 import torch
 
-from diffopt.analysis.dtype_regions import Cut, halves, islands, layers, timed_arguments
+from diffopt.analysis.dtype_regions import (
+    DtypePlan,
+    half_dtype,
+    islands,
+    layers,
+    timestep_arguments,
+)
 from diffopt.core import Context, Pass, option
 from diffopt.errors import DiffoptError
 from diffopt.execution.calibration_inputs import requests
 from diffopt.ir.program import Program
-from diffopt.precision.boundary_dtypes import find_crossings
-from diffopt.precision.cast_body import Weights, cast_body, update_calls
-from diffopt.precision.island_search import Chosen, Trial, choose, record
+from diffopt.precision.boundary_dtypes import assign_boundary_dtypes
+from diffopt.precision.cast_body import LowWeights, cast_body, update_calls
+from diffopt.precision.island_search import CastTrial, IslandChoice, record_calls, search_islands
 
 Islands = Literal["auto", "none", "norms", "softmax", "time", "output"]
 
@@ -83,54 +89,59 @@ class Cast(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Choose islands for each component, and rewrite it."""
         low = _TYPES[self.dtype]
-        cuts = self._cuts(program, low, ctx)
-        if not cuts:
+        plans = self._plans(program, low, ctx)
+        if not plans:
             return
-        find_crossings(program, cuts)
-        weights = Weights(low)
+        assign_boundary_dtypes(program, plans)
+        weights = LowWeights(low)
         (inputs,) = requests(program, ctx.prompts, 1, ctx.seed)
         ctx.progress("cast: running the program in float32")
-        seen = record(program, cuts, inputs, self.calls)
-        for number, name in enumerate(list(cuts)):
-            ctx.progress(f"cast: measuring {name}", number / len(cuts))
-            found = self._choose(program, name, cuts[name], seen.pop(name), weights)
-            if found.reason:
-                ctx.skip(name, found.reason)
-                del cuts[name]
+        seen = record_calls(program, plans, inputs, self.calls)
+        for number, name in enumerate(list(plans)):
+            ctx.progress(f"cast: measuring {name}", number / len(plans))
+            choice = self._search(program, name, plans[name], seen.pop(name), weights)
+            if choice.reason:
+                ctx.skip(name, choice.reason)
+                del plans[name]
                 continue
-            for node, reason in found.unsupported.items():
+            for node, reason in choice.unsupported.items():
                 ctx.skip(f"{name}.{node}", f"stays in float32: {reason}")
-            ctx.note(name, _note(found))
-        find_crossings(program, cuts)
-        for name, cut in cuts.items():
-            program.root._modules[name] = cast_body(cut, weights)
+            ctx.note(name, _note(choice))
+        assign_boundary_dtypes(program, plans)
+        for name, plan in plans.items():
+            program.root._modules[name] = cast_body(plan, weights)
         update_calls(program)
 
-    def _cuts(self, program: Program, low: torch.dtype, ctx: Context) -> dict[str, Cut]:
-        cuts = {}
+    def _plans(self, program: Program, low: torch.dtype, ctx: Context) -> dict[str, DtypePlan]:
+        plans = {}
         for name, body in program.components.items():
-            already = halves(body)
+            half = half_dtype(body)
             if not layers(body):
                 ctx.skip(name, "has no layers, nothing would be faster")
-            elif already is not None:
-                ctx.skip(name, f"computes in {str(already).removeprefix('torch.')} already")
+            elif half is not None:
+                ctx.skip(name, f"computes in {str(half).removeprefix('torch.')} already")
             elif program.calls(name):
-                cuts[name] = Cut(body, low)
-        return cuts
+                plans[name] = DtypePlan(body, low)
+        return plans
 
-    def _choose(
-        self, program: Program, name: str, cut: Cut, calls: list[list[torch.Tensor]], made: Weights
-    ) -> Chosen:
-        kinds = islands(cut, timed_arguments(program, name))
+    def _search(
+        self,
+        program: Program,
+        name: str,
+        plan: DtypePlan,
+        calls: list[list[torch.Tensor]],
+        low_weights: LowWeights,
+    ) -> IslandChoice:
+        kinds = islands(plan, timestep_arguments(program, name))
         fixed = None if self.islands == ("auto",) else [k for k in kinds if k in self.islands]
-        return choose(Trial(cut, calls, made), kinds, fixed, self.share)
+        return search_islands(CastTrial(plan, calls, low_weights), kinds, fixed, self.share)
 
 
-def _note(found: Chosen) -> dict[str, Any]:
-    shares = {kind: round(share, 3) for kind, share in found.shares.items()}
+def _note(choice: IslandChoice) -> dict[str, Any]:
+    shares = {kind: round(share, 3) for kind, share in choice.shares.items()}
     return {
-        "islands": list(found.kinds),
+        "islands": list(choice.kinds),
         "share of the squared error": shares,
-        "relative error": float(f"{found.error**0.5:.3g}"),
-        "without islands": float(f"{found.without**0.5:.3g}"),
+        "relative error": float(f"{choice.error**0.5:.3g}"),
+        "without islands": float(f"{choice.without**0.5:.3g}"),
     }

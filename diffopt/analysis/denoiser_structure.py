@@ -1,19 +1,21 @@
-"""What a denoiser's body consists of, found in its graph alone.
+"""Recover the structure of a denoiser's body (residual streams, blocks, skips) from its graph.
 
 Terms:
 
-- A value *lives* if it depends on the arguments that change with the latents and an output depends
-  on it. Everything else (weights, the timestep's rows, the prompt's keys and values) is *fixed*.
-- A *residual* is an addition of two living values, `stream_out = stream_in + value`, where the
-  branch `value` is computed by layers from the stream: from `stream_in`, from what `stream_in` is
-  another layout, scale or projection of (`source`; a shortcut's convolution), or, for branches side
-  by side, from an earlier value of the same stream.
+- A value is *loop-variant* if it depends on the arguments that change with the latents and an
+  output depends on it. Everything else (weights, the timestep's rows, the prompt's keys and values)
+  is *loop-invariant*.
+- A *residual* is an addition of two loop-variant values, `stream_out = stream_in + value`, where
+  the branch `value` is computed by layers from the stream: from `stream_in`, from what `stream_in`
+  is another layout, scale or projection of (`source`; a shortcut's convolution), or, for branches
+  side by side, from an earlier value of the same stream.
 - A *residual stream* is a chain of such values, x[k+1] = x[k] + f[k](x[k]). It begins where its
   first source is not a residual's result: at an embedding, a concatenation, a resampling. A stream
-  whose first value is fixed (the text of a joint attention) begins with `fixed + attention`.
-- A *gate* multiplies a branch's value by a fixed value; `ungated` is what it multiplies.
+  whose first value is loop-invariant (the text of a joint attention) begins with that value plus an
+  attention.
+- A *gate* multiplies a branch's value by a loop-invariant one; `ungated` is what it multiplies.
 - An *attention* is one fused operator, or products of activations with no layer between them
-  (softmax(QK)V, linear attention). It is *cross* if its keys and values are fixed.
+  (softmax(QK)V, linear attention). It is *cross* if its keys and values are loop-invariant.
 - A branch's *kind* is the first that holds of what it does outside of residuals inside it:
   attention or cross-attention, convolution (with a kernel larger than 1 over mixed channels), mlp
   (layers and an activation). It is *other* if none does, and if another stream is inside it: around
@@ -24,8 +26,8 @@ Terms:
   one that layers computed from it (`deep`).
 
 Algorithm: each node's ancestors and descendants are bit sets in the graph's order, so that "between
-a and b" is one `&`. Additions are visited in order; the back walks (`Walk.back`) step over what
-does not change a value's meaning. Names of modules are never read.
+a and b" is one `&`. Additions are visited in order; `Reachability.origin` steps back over what does
+not change a value's meaning. Names of modules are never read.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,12 +38,12 @@ import torch
 from torch import fx
 
 from diffopt.analysis.attention import Attention, find_attentions
-from diffopt.analysis.reachability import Walk, packet, shape
+from diffopt.analysis.reachability import Reachability, packet, shape
 from diffopt.analysis.residuals import Residual, attention_before, find_streams, operands, previous
 
 aten = torch.ops.aten
 
-Kind = Literal["attention", "cross-attention", "mlp", "convolution", "other"]
+BranchKind = Literal["attention", "cross-attention", "mlp", "convolution", "other"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,7 @@ class Branch:
     stream_in: fx.Node
     stream_out: fx.Node
     source: fx.Node
-    kind: Kind
+    kind: BranchKind
     attentions: tuple[Attention, ...]
     inner: tuple["Branch", ...]
 
@@ -79,7 +81,7 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Branches that belong together, and the values of their streams before and after them.
+    """Branches of one block, and the values of their streams before and after them.
 
     Attributes:
         first: The first node, in the graph's order, that works on a stream.
@@ -107,7 +109,7 @@ class Skip:
 
 
 @dataclass(frozen=True, eq=False)
-class Anatomy:
+class DenoiserStructure:
     """The parts of a body: branches, blocks and streams in the graph's order, skips by index."""
 
     streams: tuple[Stream, ...]
@@ -118,25 +120,25 @@ class Anatomy:
 
     @property
     def middle(self) -> fx.Node | None:
-        """What comes up from the deepest part: the deep operand of the first skip."""
+        """The result of the deepest level: the deep operand of the first skip."""
         return self.skips[-1].deep if self.skips else None
 
 
-def anatomy(body: fx.GraphModule, changing: Collection[fx.Node]) -> Anatomy:
-    """Find the parts of a body, of which the placeholders `changing` change with the latents."""
-    walk = Walk(body, changing)
-    attentions = find_attentions(walk)
-    chains = find_streams(walk, attentions)
-    made: dict[fx.Node, Branch] = {}
+def analyze_denoiser(body: fx.GraphModule, loop_variant: Collection[fx.Node]) -> DenoiserStructure:
+    """Return the structure of a body; `loop_variant` are the placeholders that see the latents."""
+    reach = Reachability(body, loop_variant)
+    attentions = find_attentions(reach)
+    chains = find_streams(reach, attentions)
+    branches: dict[fx.Node, Branch] = {}
     stream_of = {residual: i for i, chain in enumerate(chains) for residual in chain}
-    for residual in sorted(stream_of, key=lambda r: walk.index[r.out]):
-        made[residual.out] = _branch(walk, residual, stream_of, made, attentions)
-    streams = [_stream(walk, chain, made) for chain in chains]
-    return Anatomy(
+    for residual in sorted(stream_of, key=lambda r: reach.index[r.out]):
+        branches[residual.out] = _branch(reach, residual, stream_of, branches, attentions)
+    streams = [_stream(reach, chain, branches) for chain in chains]
+    return DenoiserStructure(
         tuple(streams),
-        tuple(_find_blocks(walk, streams)),
-        tuple(made.values()),
-        tuple(_find_skips(walk, made)),
+        tuple(_find_blocks(reach, streams)),
+        tuple(branches.values()),
+        tuple(_find_skips(reach, branches)),
         tuple(attentions),
     )
 
@@ -145,76 +147,78 @@ def anatomy(body: fx.GraphModule, changing: Collection[fx.Node]) -> Anatomy:
 
 
 def _branch(
-    walk: Walk,
+    reach: Reachability,
     residual: Residual,
     stream_of: Mapping[Residual, int],
-    made: dict[fx.Node, Branch],
+    branches: dict[fx.Node, Branch],
     attentions: Sequence[Attention],
 ) -> Branch:
-    own = nodes = _nodes(walk, residual, attentions)
+    exclusive = nodes = _branch_nodes(reach, residual, attentions)
     inner, others = [], False
     for other, stream in stream_of.items():
-        if other is not residual and nodes >> walk.index[other.out] & 1:
-            inner.append(made[other.out])
-            own &= ~_nodes(walk, other, attentions)
+        if other is not residual and nodes >> reach.index[other.out] & 1:
+            inner.append(branches[other.out])
+            exclusive &= ~_branch_nodes(reach, other, attentions)
             others |= stream != stream_of[residual]
-    used = tuple(a for a in attentions if own >> walk.index[a.node] & 1)
+    used = tuple(a for a in attentions if exclusive >> reach.index[a.node] & 1)
     return Branch(
         residual.value,
-        _ungated(walk, residual.value),
+        _ungated(reach, residual.value),
         residual.stream,
         residual.out,
         residual.source,
-        "other" if others else _kind(walk, own, used),
+        "other" if others else _kind(reach, exclusive, used),
         used,
         tuple(inner),
     )
 
 
-def _nodes(walk: Walk, residual: Residual, attentions: Sequence[Attention]) -> int:
+def _branch_nodes(reach: Reachability, residual: Residual, attentions: Sequence[Attention]) -> int:
     """Return the nodes of a branch."""
-    nodes = walk.between(residual.source, residual.value)
-    if not walk.lives(residual.source):
-        # Its own part of the attention may be in a prologue: the result is the least it has.
-        end = attention_before(walk, residual.value, attentions)
+    nodes = reach.between(residual.source, residual.value)
+    if not reach.is_loop_variant(residual.source):
+        # Its inputs of the attention may be computed in a prologue: the result never is.
+        end = attention_before(reach, residual.value, attentions)
         if end is not None:
-            nodes |= walk.between(end, residual.value) | walk.mask([end])
+            nodes |= reach.between(end, residual.value) | reach.bits([end])
     return nodes
 
 
-def _ungated(walk: Walk, value: fx.Node) -> fx.Node:
-    """Return what the last gate on the way to a value multiplies."""
-    for node in walk.trail(value):
+def _ungated(reach: Reachability, value: fx.Node) -> fx.Node:
+    """Return the operand of the last gate in front of a value, or the value itself."""
+    for node in reach.origins(value):
         if packet(node) in (aten.add, aten.sub):
             break
-        fixed = [n for n in node.all_input_nodes if not walk.lives(n)]
-        if packet(node) is aten.mul and fixed:
-            return walk.living_inputs(node)[0]
+        invariant = [n for n in node.all_input_nodes if not reach.is_loop_variant(n)]
+        if packet(node) is aten.mul and invariant:
+            return reach.loop_variant_inputs(node)[0]
     return value
 
 
-def _kind(walk: Walk, own: int, attentions: Sequence[Attention]) -> Kind:
+def _kind(reach: Reachability, nodes: int, attentions: Sequence[Attention]) -> BranchKind:
     if attentions:
         return "cross-attention" if all(a.cross for a in attentions) else "attention"
-    if own & walk.kernels:
+    if nodes & reach.spatial:
         return "convolution"
-    return "mlp" if own & walk.layers and own & walk.activations else "other"
+    return "mlp" if nodes & reach.layers and nodes & reach.activations else "other"
 
 
-def _stream(walk: Walk, chain: Sequence[Residual], made: Mapping[fx.Node, Branch]) -> Stream:
+def _stream(
+    reach: Reachability, chain: Sequence[Residual], branches: Mapping[fx.Node, Branch]
+) -> Stream:
     by_out = {residual.out: residual for residual in chain}
     current: fx.Node | None = chain[-1].out
     values = []
     while current is not None:
         values.append(current)
         first = by_out[current].source
-        current = previous(walk, by_out[current], by_out)
-    return Stream((first, *reversed(values)), tuple(made[r.out] for r in chain))
+        current = previous(reach, by_out[current], by_out)
+    return Stream((first, *reversed(values)), tuple(branches[r.out] for r in chain))
 
 
-def _find_blocks(walk: Walk, streams: Sequence[Stream]) -> list[Block]:
+def _find_blocks(reach: Reachability, streams: Sequence[Stream]) -> list[Block]:
     """Find the blocks of all streams, in the graph's order."""
-    parts: list[list[list[Branch]]] = []  # of each block, for each of its streams the branches
+    runs: list[list[list[Branch]]] = []  # [block][stream]: branches
     shared: dict[Attention, list[list[Branch]]] = {}
     for stream in streams:
         for run in _runs(stream.branches):
@@ -222,11 +226,11 @@ def _find_blocks(walk: Walk, streams: Sequence[Stream]) -> list[Block]:
             block = next((shared[a] for a in used if a in shared), None)
             if block is None:
                 block = []
-                parts.append(block)
+                runs.append(block)
             block.append(run)
             shared.update(dict.fromkeys(used, block))
-    blocks = [_block(walk, part) for part in parts]
-    return sorted(blocks, key=lambda block: walk.index[block.last])
+    blocks = [_block(reach, block_runs) for block_runs in runs]
+    return sorted(blocks, key=lambda block: reach.index[block.last])
 
 
 def _runs(branches: Sequence[Branch]) -> Iterator[list[Branch]]:
@@ -244,26 +248,30 @@ def _runs(branches: Sequence[Branch]) -> Iterator[list[Branch]]:
     yield from ([b] for b in waiting)
 
 
-def _block(walk: Walk, runs: Sequence[Sequence[Branch]]) -> Block:
-    branches = sorted((b for run in runs for b in run), key=lambda b: walk.index[b.stream_out])
+def _block(reach: Reachability, runs: Sequence[Sequence[Branch]]) -> Block:
+    branches = sorted((b for run in runs for b in run), key=lambda b: reach.index[b.stream_out])
     nodes = 0
     for branch in branches:
-        nodes |= walk.between(branch.source, branch.stream_out)
-    nodes &= walk.alive
+        nodes |= reach.between(branch.source, branch.stream_out)
+    nodes &= reach.loop_variant
     return Block(
-        walk.nodes[(nodes & -nodes).bit_length() - 1],
+        reach.nodes[(nodes & -nodes).bit_length() - 1],
         branches[-1].stream_out,
         tuple(run[0].source for run in runs),
-        tuple(_settled(walk, run[-1].stream_out) for run in runs),
+        tuple(_final_value(reach, run[-1].stream_out) for run in runs),
         tuple(branches),
     )
 
 
-def _settled(walk: Walk, node: fx.Node) -> fx.Node:
+def _final_value(reach: Reachability, node: fx.Node) -> fx.Node:
     """Return a stream's value after the casts and scalings that all its readers see."""
     while len(node.users) == 1:
         (user,) = node.users
-        if not walk.lives(user) or walk.back(user) is not node or shape(user) != shape(node):
+        if (
+            not reach.is_loop_variant(user)
+            or reach.origin(user) is not node
+            or shape(user) != shape(node)
+        ):
             break
         node = user
     return node
@@ -272,24 +280,24 @@ def _settled(walk: Walk, node: fx.Node) -> fx.Node:
 # Skips
 
 
-def _find_skips(walk: Walk, residuals: Collection[fx.Node]) -> list[Skip]:
-    """Find concatenations of a value with one that is computed from it, the last one first."""
-    found: list[Skip] = []
-    for node in reversed(walk.nodes):
-        operands = walk.living_inputs(node)
-        if packet(node) is not aten.cat or len(operands) != 2 or not walk.lives(node):
+def _find_skips(reach: Reachability, residuals: Collection[fx.Node]) -> list[Skip]:
+    """Return concatenations of a value with one that is computed from it, the last one first."""
+    skips: list[Skip] = []
+    for node in reversed(reach.nodes):
+        operands = reach.loop_variant_inputs(node)
+        if packet(node) is not aten.cat or len(operands) != 2 or not reach.is_loop_variant(node):
             continue
         for shallow, deep in (operands, operands[::-1]):
-            terms = _terms(walk, shallow, residuals)
-            if any(walk.between(n, deep) & walk.layers for n in terms):
-                found.append(Skip(node, deep, shallow, len(found)))
+            terms = _summands(reach, shallow, residuals)
+            if any(reach.between(n, deep) & reach.layers for n in terms):
+                skips.append(Skip(node, deep, shallow, len(skips)))
                 break
-    return found
+    return skips
 
 
-def _terms(walk: Walk, value: fx.Node, residuals: Collection[fx.Node]) -> list[fx.Node]:
-    """Return what a value is in other layouts, and what the last of them is the sum of."""
-    terms = list(walk.trail(value))
-    # A branch is not from outside: its stream goes on.
+def _summands(reach: Reachability, value: fx.Node, residuals: Collection[fx.Node]) -> list[fx.Node]:
+    """Return a value in all its layouts, and the operands of the sum that the first of them is."""
+    terms = list(reach.origins(value))
+    # The sum of a residual is no sum with features from outside (a ControlNet's).
     pair = operands(terms[-1]) if terms[-1] not in residuals else None
-    return [*terms, *(n for term in pair or () for n in walk.trail(term))]
+    return [*terms, *(n for term in pair or () for n in reach.origins(term))]

@@ -1,6 +1,6 @@
-"""A graph's nodes with their ancestors and descendants as bit sets, and what a value comes from.
+"""Ancestors and descendants of a graph's nodes as bit sets, and the origins of values.
 
-With a bit for each node, "between a and b" is one `&`; see `anatomy` for the terms.
+With a bit for each node, "between a and b" is one `&`; see `denoiser_structure` for the terms.
 """
 
 import operator
@@ -64,99 +64,102 @@ def _mixes_space(node: fx.Node) -> bool:
 
 
 def _part_of(node: fx.Node) -> fx.Node | None:
-    """Return what a value is a part of, quantized or not; None if it is none."""
+    """Return the tensor of which a value is a slice, quantized or not; None if it is no slice."""
     if (quantized := qdq.activation(node)) is not None:
         return quantized.source
     is_part = packet(node) in _PIECES or node.target is operator.getitem
     return node.all_input_nodes[0] if is_part else None
 
 
-class Walk:
-    """A body's nodes with their ancestors and descendants as bit sets.
+class Reachability:
+    """A body's nodes with their ancestors and descendants as bit sets (Python integers).
 
     Attributes:
         index: A node's place in the graph, which is its bit.
-        above: A node and its ancestors.
-        below: A node and its descendants.
-        alive: All that depends on `changing` and that an output depends on.
+        ancestors: A node and its ancestors.
+        descendants: A node and its descendants.
+        loop_variant: All that depends on loop-variant arguments and that an output depends on.
+        layers: Matrix products, convolutions and fused attentions.
+        spatial: Convolutions with a kernel over mixed channels.
+        nonlinear: Activation functions, norms and fused attentions.
     """
 
-    def __init__(self, body: fx.GraphModule, changing: Collection[fx.Node]) -> None:
+    def __init__(self, body: fx.GraphModule, loop_variant: Collection[fx.Node]) -> None:
         self.nodes = list(body.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.above: dict[fx.Node, int] = {}
-        self.below = {node: 1 << i for i, node in enumerate(self.nodes)}
+        self.ancestors: dict[fx.Node, int] = {}
+        self.descendants = {node: 1 << i for i, node in enumerate(self.nodes)}
         for i, node in enumerate(self.nodes):
-            self.above[node] = 1 << i
+            self.ancestors[node] = 1 << i
             for source in node.all_input_nodes:
-                self.above[node] |= self.above[source]
+                self.ancestors[node] |= self.ancestors[source]
         for node in reversed(self.nodes):
             for source in node.all_input_nodes:
-                self.below[source] |= self.below[node]
+                self.descendants[source] |= self.descendants[node]
         end = g.output_node(body)
-        self.alive = 0
-        for node in changing:
-            self.alive |= self.below[node]
-        self.alive &= self.above[end] & ~self.mask([end])
-        self.arguments = self.mask(g.placeholders(body))
-        self.layers = self.calls(LAYERS | PRODUCTS | FUSED)
-        self.kernels = self.mask(n for n in self.nodes if _mixes_space(n))
-        self.activations = self.calls(_ACTIVATIONS)
-        self.nonlinear = self.activations | self.calls(_NORMS | FUSED)
+        self.loop_variant = 0
+        for node in loop_variant:
+            self.loop_variant |= self.descendants[node]
+        self.loop_variant &= self.ancestors[end] & ~self.bits([end])
+        self.arguments = self.bits(g.placeholders(body))
+        self.layers = self.calling(LAYERS | PRODUCTS | FUSED)
+        self.spatial = self.bits(n for n in self.nodes if _mixes_space(n))
+        self.activations = self.calling(_ACTIVATIONS)
+        self.nonlinear = self.activations | self.calling(_NORMS | FUSED)
 
-    def mask(self, nodes: Iterable[fx.Node]) -> int:
+    def bits(self, nodes: Iterable[fx.Node]) -> int:
         """Return a bit set of nodes."""
-        bits = 0
+        result = 0
         for node in nodes:
-            bits |= 1 << self.index[node]
-        return bits
+            result |= 1 << self.index[node]
+        return result
 
-    def calls(self, packets: Collection[Any]) -> int:
+    def calling(self, packets: Collection[Any]) -> int:
         """Return the nodes that call one of these operators."""
-        return self.mask(n for n in self.nodes if packet(n) in packets)
+        return self.bits(n for n in self.nodes if packet(n) in packets)
 
-    def lives(self, node: fx.Node) -> bool:
-        """Tell whether a node changes with the latents."""
-        return bool(self.alive >> self.index[node] & 1)
+    def is_loop_variant(self, node: fx.Node) -> bool:
+        """Tell whether a node's value changes from step to step of the sampling loop."""
+        return bool(self.loop_variant >> self.index[node] & 1)
 
     def between(self, a: fx.Node, b: fx.Node) -> int:
-        """Return the nodes on the paths from `a`, which is left out, to `b`."""
-        return self.below[a] & self.above[b] & ~(1 << self.index[a])
+        """Return the nodes on the paths from `a` (excluded) to `b` (included)."""
+        return self.descendants[a] & self.ancestors[b] & ~(1 << self.index[a])
 
-    def living_inputs(self, node: fx.Node) -> list[fx.Node]:
-        """Return the living nodes that a node reads."""
-        return [n for n in node.all_input_nodes if self.lives(n)]
+    def loop_variant_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """Return the loop-variant nodes that a node reads."""
+        return [n for n in node.all_input_nodes if self.is_loop_variant(n)]
 
-    def back(self, node: fx.Node) -> fx.Node | None:
-        """Return what a value is with another layout, type, scale or offset; None if nothing."""
-        kind, living = packet(node), self.living_inputs(node)
-        if node.op != "call_function" or not living:
+    def origin(self, node: fx.Node) -> fx.Node | None:
+        """Return the value that a node only lays out, casts, scales or offsets; else None."""
+        kind, inputs = packet(node), self.loop_variant_inputs(node)
+        if node.op != "call_function" or not inputs:
             return None
         if kind is aten.cat:
-            return self._whole(node)
+            return self._split_source(node)
         if (quantized := qdq.activation(node)) is not None:
-            return quantized.source if self.lives(quantized.source) else None
+            return quantized.source if self.is_loop_variant(quantized.source) else None
         if kind in _LAYOUT:
-            return living[0] if living[0] is node.args[0] else None
+            return inputs[0] if inputs[0] is node.args[0] else None
         if kind not in _ARITHMETIC or node.args[0] is node.args[1]:
             return None
-        if len(living) == 2 and kind is aten.add:
+        if len(inputs) == 2 and kind is aten.add:
             # Features from outside (a ControlNet's) are an offset as well.
-            outside = [n for n in living if not self.above[n] & self.layers]
-            living = [n for n in living if n not in outside]
-        if len(living) != 1 or (kind is aten.div and living[0] is not node.args[0]):
+            outside = [n for n in inputs if not self.ancestors[n] & self.layers]
+            inputs = [n for n in inputs if n not in outside]
+        if len(inputs) != 1 or (kind is aten.div and inputs[0] is not node.args[0]):
             return None
-        return living[0]
+        return inputs[0]
 
-    def trail(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Yield a value and all that it is with another layout, nearest first."""
+    def origins(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Yield a value and the chain of its origins, nearest first."""
         current: fx.Node | None = node
         while current is not None:
             yield current
-            current = self.back(current)
+            current = self.origin(current)
 
-    def _whole(self, cat: fx.Node) -> fx.Node | None:
-        """Return the value of which a concatenation puts the pieces together again."""
+    def _split_source(self, cat: fx.Node) -> fx.Node | None:
+        """Return the value whose slices a concatenation joins again; None if there is no one."""
         wholes = set()
         for piece in cat.all_input_nodes:
             while (part := _part_of(piece)) is not None:

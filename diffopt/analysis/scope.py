@@ -1,4 +1,4 @@
-"""Which components and which of their calls a pass is about: the loop's, all, some by name."""
+"""Select the components and calls that a pass rewrites: the loop's, all, or some by name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from diffopt.spec import suggest
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """The components to quantize.
+    """The components that a pass rewrites.
 
     Attributes:
         calls: The calls of each, with their steps; 0 for those outside of the loop.
-        loop: Those that the sampling loop calls.
-        weights: Those whose weights alone are quantized.
+        loop: The components that the sampling loop calls.
+        weights: The components of which weights alone are rewritten (quantized), not activations.
     """
 
     calls: dict[str, list[tuple[fx.Node, int]]]
@@ -35,9 +35,12 @@ class Scope:
 def choose_scope(program: Program, wanted: Sequence[str]) -> Scope:
     """Return the components that `wanted` means: "loop", "all", or patterns of names.
 
-    "loop" is the component that is called in several steps (of several, the one on which most is
-    spent), in all of its bodies, and what is called in front of the loop on its behalf; "all" adds
-    the weights of all others.
+    "loop" is the component that is called in several steps (of several, the one with most FLOPs),
+    in all of its bodies, and the prologues that passes put in front of the loop; "all" adds the
+    weights of all others.
+
+    Raises:
+        DiffoptError: A pattern matches no component.
     """
     calls: dict[str, list[tuple[fx.Node, int]]] = {}
     spent: dict[str, int] = {}
@@ -51,7 +54,7 @@ def choose_scope(program: Program, wanted: Sequence[str]) -> Scope:
             cost = graph_flops(program.components[name])
             spent[tag.component] = spent.get(tag.component, 0) + cost
             steps.setdefault(tag.component, set()).add(tag.step)
-    # A small denoiser may cost less than what decodes its result once.
+    # A small denoiser may cost less than the decoder, which runs once.
     heaviest = max(spent, key=lambda c: (len(steps[c]) > 1, spent[c]), default=None)
     loop = [name for name in calls if source[name] == heaviest]
     before = [name for name in calls if source[name] is None and heaviest is not None]
@@ -66,29 +69,31 @@ def choose_scope(program: Program, wanted: Sequence[str]) -> Scope:
             if not names:
                 raise DiffoptError(f"there is no component '{pattern}'{suggest(pattern, calls)}")
             chosen += names
-    own = {name: calls[name] for name in calls if name in chosen}
-    return Scope(own, [name for name in loop if name in own], frozenset(weights))
+    chosen_calls = {name: calls[name] for name in calls if name in chosen}
+    return Scope(chosen_calls, [name for name in loop if name in chosen_calls], frozenset(weights))
 
 
 def by_step(scope: Scope) -> dict[tuple[int, int], fx.Node]:
-    """Return the calls whose inputs are watched, each by its step and a number of its own."""
-    watched = [at for name, own in scope.calls.items() if name not in scope.weights for at in own]
+    """Return the calls whose inputs are calibrated, by step and a unique number."""
+    watched = [
+        at for name, calls in scope.calls.items() if name not in scope.weights for at in calls
+    ]
     return {(step, number): call for number, (call, step) in enumerate(watched)}
 
 
 def boundary_weights(program: Program, scope: Scope) -> list[Tensor]:
-    """Return the weights of the first layers that see the latents, and of the last ones.
+    """Return the weights of the first layers that read the latents, and of the last ones.
 
-    They read and make what the sampler works on, are small, and lose most by rounding.
+    They are small, and what they round is in the latents themselves: they lose most.
     """
-    found: list[Tensor] = []
+    weights: list[Tensor] = []
     late = g.descendants(call for name in scope.loop for call, _ in scope.calls[name])
     bodies = sorted(scope.loop, key=lambda n: graph_flops(program.components[n]))
-    for name in bodies[-1:]:  # bodies with less in them begin and end inside of it
+    for name in bodies[-1:]:  # cheaper bodies begin and end inside of the costliest
         gm = program.components[name]
-        given = [call.args for call, _ in scope.calls[name]]
-        takes = enumerate(g.placeholders(gm))
-        seen = g.descendants(n for i, n in takes if any(own[i] in late for own in given))
+        arguments = [call.args for call, _ in scope.calls[name]]
+        parameters = enumerate(g.placeholders(gm))
+        seen = g.descendants(n for i, n in parameters if any(row[i] in late for row in arguments))
         layers = [layer for layer in qdq.layers(gm) if layer.node in seen]
         nodes = {layer.node for layer in layers}
         for layer in layers:
@@ -96,5 +101,5 @@ def boundary_weights(program: Program, scope: Scope) -> list[Tensor]:
             is_last = not nodes & (g.descendants([layer.node]) - {layer.node})
             tensor = stored(gm, layer.weight)
             if (is_first or is_last) and tensor is not None:
-                found.append(tensor)
-    return found
+                weights.append(tensor)
+    return weights

@@ -1,4 +1,4 @@
-"""How much memory a program's weights take, by the format of their numbers, and next to float16."""
+"""Count the memory of a program's weights, by number format, and compare it with float16."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SCALES = "scales"
 
 @dataclass(frozen=True)
 class Footprint:
-    """What weights take.
+    """The memory of weights.
 
     Attributes:
-        elements: Weights by format, without what is stored to scale others.
-        bytes: What is stored, by format.
-        fp16: What all would take with 2 bytes a weight.
+        elements: Numbers of weights by format, without scales and zero points.
+        bytes: Stored bytes, by format.
+        fp16: Bytes if every weight had 2.
     """
 
     elements: dict[str, int]
@@ -36,12 +36,12 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """What is stored in all."""
+        """The stored bytes of all formats."""
         return sum(self.bytes.values())
 
     @property
     def ratio(self) -> float:
-        """The part of float16's size that is stored."""
+        """The stored bytes as a fraction of float16's."""
         return self.total / self.fp16 if self.fp16 else 1.0
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _Entry:
     name: str
     format: str
     elements: int
@@ -62,44 +62,46 @@ class _Stored:
 
 
 def of_program(program: Program) -> Footprint:
-    """Return what the weights and constants of all graphs take; each counts once."""
+    """Count the weights and constants of all graphs, shared ones once."""
     return of_graphs(graphs(program).values())
 
 
 def of_graphs(bodies: Iterable[fx.GraphModule]) -> Footprint:
-    """Return what the weights and constants of some graphs take; each counts once."""
+    """Count the weights and constants of some graphs, shared ones once."""
     tensors: dict[int, Tensor] = {}
-    found: dict[int, _Stored] = {}
+    entries: dict[int, _Entry] = {}
     for gm in bodies:
         quantized = _quantized(gm)
         for name, tensor in g.named_tensors(gm):
             tensors[id(tensor)] = tensor
-            plain = _Stored(name, _name(tensor.dtype), tensor.numel(), tuple(tensor.shape))
-            if id(tensor) in quantized or id(tensor) not in found:
-                found[id(tensor)] = quantized.get(id(tensor), plain)
+            plain = _Entry(name, _name(tensor.dtype), tensor.numel(), tuple(tensor.shape))
+            if id(tensor) in quantized or id(tensor) not in entries:
+                entries[id(tensor)] = quantized.get(id(tensor), plain)
     elements: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for key, own in sorted(found.items(), key=lambda item: item[1].format):
-        elements[own.format] = elements.get(own.format, 0) + own.elements
-        sizes[own.format] = sizes.get(own.format, 0) + tensors[key].nbytes
-    return Footprint(elements, sizes, _fp16_bytes(tensors, found))
+    for key, entry in sorted(entries.items(), key=lambda item: item[1].format):
+        elements[entry.format] = elements.get(entry.format, 0) + entry.elements
+        sizes[entry.format] = sizes.get(entry.format, 0) + tensors[key].nbytes
+    return Footprint(elements, sizes, _fp16_bytes(tensors, entries))
 
 
-def _fp16_bytes(tensors: dict[int, Tensor], found: dict[int, _Stored]) -> int:
-    """Return what weights would take with 2 bytes each, and the rest as it is.
+def _fp16_bytes(tensors: dict[int, Tensor], entries: dict[int, _Entry]) -> int:
+    """Return the bytes of weights at 2 bytes each, and of the rest as it is.
 
     A weight that is stored in several formats, for different steps, counts once.
     """
     formats: dict[tuple[str, tuple[int, ...]], str] = {}
     total = 0
-    for key, own in sorted(found.items(), key=lambda item: item[1].format not in _FLOATS):
-        is_float = own.format in _FLOATS
-        if own.format == SCALES:
+    for key, entry in sorted(entries.items(), key=lambda item: item[1].format not in _FLOATS):
+        is_float = entry.format in _FLOATS
+        if entry.format == SCALES:
             continue
-        if not is_float and own.format not in _QUANTIZED:
+        if not is_float and entry.format not in _QUANTIZED:
             total += tensors[key].nbytes
-        elif formats.setdefault((own.name, own.shape), own.format) == own.format or is_float:
-            total += 2 * own.elements
+        elif (
+            formats.setdefault((entry.name, entry.shape), entry.format) == entry.format or is_float
+        ):
+            total += 2 * entry.elements
     return total
 
 
@@ -107,33 +109,33 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _QUANTIZED = ("int8", "int4", "fp8")
 
 
-def _quantized(gm: fx.GraphModule) -> dict[int, _Stored]:
+def _quantized(gm: fx.GraphModule) -> dict[int, _Entry]:
     """Return the tensors of quantized weights and of scales, by identity."""
-    found: dict[int, _Stored] = {}
+    entries: dict[int, _Entry] = {}
     for node in gm.graph.nodes:
         if (activation := qdq.activation(node)) is not None:
-            given = [n for n in (activation.scale, activation.zero) if n is not None]
-            found |= {id(stored(gm, n)): _scale(n) for n in given if n.op == "get_attr"}
+            parameters = [n for n in (activation.scale, activation.zero) if n is not None]
+            entries |= {id(stored(gm, n)): _scale(n) for n in parameters if n.op == "get_attr"}
         if (weight := qdq.weight(node)) is not None:
             numbers = g.ancestors([weight.values])
             for source in g.ancestors([node]):
                 if source.op == "get_attr":
-                    found[id(stored(gm, source))] = _scale(source)
+                    entries[id(stored(gm, source))] = _scale(source)
             for source in numbers:
                 if source.op == "get_attr" and _is_number(source.meta["val"]):
-                    found[id(stored(gm, source))] = _weight(source, weight)
-    return found
+                    entries[id(stored(gm, source))] = _weight(source, weight)
+    return entries
 
 
 def _is_number(value: Tensor) -> bool:
     return value.dtype in (torch.int8, torch.uint8, qdq.FP8)
 
 
-def _scale(source: fx.Node) -> _Stored:
-    return _Stored(str(source.target), SCALES, 0, ())
+def _scale(source: fx.Node) -> _Entry:
+    return _Entry(str(source.target), SCALES, 0, ())
 
 
-def _weight(source: fx.Node, weight: qdq.Weight) -> _Stored:
+def _weight(source: fx.Node, weight: qdq.Weight) -> _Entry:
     shape = tuple(source.meta["val"].shape)
     kind: str = "fp8" if weight.number == "fp8" else "int8"
     for user in source.users:
@@ -141,7 +143,7 @@ def _weight(source: fx.Node, weight: qdq.Weight) -> _Stored:
             kind, shape = "int4", tuple(args(user)[1])
     # `qdq.place_weight` names the numbers after the weight that they stand for.
     name = re.sub(rf"_{kind}(?=(_\d+)?$)", "", str(source.target))
-    return _Stored(name, kind, prod(shape), shape)
+    return _Entry(name, kind, prod(shape), shape)
 
 
 def _name(dtype: torch.dtype) -> str:

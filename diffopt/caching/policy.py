@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import fx
 
 from diffopt import plugins, spec
-from diffopt.analysis.denoiser_structure import Anatomy, Block
+from diffopt.analysis.denoiser_structure import Block, DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, Reuse, Term
 from diffopt.errors import DiffoptError
 from diffopt.ir.printing import format_type
@@ -62,7 +62,7 @@ class Policy(spec.Choice):
         """Return the names of all policies."""
         return policy_names()
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Return what each step takes from which earlier steps."""
         raise NotImplementedError
 
@@ -90,13 +90,13 @@ def merge(plans: Iterable[Plan]) -> Plan:
     return merged
 
 
-def branch_values(parts: Anatomy, kinds: Collection[str]) -> list[Value]:
+def branch_values(parts: DenoiserStructure, kinds: Collection[str]) -> list[Value]:
     """Return what the branches of these kinds add to their streams, before any gate."""
     values = (branch.ungated for branch in parts.branches if branch.kind in kinds)
     return [(value, None) for value in dict.fromkeys(values)]
 
 
-def stack(parts: Anatomy) -> Sequence[Block]:
+def stack(parts: DenoiserStructure) -> Sequence[Block]:
     """Return the blocks of a transformer, from the first to the last with an attention.
 
     Blocks across which long skips go are none: what they pass on is read from outside as well.
@@ -120,7 +120,7 @@ def _keeps_types(block: Block) -> bool:
     return all(format_type(a.meta["val"]) == format_type(b.meta["val"]) for a, b in pairs)
 
 
-def has(parts: Anatomy) -> Mapping[Part, int]:
+def has(parts: DenoiserStructure) -> Mapping[Part, int]:
     """Count what policies are about."""
     kinds = [branch.kind for branch in parts.branches]
     return {
@@ -131,7 +131,7 @@ def has(parts: Anatomy) -> Mapping[Part, int]:
     }
 
 
-def check_fits(policy: Policy, name: str, parts: Anatomy) -> None:
+def check_fits(policy: Policy, name: str, parts: DenoiserStructure) -> None:
     """Raise where the policy has no meaning on the denoiser called `name`."""
     found = has(parts)
     if policy.needs is None or found[policy.needs]:

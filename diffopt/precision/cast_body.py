@@ -1,4 +1,4 @@
-"""Writes types into a body: casts where they change, weights in the type that they are read in."""
+"""Rewrite a body to a dtype plan: casts where dtypes change, weights in the type that is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.analysis.dtype_regions import Cut, is_float
+from diffopt.analysis.dtype_regions import DtypePlan, is_float
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import args, calls, stored
 from diffopt.ir.program import Program
@@ -24,24 +24,24 @@ _DEQUANTIZE = (
     qd.dequantize_per_channel_group.default,
     qd.dequantize_per_token.default,
 )
-# A dtype among their arguments is that of the model: it does not ask for more digits.
-_FOLLOW = {
+# A dtype among their arguments is that of the model, no request for more digits.
+_MODEL_DTYPE = {
     *(aten._to_copy.default, aten.to.dtype, aten.zeros_like.default, aten.ones_like.default),
     *(aten.full_like.default, aten.new_zeros.default, aten.new_ones.default),
     *(aten.new_full.default, aten.empty_like.default),
 }
 
 
-class Weights:
-    """Weights in the low type: each is converted once, for all bodies."""
+class LowWeights:
+    """Convert weights to the low type, each once for all bodies."""
 
     def __init__(self, low: torch.dtype) -> None:
         self.low = low
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._converted: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return a weight or constant in the low type."""
-        if id(tensor) not in self._made:
+        if id(tensor) not in self._converted:
             new = tensor.detach().to(self.low)
             if isinstance(tensor, torch.nn.Parameter):
                 new = torch.nn.Parameter(new, requires_grad=False)
@@ -50,75 +50,75 @@ class Weights:
                 limit = torch.finfo(self.low).max
                 finite = tensor.isfinite() & ~new.isfinite()
                 new = torch.where(finite, new.clamp(-limit, limit), new)
-            self._made[id(tensor)] = tensor, new
-        return self._made[id(tensor)][1]
+            self._converted[id(tensor)] = tensor, new
+        return self._converted[id(tensor)][1]
 
 
-def cast_body(cut: Cut, weights: Weights) -> fx.GraphModule:
-    """Return a copy of a body with the types of a cut; nodes keep their names."""
-    copy = g.clone(cut.body)
-    _Caster(cut, copy, weights).run()
+def cast_body(plan: DtypePlan, weights: LowWeights) -> fx.GraphModule:
+    """Return a copy of a body with the dtypes of a plan; nodes keep their names."""
+    copy = g.clone(plan.body)
+    _Caster(plan, copy, weights).run()
     g.prune_unused(copy)
     copy.recompile()
     return copy
 
 
 class _Caster:
-    def __init__(self, cut: Cut, body: fx.GraphModule, weights: Weights) -> None:
-        self.cut, self.body, self.low, self.weights = cut, body, cut.low, weights
-        own = dict(zip(cut.body.graph.nodes, body.graph.nodes, strict=True))
-        self.kept = {own[n] for n in cut.kept()}
-        self.layers = {own[n] for n in cut.layers}
-        self.takes = {own[n] for n in cut.takes}
-        self.floats = {n for n in body.graph.nodes if is_float(n)}
-        self.changed: set[fx.Node] = set()
-        self.made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    def __init__(self, plan: DtypePlan, body: fx.GraphModule, weights: LowWeights) -> None:
+        self.plan, self.body, self.low, self.weights = plan, body, plan.low, weights
+        copies = dict(zip(plan.body.graph.nodes, body.graph.nodes, strict=True))
+        self.all_float32 = {copies[n] for n in plan.all_float32()}
+        self.layers = {copies[n] for n in plan.layers}
+        self.low_arguments = {copies[n] for n in plan.low_arguments}
+        self.float_nodes = {n for n in body.graph.nodes if is_float(n)}
+        self.retyped: set[fx.Node] = set()
+        self.converted: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self.first = next(n for n in body.graph.nodes if n.op != "placeholder")
 
     def run(self) -> None:
-        """Go through the graph, and give every node what it reads in one type."""
-        for node in self.takes:
+        """Rewrite every node, in order, to read its arguments in one type."""
+        for node in self.low_arguments:
             value = node.meta["val"]
             strides = tuple(value.shape), tuple(value.stride())
             node.meta["val"] = g.fake(torch.empty_strided(*strides, dtype=self.low))
-            self.changed.add(node)
+            self.retyped.add(node)
         for node in list(self.body.graph.nodes):
             if node.op == "call_function":
                 self._retype(node)
         outputs = []
         for index, node in enumerate(g.outputs(self.body)):
-            dtype = self.low if index in self.cut.gives else torch.float32
-            outputs.append(self._cast(node, dtype) if node in self.floats else node)
+            dtype = self.low if index in self.plan.low_results else torch.float32
+            outputs.append(self._cast(node, dtype) if node in self.float_nodes else node)
         g.set_outputs(self.body, outputs)
 
     def _retype(self, node: fx.Node) -> None:
-        given = node.args, node.kwargs
-        dtype = self._type(node)
+        arguments = node.args, node.kwargs
+        dtype = self._compute_dtype(node)
         if dtype is not None:
-            self._give(node, dtype, scalars=False)
-        is_same = (node.args, node.kwargs) == given
-        if is_same and self.changed.isdisjoint(node.all_input_nodes):
+            self._cast_arguments(node, dtype, scalars=False)
+        is_same = (node.args, node.kwargs) == arguments
+        if is_same and self.retyped.isdisjoint(node.all_input_nodes):
             return
         try:
             value = propagate(node)
             if dtype == self.low and _widens(value, node.meta["val"], self.low):
-                self._give(node, dtype, scalars=True)
+                self._cast_arguments(node, dtype, scalars=True)
                 value = propagate(node)
         except (RuntimeError, ValueError, TypeError):
-            node.args, node.kwargs = given  # the operator has no such type
-            self._give(node, torch.float32, scalars=True)
+            node.args, node.kwargs = arguments  # the operator has no such type
+            self._cast_arguments(node, torch.float32, scalars=True)
             value = propagate(node)
         node.meta["val"] = value
-        self.changed.add(node)
+        self.retyped.add(node)
 
-    def _type(self, node: fx.Node) -> torch.dtype | None:
-        """Return in which type a node computes; None: in that of what it reads."""
+    def _compute_dtype(self, node: fx.Node) -> torch.dtype | None:
+        """Return the type that a node computes in; None: that of its arguments."""
         if calls(node, qd.quantize_per_tensor.tensor) or node.target in _DEQUANTIZE:
             return None
-        if node in self.kept:
+        if node in self.all_float32:
             return torch.float32
-        types = {_dtype(n) for n in node.all_input_nodes if n in self.floats} - {None}
-        if node not in self.floats:
+        types = {_dtype(n) for n in node.all_input_nodes if n in self.float_nodes} - {None}
+        if node not in self.float_nodes:
             parts = node.meta["val"]
             parts = parts if isinstance(parts, (list, tuple)) else [parts]
             exact = (torch.complex64, torch.complex128, torch.float64)
@@ -126,13 +126,13 @@ class _Caster:
             return torch.float32 if needs or len(types) > 1 else None
         return self.low if node in self.layers or self.low in types else None
 
-    def _give(self, node: fx.Node, dtype: torch.dtype, scalars: bool) -> None:
-        """Make a node read values, and say types, in one type."""
+    def _cast_arguments(self, node: fx.Node, dtype: torch.dtype, scalars: bool) -> None:
+        """Cast a node's arguments, and the dtypes among them, to one type."""
 
-        def given(source: fx.Node) -> fx.Node:
-            if source not in self.floats or not isinstance(source.meta["val"], Tensor):
+        def cast_argument(source: fx.Node) -> fx.Node:
+            if source not in self.float_nodes or not isinstance(source.meta["val"], Tensor):
                 return source
-            # A tensor of one number does not promote others, and may keep all of its bits.
+            # A 0-dimensional tensor does not promote others: it can keep all of its bits.
             is_scalar = source.meta["val"].dim() == 0 and source.meta["val"].dtype != self.low
             if (
                 is_scalar
@@ -142,52 +142,52 @@ class _Caster:
                 return source
             return self._cast(source, dtype)
 
-        node.args = fx.map_arg(node.args, given)
-        node.kwargs = fx.map_arg(node.kwargs, given)
-        if dtype == self.low and node.target in _FOLLOW:
+        node.args = fx.map_arg(node.args, cast_argument)
+        node.kwargs = fx.map_arg(node.kwargs, cast_argument)
+        if dtype == self.low and node.target in _MODEL_DTYPE:
             node.args = tuple(self.low if a is torch.float32 else a for a in node.args)
             kwargs = {k: self.low if v is torch.float32 else v for k, v in node.kwargs.items()}
             node.kwargs = kwargs
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """Return a value in a type, which is made once."""
+        """Return a value in a type; it is cast once for all readers."""
         if _dtype(node) in (dtype, None):
             return node
-        if (node, dtype) not in self.made:
-            made = self._convert(node) if dtype == self.low else None
-            if made is None:
+        if (node, dtype) not in self.converted:
+            result = self._convert(node) if dtype == self.low else None
+            if result is None:
                 with self._after(node):
-                    made = g.call(
+                    result = g.call(
                         self.body.graph, aten._to_copy.default, node, dtype=dtype, like=node
                     )
-            self.made[node, dtype] = made
-            self.floats.add(made)
-            self.changed.add(made)
-        return self.made[node, dtype]
+            self.converted[node, dtype] = result
+            self.float_nodes.add(result)
+            self.retyped.add(result)
+        return self.converted[node, dtype]
 
     def _convert(self, node: fx.Node) -> fx.Node | None:
-        """Return a value in the low type where it can be made so, in place of cast."""
+        """Return a value that is produced in the low type, with no cast; None if it cannot be."""
         graph = self.body.graph
         tensor = stored(self.body, node)
         if tensor is not None:
             with self._after(node):
-                made = g.get_attr(self.body, str(node.target), self.weights(tensor))
-            made.meta = {**node.meta, "val": made.meta["val"]}
-            return made
+                constant = g.get_attr(self.body, str(node.target), self.weights(tensor))
+            constant.meta = {**node.meta, "val": constant.meta["val"]}
+            return constant
         if node.target in _DEQUANTIZE:
-            return self._copy(node, node.args, {**node.kwargs, "out_dtype": self.low})
+            return self._copy_with(node, node.args, {**node.kwargs, "out_dtype": self.low})
         is_wide = calls(node, aten._to_copy.default) and node.kwargs == {"dtype": torch.float32}
         if is_wide and _dtype(args(node)[0]) == torch.float32:
             with self._after(node):
                 return g.call(graph, node.target, args(node)[0], dtype=self.low, like=node)
-        base = self._base(node)
+        base = self._viewed(node)
         if is_view(node) and (base.op != "call_function" or base.target in _DEQUANTIZE):
             source, *rest = args(node)
-            return self._copy(node, (self._lowered(source), *rest), node.kwargs)
+            return self._copy_with(node, (self._in_low_type(source), *rest), node.kwargs)
         return None
 
-    def _copy(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
-        """Insert the same operator with other arguments behind a node."""
+    def _copy_with(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
+        """Insert a node's operator with other arguments behind it."""
         if node.target is qd.dequantize_per_channel_group.default:
             args, kwargs = (*args[:6], args[6], self.low), {}
         elif node.target is qd.dequantize_per_token.default:
@@ -195,19 +195,19 @@ class _Caster:
         with self._after(node):
             return g.call(self.body.graph, node.target, *args, like=node, **kwargs)
 
-    def _lowered(self, node: fx.Node) -> fx.Node:
-        """Return a value, or the parts that a split gives, in the low type."""
+    def _in_low_type(self, node: fx.Node) -> fx.Node:
+        """Return a value, or the results of a split, in the low type."""
         if isinstance(node.meta["val"], Tensor):
             return self._cast(node, self.low)
-        if (node, self.low) not in self.made:
+        if (node, self.low) not in self.converted:
             source, *rest = args(node)
-            made = self._copy(node, (self._lowered(source), *rest), node.kwargs)
-            self.made[node, self.low] = made
-            self.changed.add(made)
-        return self.made[node, self.low]
+            result = self._copy_with(node, (self._in_low_type(source), *rest), node.kwargs)
+            self.converted[node, self.low] = result
+            self.retyped.add(result)
+        return self.converted[node, self.low]
 
-    def _base(self, node: fx.Node) -> fx.Node:
-        """Return what a value is a view of; casts of small parts are then one of the whole."""
+    def _viewed(self, node: fx.Node) -> fx.Node:
+        """Return the base of a view: casting it once is cheaper than casting each of its slices."""
         while is_view(node):
             node = args(node)[0]
         return node
@@ -230,7 +230,7 @@ def _widens(new: Any, old: Any, low: torch.dtype) -> bool:
 
 
 def update_calls(program: Program) -> None:
-    """Record what components return now at their calls."""
+    """Update the metadata of calls to the results that components have now."""
     for call in program.calls():
         outputs = g.outputs(program.components[str(call.target)])
         call.meta["val"] = tuple(n.meta["val"] for n in outputs)

@@ -1,4 +1,4 @@
-"""Runs components in lower precision on the values of calibration calls, and measures the error."""
+"""Search the islands of a component: run it in lower precision on calibration calls."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.analysis.dtype_regions import SOFTMAX, Cut, Kind, is_pointwise
+from diffopt.analysis.dtype_regions import SOFTMAX, DtypePlan, IslandKind, is_pointwise
 from diffopt.analysis.reachability import packet
 from diffopt.execution import trajectories
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
-from diffopt.precision.cast_body import Weights, cast_body
+from diffopt.precision.cast_body import LowWeights, cast_body
 
 
-class Unsupported(Exception):
+class UnsupportedDtype(Exception):
     """An operator has no kernel for the type."""
 
     def __init__(self, node: str, reason: str) -> None:
@@ -26,26 +26,26 @@ class Unsupported(Exception):
         self.node, self.reason = node, reason
 
 
-def record(
+def record_calls(
     program: Program, names: Collection[str], inputs: Sequence[Tensor], count: int
 ) -> dict[str, list[list[Tensor]]]:
-    """Run a program; return the arguments of up to `count` calls of each component, spread."""
-    chosen: dict[tuple[int, int], fx.Node] = {}
+    """Return the arguments of up to `count` calls of each component, spread evenly over a run."""
+    sampled: dict[tuple[int, int], fx.Node] = {}
     for name in names:
         sites = program.calls(name)
         number = min(count, len(sites))
         for k in range(number):
-            chosen[len(chosen), 0] = sites[k * (len(sites) - 1) // max(1, number - 1)]
-    found: dict[str, list[list[Tensor]]] = {}
-    for visit in trajectories.steps(program, chosen, inputs):
-        site = chosen[visit.step, visit.branch]
-        found.setdefault(str(site.target), []).append(visit.arguments)
-    return found
+            sampled[len(sampled), 0] = sites[k * (len(sites) - 1) // max(1, number - 1)]
+    arguments: dict[str, list[list[Tensor]]] = {}
+    for visit in trajectories.steps(program, sampled, inputs):
+        call = sampled[visit.step, visit.branch]
+        arguments.setdefault(str(call.target), []).append(visit.arguments)
+    return arguments
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a way to cast a component does.
+class CastError:
+    """The error of a dtype plan.
 
     Attributes:
         error: The mean over results and calls of |low - wide|² / |wide|².
@@ -56,81 +56,83 @@ class Measured:
     overflown: frozenset[str]
 
 
-class Trial:
-    """A component and some of its calls, on which ways to cast it are compared with float32."""
+class CastTrial:
+    """A component and some of its calls, on which dtype plans are compared with float32."""
 
-    def __init__(self, cut: Cut, calls: Sequence[Sequence[Tensor]], weights: Weights) -> None:
-        self.cut, self.calls, self.weights = cut, calls, weights
-        self.overflows = torch.finfo(cut.low).max < torch.finfo(torch.float32).max / 2
-        self.reference = [_Run(cut.body, call, self.overflows) for call in calls]
+    def __init__(
+        self, plan: DtypePlan, calls: Sequence[Sequence[Tensor]], weights: LowWeights
+    ) -> None:
+        self.plan, self.calls, self.weights = plan, calls, weights
+        self.overflows = torch.finfo(plan.low).max < torch.finfo(torch.float32).max / 2
+        self.reference = [_Run(plan.body, call, self.overflows) for call in calls]
         self.unsupported: dict[str, str] = {}
 
-    def measure(self, wide: Collection[fx.Node]) -> Measured:
+    def measure(self, wide: Collection[fx.Node]) -> CastError:
         """Cast the component with these nodes in float32, and run it."""
         while True:
-            lacking = {n for n in self.cut.body.graph.nodes if n.name in self.unsupported}
-            self.cut.wide = {*wide, *lacking}
+            lacking = {n for n in self.plan.body.graph.nodes if n.name in self.unsupported}
+            self.plan.float32_nodes = {*wide, *lacking}
             try:
                 return self._measure()
-            except Unsupported as error:
-                own = {n.name for n in self.cut.body.graph.nodes} - {n.name for n in lacking}
-                if error.node not in own:
+            except UnsupportedDtype as error:
+                names = {n.name for n in self.plan.body.graph.nodes} - {n.name for n in lacking}
+                if error.node not in names:
                     raise
                 self.unsupported[error.node] = error.reason
 
-    def _measure(self) -> Measured:
-        cut, body = self.cut, cast_body(self.cut, self.weights)
-        takes = [node in cut.takes for node in g.placeholders(cut.body)]
+    def _measure(self) -> CastError:
+        plan, body = self.plan, cast_body(self.plan, self.weights)
+        is_low = [node in plan.low_arguments for node in g.placeholders(plan.body)]
         errors: list[float] = []
-        bad: set[str] = set()
+        overflown: set[str] = set()
         for call, reference in zip(self.calls, self.reference, strict=True):
-            given = [t.to(cut.low) if low else t for t, low in zip(call, takes, strict=True)]
-            run = _Run(body, given, self.overflows)
+            arguments = [t.to(plan.low) if low else t for t, low in zip(call, is_low, strict=True)]
+            run = _Run(body, arguments, self.overflows)
             errors += map(_error, run.results, reference.results)
-            bad |= run.infinite - reference.infinite
+            overflown |= run.infinite - reference.infinite
         error = sum(errors) / max(1, len(errors))
-        if not bad and not math.isfinite(error):
-            bad = {g.outputs(cut.body)[0].name}
-        return Measured(error, _first(cut.body, bad))
+        if not overflown and not math.isfinite(error):
+            overflown = {g.outputs(plan.body)[0].name}
+        return CastError(error, _first(plan.body, overflown))
 
 
 @dataclass(frozen=True)
-class Chosen:
+class IslandChoice:
     """The islands of a component.
 
     Attributes:
-        kinds: Which.
-        shares: By kind, which part of the squared error it takes away.
-        error: Squared and relative, with these islands.
-        without: The same with none.
+        kinds: The kinds of islands that are kept in float32.
+        shares: By kind, the fraction of the squared error that it removes.
+        error: Squared relative error with these islands.
+        without: Squared relative error without any.
         unsupported: Operators that have no kernel for the type, each with torch's reason.
-        reason: Why the component stays in float32; else "".
+        reason: Why the component is kept in float32; else "".
     """
 
-    kinds: tuple[Kind, ...] = ()
-    shares: Mapping[Kind, float] = field(default_factory=dict)
+    kinds: tuple[IslandKind, ...] = ()
+    shares: Mapping[IslandKind, float] = field(default_factory=dict)
     error: float = 0.0
     without: float = 0.0
     unsupported: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
 
 
-def choose(
-    trial: Trial,
-    kinds: Mapping[Kind, set[fx.Node]],
-    fixed: Sequence[Kind] | None,
+def search_islands(
+    trial: CastTrial,
+    kinds: Mapping[IslandKind, set[fx.Node]],
+    fixed: Sequence[IslandKind] | None,
     least: float,
-) -> Chosen:
-    """Choose which kinds stay in float32, and leave the trial's cut so.
+) -> IslandChoice:
+    """Choose the kinds of islands greedily by measured error, and set them in the trial's plan.
 
     Args:
         trial: Of the component.
-        kinds: What there is to choose from.
-        fixed: What to choose; None: by measuring.
-        least: The share of the squared error that makes a kind worth it.
+        kinds: The nodes of each kind to choose from.
+        fixed: The kinds to keep in float32; None: those that measurements favour.
+        least: The least fraction of the squared error that a kind has to remove.
     """
 
-    def measure(chosen: Collection[Kind]) -> Measured:
+    def measure(chosen: Collection[IslandKind]) -> CastError:
         return trial.measure({n for kind in chosen for n in kinds[kind]})
 
     chosen = list(fixed or ())
@@ -139,53 +141,53 @@ def choose(
         names = base.overflown
         more = [k for k, ns in kinds.items() if k not in chosen and names & {n.name for n in ns}]
         if not more or fixed is not None:
-            low = str(trial.cut.low).removeprefix("torch.")
-            return Chosen(reason=f"stays in float32, since {min(names)} overflows {low}")
+            low = str(trial.plan.low).removeprefix("torch.")
+            return IslandChoice(reason=f"stays in float32, since {min(names)} overflows {low}")
         chosen += more
         base = measure(chosen)
-    shares: dict[Kind, float] = {}
+    shares: dict[IslandKind, float] = {}
     for kind in kinds if fixed is None else ():
         if kind not in chosen and base.error > 0:
             shares[kind] = 1 - measure([*chosen, kind]).error / base.error
-    # Two kinds may take away the same error, so that each has to be worth it beside the others.
+    # Two kinds may remove the same error, so that each has to pay beside the ones before it.
     best = base
     for kind in sorted(shares, key=lambda k: -shares[k]):
         if shares[kind] < least:
             break
-        found = measure([*chosen, kind])
-        if found.error <= (1 - least) * best.error:
-            chosen, best = [*chosen, kind], found
+        extended = measure([*chosen, kind])
+        if extended.error <= (1 - least) * best.error:
+            chosen, best = [*chosen, kind], extended
     error = measure(chosen).error
-    return Chosen(tuple(chosen), shares, error, without.error, trial.unsupported)
+    return IslandChoice(tuple(chosen), shares, error, without.error, trial.unsupported)
 
 
 def _first(body: fx.GraphModule, bad: Collection[str]) -> frozenset[str]:
-    """Return those of some nodes that depend on no other of them."""
+    """Return the names of nodes in `bad` that depend on no other of them."""
     nodes = {n for n in body.graph.nodes if n.name in bad}
     return frozenset(n.name for n in nodes if len(g.ancestors([n]) & nodes) == 1)
 
 
 class _Run(fx.Interpreter):
-    """Runs a body once, and keeps its results and the names of nodes that are not finite."""
+    """Run a body once; record its results and the names of nodes that are not finite."""
 
-    def __init__(self, body: fx.GraphModule, given: Sequence[Tensor], watch: bool) -> None:
+    def __init__(self, body: fx.GraphModule, arguments: Sequence[Tensor], watch: bool) -> None:
         super().__init__(body)
         self.infinite: set[str] = set()
         self.watch = watch
         self.scores = _scores(body) if watch else set()
         with torch.no_grad():
-            self.results: tuple[Tensor, ...] = self.run(*given, enable_io_processing=False)
+            self.results: tuple[Tensor, ...] = self.run(*arguments, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
         try:
             value = super().run_node(n)
         except (RuntimeError, NotImplementedError) as error:
-            raise Unsupported(n.name, str(error).splitlines()[0]) from error
+            raise UnsupportedDtype(n.name, str(error).splitlines()[0]) from error
         if self.watch and isinstance(value, Tensor) and value.is_floating_point():
-            fine = (
+            expected = (
                 value.isfinite() | (value == -torch.inf) if n in self.scores else value.isfinite()
             )
-            if not bool(fine.all()):
+            if not bool(expected.all()):
                 self.infinite.add(n.name)
         return value
 
@@ -201,11 +203,11 @@ def _error(low: Tensor, wide: Tensor) -> float:
 
 
 def _scores(body: fx.GraphModule) -> set[fx.Node]:
-    """Return what is only added to scores, such as masks: there -inf is a weight of 0."""
-    found: set[fx.Node] = set()
+    """Return values that are only added to softmax scores, as masks: there -inf is a weight 0."""
+    scores: set[fx.Node] = set()
     for node in reversed(body.graph.nodes):
         if node.op != "call_function" or not is_pointwise(node) or not node.users:
             continue
-        if all(user in found or packet(user) in SOFTMAX for user in node.users):
-            found.add(node)
-    return found
+        if all(user in scores or packet(user) in SOFTMAX for user in node.users):
+            scores.add(node)
+    return scores

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from diffopt.analysis.denoiser_structure import Branch, anatomy
+from diffopt.analysis.denoiser_structure import Branch, analyze_denoiser
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import args, stored
 from diffopt.ir.program import Program
@@ -44,7 +44,7 @@ def residual_blocks(program: Program, names: Sequence[str]) -> list[Residual]:
     found: dict[frozenset[int], Residual] = {}
     for name in names:
         gm = program.components[name]
-        for block in anatomy(gm, g.placeholders(gm)).blocks:
+        for block in analyze_denoiser(gm, g.placeholders(gm)).blocks:
             own = _weights(gm, block.branches)
             if not own or any(b.stream_out in g.outputs(gm) for b in block.branches):
                 continue

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from diffopt.analysis.denoiser_structure import anatomy
+from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.errors import DiffoptError
 from diffopt.execution import straight_through
 from diffopt.execution.segments import Part, Run, cut, results_of
@@ -187,7 +187,7 @@ def _cut_both(
     """Return the blocks of both bodies; each has at least one of some layers of the second."""
     names = {node.name: node for node in body.graph.nodes}
     twins = {n: names[n.name] for n in quantized.graph.nodes if n.name in names}
-    last = {block.last for block in anatomy(body, g.placeholders(body)).blocks}
+    last = {block.last for block in analyze_denoiser(body, g.placeholders(body)).blocks}
     ends = [n for n, twin in twins.items() if twin in last] or list(layers)
     groups = [([n], [twins[n]]) for n in ends]
     groups.append((g.outputs(quantized), g.outputs(body)))

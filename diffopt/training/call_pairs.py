@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from diffopt.analysis.denoiser_structure import anatomy
+from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.analysis.reachability import packet
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
@@ -252,7 +252,7 @@ def features(body: fx.GraphModule, reference: fx.GraphModule) -> list[Tap]:
 
     Along one axis, if any, the first may have fewer.
     """
-    blocks = anatomy(reference, g.placeholders(reference)).blocks
+    blocks = analyze_denoiser(reference, g.placeholders(reference)).blocks
     own = {node.name: node for node in body.graph.nodes}
     results = {*g.outputs(reference)}
     found = []

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, fx
 
 import diffopt
-from diffopt.analysis.denoiser_structure import Anatomy, Block, Branch, Skip, anatomy
+from diffopt.analysis.denoiser_structure import (
+    Block,
+    Branch,
+    DenoiserStructure,
+    Skip,
+    analyze_denoiser,
+)
 from diffopt.caching import apply_plan
 from diffopt.core import Pipeline
 from diffopt.ir import graph as g
@@ -84,15 +90,15 @@ def changing(gm: fx.GraphModule, calls: list[fx.Node]) -> list[fx.Node]:
 
 
 @cache
-def parts(name: str, passes: str) -> Anatomy:
-    return anatomy(*denoiser(name, passes))
+def parts(name: str, passes: str) -> DenoiserStructure:
+    return analyze_denoiser(*denoiser(name, passes))
 
 
 def kinds(block: Block) -> tuple[int, list[str]]:
     return len(block.stream_in), [branch.kind for branch in block.branches]
 
 
-def transformer_blocks(found: Anatomy) -> list[Block]:
+def transformer_blocks(found: DenoiserStructure) -> list[Block]:
     return [block for block in found.blocks if any(b.attentions for b in block.branches)]
 
 
@@ -271,11 +277,11 @@ def test_names_are_not_read(name: str, passes: str) -> None:
     for index, node in enumerate(nodes):
         node.meta = {"val": node.meta.get("val")}
         node.name = f"node_{index}"
-    bare = anatomy(copy, [nodes[places[node]] for node in takes])
+    bare = analyze_denoiser(copy, [nodes[places[node]] for node in takes])
     assert described(bare, copy) == described(parts(name, passes), gm)
 
 
-def described(found: Anatomy, gm: fx.GraphModule) -> list[Any]:
+def described(found: DenoiserStructure, gm: fx.GraphModule) -> list[Any]:
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     branches = [
         (b.kind, *(place[n] for n in (b.value, b.ungated, b.stream_in, b.stream_out, b.source)))
@@ -293,7 +299,7 @@ def test_the_last_passes_hide_nothing(name: str) -> None:
     step = next(key for key in fused.components if key.endswith("_step"))
     gm = fused.components[step]
     takes = changing(gm, fused.calls(step))
-    after = anatomy(gm, takes)
+    after = analyze_denoiser(gm, takes)
     if name == "sd-controlnet":  # its encoder and middle are in the step too
         assert len(transformer_blocks(after)) == len(transformer_blocks(before)) + 2
     else:
@@ -309,11 +315,11 @@ def test_the_last_passes_hide_nothing(name: str) -> None:
 # Small graphs
 
 
-def of(make: Callable[..., Any], *samples: Tensor, fixed: int = 0) -> Anatomy:
+def of(make: Callable[..., Any], *samples: Tensor, fixed: int = 0) -> DenoiserStructure:
     """Return the anatomy of a graph whose last `fixed` arguments do not change."""
     gm = body(make, *samples)
     takes = g.placeholders(gm)
-    return anatomy(gm, takes[: len(takes) - fixed])
+    return analyze_denoiser(gm, takes[: len(takes) - fixed])
 
 
 X = randn(1, 4, 8)

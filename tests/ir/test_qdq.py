@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.analysis import weight_memory
-from diffopt.analysis.denoiser_structure import anatomy
+from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.core import Pipeline, Record
 from diffopt.execution.partial_evaluation import Evaluator
 from diffopt.ir import graph as g
@@ -307,7 +307,7 @@ def test_the_anatomy_of_a_quantized_body_is_the_same(pair: tuple[Program, Progra
         quantized(pair[0], "int4", "rows"),
     ):
         loop = find_loop(program)
-        parts = anatomy(loop.body, loop.changing)
+        parts = analyze_denoiser(loop.body, loop.changing)
         kinds = [branch.kind for branch in parts.branches]
         sizes = len(parts.streams), len(parts.blocks), len(parts.attentions)
         found.append((kinds, sizes, [skip.index for skip in parts.skips]))
@@ -346,4 +346,4 @@ def test_passes_on_quantized_pipelines(pair: tuple[Program, Program], text: str)
 
 def _branches(program: Program) -> Any:
     loop = find_loop(program)
-    return anatomy(loop.body, loop.changing).branches
+    return analyze_denoiser(loop.body, loop.changing).branches

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt import spec
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching import mincut, schedule_search
 from diffopt.caching.apply_plan import Plan, Reuse, Term
 from diffopt.caching.error_model import Lab
@@ -55,7 +55,7 @@ class Auto(Policy):
         if min(self.calls, self.reach, self.trials) < 1 or min(self.terms, self.max_bodies) < 2:
             raise DiffoptError("auto wants calls, reach, trials >= 1 and terms, max-bodies >= 2")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Measure, choose, check."""
         budget = ctx.budget
         if (self.speedup is None) == (budget is None):

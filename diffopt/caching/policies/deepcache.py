@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import Part, Policy, hold, option
 from diffopt.core import Context
@@ -32,7 +32,7 @@ class Deepcache(Policy):
         if self.interval < 1 or self.branch < 0 or self.center < 0 or self.pow <= 1:
             raise DiffoptError("deepcache wants interval >= 1, branch >= 0, center >= 0, pow > 1")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take what comes from below at the chosen skip connection."""
         if self.branch >= len(parts.skips):
             raise DiffoptError(

@@ -9,7 +9,7 @@ Transformers, 2024 (2406.01125).
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, Reuse, Term
 from diffopt.caching.policy import Part, Policy, option, residuals, stack
 from diffopt.core import Context
@@ -34,7 +34,7 @@ class DeltaDit(Policy):
         ):
             raise DiffoptError("delta-dit wants interval >= 1, bound >= 0 and range >= 1")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take what the skipped blocks add to their streams."""
         blocks = stack(parts)
         count = len(blocks)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, merge_calls
 from diffopt.caching.policy import Part, Policy, hold, option
 from diffopt.core import Context
@@ -46,7 +46,7 @@ class FasterDiffusion(Policy):
         if keys is not None and (not keys or keys[0] != 0 or list(keys) != sorted(set(keys))):
             raise DiffoptError("faster-diffusion wants key-steps that go up and begin with 0")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take the encoder's outputs: the middle, and what skip connections bring over."""
         keys = key_steps(loop.steps) if self.key_steps is None else self.key_steps
         if keys[-1] >= loop.steps:

@@ -7,7 +7,7 @@ Pratheba Selvaraju et al., FORA: Fast-Forward Caching in Diffusion Transformer A
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import ATTENTION_AND_MLP, Part, Policy, branch_values, hold, option
 from diffopt.core import Context
@@ -27,7 +27,7 @@ class Fora(Policy):
         if self.interval < 1 or self.start < 0:
             raise DiffoptError("fora wants interval >= 1 and start >= 0")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take the branches' outputs as they are before the gate."""
         values = branch_values(parts, ATTENTION_AND_MLP)
         return hold(values, computed(loop.steps, self.interval, self.start), loop.steps)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import Part, Policy, Value, hold, option, residuals, stack
 from diffopt.core import Context
@@ -40,7 +40,7 @@ class Magcache(Policy):
                 "magcache wants threshold >= 0, max-skip >= 0, retain in 0…1 and calls >= 1"
             )
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take what all blocks together add to their streams."""
         values = residuals(stack(parts))
         if self.ratios:

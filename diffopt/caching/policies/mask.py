@@ -6,7 +6,7 @@ As in cache-dit's steps_computation_mask with its policy "static".
 from dataclasses import dataclass
 from typing import Literal
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import (
     ATTENTION_AND_MLP,
@@ -37,7 +37,7 @@ class Mask(Policy):
         if self.steps.strip("01") or self.steps.startswith("0"):
             raise DiffoptError("mask wants digits 0 and 1, the first a 1: cache(mask,1100101)")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take the values in every step whose digit is 0."""
         if len(self.steps) != loop.steps:
             raise DiffoptError(
@@ -46,7 +46,7 @@ class Mask(Policy):
         computed = [step for step, digit in enumerate(self.steps) if digit == "1"]
         return hold(self._chosen(loop, parts), computed, loop.steps)
 
-    def _chosen(self, loop: Loop, parts: Anatomy) -> list[Value]:
+    def _chosen(self, loop: Loop, parts: DenoiserStructure) -> list[Value]:
         found: dict[str, list[Value]] = {
             "deep": [(skip.deep, None) for skip in parts.skips[:1]],
             "blocks": residuals(stack(parts)),

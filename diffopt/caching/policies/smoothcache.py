@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import (
     ATTENTION_AND_MLP,
@@ -46,7 +46,7 @@ class Smoothcache(Policy):
         if self.alpha < 0 or self.max_interval < 1 or self.calls < 1:
             raise DiffoptError("smoothcache wants alpha >= 0, max-interval >= 1 and calls >= 1")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take the outputs of each kind of branch by its own schedule."""
         there = {branch.kind for branch in parts.branches}
         kinds = [kind for kind in ATTENTION_AND_MLP if kind in there]
@@ -61,7 +61,7 @@ class Smoothcache(Policy):
         )
 
     def _measure(
-        self, loop: Loop, parts: Anatomy, kinds: Sequence[str], ctx: Context
+        self, loop: Loop, parts: DenoiserStructure, kinds: Sequence[str], ctx: Context
     ) -> Mapping[str, Rows]:
         groups = {kind: [value for value, _ in branch_values(parts, [kind])] for kind in kinds}
         inputs = representative(

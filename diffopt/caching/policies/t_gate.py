@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import Part, Policy, branch_values, hold, merge, option
 from diffopt.core import Context
@@ -36,7 +36,7 @@ class TGate(Policy):
                 "t-gate wants gate >= 1, sp-interval >= 1, fi-interval >= 1 and warm-up >= 0"
             )
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take cross-attention after the gate, and self-attention between its intervals."""
         if self.gate >= loop.steps:
             raise DiffoptError(

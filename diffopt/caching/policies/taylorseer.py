@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, Reuse, Term
 from diffopt.caching.policy import ATTENTION_AND_MLP, Part, Policy, branch_values, option
 from diffopt.core import Context
@@ -35,7 +35,7 @@ class Taylorseer(Policy):
         if self.order < 0 or self.interval < 1 or self.warm_up < 1:
             raise DiffoptError("taylorseer wants order >= 0, interval >= 1 and warm-up >= 1")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Extrapolate the branches' outputs as they are before the gate."""
         computed = schedule(loop.steps, self.interval, self.warm_up)
         plan: dict[int, list[Reuse]] = {}

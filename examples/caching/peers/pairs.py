@@ -24,7 +24,7 @@ from diffusers import (
 )
 from diffusers.hooks.hooks import CacheContext, HookRegistry, _set_cache_context
 
-from diffopt.analysis.denoiser_structure import Anatomy
+from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policies.deepcache import Deepcache
 from diffopt.caching.policies.delta_dit import DeltaDit
@@ -179,7 +179,7 @@ class DualBlock(Policy):
     steps: str = option("", "one digit a step: 1 computes all blocks")
     front: int = option(1, "how many blocks each step computes")
 
-    def plan(self, loop: Loop, parts: Anatomy, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
         """Take what the other blocks add to their streams."""
         computed = [step for step, digit in enumerate(self.steps) if digit == "1"]
         return hold(residuals(stack(parts)[self.front :]), computed, loop.steps)
