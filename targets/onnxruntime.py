@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 import diffopt.lowering.onnx
+from diffopt import optional
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
@@ -31,7 +32,7 @@ from diffopt.ir.program import Program
 from diffopt.lowering.compile_inputs import elsewhere, free_sizes, identity, source
 from diffopt.lowering.executor import Body
 from diffopt.lowering.hardware import Hardware, hardware
-from diffopt.lowering.onnx import NEEDS, export, lacks, require
+from diffopt.lowering.onnx import NEEDS, export
 from diffopt.lowering.target import Image, Lowered, Target, option
 from diffopt.storage import disk_cache
 
@@ -60,14 +61,11 @@ class Onnxruntime(Target):
 
     def refuses(self, program: Program) -> str | None:
         """Refuse what is not on the CPU, and a Python without the packages."""
-        for package in (*NEEDS, "onnxruntime"):
-            if (reason := lacks(package)) is not None:
-                return reason
-        return elsewhere(program)
+        return optional.lacks(*NEEDS, "onnxruntime", extra="onnx") or elsewhere(program)
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
         """Compare ONNX Runtime with the one that the models were made for."""
-        require("onnxruntime")
+        optional.check("onnxruntime", extra="onnx")
         here = _version()
         if _numbers(here) < _numbers(requires["onnxruntime"]):
             return f"its models need onnxruntime {requires['onnxruntime']}, this is {here}"
@@ -107,7 +105,7 @@ class Onnxruntime(Target):
 
     def load(self, image: Image) -> dict[str, Body]:
         """Start a session for each component, with the engine's weights."""
-        require("onnxruntime")
+        optional.check("onnxruntime", extra="onnx")
         from diffopt.lowering.onnx import sessions
 
         threads = self.threads or torch.get_num_threads()

@@ -25,6 +25,7 @@ from torch import fx
 
 import diffopt.lowering.onnx
 import diffopt.lowering.trt
+from diffopt import optional
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds
@@ -33,7 +34,7 @@ from diffopt.ir.program import Program
 from diffopt.lowering import cuda_runtime, legality
 from diffopt.lowering.compile_inputs import free_sizes, identity, source
 from diffopt.lowering.executor import Body, Plan
-from diffopt.lowering.onnx import export, require
+from diffopt.lowering.onnx import export
 from diffopt.lowering.onnx.export import NEEDS
 from diffopt.lowering.target import Image, Lowered, Target, option
 from diffopt.lowering.trt import library, plan_runtime, qdq_legalize
@@ -90,7 +91,7 @@ class Tensorrt(Target):
     def refuses(self, program: Program) -> str | None:
         """Refuse devices that no builder here knows, and types that TensorRT lacks."""
         try:
-            require(*NEEDS)
+            optional.check(*NEEDS, extra="onnx")
             chosen = self._library()
         except DiffoptError as error:
             return error.message

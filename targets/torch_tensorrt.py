@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from diffopt import optional
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds
@@ -136,17 +137,14 @@ def _double(program: Program) -> str | None:
 
 def _library() -> Any:
     """Import Torch-TensorRT, which adds the operators that packages call."""
-    try:
-        return importlib.import_module("torch_tensorrt")
-    except Exception as error:  # without its TensorRT it raises a bare Exception
-        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "torch_tensorrt"
-        reason = str(error).strip().partition("\n")[0]
-        why = "is not installed" if is_missing else f"cannot be imported: {reason}"
+    library = optional.module_or_reason("torch_tensorrt")
+    if isinstance(library, str):
         version = ".".join(torch.__version__.split(".")[:2])
         raise DiffoptError(
-            f"the target torch-tensorrt needs the package torch-tensorrt, which {why};"
+            f"the target torch-tensorrt needs the package torch-tensorrt, which {library};"
             f' pip install "torch-tensorrt=={version}.*"'
-        ) from error
+        )
+    return library
 
 
 def _input(library: Any, value: Tensor, axes: Mapping[int, tuple[int, int]]) -> Any:

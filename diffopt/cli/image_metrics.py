@@ -13,9 +13,7 @@ Frechet distance in 1280 dimensions would need far more images than fit a test, 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from diffopt import optional
 from diffopt.errors import DiffoptError
 
 Images = Tensor | Sequence[Image.Image]
@@ -165,11 +164,5 @@ def _network() -> Any:
     return net.eval()
 
 
-def _require(module: str) -> ModuleType:
-    """Import a module of the optional extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise DiffoptError(
-            f"measuring quality needs {module.partition('.')[0]}: pip install diffopt[quality]"
-        ) from e
+def _require(module: str) -> Any:
+    return optional.require(module, "measuring quality", "diffopt[quality]")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffopt import optional
 from diffopt.capture.trace import trace
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
@@ -43,11 +44,7 @@ def load_model(text: str) -> Any:
 
 
 def _diffusers() -> Any:
-    try:
-        import diffusers
-    except ImportError:
-        message = "reading a model needs diffusers: pip install 'diffopt[diffusers]'"
-        raise DiffoptError(message) from None
+    diffusers = optional.require("diffusers", "reading a model", "'diffopt[diffusers]'")
     for library in ("diffusers", "transformers"):
         logging: Any = importlib.import_module(f"{library}.utils.logging")
         logging.set_verbosity_error()

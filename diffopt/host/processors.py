@@ -5,17 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffopt.errors import DiffoptError
+from diffopt import optional
 
 
 def load_component(name: str, files: Mapping[str, bytes]) -> Any:
     """Make a tokenizer or image processor from its files."""
-    try:
-        import transformers
-    except ImportError:
-        raise DiffoptError(
-            f"the tokenizer {name!r} needs the package transformers: pip install transformers"
-        ) from None
+    transformers = optional.require("transformers", f"the tokenizer {name!r}", "transformers")
     with tempfile.TemporaryDirectory() as folder:
         for file, content in files.items():
             path = Path(folder, file)
@@ -23,7 +18,7 @@ def load_component(name: str, files: Mapping[str, bytes]) -> Any:
             path.write_bytes(content)
         if "tokenizer_config.json" in files:
             return transformers.AutoTokenizer.from_pretrained(folder)
-        return transformers.AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+        return transformers.AutoImageProcessor.from_pretrained(folder)
 
 
 def save_component(component: Any) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.errors import DiffoptError
+from diffopt import optional
 from diffopt.execution.differentiable import device
 
 
@@ -18,13 +18,9 @@ class Workers:
     def __init__(self, accelerate: bool = False) -> None:
         self._accelerator: Any = None
         if accelerate:
-            try:
-                from accelerate import Accelerator  # type: ignore[import-untyped]
-            except ImportError:
-                raise DiffoptError(
-                    "recover(accelerate=true) needs accelerate: pip install 'diffopt[diffusers]'"
-                ) from None
-            self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            what = "recover(accelerate=true)"
+            library = optional.require("accelerate", what, "'diffopt[diffusers]'")
+            self._accelerator = library.Accelerator(cpu=not torch.cuda.is_available())
 
     @property
     def rank(self) -> int:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from diffopt import optional
 from diffopt.core import Pipeline
 from diffopt.engine.engine import build, load
 from diffopt.errors import DiffoptError
 from diffopt.ir import qdq
 from diffopt.ir.program import Program
-from diffopt.lowering.onnx import export, sessions
+from diffopt.lowering.onnx import sessions
 from diffopt.lowering.target import parse_target
 from diffopt.targets.onnxruntime import Onnxruntime
 from tests.passes.build import body, parameter, randn
@@ -328,7 +329,7 @@ def test_a_missing_package(
     found = importlib.util.find_spec
     missing = package.replace("-", "_")
     monkeypatch.setattr(
-        export.importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+        optional.importlib.util, "find_spec", lambda name: None if name == missing else found(name)
     )
     with pytest.raises(DiffoptError) as caught:
         build(captured, "onnxruntime", tmp_path / "x")
@@ -350,7 +351,7 @@ def test_an_engine_where_onnx_runtime_is_missing_or_old(
         f"{path}: its models need onnxruntime {needed}, this is 1.9; build it again for this"
         ' machine, or load it with target="eager"'
     )
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DiffoptError) as caught:
         load(path)
     assert str(caught.value) == (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 import warnings
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from diffopt import optional
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds
@@ -23,21 +23,6 @@ if TYPE_CHECKING:
     import onnx
 
 NEEDS = ("onnx", "onnxscript", "onnx_graphsurgeon")
-
-
-def lacks(package: str) -> str | None:
-    """Say that a package which ONNX needs is not installed, and how to install it."""
-    if importlib.util.find_spec(package) is not None:
-        return None
-    name = package.replace("_", "-")
-    return f"{name} is not installed; install it with `pip install diffopt[onnx]`"
-
-
-def require(*packages: str) -> None:
-    """Raise a `DiffoptError` where packages that ONNX needs are not installed."""
-    for package in packages:
-        if (reason := lacks(package)) is not None:
-            raise DiffoptError(reason)
 
 
 def export(
@@ -63,7 +48,7 @@ def export(
             is its name; those of 4 bits are UINT4 then, with 8 as the zero point, which is how the
             component stores them.
     """
-    require(*NEEDS)
+    optional.check(*NEEDS, extra="onnx")
     from diffopt.lowering.onnx import gs_tools
 
     prepared = prepare.prepare(gm)

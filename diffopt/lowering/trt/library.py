@@ -6,12 +6,11 @@ no GPU to build, and leaves choosing kernels to the first run; it knows some com
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from diffopt import optional
 from diffopt.errors import DiffoptError
 from diffopt.lowering import cuda_runtime
 from diffopt.lowering.cuda_runtime import Capability
@@ -96,15 +95,15 @@ def open_for(name: str) -> Library:
 
 def is_installed(name: str) -> bool:
     """Tell whether the module of a builder is there, without importing it."""
-    return importlib.util.find_spec(MODULES[name]) is not None
+    return optional.is_installed(MODULES[name])
 
 
 def load(name: str) -> Any:
     """Import the module of a builder; one that is broken is a `DiffoptError`."""
-    try:
-        return importlib.import_module(MODULES[name])
-    except (ImportError, OSError) as error:  # its shared libraries may be missing
-        raise DiffoptError(f"the package {name} cannot be imported: {error}") from None
+    library = optional.module_or_reason(MODULES[name])
+    if isinstance(library, str):
+        raise DiffoptError(f"the package {name} {library}")
+    return library
 
 
 def _dotted(capability: Capability) -> str:
