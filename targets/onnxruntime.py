@@ -1,11 +1,11 @@
 """Runs every component with ONNX Runtime on the CPU.
 
-A component becomes an ONNX model without its weights: those stay in the engine file, stored once.
-What follows from them alone (a matrix turned around, 4-bit numbers as integers) is computed by a
-model of its own when the engine is loaded, once for all components.
+A component becomes an ONNX model without weights: these are in the engine file, stored once. What
+is computed from them alone (a transposed matrix, 4-bit numbers as integers) is computed by a setup
+model when the engine is loaded, once for all components.
 
 Layers whose weight and input are both quantized run on 8-bit integers. bfloat16 and float16 save
-space only: ONNX Runtime has no kernels for them on the CPU, so they are computed in float32.
+space only: ONNX Runtime has no CPU kernels for them, so they are computed in float32.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Onnxruntime(Target):
 
     @property
     def hardware(self) -> Hardware | None:
-        """The CPU, or as much of it as the threads have."""
+        """The CPU, scaled to the number of threads."""
         return (super().hardware or hardware("cpu")).share(self.threads)
 
     def refuses(self, program: Program) -> str | None:
-        """Refuse what is not on the CPU, and a Python without the packages."""
+        """Refuse programs that are not on the CPU, and environments without the packages."""
         return optional.lacks(*NEEDS, "onnxruntime", extra="onnx") or elsewhere(program)
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
-        """Compare ONNX Runtime with the one that the models were made for."""
+        """Compare the installed version of ONNX Runtime with the engine's."""
         optional.check("onnxruntime", extra="onnx")
         here = _version()
         if _numbers(here) < _numbers(requires["onnxruntime"]):
@@ -72,7 +72,7 @@ class Onnxruntime(Target):
         return None
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
-        """Export the components, or take them from the cache, and choose kernels."""
+        """Export the components, or read them from the cache, and choose kernels."""
         from diffopt.lowering.onnx import ort_kernels, weight_precompute
 
         free, adapted = free_sizes(program), {}
@@ -80,28 +80,30 @@ class Onnxruntime(Target):
             progress(f"exporting {name}", index / len(program.components))
             model = _exported(name, gm, free.get(name))
             adapted[name] = ort_kernels.adapt(model)
-        owners = {
+        tensor_ids = {
             (name, key): id(tensor)
             for name, gm in program.components.items()
             for key, tensor in g.named_tensors(gm)
         }
-        made = weight_precompute.separate(
-            {name: own.model for name, own in adapted.items()}, owners
+        precomputed = weight_precompute.precompute_weights(
+            {name: component.model for name, component in adapted.items()}, tensor_ids
         )
         bodies: dict[str, dict[str, Any]] = {}
-        for name, own in adapted.items():
+        for name, component in adapted.items():
             bodies[name] = {"kernel": f"{name}.onnx"}
-            if own.layers:
-                bodies[name]["layers"] = own.layers
-            if own.widened:
+            if component.layers:
+                bodies[name]["layers"] = component.layers
+            if component.widened:
                 bodies[name]["computes"] = "float32"
-        widened = [name for name, own in adapted.items() if own.widened]
+        widened = [name for name, component in adapted.items() if component.widened]
         if widened:
             log.warning(
                 "%s: ONNX Runtime's CPU provider has no kernels for 16 bits; computed in float32",
                 ", ".join(widened),
             )
-        return Lowered(members=_members(made), requires={"onnxruntime": _version()}, bodies=bodies)
+        return Lowered(
+            members=_members(precomputed), requires={"onnxruntime": _version()}, bodies=bodies
+        )
 
     def load(self, image: Image) -> dict[str, Body]:
         """Start a session for each component, with the engine's weights."""
@@ -115,12 +117,12 @@ class Onnxruntime(Target):
             weights = {name: _weight(image, *source) for name, source in table["setup"].items()}
             results = sessions.run_setup(bytes(image.members[_SETUP]), weights, threads)
         bodies: dict[str, Body] = {}
-        for name, own in table["components"].items():
+        for name, row in table["components"].items():
             constants = {
                 key: _weight(image, name, attribute).reshape(shape)
-                for key, (attribute, shape) in own["weights"].items()
+                for key, (attribute, shape) in row["weights"].items()
             }
-            constants |= {key: results[index] for key, index in own["setup"].items()}
+            constants |= {key: results[index] for key, index in row["setup"].items()}
             model = bytes(image.members[f"{name}.onnx"])
             strides = _strides(image.graphs[name])
             try:
@@ -137,49 +139,49 @@ def _weight(image: Image, component: str, name: str) -> Tensor:
 
 
 def _strides(graph: Mapping[str, Any]) -> list[tuple[int, ...] | None]:
-    """Return the memory layout of each result of a component; None: contiguous."""
+    """Return the strides of each result of a component; None: contiguous."""
     rows = graph["nodes"]
     results = [rows[result["node"]] for result in rows[-1]["args"][0]["tuple"]]
     values = [serialize.decode_value(row["val"]) for row in results]
     return [None if value.is_contiguous() else value.stride() for value in values]
 
 
-def _members(made: Any) -> dict[str, bytes]:
+def _members(precomputed: Any) -> dict[str, bytes]:
     from diffopt.lowering.onnx import gs_tools
 
     table = {
-        "setup": made.sources,
+        "setup": precomputed.sources,
         "components": {
             name: {
-                "weights": gs_tools.outside_names(model, made.takes[name]),
-                "setup": made.takes[name],
+                "weights": gs_tools.external_locations(model, precomputed.results[name]),
+                "setup": precomputed.results[name],
             }
-            for name, model in made.models.items()
+            for name, model in precomputed.models.items()
         },
     }
     members = {_TABLE: json.dumps(table).encode()}
-    if made.setup is not None:
-        members[_SETUP] = made.setup.SerializeToString(deterministic=True)
-    for name, model in made.models.items():
+    if precomputed.setup is not None:
+        members[_SETUP] = precomputed.setup.SerializeToString(deterministic=True)
+    for name, model in precomputed.models.items():
         members[f"{name}.onnx"] = model.SerializeToString(deterministic=True)
     return members
 
 
 def _exported(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> Any:
-    """Return a component as ONNX, from the cache if it was exported before."""
+    """Return a component as an ONNX model, from the cache if it was exported before."""
     import onnx
 
     key = disk_cache.key(_key(name, gm, sizes))
-    if (found := disk_cache.get(key)) is not None:
+    if (cached := disk_cache.get(key)) is not None:
         log.info("%s: from the cache", name)
-        return onnx.load_from_string(found["onnx"])
+        return onnx.load_from_string(cached["onnx"])
     model = export(gm, name, opset=_OPSET, sizes=sizes, weights=False)
     disk_cache.put(key, {"onnx": model.SerializeToString(deterministic=True)})
     return model
 
 
 def _key(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> dict[str, Any]:
-    """Return all that an exported model depends on, as JSON."""
+    """Return everything that an exported model depends on, as JSON."""
     return {
         **identity(gm, sizes, by_value=False),
         "names": [name, *(node.name for node in g.placeholders(gm))],

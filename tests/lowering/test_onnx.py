@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.lowering.onnx import export, gs_tools
+from diffopt.lowering.onnx import cleanup, export
 from tests.passes.build import body, parameter, randn
 from tests.quantized import pack
 from tests.targets.test_cpu_int8 import LAYERS, SAMPLES, TIGHT, layers
@@ -271,7 +271,7 @@ def test_casts_that_change_nothing_go(first: int, second: int, left: list[str]) 
         helper.make_node("Cast", ["a"], ["b"], to=second),
         helper.make_node("Relu", ["b"], ["y"]),
     ]
-    assert operators(gs_tools.tidy(model_of(nodes, second))) == [*left, "Relu"]
+    assert operators(cleanup.clean_up(model_of(nodes, second))) == [*left, "Relu"]
 
 
 def test_constants_are_computed_and_two_turns_are_one() -> None:
@@ -282,7 +282,7 @@ def test_constants_are_computed_and_two_turns_are_one() -> None:
         helper.make_node("Transpose", ["b"], ["y"], perm=[1, 0]),
     ]
     model = model_of(nodes, TensorProto.FLOAT, c=np.ones(4, np.float32))
-    made = gs_tools.tidy(model)
+    made = cleanup.clean_up(model)
     assert operators(made) == ["Add"]
     x = randn(2, 4)
     torch.testing.assert_close(run(made, x)[0], x - 1)
@@ -290,7 +290,7 @@ def test_constants_are_computed_and_two_turns_are_one() -> None:
 
 def test_a_result_that_is_a_constant_or_an_argument_keeps_its_name() -> None:
     nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)]
-    made = gs_tools.tidy(model_of(nodes, TensorProto.FLOAT))
+    made = cleanup.clean_up(model_of(nodes, TensorProto.FLOAT))
     assert operators(made) == ["Identity"]
     assert made.graph.output[0].name == "y"
 

@@ -33,52 +33,55 @@ def export(
     sizes: Bounds | None = None,
     weights: bool = True,
 ) -> onnx.ModelProto:
-    """Return a component as ONNX.
+    """Return a component as an ONNX model.
 
-    Inputs are called like the component's arguments, outputs y0, y1, …, and initializers like the
-    component's tensors, but for small ones from which something was computed. Quantized values go
-    through QuantizeLinear and DequantizeLinear; weights of 4 bits are INT4.
+    Inputs are named like the component's arguments, outputs y0, y1, …, and initializers like the
+    component's tensors, except small ones that were folded. Quantized values use QuantizeLinear
+    and DequantizeLinear; 4-bit weights are INT4.
 
     Args:
         gm: The component.
-        name: What the model is called.
-        opset: Of ONNX.
-        sizes: The sizes that may change.
+        name: The name of the model's graph.
+        opset: The version of ONNX's operators.
+        sizes: Dynamic sizes, with their bounds.
         weights: Whether the model holds the tensors. If not, each is external data whose location
-            is its name; those of 4 bits are UINT4 then, with 8 as the zero point, which is how the
+            is its name, and 4-bit weights are UINT4 with a zero point of 8, which is how the
             component stores them.
+
+    Raises:
+        DiffoptError: An operator has no ONNX form, or a package is missing.
     """
     optional.check(*NEEDS, extra="onnx")
-    from diffopt.lowering.onnx import gs_tools
+    from diffopt.lowering.onnx import cleanup
 
     prepared = prepare.prepare(gm)
     try:
         model = _translate(prepared.gm, opset, sizes)
     except torch.onnx.OnnxExporterError as error:
-        raise DiffoptError(f"{name}: {_lacking(error)}; use another target") from error
+        raise DiffoptError(f"{name}: {_unsupported(error)}; use another target") from error
     proto = _serialize(model, prepared, weights)
     proto.graph.name = name
-    return gs_tools.tidy(gs_tools.pack_int4(proto, prepared.packed, signed=weights))
+    return cleanup.clean_up(cleanup.pack_int4(proto, prepared.packed, signed=weights))
 
 
-def _lacking(error: BaseException | None) -> str:
-    """Say what of a component has no form in ONNX, from the exporter's chain of errors."""
+def _unsupported(error: BaseException | None) -> str:
+    """Return which operator has no ONNX form, from the exporter's chain of errors."""
     while error is not None:
-        if found := re.search(r"target=torch\.ops\.([\w.]+?)(\.default)?\]", str(error)):
-            return f"{found[1]} has no form in ONNX"
+        if match := re.search(r"target=torch\.ops\.([\w.]+?)(\.default)?\]", str(error)):
+            return f"{match[1]} has no form in ONNX"
         text, error = str(error), error.__cause__
     return f"it has no form in ONNX ({text.partition(chr(10))[0]})"
 
 
 def _translate(gm: fx.GraphModule, opset: int, sizes: Bounds | None) -> Any:
-    """Return a prepared component in ONNX's IR, constants folded and weights untouched."""
+    """Return a prepared component as an `onnx_ir.Model`, with constants but no weights folded."""
     from diffopt.lowering.onnx import translations
 
     arguments = tuple(example(n.meta["val"]) for n in g.placeholders(gm))
     shapes = dynamic_shapes(len(arguments), sizes) if sizes else None
     with _quiet(), torch.no_grad():
         exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
-        made: Any = torch.onnx.export(
+        onnx_program: Any = torch.onnx.export(
             exported,
             dynamo=True,
             verbose=False,
@@ -86,22 +89,23 @@ def _translate(gm: fx.GraphModule, opset: int, sizes: Bounds | None) -> Any:
             opset_version=opset,
             custom_translation_table=translations.table(),
         )
-        model = made.model
+        model = onnx_program.model
         weights = list(model.graph.initializers.values())
         count = len(model.graph.inputs)
-        # As inputs, weights are no constants, so that nothing is computed from them here.
+        # Weights are inputs meanwhile: initializers would be folded.
         model.graph.initializers.clear()
         model.graph.inputs.extend(weights)
         _simplify(model)
     del model.graph.inputs[count:]
     for weight in weights:
         model.graph.initializers[weight.name] = weight
-    _name(model, weights, [n.name for n in g.placeholders(gm)], _modules(gm, exported.graph))
+    modules = _node_modules(gm, exported.graph)
+    _rename(model, weights, [n.name for n in g.placeholders(gm)], modules)
     return model
 
 
 def _simplify(model: Any) -> None:
-    """Compute what is constant, and each value once."""
+    """Inline functions, fold constants, and eliminate common subexpressions."""
     from onnx_ir.passes import Sequential, common
     from onnxscript import optimizer
 
@@ -117,31 +121,31 @@ def _simplify(model: Any) -> None:
     )(model)
 
 
-def _modules(gm: fx.GraphModule, exported: fx.Graph) -> dict[str, str]:
-    """Return the model's module that a node of the exported graph comes from, by the node's name.
+def _node_modules(gm: fx.GraphModule, exported: fx.Graph) -> dict[str, str]:
+    """Return the path of the module that each node of the exported graph comes from.
 
-    Exporting keeps the order of an operator's calls, and no other trace of where they were.
+    Nodes are matched by the order of each operator's calls: exporting preserves nothing else.
     """
     calls: dict[Any, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         calls.setdefault(node.target, []).append(node)
-    found = {}
+    modules = {}
     for node in exported.nodes:
         if node.op == "call_function" and calls.get(node.target):
-            found[node.name] = str(calls[node.target].pop(0).meta.get("module", ""))
-    return found
+            modules[node.name] = str(calls[node.target].pop(0).meta.get("module", ""))
+    return modules
 
 
-def _name(model: Any, weights: list[Any], inputs: list[str], modules: Mapping[str, str]) -> None:
-    """Give inputs and outputs their names, and others what their module and their order give."""
+def _rename(model: Any, weights: list[Any], inputs: list[str], modules: Mapping[str, str]) -> None:
+    """Name inputs and outputs as `export` says, and nodes by module, operator and index."""
     for index, node in enumerate(model.graph):
         origin = node.metadata_props.get("pkg.torch.onnx.fx_node", "").partition(" ")[0]
         node.name = f"{modules.get(origin.removeprefix('%'), '')}/{node.op_type}_{index}"
-        for place, value in enumerate(node.outputs):
-            value.name = f"{node.name}_{place}"
-    own = {id(weight) for weight in weights}
-    others = [v for v in model.graph.initializers.values() if id(v) not in own]
-    for index, value in enumerate(others):
+        for position, value in enumerate(node.outputs):
+            value.name = f"{node.name}_{position}"
+    weight_ids = {id(weight) for weight in weights}
+    folded = [v for v in model.graph.initializers.values() if id(v) not in weight_ids]
+    for index, value in enumerate(folded):
         value.name = f"/folded_{index}"
     for value, name in zip(model.graph.inputs, inputs, strict=True):
         value.name = name
@@ -150,12 +154,12 @@ def _name(model: Any, weights: list[Any], inputs: list[str], modules: Mapping[st
 
 
 def _serialize(model: Any, prepared: prepare.Prepared, weights: bool) -> onnx.ModelProto:
-    """Return the model as a proto without what says where its nodes come from."""
+    """Return the model as a proto, without metadata about the source of its nodes."""
     import onnx_ir as ir
 
-    own = dict(g.named_tensors(prepared.gm))
+    tensor_names = {name for name, _ in g.named_tensors(prepared.gm)}
     for name, value in model.graph.initializers.items():
-        if not weights and name in own:
+        if not weights and name in tensor_names:
             tensor = value.const_value
             value.const_value = ir.ExternalTensor(
                 name, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
@@ -171,7 +175,7 @@ def _serialize(model: Any, prepared: prepare.Prepared, weights: bool) -> onnx.Mo
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep from the terminal what the exporter says of packages that it misses."""
+    """Silence the exporter's warnings about optional packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

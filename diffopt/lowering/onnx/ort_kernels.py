@@ -1,11 +1,11 @@
-"""Puts models in the form that ONNX Runtime's CPU provider has fast kernels for.
+"""Rewrites models to operators for which ONNX Runtime's CPU provider has fast kernels.
 
-- bfloat16 and float16 become float32, since there are no kernels for them. Weights stay as they are
+- bfloat16 and float16 become float32, since there are no kernels for them. Weights keep their type
   and are widened on loading.
-- Layers whose weight and input are quantized run on integers, with unsigned inputs and signed
-  weights (convolutions the other way round): other pairs of types have slow kernels only.
-- Linear layers whose weights alone are quantized, in 4 bits, take the stored bytes.
-- GroupNormalization is written out around InstanceNormalization, which is twice as fast.
+- Layers whose weight and input are quantized become integer products, with unsigned inputs and
+  signed weights (convolutions the other way round): other pairs of types have slow kernels only.
+- Linear layers of which only the weight is quantized, to 4 bits, become MatMulNBits.
+- GroupNormalization is decomposed into InstanceNormalization, which is twice as fast.
 """
 
 from __future__ import annotations
@@ -19,13 +19,26 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from diffopt.lowering.onnx import gs_tools
-from diffopt.lowering.onnx.gs_tools import add, constant, number, producer, replace
+from diffopt.lowering.onnx.cleanup import drop_casts, fold_constants
+from diffopt.lowering.onnx.gs_tools import (
+    add_node,
+    edit,
+    elem_type,
+    external_constant,
+    find_nodes,
+    is_external,
+    new_constant,
+    producer,
+    replace_uses,
+    unique_name,
+)
 
-_HALVES = (TensorProto.BFLOAT16, TensorProto.FLOAT16)
-_WHOLE = (TensorProto.INT8, TensorProto.UINT4)
+_HALF_TYPES = (TensorProto.BFLOAT16, TensorProto.FLOAT16)
+_INTEGER_TYPES = (TensorProto.INT8, TensorProto.UINT4)
 _MS = "com.microsoft"
-_UNSIGNED = 128  # what is added to signed numbers where a kernel takes unsigned ones
+_UNSIGNED_OFFSET = 128  # int8 plus this is uint8
+
+_FLOAT32, _INT8, _UINT8, _INT32, _INT64 = map(np.dtype, ("f4", "i1", "u1", "i4", "i8"))
 
 
 @dataclass
@@ -34,8 +47,9 @@ class Adapted:
 
     Attributes:
         model: The model.
-        layers: How many quantized layers run on what: "int8", "int4" or "float".
-        widened: Whether values of 16 bits are computed in float32.
+        layers: The number of quantized layers by the type of their product: "int8", "int4", or
+            "float" where there is no kernel.
+        widened: Whether float16 or bfloat16 values are computed in float32.
     """
 
     model: onnx.ModelProto
@@ -44,66 +58,64 @@ class Adapted:
 
 
 def adapt(model: onnx.ModelProto) -> Adapted:
-    """Return a model, made by `export` without weights, with the fastest kernels."""
+    """Return a model from `export` without weights, rewritten to the fastest kernels."""
     layers: Counter[str] = Counter()
     halves: list[gs.Tensor] = []
-    made = gs_tools.edit(
+    adapted = edit(
         onnx.shape_inference.infer_shapes(model),
         lambda graph: halves.extend(widen(graph)),
-        gs_tools.drop_casts,
-        lambda graph: _layers(graph, layers),
-        write_out_group_norms,
-        gs_tools.fold,
+        drop_casts,
+        lambda graph: layers.update(_lower_quantized_layers(graph)),
+        decompose_group_norms,
+        fold_constants,
     )
-    return Adapted(made, dict(sorted(layers.items())), bool(halves))
+    return Adapted(adapted, dict(sorted(layers.items())), bool(halves))
 
 
-# 16 bits
+# 16-bit floats
 
 
 def _is_half(tensor: gs.Tensor) -> bool:
-    return tensor.dtype is not None and number(tensor) in _HALVES
+    return tensor.dtype is not None and elem_type(tensor) in _HALF_TYPES
 
 
 def widen(graph: gs.Graph) -> list[gs.Tensor]:
-    """Compute in float32 what the model computes in 16 bits, and return the values of that.
+    """Change 16-bit values to float32, and return these values.
 
-    Arguments, results and stored weights keep their type.
+    Inputs, outputs and external weights keep their type.
     """
-    ends = {id(t) for t in (*graph.inputs, *graph.outputs)}
+    interface = {id(t) for t in (*graph.inputs, *graph.outputs)}
     tensors = [tensor for tensor in graph.tensors().values() if _is_half(tensor)]
     values = [tensor for tensor in tensors if isinstance(tensor, gs.Variable)]
     for tensor in tensors if values else ():
-        if isinstance(tensor, gs.Constant) and not gs_tools.is_outside(tensor):
+        if isinstance(tensor, gs.Constant) and not is_external(tensor):
             tensor.values = tensor.values.astype(np.float32)
-        elif isinstance(tensor, gs.Constant) or id(tensor) in ends:
-            _cross(graph, tensor)
+        elif isinstance(tensor, gs.Constant) or id(tensor) in interface:
+            _cast_at_interface(graph, tensor)
         else:
-            tensor.dtype = np.dtype(np.float32)
+            tensor.dtype = _FLOAT32
     for node in graph.nodes:
         for key, value in node.attrs.items():
             if isinstance(value, gs.Constant) and _is_half(value):
                 value.values = value.values.astype(np.float32)
-            elif key in ("to", "dtype", "output_dtype") and value in _HALVES:
-                is_end = any(id(t) in ends for t in node.outputs)
-                node.attrs[key] = value if is_end else int(TensorProto.FLOAT)
+            elif key in ("to", "dtype", "output_dtype") and value in _HALF_TYPES:
+                is_output = any(id(t) in interface for t in node.outputs)
+                node.attrs[key] = value if is_output else int(TensorProto.FLOAT)
     return values
 
 
-def _cross(graph: gs.Graph, tensor: gs.Tensor) -> None:
-    """Cast an argument or a weight behind it, a result in front of it."""
-    users, makers = list(tensor.outputs), list(tensor.inputs)
+def _cast_at_interface(graph: gs.Graph, tensor: gs.Tensor) -> None:
+    """Cast an input or a weight for its users, and the value that becomes an output."""
+    users, producers = list(tensor.outputs), list(tensor.inputs)
     if users:
-        wide = add(graph, "Cast", [tensor], np.dtype(np.float32), tensor.shape, {"to": 1})
+        wide = add_node(graph, "Cast", [tensor], _FLOAT32, tensor.shape, {"to": 1})
         for user in users:
             user.inputs = [wide if t is tensor else t for t in user.inputs]
-    for maker in makers:
-        wide = gs.Variable(gs_tools.fresh(graph, "/wide"), np.dtype(np.float32), tensor.shape)
-        maker.outputs = [wide if t is tensor else t for t in maker.outputs]
-        cast = gs.Node(
-            "Cast", gs_tools.fresh(graph, "/Cast"), {"to": number(tensor)}, [wide], [tensor]
-        )
-        graph.nodes.append(cast)
+    for node in producers:
+        wide = gs.Variable(unique_name(graph, "/wide"), _FLOAT32, tensor.shape)
+        node.outputs = [wide if t is tensor else t for t in node.outputs]
+        name, attrs = unique_name(graph, "/Cast"), {"to": elem_type(tensor)}
+        graph.nodes.append(gs.Node("Cast", name, attrs, [wide], [tensor]))
 
 
 # Quantized layers
@@ -111,22 +123,26 @@ def _cross(graph: gs.Graph, tensor: gs.Tensor) -> None:
 
 @dataclass
 class _Weight:
+    """A quantized weight: one scale for each row, or for `block_size` values of a row."""
+
     values: gs.Tensor
     scales: gs.Tensor
     zeros: gs.Tensor | None
-    group: int
+    block_size: int
 
 
 @dataclass
 class _Input:
+    """A quantized input of a layer; `source` is the value before quantization."""
+
     source: gs.Tensor
     quantized: gs.Tensor
     scale: gs.Tensor
-    zero: gs.Tensor | None  # None where each row has a scale of its own
+    zero: gs.Tensor | None  # None: a scale for each row
 
 
 def _weight(tensor: gs.Tensor) -> _Weight | None:
-    """Return a quantized weight by what a layer reads."""
+    """Return the quantized weight that a layer reads, None if it is not quantized."""
     node = producer(tensor, "DequantizeLinear")
     if node is None or node.attrs.get("axis", 1) != (1 if node.attrs.get("block_size") else 0):
         return None
@@ -135,18 +151,18 @@ def _weight(tensor: gs.Tensor) -> _Weight | None:
 
 
 def _input(tensor: gs.Tensor) -> _Input | None:
-    """Return a quantized input by what a layer reads."""
+    """Return the quantized input that a layer reads, None if it is not quantized."""
     node = producer(tensor, "DequantizeLinear")
     if node is not None:
         q = producer(node.inputs[0], "QuantizeLinear")
-        if q is None or len(node.inputs) < 3 or number(node.inputs[0]) != TensorProto.INT8:
+        if q is None or len(node.inputs) < 3 or elem_type(node.inputs[0]) != TensorProto.INT8:
             return None
         if [id(t) for t in q.inputs[1:]] != [id(t) for t in node.inputs[1:]]:
             return None
         return _Input(q.inputs[0], node.inputs[0], q.inputs[1], q.inputs[2])
     product = producer(tensor, "Mul")
     wide = product and producer(product.inputs[0], "Cast")
-    if not product or not wide or number(wide.inputs[0]) != TensorProto.INT8:
+    if not product or not wide or elem_type(wide.inputs[0]) != TensorProto.INT8:
         return None
     narrow = producer(wide.inputs[0], "Cast")
     clip = narrow and producer(narrow.inputs[0], "Clip")
@@ -155,70 +171,73 @@ def _input(tensor: gs.Tensor) -> _Input | None:
     return _Input(clip.inputs[0], wide.inputs[0], product.inputs[1], None)
 
 
-def _layers(graph: gs.Graph, counts: Counter[str]) -> None:
-    """Put kernels for quantized layers in their place, and count them."""
-    inputs = _Inputs(graph)
-    for node in list(gs_tools.nodes(graph, "MatMul", "Gemm", "Conv")):
-        read = node.inputs[1]
+def _lower_quantized_layers(graph: gs.Graph) -> Counter[str]:
+    """Replace quantized layers by kernels, and count them by the type of their product."""
+    counts: Counter[str] = Counter()
+    inputs = _UnsignedInputs(graph)
+    for node in list(find_nodes(graph, "MatMul", "Gemm", "Conv")):
+        source = node.inputs[1]
         if node.op == "MatMul":
-            turn = producer(read, "Transpose")
-            if turn is None:
+            transpose = producer(source, "Transpose")
+            if transpose is None:
                 continue
-            read = turn.inputs[0]
-        view = producer(read, "Reshape")
+            source = transpose.inputs[0]
+        view = producer(source, "Reshape")
         is_grouped = view is not None and producer(view.inputs[0], "DequantizeLinear")
-        weight = _weight(view.inputs[0] if view is not None and is_grouped else read)
+        weight = _weight(view.inputs[0] if view is not None and is_grouped else source)
         if weight is None:
             continue
         x = _input(node.inputs[0])
-        made, kind = None, "float"
-        if x is not None and not weight.group and number(weight.values) in _WHOLE:
-            made, kind = _on_integers(graph, node, weight, x, inputs), "int8"
-        elif x is None and number(weight.values) == TensorProto.UINT4:
-            made, kind = _on_bytes(graph, node, weight), "int4"
-        counts[kind if made is not None else "float"] += 1
-        if made is not None:
-            replace(graph, node.outputs[0], made)
+        result, kind = None, "float"
+        if x is not None and not weight.block_size and elem_type(weight.values) in _INTEGER_TYPES:
+            result, kind = _integer_product(graph, node, weight, x, inputs), "int8"
+        elif x is None and elem_type(weight.values) == TensorProto.UINT4:
+            result, kind = _int4_product(graph, node, weight), "int4"
+        counts[kind if result is not None else "float"] += 1
+        if result is not None:
+            replace_uses(graph, node.outputs[0], result)
+    return counts
 
 
-class _Inputs:
-    """A model's quantized inputs as unsigned numbers and their zero point, each made once."""
+class _UnsignedInputs:
+    """The quantized inputs of a graph's layers as uint8, each computed once."""
 
     def __init__(self, graph: gs.Graph) -> None:
         self._graph = graph
-        self._made: dict[tuple[int, ...], tuple[gs.Tensor, gs.Tensor, gs.Tensor]] = {}
+        self._known: dict[tuple[int, ...], tuple[gs.Tensor, gs.Tensor, gs.Tensor]] = {}
 
-    def unsigned(self, x: _Input) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
-        """Return numbers, scale and zero point."""
+    def get(self, x: _Input) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
+        """Return values, scale and zero point."""
         key = id(x.source), id(x.scale), id(x.zero)
-        if key not in self._made:
-            self._made[key] = self._rows(x) if x.zero is None else self._tensor(x)
-        return self._made[key]
+        if key not in self._known:
+            self._known[key] = self._per_row(x) if x.zero is None else self._per_tensor(x)
+        return self._known[key]
 
-    def _tensor(self, x: _Input) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
-        graph, byte, shape = self._graph, np.dtype(np.uint8), x.source.shape
-        if _is_own_range(x):
-            name = gs_tools.fresh(graph, "/DynamicQuantizeLinear")
-            q = gs.Variable(f"{name}_0", byte, shape)
-            scale = gs.Variable(f"{name}_1", np.dtype(np.float32), [])
-            zero = gs.Variable(f"{name}_2", byte, [])
+    def _per_tensor(self, x: _Input) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
+        graph, shape = self._graph, x.source.shape
+        if _is_dynamic(x):
+            name = unique_name(graph, "/DynamicQuantizeLinear")
+            q = gs.Variable(f"{name}_0", _UINT8, shape)
+            scale = gs.Variable(f"{name}_1", _FLOAT32, [])
+            zero = gs.Variable(f"{name}_2", _UINT8, [])
             outputs = [q, scale, zero]
             graph.nodes.append(gs.Node("DynamicQuantizeLinear", name, {}, [x.source], outputs))
             return q, scale, zero
-        zero = _shifted(graph, x.zero, byte)
-        return add(graph, "QuantizeLinear", [x.source, x.scale, zero], byte, shape), x.scale, zero
+        zero = _to_unsigned(graph, x.zero)
+        q = add_node(graph, "QuantizeLinear", [x.source, x.scale, zero], _UINT8, shape)
+        return q, x.scale, zero
 
-    def _rows(self, x: _Input) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
+    def _per_row(self, x: _Input) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
         graph, shape = self._graph, x.quantized.shape
-        shift = constant(graph, np.array(_UNSIGNED, np.float32))
-        moved = add(graph, "Add", [x.source, shift], np.dtype(np.float32), shape)
-        q = add(graph, "Cast", [moved], np.dtype(np.uint8), shape, {"to": TensorProto.UINT8})
-        one = constant(graph, np.array(1.0, np.float32))
-        return q, one, constant(graph, np.array(_UNSIGNED, np.uint8))
+        offset = new_constant(graph, np.array(_UNSIGNED_OFFSET, np.float32))
+        shifted = add_node(graph, "Add", [x.source, offset], _FLOAT32, shape)
+        q = add_node(graph, "Cast", [shifted], _UINT8, shape, {"to": TensorProto.UINT8})
+        one = new_constant(graph, np.array(1.0, np.float32))
+        return q, one, new_constant(graph, np.array(_UNSIGNED_OFFSET, np.uint8))
 
 
-def _is_own_range(x: _Input) -> bool:
-    """Tell whether the scale of a tensor follows from its own least and largest value alone."""
+def _is_dynamic(x: _Input) -> bool:
+    """Tell whether the scale is computed from the minimum and maximum of the value alone."""
     seen, stack, ops = set(), [x.scale], set()
     while stack:
         tensor = stack.pop()
@@ -233,46 +252,47 @@ def _is_own_range(x: _Input) -> bool:
     return {"ReduceMax", "ReduceMin"} <= ops <= plain
 
 
-def _shifted(graph: gs.Graph, numbers: gs.Tensor | None, dtype: Any) -> gs.Variable:
-    """Return signed numbers as unsigned ones, 128 higher."""
-    assert numbers is not None
-    wide = add(graph, "Cast", [numbers], np.dtype(np.int32), numbers.shape, {"to": 6})
-    shift = constant(graph, np.array(_UNSIGNED, np.int32))
-    moved = add(graph, "Add", [wide, shift], np.dtype(np.int32), numbers.shape)
-    return add(graph, "Cast", [moved], dtype, numbers.shape, {"to": TensorProto.UINT8})
+def _to_unsigned(graph: gs.Graph, values: gs.Tensor | None) -> gs.Variable:
+    """Return int8 values plus 128, as uint8."""
+    assert values is not None
+    wide = add_node(graph, "Cast", [values], _INT32, values.shape, {"to": TensorProto.INT32})
+    offset = new_constant(graph, np.array(_UNSIGNED_OFFSET, np.int32))
+    shifted = add_node(graph, "Add", [wide, offset], _INT32, values.shape)
+    return add_node(graph, "Cast", [shifted], _UINT8, values.shape, {"to": TensorProto.UINT8})
 
 
-def _on_integers(
-    graph: gs.Graph, node: gs.Node, weight: _Weight, x: _Input, inputs: _Inputs
+def _integer_product(
+    graph: gs.Graph, node: gs.Node, weight: _Weight, x: _Input, inputs: _UnsignedInputs
 ) -> gs.Tensor | None:
+    """Return the layer as an integer product; None where there is no kernel."""
     if node.op == "Conv":
-        return None if x.zero is None else _convolution(graph, node, weight, x)
+        return None if x.zero is None else _integer_convolution(graph, node, weight, x)
     if node.op == "Gemm" and not _is_linear(node):
         return None
-    stored = _int8(graph, weight)
-    wide, shape = np.dtype(np.float32), node.outputs[0].shape
-    turned = list(reversed(stored.shape))
-    values = add(graph, "Transpose", [stored], np.dtype(np.int8), turned, {"perm": [1, 0]})
-    q, scale, zero = inputs.unsigned(x)
-    bias = list(node.inputs[2:])
-    none = gs.Variable.empty()
-    given = [q, values, scale, weight.scales, zero, none, *([] if x.zero is None else bias)]
-    made = add(graph, "MatMulIntegerToFloat", given, wide, shape, domain=_MS)
+    stored, shape = _int8_values(graph, weight), node.outputs[0].shape
+    columns = list(reversed(stored.shape))
+    values = add_node(graph, "Transpose", [stored], _INT8, columns, {"perm": [1, 0]})
+    q, scale, zero = inputs.get(x)
+    bias, no_zeros = list(node.inputs[2:]), gs.Variable.empty()
+    operands = [q, values, scale, weight.scales, zero, no_zeros]
     if x.zero is not None:
-        return made
-    made = add(graph, "Mul", [made, x.scale], wide, shape)
-    return add(graph, "Add", [made, *bias], wide, shape) if bias else made
+        return add_node(
+            graph, "MatMulIntegerToFloat", [*operands, *bias], _FLOAT32, shape, domain=_MS
+        )
+    result = add_node(graph, "MatMulIntegerToFloat", operands, _FLOAT32, shape, domain=_MS)
+    result = add_node(graph, "Mul", [result, x.scale], _FLOAT32, shape)
+    return add_node(graph, "Add", [result, *bias], _FLOAT32, shape) if bias else result
 
 
-def _int8(graph: gs.Graph, weight: _Weight) -> gs.Tensor:
-    """Return the numbers of a weight as int8."""
+def _int8_values(graph: gs.Graph, weight: _Weight) -> gs.Tensor:
+    """Return the values of a weight as int8."""
     values = weight.values
-    if number(values) == TensorProto.INT8:
+    if elem_type(values) == TensorProto.INT8:
         return values
-    ones = constant(graph, np.ones(weight.scales.shape, np.float32))
-    given = [values, ones, weight.zeros]
-    wide = add(graph, "DequantizeLinear", given, np.dtype(np.float32), values.shape, {"axis": 0})
-    return add(graph, "Cast", [wide], np.dtype(np.int8), values.shape, {"to": TensorProto.INT8})
+    ones = new_constant(graph, np.ones(weight.scales.shape, np.float32))
+    operands = [values, ones, weight.zeros]
+    wide = add_node(graph, "DequantizeLinear", operands, _FLOAT32, values.shape, {"axis": 0})
+    return add_node(graph, "Cast", [wide], _INT8, values.shape, {"to": TensorProto.INT8})
 
 
 def _is_linear(node: gs.Node) -> bool:
@@ -280,71 +300,69 @@ def _is_linear(node: gs.Node) -> bool:
     return factors == (1.0, 1.0) and node.attrs.get("transB") and not node.attrs.get("transA")
 
 
-def _convolution(graph: gs.Graph, node: gs.Node, weight: _Weight, x: _Input) -> gs.Tensor:
-    wide, shape = np.dtype(np.float32), node.outputs[0].shape
-    values = _shifted(graph, _int8(graph, weight), np.dtype(np.uint8))
-    middle = constant(graph, np.array(_UNSIGNED, np.uint8))
-    given = [x.quantized, values, x.zero, middle]
-    sums = add(graph, "ConvInteger", given, np.dtype(np.int32), shape, node.attrs)
-    made = add(graph, "Cast", [sums], wide, shape, {"to": 1})
-    rows = constant(graph, np.array([-1] + [1] * (len(shape) - 2), np.int64))
-    count = weight.scales.shape
-    scales = add(graph, "Mul", [weight.scales, x.scale], wide, count)
-    ends = [*count, *[1] * (len(shape) - 2)]
-    made = add(graph, "Mul", [made, add(graph, "Reshape", [scales, rows], wide, ends)], wide, shape)
-    if len(node.inputs) < 3:
-        return made
-    bias = add(graph, "Reshape", [node.inputs[2], rows], wide, ends)
-    return add(graph, "Add", [made, bias], wide, shape)
+def _integer_convolution(graph: gs.Graph, node: gs.Node, weight: _Weight, x: _Input) -> gs.Tensor:
+    shape = node.outputs[0].shape
+    values = _to_unsigned(graph, _int8_values(graph, weight))
+    weight_zero = new_constant(graph, np.array(_UNSIGNED_OFFSET, np.uint8))
+    operands = [x.quantized, values, x.zero, weight_zero]
+    sums = add_node(graph, "ConvInteger", operands, _INT32, shape, node.attrs)
+    result = add_node(graph, "Cast", [sums], _FLOAT32, shape, {"to": TensorProto.FLOAT})
+    scales = add_node(graph, "Mul", [weight.scales, x.scale], _FLOAT32, weight.scales.shape)
+    scales, *bias = _per_channel(graph, [scales, *node.inputs[2:]], shape)
+    result = add_node(graph, "Mul", [result, scales], _FLOAT32, shape)
+    return add_node(graph, "Add", [result, *bias], _FLOAT32, shape) if bias else result
 
 
-def _on_bytes(graph: gs.Graph, node: gs.Node, weight: _Weight) -> gs.Tensor | None:
-    """Return a product with weights that stay in 4 bits; None where there is no kernel."""
-    group, stored = weight.group, weight.values
-    if node.op == "Conv" or group < 16 or group & (group - 1) or len(stored.shape) != 2:
+def _per_channel(graph: gs.Graph, tensors: list[gs.Tensor], shape: list[Any]) -> list[gs.Tensor]:
+    """Reshape vectors so that they broadcast along axis 1 of a shape."""
+    ones = [1] * (len(shape) - 2)
+    target = new_constant(graph, np.array([-1, *ones], np.int64))
+    return [add_node(graph, "Reshape", [t, target], _FLOAT32, [shape[1], *ones]) for t in tensors]
+
+
+def _int4_product(graph: gs.Graph, node: gs.Node, weight: _Weight) -> gs.Tensor | None:
+    """Return a linear layer as MatMulNBits; None where there is no kernel."""
+    block, stored = weight.block_size, weight.values
+    if node.op == "Conv" or block < 16 or block & (block - 1) or len(stored.shape) != 2:
         return None
-    if not gs_tools.is_outside(stored) or (node.op == "Gemm" and not _is_linear(node)):
+    if not is_external(stored) or (node.op == "Gemm" and not _is_linear(node)):
         return None
     rows, columns = stored.shape
-    shape = [rows, columns // group, group // 2]
-    values = gs_tools.outside(
-        gs_tools.fresh(graph, "/bytes"), TensorProto.UINT8, shape, stored.name
-    )
-    flat = constant(graph, np.array([-1], np.int64))
-    wide = np.dtype(np.float32)
-    scales = add(graph, "Reshape", [weight.scales, flat], wide, [rows * columns // group])
-    attrs = {"K": columns, "N": rows, "bits": 4, "block_size": group}
-    given = [node.inputs[0], values, scales]
-    shape = node.outputs[0].shape
-    made = add(graph, "MatMulNBits", given, wide, shape, attrs, _MS)
+    packed_shape = [rows, columns // block, block // 2]
+    name = unique_name(graph, "/bytes")
+    values = external_constant(name, TensorProto.UINT8, packed_shape, stored.name)
+    flat = new_constant(graph, np.array([-1], np.int64))
+    blocks = [rows * columns // block]
+    scales = add_node(graph, "Reshape", [weight.scales, flat], _FLOAT32, blocks)
+    attrs = {"K": columns, "N": rows, "bits": 4, "block_size": block}
+    operands, shape = [node.inputs[0], values, scales], node.outputs[0].shape
+    result = add_node(graph, "MatMulNBits", operands, _FLOAT32, shape, attrs, _MS)
     bias = list(node.inputs[2:])
-    return add(graph, "Add", [made, *bias], wide, shape) if bias else made
+    return add_node(graph, "Add", [result, *bias], _FLOAT32, shape) if bias else result
 
 
 # Norms
 
 
-def write_out_group_norms(graph: gs.Graph) -> None:
-    """Write group norms out around InstanceNormalization."""
-    wide = np.dtype(np.float32)
-    for node in gs_tools.nodes(graph, "GroupNormalization"):
+def decompose_group_norms(graph: gs.Graph) -> None:
+    """Decompose GroupNormalization into InstanceNormalization, a product and a sum."""
+    for node in find_nodes(graph, "GroupNormalization"):
         x, scale, bias = node.inputs
         shape, groups = node.outputs[0].shape, node.attrs["num_groups"]
-        sizes = constant(graph, np.array([0, groups, -1], np.int64))
-        rows = add(graph, "Reshape", [x, sizes], wide, [shape[0], groups, None])
-        ones, zeros = (constant(graph, np.full(groups, v, np.float32)) for v in (1, 0))
+        grouped = new_constant(graph, np.array([0, groups, -1], np.int64))
+        rows = add_node(graph, "Reshape", [x, grouped], _FLOAT32, [shape[0], groups, None])
+        ones, zeros = (new_constant(graph, np.full(groups, v, np.float32)) for v in (1, 0))
         attrs = {"epsilon": node.attrs.get("epsilon", 1e-5)}
-        given = [rows, ones, zeros]
-        normed = add(graph, "InstanceNormalization", given, wide, rows.shape, attrs)
-        back = add(graph, "Reshape", [normed, _shape(graph, x)], wide, shape)
-        columns = constant(graph, np.array([-1] + [1] * (len(shape) - 2), np.int64))
-        ends = [shape[1], *[1] * (len(shape) - 2)]
-        factor, term = (add(graph, "Reshape", [t, columns], wide, ends) for t in (scale, bias))
-        product = add(graph, "Mul", [back, factor], wide, shape)
-        replace(graph, node.outputs[0], add(graph, "Add", [product, term], wide, shape))
+        operands = [rows, ones, zeros]
+        rows = add_node(graph, "InstanceNormalization", operands, _FLOAT32, rows.shape, attrs)
+        normalized = add_node(graph, "Reshape", [rows, _shape(graph, x)], _FLOAT32, shape)
+        factor, term = _per_channel(graph, [scale, bias], shape)
+        product = add_node(graph, "Mul", [normalized, factor], _FLOAT32, shape)
+        result = add_node(graph, "Add", [product, term], _FLOAT32, shape)
+        replace_uses(graph, node.outputs[0], result)
 
 
 def _shape(graph: gs.Graph, x: gs.Tensor) -> gs.Tensor:
     if all(isinstance(size, int) for size in x.shape):
-        return constant(graph, np.array(x.shape, np.int64))
-    return add(graph, "Shape", [x], np.dtype(np.int64), [len(x.shape)])
+        return new_constant(graph, np.array(x.shape, np.int64))
+    return add_node(graph, "Shape", [x], _INT64, [len(x.shape)])

@@ -1,4 +1,4 @@
-"""Runs ONNX models of an engine with ONNX Runtime on the CPU, on tensors and without copies."""
+"""Runs ONNX models with ONNX Runtime on the CPU, on torch tensors without copies."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ _PROVIDERS = ["CPUExecutionProvider"]
 
 
 def options(threads: int, pack: bool) -> ort.SessionOptions:
-    """Return how sessions run."""
-    made = ort.SessionOptions()
-    made.intra_op_num_threads = threads
-    made.inter_op_num_threads = 1
-    made.log_severity_level = 3  # errors
-    # The models have their integer kernels already; its own search for some breaks opset 21.
-    made.add_session_config_entry("session.disable_quant_qdq", "1")
+    """Return session options: threads inside an operator, and whether to prepack constants."""
+    result = ort.SessionOptions()
+    result.intra_op_num_threads = threads
+    result.inter_op_num_threads = 1
+    result.log_severity_level = 3  # errors
+    # `ort_kernels` has chosen integer kernels; ONNX Runtime's own QDQ fusion breaks opset 21.
+    result.add_session_config_entry("session.disable_quant_qdq", "1")
     if not pack:
-        made.add_session_config_entry("session.disable_prepacking", "1")
-    return made
+        result.add_session_config_entry("session.disable_prepacking", "1")
+    return result
 
 
 def run_setup(model: bytes, weights: Mapping[str, Tensor], threads: int) -> list[Tensor]:
-    """Return the results of a model of weights alone.
+    """Return the outputs of a setup model, which has no inputs.
 
     Args:
         model: The model.
-        weights: The values of its constants, of whatever type the model says that they have.
-        threads: To run on.
+        weights: Values of its external initializers by location, read as the type that the model
+            declares.
+        threads: The number of threads to run on.
     """
-    made = options(threads, pack=True)
+    session_options = options(threads, pack=True)
     files = {name: container.raw(tensor) for name, tensor in weights.items()}
     buffers = [np.frombuffer(content, np.uint8) for content in files.values()]
     lengths = [len(buffer) for buffer in buffers]
-    made.add_external_initializers_from_files_in_memory(list(files), buffers, lengths)
-    session = ort.InferenceSession(model, made, providers=_PROVIDERS)
+    session_options.add_external_initializers_from_files_in_memory(list(files), buffers, lengths)
+    session = ort.InferenceSession(model, session_options, providers=_PROVIDERS)
     return [_tensor(result) for result in session.run_with_ort_values(None, {})]
 
 
 def _value(tensor: Tensor) -> ort.OrtValue:
-    """Return a tensor as ONNX Runtime has it, in the same memory if it is contiguous."""
+    """Return a tensor as an `OrtValue`, in the same memory if it is contiguous."""
     dense = tensor.detach().contiguous()
-    if dense.dtype == torch.bool:  # torch says so in a way that ONNX Runtime does not read
+    if dense.dtype == torch.bool:  # ONNX Runtime does not read torch's DLPack type for bool
         return ort.OrtValue.ortvalue_from_numpy(dense.numpy())
     return ort.OrtValue.from_dlpack(dense)
 
 
 def _tensor(value: ort.OrtValue) -> Tensor:
-    """Return what ONNX Runtime has as a tensor in the same memory."""
-    made: Tensor = torch.utils.dlpack.from_dlpack(value)
-    return made.view(torch.bool) if value.data_type() == "tensor(bool)" else made
+    """Return an `OrtValue` as a tensor in the same memory."""
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(value)
+    return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
 
 
 class Session:
@@ -76,22 +77,25 @@ class Session:
 
         Args:
             model: The model.
-            constants: The values of its constants.
-            strides: The memory layout that each result is to have; None: contiguous.
-            threads: To run on.
-            pack: Whether constants are copied into the form that kernels like best.
+            constants: Values of its external initializers by name.
+            strides: The strides that each output is to have; None: contiguous.
+            threads: The number of threads to run on.
+            pack: Whether to copy constants into the layout that kernels prefer.
+
+        Raises:
+            DiffoptError: ONNX Runtime refuses the model.
         """
-        made = options(threads, pack)
+        session_options = options(threads, pack)
         values = {name: _value(tensor) for name, tensor in constants.items()}
-        made.add_external_initializers(list(values), list(values.values()))
+        session_options.add_external_initializers(list(values), list(values.values()))
         if not pack:
-            # What is given this way is read where it is; the first way alone makes a copy.
+            # `add_initializer` shares memory; `add_external_initializers` alone copies.
             for name, constant in values.items():
-                made.add_initializer(name, constant)
+                session_options.add_initializer(name, constant)
             self._constants = values
         try:
-            self._session = ort.InferenceSession(model, made, providers=_PROVIDERS)
-        except Exception as error:  # it has a class of its own for every kind
+            self._session = ort.InferenceSession(model, session_options, providers=_PROVIDERS)
+        except Exception as error:  # each kind of error is a class of its own, without a base
             reason = str(error).strip().partition("\n")[0]
             raise DiffoptError(f"ONNX Runtime {ort.__version__} refuses it: {reason}") from error
         self._inputs = [argument.name for argument in self._session.get_inputs()]
@@ -99,7 +103,7 @@ class Session:
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the model."""
-        given = dict(zip(self._inputs, map(_value, tensors), strict=True))
-        results = map(_tensor, self._session.run_with_ort_values(None, given))
-        pairs = zip(results, self._strides, strict=True)
-        return [made if stride is None else lay_out(made, stride) for made, stride in pairs]
+        feeds = dict(zip(self._inputs, map(_value, tensors), strict=True))
+        outputs = map(_tensor, self._session.run_with_ort_values(None, feeds))
+        pairs = zip(outputs, self._strides, strict=True)
+        return [out if stride is None else lay_out(out, stride) for out, stride in pairs]

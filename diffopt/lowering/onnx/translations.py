@@ -1,16 +1,20 @@
-"""ONNX forms of operators that torch's exporter has none for, or none that compilers fuse.
+"""ONNX translations of operators that torch lacks, or writes in forms that few compilers fuse.
 
-Functions of ONNX Script: their arguments with a tensor type are inputs, the others attributes.
+A translation gets the arguments of a call under the names in the operator's schema, and returns
+what ONNX Script's operators return.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnxscript.onnx_types import TensorType
 
 from diffopt.lowering.onnx import prepare
 
@@ -22,21 +26,19 @@ FLOAT, BOOL, FLOAT8E4M3FN, INT64, DOUBLE = 1, 9, 17, 7, 11
 opset18: Any = onnxscript.opset18
 opset21: Any = onnxscript.opset21
 
-if TYPE_CHECKING:
-    Value = Any
-else:  # the exporter takes arguments with this annotation for inputs
-    from onnxscript.onnx_types import TensorType as Value
+Call = SimpleNamespace
+"""The arguments of a call by name: tensors are values of the model, all else is constant."""
 
 
 def table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the forms by operator."""
+    """Return the translations by operator, as `torch.onnx.export` takes them."""
     prepared = torch.ops.diffopt
     assert prepare.quantize_fp8
-    return {
+    translations = {
         aten.amax.default: _amax,
         aten.amin.default: _amin,
-        aten.squeeze.dim: _squeeze,
-        aten.squeeze.dims: _squeeze_many,
+        aten.squeeze.dim: lambda call: _squeeze(call.self, [call.dim]),
+        aten.squeeze.dims: lambda call: _squeeze(call.self, call.dim),
         aten.split.Tensor: _split,
         aten.split_with_sizes.default: _split_with_sizes,
         aten.scaled_dot_product_attention.default: _attention,
@@ -51,57 +53,80 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         prepared.quantize_fp8.default: _quantize_fp8,
         prepared.dequantize_fp8.default: _dequantize_fp8,
     }
+    return {op: _with_schema(op, translate) for op, translate in translations.items()}
+
+
+def _with_schema(op: Any, translate: Callable[[Call], Any]) -> Callable[..., Any]:
+    """Return a translation with the parameters of an operator's schema.
+
+    The exporter reads a function's signature: parameters annotated as tensors are inputs, the
+    others are attributes.
+    """
+    signature = inspect.Signature([_parameter(argument) for argument in op._schema.arguments])
+
+    def translation(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return translate(Call(**bound.arguments))
+
+    translation.__signature__ = signature  # type: ignore[attr-defined]
+    translation.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return translation
+
+
+def _parameter(argument: torch.Argument) -> inspect.Parameter:
+    kind = str(argument.type).removeprefix("Optional[").rstrip("]")
+    types: dict[str, Any] = {"Tensor": TensorType, "int": int, "float": float, "bool": bool}
+    return inspect.Parameter(
+        argument.name,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=argument.default_value if argument.has_default_value() else inspect._empty,
+        annotation=types.get(kind, Sequence[int]),
+    )
 
 
 def _constant(value: Any, dtype: Any) -> Any:
     return opset18.Constant(value=ir.tensor(value, dtype=ir.DataType(dtype)))
 
 
-def _as(x: Any, dtype: int) -> Any:
-    return x if x.dtype == dtype else opset18.Cast(x, to=dtype)
+def _cast(x: Any, dtype: int | None) -> Any:
+    return x if dtype is None or x.dtype == dtype else opset18.Cast(x, to=dtype)
 
 
-# Gaps
+# Reductions and shapes
 
 
-def _amax(self: Value, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
-    return opset18.ReduceMax(self, *_axes(dim), keepdims=int(keepdim))
+def _amax(call: Call) -> Any:
+    return opset18.ReduceMax(call.self, *_axes(call.dim), keepdims=int(call.keepdim))
 
 
-def _amin(self: Value, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
-    return opset18.ReduceMin(self, *_axes(dim), keepdims=int(keepdim))
+def _amin(call: Call) -> Any:
+    return opset18.ReduceMin(call.self, *_axes(call.dim), keepdims=int(call.keepdim))
 
 
 def _axes(dim: Sequence[int] | None) -> list[Any]:
-    """Return the axes as an input; none stand for all."""
+    """Return the axes as an input; without it, ONNX reduces all."""
     return [_constant(list(dim), INT64)] if dim else []
 
 
-def _squeeze(self: Value, dim: int) -> Any:
-    return _squeeze_many(self, [dim])
+def _squeeze(x: Any, dim: Sequence[int]) -> Any:
+    """Drop axes of size one; torch ignores others in `dim`, which ONNX refuses."""
+    ones = [axis for axis in dim if x.shape is None or x.shape[axis] == 1]
+    return opset18.Squeeze(x, _constant(ones, INT64)) if ones else opset18.Identity(x)
 
 
-def _squeeze_many(self: Value, dim: Sequence[int]) -> Any:
-    """Drop axes of size one; others stay, which torch allows and ONNX does not."""
-    ones = [axis for axis in dim if self.shape is None or self.shape[axis] == 1]
-    return opset18.Squeeze(self, _constant(ones, INT64)) if ones else opset18.Identity(self)
+def _split(call: Call) -> Any:
+    size, length = int(call.self.shape[call.dim]), call.split_size
+    rest = [size % length] if size % length else []
+    return _pieces(call.self, [length] * (size // length) + rest, call.dim)
 
 
-# Cutting
-
-
-def _split(self: Value, split_size: int, dim: int = 0) -> Any:
-    size = int(self.shape[dim])
-    sizes = [split_size] * (size // split_size)
-    return _pieces(self, [*sizes, size % split_size] if size % split_size else sizes, dim)
-
-
-def _split_with_sizes(self: Value, split_sizes: Sequence[int], dim: int = 0) -> Any:
-    return _pieces(self, list(split_sizes), dim)
+def _split_with_sizes(call: Call) -> Any:
+    return _pieces(call.self, list(call.split_sizes), call.dim)
 
 
 def _pieces(x: Any, sizes: list[int], dim: int) -> Any:
-    """Return pieces, without the sequences that the exporter makes and few compilers know."""
+    """Return pieces without the sequence types of torch's translation, which few compilers have."""
     if len(sizes) == 1:
         return (opset18.Identity(x),)
     if len(set(sizes)) == 1:
@@ -118,161 +143,101 @@ def _pieces(x: Any, sizes: list[int], dim: int) -> Any:
 # Attention
 
 
-def _attention(
-    query: Value,
-    key: Value,
-    value: Value,
-    attn_mask: Value | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Write attention out in the fewest operators; compilers look for this form."""
-    dtype, rank = query.dtype, len(query.shape)
-    factor = float(query.shape[-1]) ** -0.5 if scale is None else scale
-    turned = opset18.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
-    scores = opset18.MatMul(opset18.Mul(query, _constant(factor, dtype)), turned)
-    if attn_mask is None:
-        return opset18.MatMul(opset18.Softmax(scores, axis=-1), value)
-    if attn_mask.dtype != BOOL:
-        scores = opset18.Add(scores, attn_mask)
-        return opset18.MatMul(opset18.Softmax(scores, axis=-1), value)
-    least = _constant(float("-inf"), dtype)
-    weights = opset18.Softmax(opset18.Where(attn_mask, scores, least), axis=-1)
-    # A row that may look at nothing is 0, and not 0/0.
-    weights = opset18.Where(attn_mask, weights, _constant(0.0, dtype))
-    return opset18.MatMul(weights, value)
+def _attention(call: Call) -> Any:
+    """Decompose attention into MatMul, Softmax, MatMul: the pattern that compilers fuse."""
+    dtype, rank = call.query.dtype, len(call.query.shape)
+    scale = float(call.query.shape[-1]) ** -0.5 if call.scale is None else call.scale
+    transposed = opset18.Transpose(call.key, perm=[*range(rank - 2), rank - 1, rank - 2])
+    scores = opset18.MatMul(opset18.Mul(call.query, _constant(scale, dtype)), transposed)
+    mask = call.attn_mask
+    if mask is None:
+        return opset18.MatMul(opset18.Softmax(scores, axis=-1), call.value)
+    if mask.dtype != BOOL:
+        scores = opset18.Add(scores, mask)
+        return opset18.MatMul(opset18.Softmax(scores, axis=-1), call.value)
+    minus_infinity = _constant(float("-inf"), dtype)
+    weights = opset18.Softmax(opset18.Where(mask, scores, minus_infinity), axis=-1)
+    # A row whose mask is false everywhere is 0 in torch, and 0/0 here.
+    weights = opset18.Where(mask, weights, _constant(0.0, dtype))
+    return opset18.MatMul(weights, call.value)
 
 
 # Quantized values
 
 
 def _scalar(x: Any) -> Any:
-    return (
-        x if x.shape is not None and len(x.shape) == 0 else opset18.Reshape(x, _constant([], INT64))
-    )
+    is_scalar = x.shape is not None and len(x.shape) == 0
+    return x if is_scalar else opset18.Reshape(x, _constant([], INT64))
 
 
-def _quantize_per_tensor(
-    input: Value,
-    scale: Value,
-    zero_point: Value,
-    quant_min: int,
-    quant_max: int,
-    dtype: int,
-) -> Any:
-    zero = opset18.Cast(_scalar(zero_point), to=dtype)
-    return opset21.QuantizeLinear(_as(input, FLOAT), _scalar(scale), zero)
+def _quantize_per_tensor(call: Call) -> Any:
+    zero = opset18.Cast(_scalar(call.zero_point), to=call.dtype)
+    return opset21.QuantizeLinear(_cast(call.input, FLOAT), _scalar(call.scale), zero)
 
 
-def _dequantize_per_tensor(
-    input: Value,
-    scale: Value,
-    zero_point: Value,
-    quant_min: int,
-    quant_max: int,
-    dtype: int,
-    out_dtype: int = -1,
-) -> Any:
-    zero = opset18.Cast(_scalar(zero_point), to=dtype)
-    return _out(opset21.DequantizeLinear(input, _scalar(scale), zero), out_dtype)
+def _dequantize_per_tensor(call: Call) -> Any:
+    zero = opset18.Cast(_scalar(call.zero_point), to=call.dtype)
+    wide = opset21.DequantizeLinear(call.input, _scalar(call.scale), zero)
+    return _from_float(wide, call.out_dtype)
 
 
-def _out(x: Any, dtype: int | None) -> Any:
+def _from_float(x: Any, dtype: int | None) -> Any:
     return x if dtype in (None, -1, FLOAT) else opset18.Cast(x, to=dtype)
 
 
-def _quantize_per_token(
-    input: Value,
-    scales: Value,
-    zero_points: Value,
-    quant_min: int,
-    quant_max: int,
-    dtype: int,
-) -> Any:
-    """Write it out: QuantizeLinear has no scale for each row. Rows have no zero point here."""
-    scaled = opset18.Round(opset18.Div(_as(input, FLOAT), scales))
-    least, most = _constant(float(quant_min), FLOAT), _constant(float(quant_max), FLOAT)
-    return opset18.Cast(opset18.Clip(scaled, least, most), to=dtype)
+def _quantize_per_token(call: Call) -> Any:
+    """Decompose it: QuantizeLinear has no scale for each row. Zero points are 0 here."""
+    scaled = opset18.Round(opset18.Div(_cast(call.input, FLOAT), call.scales))
+    low, high = (_constant(float(limit), FLOAT) for limit in (call.quant_min, call.quant_max))
+    return opset18.Cast(opset18.Clip(scaled, low, high), to=call.dtype)
 
 
-def _dequantize_per_token(
-    input: Value,
-    scales: Value,
-    zero_points: Value,
-    quant_min: int,
-    quant_max: int,
-    dtype: int,
-    output_dtype: int = FLOAT,
-) -> Any:
-    return _out(opset18.Mul(opset18.Cast(input, to=FLOAT), scales), output_dtype)
+def _dequantize_per_token(call: Call) -> Any:
+    wide = opset18.Mul(opset18.Cast(call.input, to=FLOAT), call.scales)
+    return _from_float(wide, call.output_dtype)
 
 
-def _choose_qparams(input: Value, quant_min: int, quant_max: int, eps: float, dtype: int) -> Any:
-    """Return the scale and zero point of what has the range of a tensor, as float64 and int64."""
+def _choose_qparams(call: Call) -> Any:
+    """Return scale and zero point of a tensor's range, as float64[1] and int64[1]."""
     zero = _constant(0.0, FLOAT)
-    wide = _as(input, FLOAT)
-    least = opset18.Min(opset18.ReduceMin(wide, keepdims=0), zero)
-    most = opset18.Max(opset18.ReduceMax(wide, keepdims=0), zero)
-    steps = _constant(float(quant_max - quant_min), FLOAT)
-    scale = opset18.Max(opset18.Div(opset18.Sub(most, least), steps), _constant(eps, FLOAT))
-    first = opset18.Round(opset18.Div(least, scale))
-    point = opset18.Sub(_constant(float(quant_min), FLOAT), first)
-    limits = _constant(float(quant_min), FLOAT), _constant(float(quant_max), FLOAT)
-    point = opset18.Clip(point, *limits)
+    wide = _cast(call.input, FLOAT)
+    low = opset18.Min(opset18.ReduceMin(wide, keepdims=0), zero)
+    high = opset18.Max(opset18.ReduceMax(wide, keepdims=0), zero)
+    quant_min, quant_max = (
+        _constant(float(limit), FLOAT) for limit in (call.quant_min, call.quant_max)
+    )
+    steps = _constant(float(call.quant_max - call.quant_min), FLOAT)
+    scale = opset18.Max(opset18.Div(opset18.Sub(high, low), steps), _constant(call.eps, FLOAT))
+    zero_point = opset18.Sub(quant_min, opset18.Round(opset18.Div(low, scale)))
+    zero_point = opset18.Clip(zero_point, quant_min, quant_max)
     one = _constant([1], INT64)
-    scale, point = opset18.Reshape(scale, one), opset18.Reshape(point, one)
-    return opset18.Cast(scale, to=DOUBLE), opset18.Cast(point, to=INT64)
+    scale, zero_point = opset18.Reshape(scale, one), opset18.Reshape(zero_point, one)
+    return opset18.Cast(scale, to=DOUBLE), opset18.Cast(zero_point, to=INT64)
 
 
-def _quantize_per_channel(
-    input: Value,
-    scales: Value,
-    zero_points: Value,
-    axis: int,
-    quant_min: int,
-    quant_max: int,
-    dtype: int,
-) -> Any:
-    """Leave the limits out: the scales of weights are such that none is beyond them."""
-    zeros = opset18.Cast(zero_points, to=dtype)
-    return opset21.QuantizeLinear(_as(input, FLOAT), scales, zeros, axis=axis)
+def _quantize_per_channel(call: Call) -> Any:
+    """Quantize without quant_min and quant_max: the scales of weights leave none outside."""
+    zeros = opset18.Cast(call.zero_points, to=call.dtype)
+    return opset21.QuantizeLinear(_cast(call.input, FLOAT), call.scales, zeros, axis=call.axis)
 
 
-def _dequantize_per_channel(
-    input: Value,
-    scales: Value,
-    zero_points: Value | None,
-    axis: int,
-    quant_min: int,
-    quant_max: int,
-    dtype: int,
-    out_dtype: int = -1,
-) -> Any:
-    zeros = None if zero_points is None else opset18.Cast(zero_points, to=dtype)
-    return _out(opset21.DequantizeLinear(input, scales, zeros, axis=axis), out_dtype)
+def _dequantize_per_channel(call: Call) -> Any:
+    zeros = None if call.zero_points is None else opset18.Cast(call.zero_points, to=call.dtype)
+    wide = opset21.DequantizeLinear(call.input, call.scales, zeros, axis=call.axis)
+    return _from_float(wide, call.out_dtype)
 
 
-def _dequantize_per_channel_group(
-    w_int8: Value,
-    scales: Value,
-    zero_points: Value | None,
-    quant_min: int,
-    quant_max: int,
-    dtype: int,
-    group_size: int,
-    output_dtype: int = FLOAT,
-) -> Any:
-    made = opset21.DequantizeLinear(w_int8, scales, axis=1, block_size=group_size)
-    return _out(made, output_dtype)
+def _dequantize_per_channel_group(call: Call) -> Any:
+    wide = opset21.DequantizeLinear(call.input, call.scales, axis=1, block_size=call.group_size)
+    return _from_float(wide, call.output_dtype)
 
 
-def _quantize_fp8(x: Value, scale: Value) -> Any:
+def _quantize_fp8(call: Call) -> Any:
     zero = _constant(0.0, FLOAT8E4M3FN)
-    return opset21.QuantizeLinear(_as(x, FLOAT), _scalar(scale), zero)
+    return opset21.QuantizeLinear(_cast(call.x, FLOAT), _scalar(call.scale), zero)
 
 
-def _dequantize_fp8(values: Value, scale: Value, dtype: int) -> Any:
-    axis = {} if len(scale.shape) == 0 else {"axis": 0}
-    return _out(opset21.DequantizeLinear(values, scale, **axis), dtype)
+def _dequantize_fp8(call: Call) -> Any:
+    axis = {} if len(call.scale.shape) == 0 else {"axis": 0}
+    wide = opset21.DequantizeLinear(call.values, call.scale, **axis)
+    return _from_float(wide, call.dtype)
