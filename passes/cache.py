@@ -56,7 +56,7 @@ class Cache(Pass):
                 f"{', '.join(policy_names())}"
             )
         loop = apply_plan.find_loop(program)
-        parts = analyze_denoiser(loop.body, loop.changing)
+        parts = analyze_denoiser(loop.body, loop.loop_variant)
         check_fits(self.policy, loop.name, parts)
         plan = {i: taken for i, taken in self.policy.plan(loop, parts, ctx).items() if taken}
         if not plan:

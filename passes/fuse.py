@@ -41,8 +41,7 @@ float64 and rounded once.
 from dataclasses import dataclass
 
 from diffopt.core import Context, Pass, option
-from diffopt.ir import nodes
-from diffopt.ir.aliasing import separate_outputs, shared_memory
+from diffopt.ir.aliasing import clone_aliased_outputs, output_aliases
 from diffopt.ir.program import Program
 from diffopt.transforms import (
     fold_following,
@@ -73,11 +72,11 @@ class Fuse(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Fold into weights first, so that merged weights are folded ones."""
         counts: dict[str, int] = {}
-        before = shared_memory(program)
+        before = output_aliases(program)
         if self.lora:
             counts["LoRA merged"] = weight_folding.fold_all(program, fold_lora.find_lora, ctx.skip)
         if self.scales:
-            graphs = nodes.graphs(program).values()
+            graphs = program.graphs.values()
             counts["scales combined"] = sum(map(fold_following.combine_scales, graphs))
             counts["scales folded"] = weight_folding.fold_all(
                 program, fold_following.find_scale, ctx.skip
@@ -86,7 +85,7 @@ class Fuse(Pass):
         if self.linears:
             size = self.max_merged_mb << 20
             counts["linears merged"] = merge_linears.merge_linears(program, size, ctx.skip)
-        separate_outputs(program, before)
+        clone_aliased_outputs(program, before)
         if self.steps:
             outline_steps(program, ctx)
         for what, count in counts.items():

@@ -88,10 +88,10 @@ class Hoist(Pass):
             ctx.skip(name, "nothing depends only on arguments that stay the same")
             return 0
         arguments = [i for i in same if takes[i] in g.ancestors(values)]
-        part = g.extract(body, [takes[i] for i in arguments], values, f"{name}_once")
+        part = g.extract_subgraph(body, [takes[i] for i in arguments], values, f"{name}_once")
         prologue = program.add_component(f"{name}_once", part)
         with program.root.graph.inserting_before(calls[0]):
-            results = program.call(prologue, [calls[0].args[i] for i in arguments])
+            results = program.insert_call(prologue, [calls[0].args[i] for i in arguments])
         for value in values:
             taken = add_placeholder(body, "once")
             taken.meta["val"] = value.meta["val"]
@@ -126,7 +126,7 @@ class Hoist(Pass):
             return 0
         needed = g.ancestors(values)
         arguments = [i for i in known if takes[i] in needed]
-        part = g.extract(body, [takes[i] for i in arguments], values, f"{name}_steps")
+        part = g.extract_subgraph(body, [takes[i] for i in arguments], values, f"{name}_steps")
         batched = [len({c.args[i] for c in calls}) > 1 for i in arguments]
         try:
             rows_body = _batch(part, batched, values, len(calls), f"{name}_steps")
@@ -145,7 +145,7 @@ class Hoist(Pass):
                 else calls[0].args[i]
                 for i, many in zip(arguments, batched, strict=True)
             ]
-            results = program.call(prologue, given)
+            results = program.insert_call(prologue, given)
         groups = take_rows(body, [(v, list(v.meta["val"].shape)) for v in values], "step")
         assert len(groups) == len(results)
         for result in results:

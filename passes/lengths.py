@@ -69,7 +69,7 @@ class Lengths(Pass):
         if not axes:
             ctx.skip("the program", "every text has a fixed number of tokens" + _reads(program))
             return
-        if program.resample is None:
+        if program.retrace is None:
             raise DiffoptError(
                 "lengths captures the pipeline again with longer texts, and a saved program has no "
                 "pipeline: give the model itself"
@@ -226,9 +226,9 @@ def _longer(
 
 def _capture(program: Program, texts: Texts, ctx: Context) -> Program:
     """Capture the pipeline with other texts, and run the passes that have run; none is checked."""
-    assert program.resample is not None
+    assert program.retrace is not None
     ctx.progress("capturing the pipeline with longer texts")
-    new = program.resample(**texts)
+    new = program.retrace(**texts)
     new.refresh()
     for step in Pipeline.parse(",".join(record["text"] for record in program.history)).passes:
         step.run(new, replace(ctx, inputs=new.sample_inputs(), skipped=[], notes={}))

@@ -114,7 +114,7 @@ class LowRank(Pass):
             component, layer = uses[0]
             path = f"{component}.{quantize_body.module(layer.node)}"
             ctx.progress(f"low-rank: {path}", index / len(todo))
-            weight = nodes.stored(program.components[component], layer.weight)
+            weight = nodes.stored_tensor(program.components[component], layer.weight)
             assert weight is not None
             if not bool(weight.isfinite().all()):
                 raise DiffoptError(f"the weight of {path} has values that are not finite")
@@ -174,7 +174,7 @@ class LowRank(Pass):
                 path = quantize_body.module(layer.node)
                 if not patterns.wants(name, path):
                     continue
-                weight = nodes.stored(gm, layer.weight)
+                weight = nodes.stored_tensor(gm, layer.weight)
                 if reason := self._refused(layer, weight, ends):
                     ctx.skip(f"{name}.{path}", reason)
                 else:

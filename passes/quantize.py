@@ -222,7 +222,7 @@ class Quantize(Pass):
                 if layer.weight.op != "get_attr":
                     ctx.skip(path, "its weight is quantized already")
                 elif name in scope.loop and any(
-                    nodes.stored(body, layer.weight) is t for t in ends
+                    nodes.stored_tensor(body, layer.weight) is t for t in ends
                 ):
                     ctx.skip(path, "one of the first or the last layers")
                 else:

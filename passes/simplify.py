@@ -33,8 +33,8 @@ from torch import Tensor, fx
 from diffopt.core import Context, Pass, option
 from diffopt.ir import graph as g
 from diffopt.ir import nodes
-from diffopt.ir.aliasing import separate_outputs, shared_memory
-from diffopt.ir.cse import share_equal_nodes
+from diffopt.ir.aliasing import clone_aliased_outputs, output_aliases
+from diffopt.ir.cse import eliminate_common_subexpressions
 from diffopt.ir.program import Program
 from diffopt.transforms import canonicalize, component_signatures, constant_folding
 
@@ -51,7 +51,7 @@ class Simplify(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Apply all rules until none applies."""
-        before = shared_memory(program)
+        before = output_aliases(program)
         totals: dict[str, int] = {}
         contents: dict[int, tuple[Tensor, object]] = {}
         reasons: dict[str, tuple[fx.Node | str, str]] = {}
@@ -62,7 +62,7 @@ class Simplify(Pass):
                 totals[what] = totals.get(what, 0) + count
             if not any(counts.values()):
                 break
-        separate_outputs(program, before)
+        clone_aliased_outputs(program, before)
         for where, reason in reasons.values():
             ctx.skip(where, reason)
         for what, count in totals.items():
@@ -77,7 +77,7 @@ class Simplify(Pass):
     ) -> dict[str, int]:
         """Apply every rule once; return how often each did something."""
         counts = dict.fromkeys(["no-ops", "views", "equal nodes", "constants"], 0)
-        for name, gm in nodes.graphs(program).items():
+        for name, gm in program.graphs.items():
 
             def skip(node: fx.Node, reason: str, name: str = name) -> None:
                 where = f"{name}.{node.name}" if name else node.name
@@ -94,7 +94,7 @@ class Simplify(Pass):
                 gm, self.max_constant_mb << 20, apart, skip
             )
             g.prune_unused(gm)
-            counts["equal nodes"] += share_equal_nodes(gm, apart)
+            counts["equal nodes"] += eliminate_common_subexpressions(gm, apart)
         counts["equal constants"] = constant_folding.share_equal_constants(program, contents)
         names = list(program.components)
         counts["outputs"] = sum(component_signatures.trim_outputs(program, name) for name in names)
@@ -117,9 +117,9 @@ def _drop_idle(gm: fx.GraphModule, keep: set[fx.Node]) -> tuple[int, int]:
         if node in keep:
             continue
         if (source := canonicalize.unchanged(gm, node)) is not None:
-            nodes.replace(node, source)
+            nodes.replace_node(node, source)
             idle += 1
         elif (source := canonicalize.collapse(gm, node)) is not None:
-            nodes.replace(node, source)
+            nodes.replace_node(node, source)
             views += 1
     return idle, views

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from diffopt.core import Context, Pass, option
 from diffopt.ir import graph as g
-from diffopt.ir.aliasing import separate_outputs, shared_memory
+from diffopt.ir.aliasing import clone_aliased_outputs, output_aliases
 from diffopt.ir.program import Program
 from diffopt.ir.step_tables import as_row, first_after_arguments, frontier, pass_rows, take_rows
 from diffopt.transforms import component_signatures, resample
@@ -49,10 +49,10 @@ class Unroll(Pass):
         """Re-sample where asked to, then fold."""
         if not self.is_exact():
             resample.resample(program, ctx, self.steps, self.scheduler, self.spacing)
-        before = shared_memory(program)
+        before = output_aliases(program)
         for name in list(program.components):
             self._fold(program, name, ctx)
-        separate_outputs(program, before)
+        clone_aliased_outputs(program, before)
 
     def _fold(self, program: Program, name: str, ctx: Context) -> None:
         calls, body = program.calls(name), program.components[name]
@@ -109,7 +109,7 @@ def _evaluate(
     """Return the values at every call; calls with the same constants share them."""
     body = program.components[name]
     takes = [g.placeholders(body)[i] for i in bound]
-    part = g.extract(body, takes, values, name)
+    part = g.extract_subgraph(body, takes, values, name)
     known: dict[tuple[str, ...], list[Tensor]] = {}
     rows = []
     for call in program.calls(name):

@@ -29,7 +29,7 @@ from diffopt import optional
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds
-from diffopt.ir.nodes import calls
+from diffopt.ir.nodes import is_call
 from diffopt.ir.program import Program
 from diffopt.lowering import cuda_runtime, legality
 from diffopt.lowering.compile_inputs import free_sizes, identity, source
@@ -225,7 +225,7 @@ def _refused(node: fx.Node, chosen: Library) -> str | None:
         and (kind := node.meta["val"].dtype) not in plan_runtime.DTYPES.values()
     ):
         return f"TensorRT has no type {str(kind).removeprefix('torch.')}"
-    if calls(node, *_PRODUCTS) and (number := legality.of_products(node)):
+    if is_call(node, *_PRODUCTS) and (number := legality.of_products(node)):
         return chosen.lacks(number)
     return None
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from diffopt.analysis.reachability import packet
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import stored
+from diffopt.ir.nodes import stored_tensor
 from diffopt.ir.program import Program
 from diffopt.pruning.coupling import Coupling, Unit
 
@@ -44,7 +44,7 @@ def _run(
         if node.op in ("placeholder", "output"):
             continue
         if node.op == "get_attr":
-            value: Any = stored(gm, node)
+            value: Any = stored_tensor(gm, node)
         elif node.op == "call_module":
             body = getattr(gm, str(node.target))
             given = [env[a] for a in node.args]

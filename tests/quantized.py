@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import stored
+from diffopt.ir.nodes import stored_tensor
 from diffopt.ir.program import Program
 from tests.passes.build import body, parameter, program, randn
 
@@ -54,7 +54,7 @@ def quantized(
     packed: dict[int, qdq.Packed] = {}
     for gm in made.components.values():
         for layer in qdq.layers(gm):
-            weight = stored(gm, layer.weight)
+            weight = stored_tensor(gm, layer.weight)
             if weight is None or not is_wanted(layer):
                 continue
             if id(weight) not in packed:

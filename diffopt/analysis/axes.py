@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, argument, calls
+from diffopt.ir.nodes import args, argument, is_call
 from diffopt.ir.printing import target_name
 
 aten = torch.ops.aten
@@ -44,9 +44,9 @@ def carried(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
     read = [n for n in node.all_input_nodes if n in axes]
     first = args(node)[0] if node.args else None
     axis = _mapped(node, axes[read[0]]) if len(read) == 1 and first is read[0] else None
-    if axis is None and calls(node, ATTENTION):
+    if axis is None and is_call(node, ATTENTION):
         axis = _of_attention(node, axes)
-    if axis is None and calls(node, aten.cat.default, aten.stack.default):
+    if axis is None and is_call(node, aten.cat.default, aten.stack.default):
         axis = _of_cat(node, axes)
     if axis is None and _is_pointwise(node):
         axis = _of_pointwise(node, axes)
@@ -61,7 +61,7 @@ def resized(
     """Insert a copy of a node that reads `new` values, whose axis has another size."""
     given: Any = fx.map_arg(node.args, lambda n: new.get(n, n))
     more = fx.map_arg(node.kwargs, lambda n: new.get(n, n))
-    if calls(node, *_VIEWS):
+    if is_call(node, *_VIEWS):
         shape = list(given[1])
         if shape[axes[node]] != -1:
             shape[axes[node]] = size
@@ -72,33 +72,33 @@ def resized(
 def _mapped(node: fx.Node, axis: int) -> int | None:
     """Return the axis behind an operator of one value, which is its first argument."""
     before = args(node)[0].meta["val"]
-    if calls(node, *_SAME):
+    if is_call(node, *_SAME):
         return axis
     if not isinstance(before, Tensor):
         return None
     rank = before.dim()
-    if calls(node, aten.linear.default):
+    if is_call(node, aten.linear.default):
         return axis if axis < rank - 1 else None
-    if calls(node, *_NORMS):
+    if is_call(node, *_NORMS):
         return axis if axis < rank - len(args(node)[1]) else None
-    if calls(node, *_VIEWS):
+    if is_call(node, *_VIEWS):
         return _of_view(before.shape, node.meta["val"].shape, axis)
     order = _order(node, rank)
     if order is not None:
         return order.index(axis)
-    if calls(node, aten.unsqueeze.default):
+    if is_call(node, aten.unsqueeze.default):
         return axis + int(argument(node, 1, "dim") % (rank + 1) <= axis)
-    if calls(node, *_SPLITS):
+    if is_call(node, *_SPLITS):
         return axis if argument(node, 2, "dim", 0) % rank != axis else None
-    if calls(node, aten.slice.Tensor):
+    if is_call(node, aten.slice.Tensor):
         if argument(node, 1, "dim", 0) % rank == axis:
             raise Unfit("some of its tokens are treated in another way")
         return axis
-    if calls(node, aten.select.int, aten.unbind.int, aten.squeeze.dim):
+    if is_call(node, aten.select.int, aten.unbind.int, aten.squeeze.dim):
         dim = argument(node, 1, "dim", 0) % rank
-        gone = not calls(node, aten.squeeze.dim) or before.shape[dim] == 1
+        gone = not is_call(node, aten.squeeze.dim) or before.shape[dim] == 1
         return axis - int(gone and dim < axis) if dim != axis else None
-    if calls(node, *_MEANS):
+    if is_call(node, *_MEANS):
         dims = {d % rank for d in argument(node, 1, "dim", None) or range(rank)}
         kept = argument(node, 2, "keepdim", False)
         return axis - (0 if kept else sum(d < axis for d in dims)) if axis not in dims else None
@@ -108,10 +108,10 @@ def _mapped(node: fx.Node, axis: int) -> int | None:
 def _order(node: fx.Node, rank: int) -> list[int] | None:
     """Return which axis of its argument each axis of a permutation is."""
     order = list(range(rank))
-    if calls(node, aten.permute.default):
+    if is_call(node, aten.permute.default):
         return [order[d] for d in args(node)[1]]
-    if calls(node, aten.transpose.int, aten.t.default):
-        one, other = args(node)[1:3] if calls(node, aten.transpose.int) else (0, rank - 1)
+    if is_call(node, aten.transpose.int, aten.t.default):
+        one, other = args(node)[1:3] if is_call(node, aten.transpose.int) else (0, rank - 1)
         order[one], order[other] = order[other], order[one]
         return order
     return None
@@ -139,11 +139,11 @@ def _of_cat(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
     dim = argument(node, 1, "dim", 0) % node.meta["val"].dim()
     if others or axis is None:
         return None
-    if calls(node, aten.cat.default) and dim == axis:
+    if is_call(node, aten.cat.default) and dim == axis:
         raise Unfit("tokens from several places are joined in it")
     if None in found:
         return None
-    return axis + int(calls(node, aten.stack.default) and dim <= axis)
+    return axis + int(is_call(node, aten.stack.default) and dim <= axis)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
@@ -175,7 +175,7 @@ def origins(node: fx.Node, axis: int) -> tuple[int, ...]:
             continue
         seen.add(at)
         node, axis = at
-        if calls(node, *_VIEWS):
+        if is_call(node, *_VIEWS):
             merged = _merged(args(node)[0].meta["val"].shape, node.meta["val"].shape, axis)
             if len(merged) > 1:
                 return merged
@@ -188,7 +188,7 @@ def _back(node: fx.Node, axis: int, size: int) -> list[tuple[fx.Node, int]]:
     first = args(node)[0] if node.args else None
     if not isinstance(first, fx.Node):
         return []
-    if calls(node, ATTENTION, aten.group_norm.default):
+    if is_call(node, ATTENTION, aten.group_norm.default):
         found = [(first, axis)]
     elif _is_pointwise(node):
         rank = node.meta["val"].dim()

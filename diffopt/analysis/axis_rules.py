@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.ir.nodes import args, argument, calls
+from diffopt.ir.nodes import args, argument, is_call
 from diffopt.ir.op_sets import FOLDED_BATCH, RESHAPES
 
 aten = torch.ops.aten
@@ -104,7 +104,7 @@ class Part:
 
     def cut_by(self, node: fx.Node) -> int | None:
         """Return the axis along which a node cuts just this part out of its argument."""
-        if not calls(node, aten.slice.Tensor) or argument(node, 4, "step", 1) != 1:
+        if not is_call(node, aten.slice.Tensor) or argument(node, 4, "step", 1) != 1:
             return None
         source = args(node)[0]
         axis = argument(node, 1, "dim", 0) % len(_shape(source))
@@ -131,7 +131,7 @@ def way(node: fx.Node, axis: int, part: Part) -> Way | None:
         return None
     if node.target is operator.getitem:
         source = args(node)[0]
-        inner = _split(source, axis, part) if calls(source, *SPLITS) else None
+        inner = _split(source, axis, part) if is_call(source, *SPLITS) else None
         return None if inner is None else Way({source: axis}, node.target, args(node))
     if node.target in SPLITS:
         return _split(node, axis, part)

@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from diffopt.analysis.reachability import FUSED, LAYERS, PRODUCTS, packet
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, stored
+from diffopt.ir.nodes import args, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.ir.step_tables import is_view
 
@@ -90,7 +90,7 @@ def layers(body: fx.GraphModule) -> list[fx.Node]:
 def _is_weight(body: fx.GraphModule, node: fx.Node) -> bool:
     while is_view(node):
         node = args(node)[0]
-    return isinstance(stored(body, node), torch.nn.Parameter)
+    return isinstance(stored_tensor(body, node), torch.nn.Parameter)
 
 
 def half_dtype(body: fx.GraphModule) -> torch.dtype | None:
@@ -174,7 +174,7 @@ def _quantizing(body: fx.GraphModule) -> set[fx.Node]:
         activation = qdq.activation(node) if node.op == "call_function" else None
         if activation is not None:
             source, last = activation.source, activation.node
-            before = g.reach([last], lambda n, s=source: () if n is s else n.all_input_nodes)  # type: ignore[misc]
+            before = g.reachable([last], lambda n, s=source: () if n is s else n.all_input_nodes)  # type: ignore[misc]
             arithmetic |= before - {source, last}
     return {n for n in arithmetic if n.op == "call_function"}
 
@@ -229,7 +229,7 @@ def _decomposed_norm(root: fx.Node) -> set[fx.Node]:
 
 def _softmax(plan: DtypePlan) -> set[fx.Node]:
     roots = [n for n in plan.body.graph.nodes if packet(n) in SOFTMAX]
-    inside = g.reach(
+    inside = g.reachable(
         roots,
         lambda n: (m for m in n.all_input_nodes if is_pointwise(m) and m not in plan.layers),
     )

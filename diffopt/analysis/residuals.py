@@ -152,7 +152,7 @@ def attention_before(
 ) -> fx.Node | None:
     """Return the last attention if a value depends on attentions alone; else None."""
     ends = {attention.node for attention in attentions}
-    seen = g.reach([value], lambda n: () if n in ends else reach.loop_variant_inputs(n))
+    seen = g.reachable([value], lambda n: () if n in ends else reach.loop_variant_inputs(n))
     if not all(map(reach.loop_variant_inputs, seen)):
         return None
     return max(seen & ends, key=lambda n: reach.index[n])

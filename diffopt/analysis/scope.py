@@ -12,7 +12,7 @@ from diffopt.errors import DiffoptError
 from diffopt.ir import call_tags, qdq
 from diffopt.ir import graph as g
 from diffopt.ir.flops import graph_flops
-from diffopt.ir.nodes import stored
+from diffopt.ir.nodes import stored_tensor
 from diffopt.ir.program import Program
 from diffopt.spec import suggest
 
@@ -99,7 +99,7 @@ def boundary_weights(program: Program, scope: Scope) -> list[Tensor]:
         for layer in layers:
             is_first = not nodes & (g.ancestors([layer.node]) - {layer.node})
             is_last = not nodes & (g.descendants([layer.node]) - {layer.node})
-            tensor = stored(gm, layer.weight)
+            tensor = stored_tensor(gm, layer.weight)
             if (is_first or is_last) and tensor is not None:
                 weights.append(tensor)
     return weights

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, calls, graphs, stored
+from diffopt.ir.nodes import args, is_call, stored_tensor
 from diffopt.ir.program import Program
 
 SCALES = "scales"
@@ -63,7 +63,7 @@ class _Entry:
 
 def of_program(program: Program) -> Footprint:
     """Count the weights and constants of all graphs, shared ones once."""
-    return of_graphs(graphs(program).values())
+    return of_graphs(program.graphs.values())
 
 
 def of_graphs(bodies: Iterable[fx.GraphModule]) -> Footprint:
@@ -115,15 +115,17 @@ def _quantized(gm: fx.GraphModule) -> dict[int, _Entry]:
     for node in gm.graph.nodes:
         if (activation := qdq.activation(node)) is not None:
             parameters = [n for n in (activation.scale, activation.zero) if n is not None]
-            entries |= {id(stored(gm, n)): _scale(n) for n in parameters if n.op == "get_attr"}
+            entries |= {
+                id(stored_tensor(gm, n)): _scale(n) for n in parameters if n.op == "get_attr"
+            }
         if (weight := qdq.weight(node)) is not None:
             numbers = g.ancestors([weight.values])
             for source in g.ancestors([node]):
                 if source.op == "get_attr":
-                    entries[id(stored(gm, source))] = _scale(source)
+                    entries[id(stored_tensor(gm, source))] = _scale(source)
             for source in numbers:
                 if source.op == "get_attr" and _is_number(source.meta["val"]):
-                    entries[id(stored(gm, source))] = _weight(source, weight)
+                    entries[id(stored_tensor(gm, source))] = _weight(source, weight)
     return entries
 
 
@@ -139,7 +141,7 @@ def _weight(source: fx.Node, weight: qdq.Weight) -> _Entry:
     shape = tuple(source.meta["val"].shape)
     kind: str = "fp8" if weight.number == "fp8" else "int8"
     for user in source.users:
-        if calls(user, torch.ops.diffopt.unpack_int4.default):
+        if is_call(user, torch.ops.diffopt.unpack_int4.default):
             kind, shape = "int4", tuple(args(user)[1])
     # `qdq.place_weight` names the numbers after the weight that they stand for.
     name = re.sub(rf"_{kind}(?=(_\d+)?$)", "", str(source.target))

@@ -27,11 +27,11 @@ from diffopt.caching.reuse_plan import Kept, Plan, Reuse, Step, Taken, Term
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir import nodes
-from diffopt.ir.aliasing import owner
+from diffopt.ir.aliasing import storage_owner
 from diffopt.ir.flops import graph_flops
 from diffopt.ir.program import Program
-from diffopt.ir.propagation import repropagate
-from diffopt.ir.sampling_loop import Key, Loop, find_loop
+from diffopt.ir.propagation import propagate_layouts
+from diffopt.ir.sampling_loop import CallKey, Loop, find_loop
 from diffopt.ir.step_tables import add_placeholder
 from diffopt.transforms import component_signatures
 from diffopt.transforms.batch_calls import merge_calls
@@ -81,7 +81,7 @@ def _variants(loop: Loop, steps: Sequence[Step]) -> list[_Variant]:
 def _cost(loop: Loop, step: Step) -> int:
     taken = {item.value: item.base for item in step.taken}
     more = [node for kept in step.kept for node in kept if node is not None]
-    return loop.cost(loop.live(taken, more) - taken.keys())
+    return loop.cost(loop.live_nodes(taken, more) - taken.keys())
 
 
 def _make(loop: Loop, step: Step) -> _Variant:
@@ -93,7 +93,7 @@ def _make(loop: Loop, step: Step) -> _Variant:
     for item in step.taken:
         now[item.value] = _take(body, item, now)
     results, places = g.outputs(body), dict[Kept, int]()
-    kept = sorted(step.kept, key=lambda pair: [loop.places[n] for n in pair if n is not None])
+    kept = sorted(step.kept, key=lambda pair: [loop.positions[n] for n in pair if n is not None])
     for value, base in kept:
         handed = now[value]
         if base is not None:
@@ -131,7 +131,7 @@ def _take(body: fx.GraphModule, item: Taken, now: Mapping[fx.Node, fx.Node]) -> 
             made = g.call(body.graph, aten.add.Tensor, now[item.base], made, like=value)
     value.replace_all_uses_with(made)
     if not nodes.same_layout(made, value):
-        repropagate(body, {made})
+        propagate_layouts(body, {made})
     return made
 
 
@@ -204,7 +204,7 @@ def _pass_values(
     weights: dict[tuple[float, torch.dtype], Tensor] = {}
     handed: dict[tuple[fx.Node, int], fx.Node] = {}
 
-    def result(key: Key, kept: Kept) -> fx.Node:
+    def result(key: CallKey, kept: Kept) -> fx.Node:
         call, place = loop.calls[key], variants[key[0]].places[kept]
         if (call, place) not in handed:
             with graph.inserting_after(call):
@@ -234,7 +234,7 @@ def _peak_bytes(loop: Loop, steps: Sequence[Step]) -> int:
         # Views of one value keep that value.
         last: dict[Kept, int] = {}
         for (value, base), readers in steps[step].kept.items():
-            what = (owner(value), None) if base is None else (value, base)
+            what = (storage_owner(value), None) if base is None else (value, base)
             ends = [order[reader, branch] for reader in readers if (reader, branch) in order]
             last[what] = max([last.get(what, place), *ends])
         for (value, _), end in last.items():

@@ -17,8 +17,8 @@ from diffopt.caching.apply_plan import Plan, Reuse, Term
 from diffopt.execution.partial_evaluation import Evaluator, Values
 from diffopt.execution.trajectories import run_root
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import calls
-from diffopt.ir.sampling_loop import Key, Loop
+from diffopt.ir.nodes import is_call
+from diffopt.ir.sampling_loop import CallKey, Loop
 from diffopt.ir.step_tables import is_view
 from diffopt.progress import Progress
 
@@ -47,16 +47,18 @@ class Lab:
         self.progress = progress
         self.body = Evaluator(loop.body)
         self._keys = {call: key for key, call in loop.calls.items()}
-        self._arguments: list[dict[Key, list[Tensor]]] = []
+        self._arguments: list[dict[CallKey, list[Tensor]]] = []
         self._results: list[list[Tensor]] = []
         self._products: dict[fx.Node, Tensor] = {}
         self._hardness = [0.0] * len(inputs)
         for index, tensors in enumerate(inputs):
             progress(f"calibration: call {index + 1} of {len(inputs)}", None)
-            arguments: dict[Key, list[Tensor]] = {}
+            arguments: dict[CallKey, list[Tensor]] = {}
 
             def exact(
-                key: Key, given: list[Tensor], arguments: dict[Key, list[Tensor]] = arguments
+                key: CallKey,
+                given: list[Tensor],
+                arguments: dict[CallKey, list[Tensor]] = arguments,
             ) -> Values:
                 arguments[key] = given
                 return self.body.run(given)
@@ -65,7 +67,7 @@ class Lab:
             self._arguments.append(arguments)
 
     def _run(
-        self, inputs: Sequence[Tensor], visit: Callable[[Key, list[Tensor]], Values]
+        self, inputs: Sequence[Tensor], visit: Callable[[CallKey, list[Tensor]], Values]
     ) -> list[Tensor]:
         """Run the program with `visit` in place of the loop's calls."""
 
@@ -92,7 +94,7 @@ class Lab:
             and isinstance(n.meta["val"], Tensor)
             and n.meta["val"].is_floating_point()
             and not is_view(n)
-            and (self.loop.cost([n]) or calls(n, *_SUMS))
+            and (self.loop.cost([n]) or is_call(n, *_SUMS))
         ]
 
     def value_errors(self) -> dict[fx.Node, float]:
@@ -150,12 +152,12 @@ class Lab:
 
         Both numbers are squares: of the outputs' relative change, and of the change of the results.
         """
-        past: dict[Key, Values] = {}
+        past: dict[CallKey, Values] = {}
         changed = 0.0
         # Not from the step before: the change should be well above rounding.
         sources = [s for s in (probe - 2, probe - 3, probe - 4) if s >= 0]
 
-        def visit(key: Key, given: list[Tensor]) -> Values:
+        def visit(key: CallKey, given: list[Tensor]) -> Values:
             nonlocal changed
             made = past[key] = self.body.run(given)
             step, branch = key
@@ -303,9 +305,9 @@ class Lab:
     def _planned(self, request: int, plan: Plan) -> list[Tensor]:
         """Return the outputs of a call under a plan."""
         kept = {reuse.value for own in plan.values() for reuse in own}
-        past: dict[Key, Values] = {}
+        past: dict[CallKey, Values] = {}
 
-        def visit(key: Key, arguments: list[Tensor]) -> Values:
+        def visit(key: CallKey, arguments: list[Tensor]) -> Values:
             step, branch = key
             given = {
                 r.value: sum(t.weight * past[t.step, branch][r.value] for t in r.terms)

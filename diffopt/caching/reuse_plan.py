@@ -114,7 +114,7 @@ def check(loop: Loop, plan: Plan) -> None:
 
 def _check_value(loop: Loop, where: str, reuse: Reuse) -> None:
     value, base = reuse.value, reuse.base
-    if value not in loop.places or value.op != "call_function":
+    if value not in loop.positions or value.op != "call_function":
         raise DiffoptError(f"{where} is no value that the body computes: name one of its operators")
     tensor = value.meta["val"]
     if not isinstance(tensor, Tensor):
@@ -126,9 +126,9 @@ def _check_value(loop: Loop, where: str, reuse: Reuse) -> None:
         )
     if base is None:
         return
-    if base not in loop.places:
+    if base not in loop.positions:
         raise DiffoptError(f"{where} is taken relative to {base}, which is no value of the body")
-    if loop.places[base] >= loop.places[value]:
+    if loop.positions[base] >= loop.positions[value]:
         raise DiffoptError(
             f"{where} is taken relative to {base}, which does not come before it in the body"
         )
@@ -155,13 +155,13 @@ def schedule(loop: Loop, plan: Plan) -> list[Step]:
     """Return what each step takes and hands over, without what no result depends on."""
     resolved: list[dict[fx.Node, Taken]] = []
     for index in range(loop.steps):
-        own = sorted(plan.get(index, ()), key=lambda reuse: loop.places[reuse.value])
+        own = sorted(plan.get(index, ()), key=lambda reuse: loop.positions[reuse.value])
         resolved.append({reuse.value: _resolve(reuse, resolved) for reuse in own})
     steps = [Step([], {}) for _ in resolved]
     for index in reversed(range(loop.steps)):  # by then it is known what later steps take
         step, own_items = steps[index], resolved[index]
         more = [node for kept in step.kept for node in kept if node is not None]
-        live = loop.live({value: item.base for value, item in own_items.items()}, more)
+        live = loop.live_nodes({value: item.base for value, item in own_items.items()}, more)
         step.taken = [item for value, item in own_items.items() if value in live]
         for item in step.taken:
             for source in item.weights:

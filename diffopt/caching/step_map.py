@@ -20,7 +20,7 @@ from diffopt.ir import call_tags
 from diffopt.ir import graph as g
 from diffopt.ir.flops import flop_counter, graph_flops
 from diffopt.ir.program import Program
-from diffopt.ir.sampling_loop import Key, Loop
+from diffopt.ir.sampling_loop import CallKey, Loop
 
 LEGEND = {"#": "computed", "+": "in part", "-": "reused", "~": "extrapolated"}
 COLOURS = {
@@ -51,7 +51,7 @@ class Work:
 NOTHING = Work(frozenset(), 0)
 
 
-def works(program: Program, loop: Loop) -> dict[Key, Work]:
+def works(program: Program, loop: Loop) -> dict[CallKey, Work]:
     """Return what each call computes."""
     there = set(calls(program, loop))
     names = {str(call.target) for call in there}
@@ -70,7 +70,7 @@ def calls(program: Program, loop: Loop) -> list[fx.Node]:
     return [call for call in program.calls() if call_tags.tag(call) in own]
 
 
-def finished(program: Program, loop: Loop, before: Mapping[Key, Work]) -> dict[Key, Work]:
+def finished(program: Program, loop: Loop, before: Mapping[CallKey, Work]) -> dict[CallKey, Work]:
     """Return what is left of the calls' work once a policy has rewritten what is around them.
 
     A call that has been replaced by a cheaper one is done for a part of its batch. One that is gone
@@ -81,7 +81,7 @@ def finished(program: Program, loop: Loop, before: Mapping[Key, Work]) -> dict[K
     names = {str(call.target) for call in now.values()}
     costs = {name: graph_flops(program.components[name]) for name in names}
     merges: dict[int, bool] = {}  # by branch: whether the last call that is left does more than one
-    left: dict[Key, Work] = {}
+    left: dict[CallKey, Work] = {}
     for (step, branch), call in loop.calls.items():
         work = before[step, branch]
         found = now.get(call_tags.tag(call))
@@ -93,7 +93,7 @@ def finished(program: Program, loop: Loop, before: Mapping[Key, Work]) -> dict[K
     return left
 
 
-def step_map(loop: Loop, steps: Sequence[Step], done: Mapping[Key, Work]) -> dict[str, str]:
+def step_map(loop: Loop, steps: Sequence[Step], done: Mapping[CallKey, Work]) -> dict[str, str]:
     """Return for each row a sign for each step: see LEGEND."""
     by_step: dict[int, list[Work]] = {}
     for (step, _), work in done.items():
@@ -119,7 +119,7 @@ class _Sums:
         taken = {item.value: item.is_sum for item in step.taken}
         key = label, frozenset(taken.items())
         if key not in self._known:
-            after = g.reach(nodes, lambda n: () if n in taken else n.users)
+            after = g.reachable(nodes, lambda n: () if n in taken else n.users)
             self._known[key] = any(taken.get(node, False) for node in after)
         return self._known[key]
 
@@ -144,7 +144,7 @@ def predicted(loop: Loop, steps: Sequence[Step]) -> int:
     for step in steps:
         taken = {item.value: item.base for item in step.taken}
         more = [node for kept in step.kept for node in kept if node is not None]
-        costs.append(loop.cost(loop.live(taken, more) - taken.keys()))
+        costs.append(loop.cost(loop.live_nodes(taken, more) - taken.keys()))
     return sum(costs[step] for step, _ in loop.calls)
 
 
@@ -157,7 +157,7 @@ def measured(program: Program, loop: Loop) -> int:
         if name not in known:
             given = fx.map_arg(call.args, lambda n: n.meta["val"])
             counter = flop_counter()
-            with g.FAKE, torch.no_grad(), counter:
+            with g.FAKE_MODE, torch.no_grad(), counter:
                 program.components[name](*given)
             known[name] = int(counter.get_total_flops())
         total += known[name]

@@ -249,7 +249,7 @@ def _import_operator(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
     steps = _Steps(body)
     values = fx.map_arg((args, kwargs), steps.given)
-    with g.FAKE, torch.no_grad(), steps:
+    with g.FAKE_MODE, torch.no_grad(), steps:
         return steps.map(node.target(*values[0], **values[1]))  # type: ignore[operator]
 
 
@@ -308,7 +308,7 @@ class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def given(self, node: fx.Node) -> Any:
         """Return a value of its own for a node: operators are followed by identity."""
         value = node.meta["val"]
-        with g.FAKE, torch.no_grad():
+        with g.FAKE_MODE, torch.no_grad():
             fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
         self.bind(fresh, node)
         return fresh

@@ -148,7 +148,7 @@ class Session:
             {name: save_component(self.processors[name]) for name in used},
             {name: self.processors[name] for name in used},
         )
-        resample = self._resample(arguments)
+        retrace = self._retrace(arguments)
         return Program(
             root,
             host,
@@ -156,7 +156,7 @@ class Session:
             guards=guards,
             source=self.source,
             digests=self.digests,
-            resample=resample,
+            retrace=retrace,
         )
 
     def _probe(self, scout: Sources) -> tuple[Sources, Recorder]:
@@ -187,15 +187,15 @@ class Session:
             result = self.pipeline(**sources.start(recorder))
         return recorder, result
 
-    def _resample(self, arguments: Mapping[str, Any]) -> Callable[..., Program]:
-        def resample(*, scheduler: Any = None, **changes: Any) -> Program:
+    def _retrace(self, arguments: Mapping[str, Any]) -> Callable[..., Program]:
+        def retrace(*, scheduler: Any = None, **changes: Any) -> Program:
             """Capture again with other arguments, and with another scheduler where one is given."""
             with _swapped(self.pipeline, "scheduler", scheduler):
                 # Captures share the graphs of components: what passes rewrite must not be these.
                 return self.program({**arguments, **changes}).clone()
 
-        resample.pipeline = self.pipeline  # type: ignore[attr-defined]
-        return resample
+        retrace.pipeline = self.pipeline  # type: ignore[attr-defined]
+        return retrace
 
 
 @contextlib.contextmanager

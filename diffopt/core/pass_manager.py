@@ -116,7 +116,7 @@ class Pipeline:
             for instrument in instruments:
                 instrument.after(step, after.program, record)
             # What was sampled again is another program, not an approximation of the one before.
-            is_same = after.program.resample is current.program.resample
+            is_same = after.program.retrace is current.program.retrace
             if reference is None and record.changed and not record.exact and is_same:
                 reference = current.program
             current = after

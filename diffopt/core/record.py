@@ -24,7 +24,7 @@ class Size:
         """Count the nodes of all graphs, distinct weights and their bytes, and FLOPs of a run."""
         weights = program.weights().values()
         return cls(
-            nodes=sum(len(gm.graph.nodes) for gm in [program.root, *program.components.values()]),
+            nodes=sum(len(gm.graph.nodes) for gm in program.graphs.values()),
             parameters=sum(tensor.numel() for tensor in weights),
             bytes=graph.tensor_bytes(weights),
             flops=program.flops(),

@@ -59,7 +59,7 @@ class Body:
         self._takes = g.placeholders(gm)
         self._where = where or torch.device("cpu")
         given = set(given)
-        needed = g.reach(self._wanted, lambda n: () if n in given else n.all_input_nodes)
+        needed = g.reachable(self._wanted, lambda n: () if n in given else n.all_input_nodes)
         living = g.descendants([*self._takes, *given])
         order = [n for n in gm.graph.nodes if n in needed]
         self._nodes = [n for n in order if n in living and n.op == "call_function"]

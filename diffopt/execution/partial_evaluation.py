@@ -65,7 +65,7 @@ class Evaluator:
         key = given, wanted, is_partial
         if key not in self._orders:
             changed = (g.descendants(given) if is_partial else set(self._nodes)) - given
-            needed = g.reach(
+            needed = g.reachable(
                 changed.intersection(wanted), lambda n: changed.intersection(n.all_input_nodes)
             )
             self._orders[key] = [n for n in self._nodes if n in needed]

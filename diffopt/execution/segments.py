@@ -74,7 +74,7 @@ def _part(
     def above(node: fx.Node) -> Iterable[fx.Node]:
         return () if node not in living or is_given(node) else node.all_input_nodes
 
-    met = g.reach(ends, above)
+    met = g.reachable(ends, above)
     order = [node for node in body.graph.nodes if node in met]
     return Part(
         body,

@@ -165,7 +165,7 @@ def identity(program: Program, inputs: Sequence[Sequence[Tensor]]) -> dict[str, 
             known[id(tensor)] = weight_digests.digest({"": tensor}) if floats else _sha256(tensor)
         return known[id(tensor)]
 
-    bodies = {"": program.root, **program.components}
+    bodies = program.graphs
     return {
         "program": {name: graph_fingerprint(gm, constant) for name, gm in bodies.items()},
         "inputs": [[_sha256(tensor) for tensor in tensors] for tensors in inputs],

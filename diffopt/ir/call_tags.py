@@ -127,7 +127,7 @@ def verify(root: fx.GraphModule) -> None:
 
 def _sources(value: fx.Node) -> list[Tag]:
     """Return the tags of the calls that a value is computed from without another call between."""
-    nodes = g.reach([value], lambda n: () if n.op == "call_module" else n.all_input_nodes)
+    nodes = g.reachable([value], lambda n: () if n.op == "call_module" else n.all_input_nodes)
     found = (tag(node) for node in nodes)
     return sorted((own for own in found if own is not None), key=str)
 

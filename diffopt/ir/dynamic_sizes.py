@@ -124,7 +124,7 @@ def propagate(
             env[node] = tuple(propagate(body, values, called, record=record))
         elif node.op == "call_function":
             given, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            with g.FAKE, torch.no_grad():
+            with g.FAKE_MODE, torch.no_grad():
                 env[node] = node.target(*given, **kwargs)
         if record and node in env:
             node.meta["val"] = env[node]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from diffopt.ir.graph import FAKE
+from diffopt.ir.graph import FAKE_MODE
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ def node_flops(node: fx.Node) -> int:
     if key not in _COUNTED:
         counter = flop_counter()
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with FAKE, torch.no_grad(), counter:
+        with FAKE_MODE, torch.no_grad(), counter:
             node.target(*args, **kwargs)  # type: ignore[operator]
         _COUNTED[key] = int(counter.get_total_flops())
     return _COUNTED[key]

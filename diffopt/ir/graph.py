@@ -16,14 +16,14 @@ from diffopt.errors import VerifyError
 
 aten = torch.ops.aten
 
-FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake(value: Any) -> Any:
     """Return `value` with every tensor replaced by a FakeTensor of `FAKE` of the same layout."""
     if isinstance(value, Tensor):
         # A parameter's fake would count as one more leaf that requires a gradient.
-        with FAKE, torch.no_grad():
+        with FAKE_MODE, torch.no_grad():
             return torch.empty_strided(
                 tuple(int(s) for s in value.shape),
                 tuple(int(s) for s in value.stride()),
@@ -86,7 +86,7 @@ def call(
     for key in ("module", "where"):
         if like is not None and key in like.meta:
             node.meta[key] = like.meta[key]
-    node.meta["val"] = propagate(node)
+    node.meta["val"] = infer_value(node)
     return node
 
 
@@ -97,10 +97,10 @@ def to_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return call(graph, aten._to_copy.default, node, dtype=dtype)
 
 
-def propagate(node: fx.Node, gm: fx.GraphModule | None = None) -> Any:
+def infer_value(node: fx.Node, gm: fx.GraphModule | None = None) -> Any:
     """Return the fake value of a `call_function` node from its arguments' values."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with FAKE, torch.no_grad():
+    with FAKE_MODE, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -169,15 +169,15 @@ def copy_nodes(
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the nodes and everything that they are computed from."""
-    return reach(nodes, lambda node: node.all_input_nodes)
+    return reachable(nodes, lambda node: node.all_input_nodes)
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the nodes and everything that is computed from them."""
-    return reach(nodes, lambda node: node.users)
+    return reachable(nodes, lambda node: node.users)
 
 
-def reach(
+def reachable(
     nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
 ) -> set[fx.Node]:
     """Return the nodes and everything to which `neighbours` leads from them."""
@@ -191,7 +191,7 @@ def reach(
     return found
 
 
-def extract(
+def extract_subgraph(
     body: fx.GraphModule, takes: Sequence[fx.Node], values: Sequence[fx.Node], name: str
 ) -> fx.GraphModule:
     """Return the part of a body that computes `values` from some of its arguments."""
@@ -230,7 +230,7 @@ def copy_inlined(
             copy_nodes([node], source, target, env)
 
 
-def sort(gm: fx.GraphModule) -> None:
+def sort_topologically(gm: fx.GraphModule) -> None:
     """Put every node after what it reads; otherwise the order stays. A cycle is a `VerifyError`."""
     done: set[fx.Node] = set()
     begun: set[fx.Node] = set()

@@ -1,7 +1,4 @@
-"""What rewrites of graphs have in common: purity, memory that is shared, equal nodes, constants.
-
-Every function here keeps results equal bit by bit.
-"""
+"""Queries about nodes that rewrites share: arguments, stored tensors, purity, memory layouts."""
 
 import operator
 from collections.abc import Mapping
@@ -24,17 +21,12 @@ _UNINITIALISED = (
 )
 
 
-def graphs(program: Program) -> dict[str, fx.GraphModule]:
-    """Return the root graph, as "", and the components by name."""
-    return {"": program.root, **program.components}
-
-
 def args(node: fx.Node) -> tuple[Any, ...]:
     """Return a node's arguments, which fx types too closely to be looked at."""
     return node.args
 
 
-def calls(node: Any, *targets: Any) -> bool:
+def is_call(node: Any, *targets: Any) -> bool:
     """Tell whether a value is a call of one of these functions."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
@@ -44,7 +36,7 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return args(node)[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
     """Return a convolution's strides, paddings, dilations, each for every axis, and groups."""
     count = args(node)[1].meta["val"].dim() - 2
 
@@ -57,7 +49,7 @@ def geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
     return *sizes, argument(node, 6, "groups", 1)
 
 
-def stored(gm: fx.GraphModule, node: Any) -> Tensor | None:
+def stored_tensor(gm: fx.GraphModule, node: Any) -> Tensor | None:
     """Return the tensor that a `get_attr` node reads; None for anything else."""
     if isinstance(node, fx.Node) and node.op == "get_attr":
         tensor: Tensor = g.attribute(gm, str(node.target))
@@ -84,13 +76,13 @@ def is_pure_graph(gm: fx.GraphModule) -> bool:
     return all(is_pure(n) for n in gm.graph.nodes if n.op not in ("placeholder", "output"))
 
 
-def replace(node: fx.Node, by: fx.Node) -> None:
+def replace_node(node: fx.Node, by: fx.Node) -> None:
     """Let `by` stand for `node` everywhere, and erase `node`."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
 
 
-def layout(value: Any) -> tuple[Any, ...] | None:
+def memory_layout(value: Any) -> tuple[Any, ...] | None:
     """Return what a tensor is in memory: type, shape, strides, offset; None for other values."""
     if not isinstance(value, Tensor):
         return None
@@ -99,22 +91,22 @@ def layout(value: Any) -> tuple[Any, ...] | None:
 
 def same_layout(a: fx.Node, b: fx.Node) -> bool:
     """Tell whether two values have the same type, shape and strides."""
-    one, other = layout(a.meta["val"]), layout(b.meta["val"])
+    one, other = memory_layout(a.meta["val"]), memory_layout(b.meta["val"])
     return one is not None and other is not None and one[:4] == other[:4]
 
 
 def fake_call(target: Any, arguments: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
     """Run an operator on values, of which nodes stand for their fake values."""
     given = fx.map_arg((arguments, dict(kwargs or {})), lambda n: n.meta["val"])
-    with g.FAKE, torch.no_grad():
+    with g.FAKE_MODE, torch.no_grad():
         return target(*given[0], **given[1])
 
 
 def weight_uses(program: Program) -> dict[int, int]:
     """Return how often each stored tensor is used in all graphs, by identity."""
     counts: dict[int, int] = {}
-    for gm in graphs(program).values():
+    for gm in program.graphs.values():
         for node in gm.graph.find_nodes(op="get_attr"):
-            key = id(stored(gm, node))
+            key = id(stored_tensor(gm, node))
             counts[key] = counts.get(key, 0) + len(node.users)
     return counts

@@ -46,7 +46,7 @@ class Program:
         batch: The fewest and the most requests of one run, a leading dimension of all inputs and
             outputs; None: each run serves one, and there is no such dimension.
         lengths: Numbers of tokens that the inputs' shapes do not fix.
-        resample: Capture again with other arguments; None where the pipeline is not at hand.
+        retrace: Capture again with other arguments; None where the pipeline is not at hand.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Program:
         digests: Mapping[str, str] | None = None,
         batch: tuple[int, int] | None = None,
         lengths: Sequence[dynamic_sizes.Length] = (),
-        resample: Callable[..., "Program"] | None = None,
+        retrace: Callable[..., "Program"] | None = None,
     ) -> None:
         self.root = root
         self.host = host
@@ -72,7 +72,7 @@ class Program:
         self.digests = dict(digests or {})
         self.batch = batch
         self.lengths = list(lengths)
-        self.resample = resample
+        self.retrace = retrace
         self.variants: list[Program] = []
 
     # Running
@@ -112,12 +112,12 @@ class Program:
         try:
             return self, self.prepare(**arguments)
         except Mismatch as error:
-            if not error.from_text or self.resample is None or self.history:
+            if not error.from_text or self.retrace is None or self.history:
                 raise
         for variant in self.variants:
             with contextlib.suppress(Mismatch):
                 return variant, variant.prepare(**arguments)
-        variant = self.resample(**{k: v for k, v in arguments.items() if k != "seed"})
+        variant = self.retrace(**{k: v for k, v in arguments.items() if k != "seed"})
         self.variants = [*self.variants[1 - VARIANTS :], variant]
         return variant, variant.prepare(**arguments)
 
@@ -196,6 +196,11 @@ class Program:
         """The components that the root graph calls, by name."""
         return {name: module for name, module in self.root._modules.items()}  # type: ignore[misc]
 
+    @property
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """The root graph, as "", and the components by name."""
+        return {"": self.root, **self.components}
+
     def calls(self, component: str | None = None) -> list[fx.Node]:
         """Return the component calls in order: all, or one component's."""
         called = (n for n in self.root.graph.nodes if n.op == "call_module")
@@ -208,8 +213,7 @@ class Program:
 
     def weights(self) -> dict[int, Tensor]:
         """Return every distinct weight and constant by identity."""
-        modules = [self.root, *self.components.values()]
-        return {id(t): t for gm in modules for _, t in g.named_tensors(gm)}
+        return {id(t): t for gm in self.graphs.values() for _, t in g.named_tensors(gm)}
 
     def flops(self) -> int:
         """Return the floating point operations of one run."""
@@ -267,7 +271,7 @@ class Program:
             digests=self.digests,
             batch=self.batch,
             lengths=self.lengths,
-            resample=self.resample,
+            retrace=self.retrace,
         )
 
     def add_component(self, name: str, body: fx.GraphModule) -> str:
@@ -279,7 +283,7 @@ class Program:
         self.root.add_module(name, body)
         return name
 
-    def call(
+    def insert_call(
         self, component: str, arguments: Sequence[Any], tag: call_tags.Tag | None = None
     ) -> list[fx.Node]:
         """Insert a call of a component at the root graph's insertion point; return its results.
@@ -310,8 +314,8 @@ class Program:
         component call names a component and passes what it takes; tags are those of a loop (see
         `tags`); inputs fit the host's steps.
         """
-        for name, gm in {"program": self.root, **self.components}.items():
-            verify_graph(name, gm, is_root=gm is self.root)
+        for name, gm in self.graphs.items():
+            verify_graph(name or "program", gm, is_root=not name)
         for node in self.calls():
             verify_call(node, self.components[str(node.target)])
         call_tags.verify(self.root)
@@ -332,7 +336,7 @@ class Program:
         keys: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         graphs = {}
-        bodies = {"": self.root, **self.components}
+        bodies = self.graphs
         if self.guards:
             bodies["(guards)"] = self.guards.body
         for name, gm in bodies.items():

@@ -7,24 +7,24 @@ import torch
 from torch import fx
 
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import graphs, layout
+from diffopt.ir.nodes import memory_layout
 from diffopt.ir.program import Program
 
 aten = torch.ops.aten
 
 
-def propagate(node: fx.Node) -> Any:
+def infer_or_reshape(node: fx.Node) -> Any:
     """Return a node's value; a view that another layout does not allow becomes a `reshape`."""
     try:
-        return g.propagate(node)
+        return g.infer_value(node)
     except (RuntimeError, ValueError):
         if node.target not in (aten.view.default, aten._unsafe_view.default):
             raise
         node.target = aten.reshape.default
-        return g.propagate(node)
+        return g.infer_value(node)
 
 
-def repropagate(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
+def propagate_layouts(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
     """Record the values behind nodes whose memory layout changed.
 
     A view that the new layout does not allow becomes a `reshape`.
@@ -32,27 +32,27 @@ def repropagate(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
     for node in gm.graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
             continue
-        value = propagate(node)
+        value = infer_or_reshape(node)
         if _layouts(value) != _layouts(node.meta["val"]):
             node.meta["val"] = value
             changed.add(node)
 
 
-def keep_outputs(program: Program, name: str, kept: Collection[object]) -> None:
+def restore_output_layouts(program: Program, name: str, kept: Collection[object]) -> None:
     """Give the outputs of a graph the memory layout back that they had."""
-    gm = graphs(program)[name]
+    gm = program.graphs[name]
     outputs = g.outputs(gm)
     for index, (node, before) in enumerate(zip(outputs, kept, strict=True)):
-        if layout(node.meta["val"]) != before:
+        if memory_layout(node.meta["val"]) != before:
             with gm.graph.inserting_before(g.output_node(gm)):
                 outputs[index] = g.call(gm.graph, aten.clone.default, node, like=node)
     g.set_outputs(gm, outputs)
     for site in program.calls(name) if name else []:
         site.meta["val"] = tuple(node.meta["val"] for node in outputs)
-        repropagate(program.root, {site})
+        propagate_layouts(program.root, {site})
 
 
 def _layouts(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(map(layout, value))
-    return layout(value)
+        return tuple(map(memory_layout, value))
+    return memory_layout(value)

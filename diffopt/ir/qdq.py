@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq_vmap
-from diffopt.ir.nodes import args, argument, calls
+from diffopt.ir.nodes import args, argument, is_call
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -179,18 +179,18 @@ class Weight:
 def weight(node: fx.Node) -> Weight | None:
     """Return what `place_weight` wrote, by the node that it returned; None for anything else."""
     inner = node
-    if calls(node, aten.view.default):
+    if is_call(node, aten.view.default):
         inner = args(node)[0]
-    if calls(inner, qd.dequantize_per_channel_group.default):
+    if is_call(inner, qd.dequantize_per_channel_group.default):
         values, scales, group = args(inner)[0], args(inner)[1], args(inner)[6]
         return Weight(node, _integers(inner, 3), values, scales, group)
-    if calls(node, qd.dequantize_per_channel.default):
+    if is_call(node, qd.dequantize_per_channel.default):
         return Weight(node, _integers(node, 5), args(node)[0], args(node)[1], None)
-    product = args(node)[0] if calls(node, aten._to_copy.default) else node
-    if not calls(product, aten.mul.Tensor):
+    product = args(node)[0] if is_call(node, aten._to_copy.default) else node
+    if not is_call(product, aten.mul.Tensor):
         return None
     wide, rows = args(product)[:2]
-    if not calls(wide, aten._to_copy.default) or not calls(rows, aten.view.default):
+    if not is_call(wide, aten._to_copy.default) or not is_call(rows, aten.view.default):
         return None
     values = args(wide)[0]
     if values.op != "get_attr" or values.meta["val"].dtype != FP8:
@@ -306,25 +306,25 @@ class Activation:
 
 def activation(node: fx.Node) -> Activation | None:
     """Return what `quantize` wrote, by the node that it returned; None for anything else."""
-    if calls(node, qd.dequantize_per_tensor.tensor):
+    if is_call(node, qd.dequantize_per_tensor.tensor):
         q, scale, zero = args(node)[:3]
-        if not calls(q, qd.quantize_per_tensor.tensor) or args(q)[1:3] != (scale, zero):
+        if not is_call(q, qd.quantize_per_tensor.tensor) or args(q)[1:3] != (scale, zero):
             return None
         return Activation(node, args(q)[0], q, scale, zero, "int8", False)
-    if calls(node, qd.dequantize_per_token.default):
+    if is_call(node, qd.dequantize_per_token.default):
         q, scale = args(node)[:2]
-        if not calls(q, qd.quantize_per_token.default) or args(q)[1] is not scale:
+        if not is_call(q, qd.quantize_per_token.default) or args(q)[1] is not scale:
             return None
         return Activation(node, _narrow(args(q)[0]), q, scale, None, "int8", True)
-    product = args(node)[0] if calls(node, aten._to_copy.default) else node
-    if not calls(product, aten.mul.Tensor):
+    product = args(node)[0] if is_call(node, aten._to_copy.default) else node
+    if not is_call(product, aten.mul.Tensor):
         return None
     back, scale = args(product)[:2]
-    q = args(back)[0] if calls(back, aten._to_copy.default) else back
-    if not calls(q, aten._to_copy.default) or q.meta["val"].dtype != FP8:
+    q = args(back)[0] if is_call(back, aten._to_copy.default) else back
+    if not is_call(q, aten._to_copy.default) or q.meta["val"].dtype != FP8:
         return None
     clamped = args(q)[0]
-    if not calls(clamped, aten.clamp.default) or not calls(args(clamped)[0], aten.div.Tensor):
+    if not is_call(clamped, aten.clamp.default) or not is_call(args(clamped)[0], aten.div.Tensor):
         return None
     source, by = args(args(clamped)[0])[:2]
     if by is not scale:
@@ -334,7 +334,7 @@ def activation(node: fx.Node) -> Activation | None:
 
 def _narrow(x: fx.Node) -> fx.Node:
     """Return what was widened to float32 to be quantized."""
-    is_cast = calls(x, aten._to_copy.default) and x.meta["val"].dtype == torch.float32
+    is_cast = is_call(x, aten._to_copy.default) and x.meta["val"].dtype == torch.float32
     return args(x)[0] if is_cast else x
 
 
@@ -362,7 +362,7 @@ class Layer:
 
 def layer(node: fx.Node) -> Layer | None:
     """Return the layer that a node is; None if its weight is neither stored nor quantized."""
-    if not calls(node, *_LAYERS):
+    if not is_call(node, *_LAYERS):
         return None
     x, w, bias = args(node)[0], args(node)[1], argument(node, 2, "bias")
     if w.op != "get_attr" and weight(w) is None:
@@ -378,7 +378,7 @@ def layers(gm: fx.GraphModule) -> list[Layer]:
 
 def is_stored_small(node: fx.Node) -> bool:
     """Tell whether a node widens stored numbers: what nobody may evaluate ahead of time."""
-    widens = calls(
+    widens = is_call(
         node,
         qd.quantize_per_channel.default,
         qd.dequantize_per_channel.default,
@@ -390,7 +390,7 @@ def is_stored_small(node: fx.Node) -> bool:
 
 def is_fp8_scaling(node: fx.Node) -> bool:
     """Tell whether a node scales a value to E4M3 numbers or from them; these stay apart."""
-    narrow = [m for n in node.users if calls(n, aten.clamp.default) for m in n.users]
+    narrow = [m for n in node.users if is_call(n, aten.clamp.default) for m in n.users]
     near = [*node.all_input_nodes, *(m for n in node.all_input_nodes for m in n.all_input_nodes)]
     values = [n.meta["val"] for n in (*narrow, *near)]
     return any(isinstance(v, Tensor) and v.dtype == FP8 for v in values)

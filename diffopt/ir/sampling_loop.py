@@ -15,7 +15,7 @@ from diffopt.ir import graph as g
 from diffopt.ir.flops import graph_flops, node_flops
 from diffopt.ir.program import Program
 
-Key = tuple[int, int]
+CallKey = tuple[int, int]
 """A call of the loop: its step and its branch."""
 
 
@@ -35,14 +35,14 @@ class Loop:
     program: Program
     name: str
     body: fx.GraphModule
-    calls: dict[Key, fx.Node]
+    calls: dict[CallKey, fx.Node]
     steps: int
     branches: int
 
     def flops(self, values: Iterable[fx.Node] = ()) -> int:
         """Return the floating point operations of one call that is given these values."""
         taken = dict.fromkeys(values)
-        return self.cost(self.live(taken) - taken.keys())
+        return self.cost(self.live_nodes(taken) - taken.keys())
 
     def cost(self, nodes: Iterable[fx.Node]) -> int:
         """Return the floating point operations of some nodes of the body."""
@@ -54,18 +54,18 @@ class Loop:
         return {n: node_flops(n) for n in own if n.target is not operator.getitem}
 
     @cached_property
-    def places(self) -> dict[fx.Node, int]:
+    def positions(self) -> dict[fx.Node, int]:
         """Where each node is in the body."""
         return {node: i for i, node in enumerate(self.body.graph.nodes)}
 
     @cached_property
-    def changing(self) -> list[fx.Node]:
+    def loop_variant(self) -> list[fx.Node]:
         """The arguments of the body that depend on an earlier call."""
         late = g.descendants(self.calls.values())
         takes = enumerate(g.placeholders(self.body))
         return [n for i, n in takes if any(c.args[i] in late for c in self.calls.values())]
 
-    def live(
+    def live_nodes(
         self, taken: Mapping[fx.Node, fx.Node | None], more: Iterable[fx.Node] = ()
     ) -> set[fx.Node]:
         """Return what the results need, and `more`, if values are taken, each with its base."""
@@ -76,12 +76,12 @@ class Loop:
             base = taken[node]
             return () if base is None else (base,)
 
-        return g.reach([*g.outputs(self.body), *more], needs)
+        return g.reachable([*g.outputs(self.body), *more], needs)
 
 
 def find_loop(program: Program) -> Loop:
     """Return the calls on which the program's loop spends most."""
-    loops: dict[str, dict[Key, fx.Node]] = {}
+    loops: dict[str, dict[CallKey, fx.Node]] = {}
     for call in program.calls():
         if (own := call_tags.tag(call)) is not None:
             loops.setdefault(str(call.target), {})[own.step, own.branch] = call

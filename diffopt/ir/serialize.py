@@ -88,7 +88,7 @@ def decode_value(data: Any) -> Any:
     if data is None:
         return None
     dtype, shape, stride, device = data
-    with g.FAKE, torch.no_grad():
+    with g.FAKE_MODE, torch.no_grad():
         return torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device=device)
 
 

@@ -29,7 +29,7 @@ def verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
         if node.op == "get_attr":
             verify_type(where, node.meta["val"], g.attribute(gm, str(node.target)))
         elif node.op == "call_function":
-            verify_type(where, node.meta["val"], g.propagate(node))
+            verify_type(where, node.meta["val"], g.infer_value(node))
         elif node.op == "call_module" and not is_root:
             raise VerifyError(f"{where}: a component calls a component")
 

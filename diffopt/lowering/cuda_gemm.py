@@ -37,7 +37,7 @@ from torch import fx
 from diffopt.ir import dynamic_sizes, qdq
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds
-from diffopt.ir.nodes import args, calls, geometry, replace
+from diffopt.ir.nodes import args, conv_geometry, is_call, replace_node
 from diffopt.lowering import load_time_graph
 from diffopt.lowering.hardware import Hardware
 
@@ -148,7 +148,7 @@ def _rewrite(gm: fx.GraphModule, hardware: Hardware, shapes: _Sizes) -> load_tim
         elif kind != "float":
             with gm.graph.inserting_before(layer.node):
                 result = _product(gm.graph, layer, weight, x, shapes)
-            replace(layer.node, result)
+            replace_node(layer.node, result)
             made.add(result)
     return load_time_graph.Rewritten(
         made, dict(counts), [f"{n} {text}" for text, n in reasons.items()]
@@ -200,7 +200,7 @@ def _int4_obstacle(
 def _is_product(layer: qdq.Layer) -> bool:
     """Tell whether a convolution is a product over the channels of each place."""
     weight, x = layer.weight.meta["val"], layer.x.meta["val"]
-    stride, padding, _, groups = geometry(layer.node)
+    stride, padding, _, groups = conv_geometry(layer.node)
     is_plain = {*weight.shape[2:], *stride} == {1} and not any(padding) and groups == 1
     return is_plain and weight.dim() == x.dim()
 
@@ -329,10 +329,10 @@ def _write_out(gm: fx.GraphModule) -> None:
     """Put plain operators in place of those that the compiler has no code for, or none for this."""
     for node in list(gm.graph.nodes):
         for target, write in _PLAIN.items():
-            if calls(node, target):
+            if is_call(node, target):
                 with gm.graph.inserting_before(node):
                     made = write(gm.graph, node)
-                replace(node, made)
+                replace_node(node, made)
     g.prune_unused(gm)
     gm.recompile()
 

@@ -274,7 +274,7 @@ def move(gm: fx.GraphModule, device: str) -> None:
         elif node.op == "call_function":
             if node.target in _VIEWS:  # of what may be laid out otherwise
                 node.target = aten.reshape.default
-            node.meta["val"] = g.propagate(node)
+            node.meta["val"] = g.infer_value(node)
     load_time_graph.restore_layouts(gm, before)
     gm.recompile()
 

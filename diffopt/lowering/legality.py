@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import qdq
-from diffopt.ir.nodes import calls, graphs
+from diffopt.ir.nodes import is_call
 from diffopt.ir.program import Program
 from diffopt.lowering.hardware import SPARSE, Hardware
 from diffopt.transforms import sparsity_2_4
@@ -45,7 +45,7 @@ def integers(layer: qdq.Layer) -> qdq.Activation | None:
 
 def refused(program: Program, hardware: Hardware) -> str | None:
     """Say which format, or sparsity, of a program a device lacks; None: it has all."""
-    bodies = {name or "the program": gm for name, gm in graphs(program).items()}
+    bodies = {name or "the program": gm for name, gm in program.graphs.items()}
     for name, gm in bodies.items():
         for layer in qdq.layers(gm):
             if (reason := _refused_input(layer, hardware)) is not None:
@@ -84,7 +84,7 @@ def _refused_input(layer: qdq.Layer, hardware: Hardware) -> str | None:
 
 def _stored(node: fx.Node) -> str | None:
     """Return the format of a node's value, where devices differ in what they have."""
-    if calls(node, torch.ops.diffopt.unpack_int4.default):
+    if is_call(node, torch.ops.diffopt.unpack_int4.default):
         return "int4"
     value = node.meta.get("val")
     return _NAMES.get(value.dtype) if isinstance(value, Tensor) else None

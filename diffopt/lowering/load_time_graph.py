@@ -26,9 +26,9 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
-from diffopt.ir.cse import share_equal_nodes
+from diffopt.ir.cse import eliminate_common_subexpressions
 from diffopt.ir.nodes import is_pure
-from diffopt.ir.propagation import repropagate
+from diffopt.ir.propagation import propagate_layouts
 from diffopt.lowering.executor import place
 
 aten = torch.ops.aten
@@ -141,7 +141,7 @@ def lower(
         known = set(body.graph.nodes)
         layouts = [node.meta["val"] for node in g.outputs(body)]
         done = rewrite(name, body)
-        repropagate(body, set(done.made))
+        propagate_layouts(body, set(done.made))
         restore_layouts(body, layouts)
         g.prune_unused(body)
         body.recompile()
@@ -213,7 +213,7 @@ def _finish(setup: Setup, moved: Mapping[str, list[fx.Node]]) -> None:
     gm.graph.output(tuple(ends))
     g.set_outputs(gm, ends)
     places = {name: [ends.index(node) for node in nodes] for name, nodes in moved.items()}
-    share_equal_nodes(gm)
+    eliminate_common_subexpressions(gm)
     distinct = list(dict.fromkeys(g.outputs(gm)))
     index = [distinct.index(node) for node in g.outputs(gm)]
     setup.takes = {name: [index[i] for i in own] for name, own in places.items()}

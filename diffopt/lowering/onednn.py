@@ -27,7 +27,7 @@ from torch import fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import argument, calls, geometry, replace
+from diffopt.ir.nodes import argument, conv_geometry, is_call, replace_node
 from diffopt.lowering import load_time_graph
 
 aten = torch.ops.aten
@@ -100,7 +100,7 @@ def _lower_body(gm: fx.GraphModule, pack: bool, lack: str | None) -> load_time_g
             else:
                 last, post = _activated(layer)
                 made = _float(gm.graph, layer, post)
-        replace(last, made)
+        replace_node(last, made)
         if last is not layer.node:
             gm.graph.erase_node(layer.node)
         changed.add(made)
@@ -208,7 +208,7 @@ def _is_of_pixels(layer: qdq.Layer) -> bool:
     """Tell whether a layer is a convolution that multiplies each pixel by a matrix."""
     if not layer.convolution:
         return False
-    stride, padding, _, groups = geometry(layer.node)
+    stride, padding, _, groups = conv_geometry(layer.node)
     kernel = layer.weight.meta["val"].shape[2:]
     return (*kernel, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
 
@@ -223,7 +223,7 @@ def _as_product(graph: fx.Graph, layer: qdq.Layer, changed: set[fx.Node]) -> qdq
         weight = g.call(graph, aten.squeeze.dims, layer.weight, [2, 3])
         product = g.call(graph, aten.linear.default, x, weight, layer.bias, like=layer.node)
         image = g.call(graph, aten.permute.default, product, [0, 3, 1, 2])
-    replace(layer.node, image)
+    replace_node(layer.node, image)
     changed.add(image)
     return qdq.Layer(product, x, weight, layer.bias, convolution=False)
 
@@ -255,9 +255,9 @@ def _activated(layer: qdq.Layer, rows: bool = False) -> tuple[fx.Node, _Post]:
     """
     users, dtype = list(layer.node.users), layer.node.meta["val"].dtype
     if len(users) == 1 and not rows and dtype == _computed(dtype):
-        if calls(users[0], aten.gelu.default):
+        if is_call(users[0], aten.gelu.default):
             return users[0], ("gelu", [], argument(users[0], 1, "approximate", "none"))
-        if calls(users[0], aten.silu.default):
+        if is_call(users[0], aten.silu.default):
             return users[0], ("swish", [], "")
     return layer.node, _NO_POST
 
@@ -279,7 +279,7 @@ def _float(graph: fx.Graph, layer: qdq.Layer, post: _Post) -> fx.Node:
 
 def _geometry(layer: qdq.Layer) -> tuple[list[int], list[int], list[int], int]:
     """Return a convolution's geometry; one axis gets another in front, which nothing happens to."""
-    stride, padding, dilation, groups = geometry(layer.node)
+    stride, padding, dilation, groups = conv_geometry(layer.node)
     if len(stride) == 1:
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
     return stride, padding, dilation, groups
@@ -292,7 +292,7 @@ def _packed(graph: fx.Graph, target: Any, values: fx.Node, *given: Any) -> fx.No
     """
     node = graph.call_function(target, (values, *given))
     weight = values.meta["val"]
-    with g.FAKE:
+    with g.FAKE_MODE:
         turned = target is onednn.qlinear_prepack.default
         packed = torch.empty(weight.shape, dtype=weight.dtype)
         node.meta["val"] = packed.t() if turned else packed

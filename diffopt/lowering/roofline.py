@@ -32,7 +32,7 @@ from diffopt.errors import DiffoptError
 from diffopt.ir import call_tags, qdq, step_tables
 from diffopt.ir import graph as g
 from diffopt.ir.flops import node_flops
-from diffopt.ir.nodes import calls
+from diffopt.ir.nodes import is_call
 from diffopt.ir.program import Program
 from diffopt.lowering import legality
 from diffopt.lowering.hardware import Hardware
@@ -240,7 +240,7 @@ class _Graph:
         self._stage[node] = alone + max((self._stage.get(n, 0) for n in sources), default=0)
         if alone or free:
             return
-        for source in map(_base, sources if not calls(node, *_TWICE) else ()):
+        for source in map(_base, sources if not is_call(node, *_TWICE) else ()):
             if self._flops.get(source) == 0 and self._stage[source] == self._stage[node]:
                 self._join(source, node)
 
@@ -267,7 +267,7 @@ class _Graph:
                 kernel.number, kernel.flops = legality.of_products(node), flops
             taken = self._reads(node)
             again = (
-                g.value_bytes(node.all_input_nodes[0].meta["val"]) if calls(node, *_TWICE) else 0
+                g.value_bytes(node.all_input_nodes[0].meta["val"]) if is_call(node, *_TWICE) else 0
             )
             most += _total(taken) + again + g.value_bytes(node.meta["val"])
             # The first time that is part of what computes it elementwise.
@@ -293,7 +293,7 @@ class _Graph:
             if narrow is not None and source is narrow.node:
                 source = narrow.quantized
             base, part = _base(source), source.meta["val"]
-            if position == 0 and calls(node, *_GATHERS):
+            if position == 0 and is_call(node, *_GATHERS):
                 part = node.meta["val"]
             if base.op != "get_attr" and base in self._constant:
                 for leaf in self._constant[base]:

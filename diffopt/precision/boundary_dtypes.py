@@ -15,7 +15,7 @@ from torch import fx
 
 from diffopt.analysis.dtype_regions import DtypePlan
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, calls
+from diffopt.ir.nodes import args, is_call
 from diffopt.ir.program import Program
 from diffopt.ir.step_tables import is_view
 
@@ -72,7 +72,7 @@ def _groups(program: Program, plans: Mapping[str, DtypePlan]) -> dict[Port, set[
 
 
 def _producer(node: fx.Node) -> Port | None:
-    if not calls(node, operator.getitem) or args(node)[0].op != "call_module":
+    if not is_call(node, operator.getitem) or args(node)[0].op != "call_module":
         return None
     return str(args(node)[0].target), True, args(node)[1]
 
@@ -95,5 +95,5 @@ def _loses_digits(group: Iterable[Port], plans: Mapping[str, DtypePlan]) -> bool
 
 def _readers_through_views(node: fx.Node) -> set[fx.Node]:
     """Return the operators that compute with a value, through views."""
-    seen = g.reach([node], lambda n: n.users if n is node or is_view(n) else ())
+    seen = g.reachable([node], lambda n: n.users if n is node or is_view(n) else ())
     return {n for n in seen if n.op == "call_function" and n is not node and not is_view(n)}

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from diffopt.analysis.dtype_regions import DtypePlan, is_float
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, calls, stored
+from diffopt.ir.nodes import args, is_call, stored_tensor
 from diffopt.ir.program import Program
-from diffopt.ir.propagation import propagate
+from diffopt.ir.propagation import infer_or_reshape
 from diffopt.ir.step_tables import is_view
 
 aten = torch.ops.aten
@@ -100,20 +100,20 @@ class _Caster:
         if is_same and self.retyped.isdisjoint(node.all_input_nodes):
             return
         try:
-            value = propagate(node)
+            value = infer_or_reshape(node)
             if dtype == self.low and _widens(value, node.meta["val"], self.low):
                 self._cast_arguments(node, dtype, scalars=True)
-                value = propagate(node)
+                value = infer_or_reshape(node)
         except (RuntimeError, ValueError, TypeError):
             node.args, node.kwargs = arguments  # the operator has no such type
             self._cast_arguments(node, torch.float32, scalars=True)
-            value = propagate(node)
+            value = infer_or_reshape(node)
         node.meta["val"] = value
         self.retyped.add(node)
 
     def _compute_dtype(self, node: fx.Node) -> torch.dtype | None:
         """Return the type that a node computes in; None: that of its arguments."""
-        if calls(node, qd.quantize_per_tensor.tensor) or node.target in _DEQUANTIZE:
+        if is_call(node, qd.quantize_per_tensor.tensor) or node.target in _DEQUANTIZE:
             return None
         if node in self.all_float32:
             return torch.float32
@@ -168,7 +168,7 @@ class _Caster:
     def _convert(self, node: fx.Node) -> fx.Node | None:
         """Return a value that is produced in the low type, with no cast; None if it cannot be."""
         graph = self.body.graph
-        tensor = stored(self.body, node)
+        tensor = stored_tensor(self.body, node)
         if tensor is not None:
             with self._after(node):
                 constant = g.get_attr(self.body, str(node.target), self.weights(tensor))
@@ -176,7 +176,7 @@ class _Caster:
             return constant
         if node.target in _DEQUANTIZE:
             return self._copy_with(node, node.args, {**node.kwargs, "out_dtype": self.low})
-        is_wide = calls(node, aten._to_copy.default) and node.kwargs == {"dtype": torch.float32}
+        is_wide = is_call(node, aten._to_copy.default) and node.kwargs == {"dtype": torch.float32}
         if is_wide and _dtype(args(node)[0]) == torch.float32:
             with self._after(node):
                 return g.call(graph, node.target, args(node)[0], dtype=self.low, like=node)

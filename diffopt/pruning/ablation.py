@@ -17,7 +17,7 @@ from diffopt.core.equivalence import squared_relative_error
 from diffopt.execution import trajectories
 from diffopt.ir import call_tags
 from diffopt.ir.flops import graph_flops
-from diffopt.ir.nodes import args, graphs
+from diffopt.ir.nodes import args
 from diffopt.ir.program import Program
 from diffopt.pruning import removal
 from diffopt.pruning.coupling import Coupling, Unit
@@ -123,8 +123,8 @@ def _spread(steps: Sequence[int]) -> list[int]:
 def _moved(coupling: Coupling, program: Program, clone: Program) -> Coupling:
     """Return what goes together in a clone: as in the program, whose weights it shares."""
     nodes: dict[fx.Node, fx.Node] = {}
-    for name, gm in graphs(program).items():
-        nodes.update(zip(gm.graph.nodes, graphs(clone)[name].graph.nodes, strict=True))
+    for name, gm in program.graphs.items():
+        nodes.update(zip(gm.graph.nodes, clone.graphs[name].graph.nodes, strict=True))
     flow = coupling.flow
     moved = replace(
         flow,

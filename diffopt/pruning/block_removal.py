@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from diffopt.analysis.denoiser_structure import Branch, analyze_denoiser
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, stored
+from diffopt.ir.nodes import args, stored_tensor
 from diffopt.ir.program import Program
 
 
@@ -60,7 +60,7 @@ def _weights(gm: fx.GraphModule, branches: Sequence[Branch]) -> frozenset[int]:
     inside: set[fx.Node] = set()
     for branch in branches:
         inside |= g.ancestors([branch.value]) & g.descendants([branch.source]) - {branch.source}
-    tensors = (stored(gm, n) for node in inside for n in node.all_input_nodes)
+    tensors = (stored_tensor(gm, n) for node in inside for n in node.all_input_nodes)
     return frozenset(id(tensor) for tensor in tensors if tensor is not None)
 
 

@@ -252,7 +252,7 @@ class _Noising:
         """Return the last value of the latents' size that the last step leads to."""
         last = self.steps[max(self.steps)]
         sizes = self._sizes[last[0]]
-        after = g.reach(
+        after = g.reachable(
             [user for call in last for user in call.users],
             lambda n: () if n.op == "call_module" else n.users,
         )

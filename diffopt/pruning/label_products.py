@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.analysis.reachability import packet
-from diffopt.ir.nodes import args, argument, geometry, stored
+from diffopt.ir.nodes import args, argument, conv_geometry, stored_tensor
 from diffopt.ir.printing import target_name
 from diffopt.pruning.index_labels import Factors, along, compressed, narrow, varying
 from diffopt.pruning.label_propagation import Body, Operand, note_layer, note_source, pointwise
@@ -122,7 +122,7 @@ def _matched(
     body: Body, node: fx.Node, sides: Sequence[_Side], kept: Sequence[dict[str, Tensor]]
 ) -> None:
     """Tie the labels of both operands along the letters that they share, or pin them."""
-    products = all(stored(body.gm, side.read) is None for side in sides)
+    products = all(stored_tensor(body.gm, side.read) is None for side in sides)
     for k, (side, vectors) in enumerate(zip(sides, kept, strict=True)):
         other, theirs = sides[1 - k], kept[1 - k]
         for letters, factor in vectors.items():
@@ -190,7 +190,7 @@ def conv(body: Body, node: fx.Node) -> Factors | None:
     elif transposed:
         groups = argument(node, 6, "groups", 1)
     else:
-        *_, groups = geometry(node)
+        *_, groups = conv_geometry(node)
     if args(node)[0].meta["val"].dim() != w.meta["val"].dim():
         return None
     note_layer(body, node, w, 1 if transposed else 0)

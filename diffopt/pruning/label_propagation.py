@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from diffopt.analysis.reachability import packet
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, stored
+from diffopt.ir.nodes import args, stored_tensor
 from diffopt.ir.printing import target_name
 from diffopt.pruning.index_labels import Factors, Labels, along, changes, narrow, varying
 
@@ -128,7 +128,7 @@ class Body:
             self.values[node] = self._value(node)
 
     def _value(self, node: fx.Node) -> Any:
-        tensor = stored(self.gm, node)
+        tensor = stored_tensor(self.gm, node)
         if tensor is not None:
             return self.flow.of(tensor)
         if node.op == "placeholder":
@@ -263,7 +263,7 @@ def _aligned(
 
 def note_source(body: Body, node: fx.Node, weight: Any, axis: int) -> None:
     """Remember the axis of a weight that a layer's results come from."""
-    tensor = stored(body.gm, weight)
+    tensor = stored_tensor(body.gm, weight)
     if tensor is not None and id(tensor) in body.flow.stored:
         body.flow.sources.append(Source(body.name, node, tensor, axis))
 
@@ -271,14 +271,14 @@ def note_source(body: Body, node: fx.Node, weight: Any, axis: int) -> None:
 def note_layer(body: Body, node: fx.Node, weight: Any, axis: int) -> None:
     """Do so of a layer, whose weight may be none that is stored."""
     note_source(body, node, weight, axis)
-    if stored(body.gm, weight) is None:
+    if stored_tensor(body.gm, weight) is None:
         body.flow.computed.append((body.name, node))
 
 
 def combine(body: Body, node: fx.Node) -> Factors:
     """Combine what a node reads element by element."""
     reads = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
-    living = [n for n in reads if body.values[n] and stored(body.gm, n) is None]
+    living = [n for n in reads if body.values[n] and stored_tensor(body.gm, n) is None]
     inputs = [body.operand(n) for n in reads]
     found = pointwise(body, node, node.meta["val"].shape, inputs, reads)
     if packet(node) in (aten.add, aten.sub) and len(living) > 1:

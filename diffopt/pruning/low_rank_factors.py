@@ -21,8 +21,8 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, geometry
-from diffopt.ir.propagation import repropagate
+from diffopt.ir.nodes import args, conv_geometry
+from diffopt.ir.propagation import propagate_layouts
 
 aten = torch.ops.aten
 
@@ -87,7 +87,7 @@ def forms(layer: qdq.Layer) -> tuple[Form, ...]:
     """Return the forms that a layer can have; none if it is a convolution in groups."""
     if not layer.convolution:
         return ("channel",)
-    if geometry(layer.node)[-1] != 1:
+    if conv_geometry(layer.node)[-1] != 1:
         return ()
     shape = layer.weight.meta["val"].shape
     return ("channel", "spatial") if len(shape) == 4 and min(shape[2:]) > 1 else ("channel",)
@@ -160,14 +160,14 @@ def place(gm: fx.GraphModule, layer: qdq.Layer, form: Form, first: Tensor, secon
         both = g.call(graph, node.target, inner, weights[1], layer.bias, *late, like=node)
     node.replace_all_uses_with(both)
     graph.erase_node(node)
-    repropagate(gm, {both})
+    propagate_layouts(gm, {both})
 
 
 def _geometries(layer: qdq.Layer, form: Form) -> tuple[tuple[list[int], ...], ...]:
     """Return strides, paddings and dilations of the first layer, and of the second."""
     if not layer.convolution:
         return (), ()
-    both = geometry(layer.node)[:3]
+    both = conv_geometry(layer.node)[:3]
     if form == "channel":
         return both, ()
     neutral = 1, 0, 1
@@ -217,7 +217,7 @@ def second_moments(layer: qdq.Layer, x: Tensor) -> tuple[Tensor, int]:
     if not layer.convolution:
         rows = x.reshape(-1, weight.shape[1]).float()
     elif weight.dim() == 4 and weight[0].numel() <= PATCH:
-        stride, padding, dilation = map(tuple, geometry(layer.node)[:3])
+        stride, padding, dilation = map(tuple, conv_geometry(layer.node)[:3])
         kernel = tuple(weight.shape[2:])
         patches = torch.nn.functional.unfold(x.float(), kernel, dilation, padding, stride)
         rows = patches.transpose(1, 2).flatten(0, 1)

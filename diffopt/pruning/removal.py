@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from diffopt.analysis.reachability import packet
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, argument, graphs, layout, stored
+from diffopt.ir.nodes import args, argument, memory_layout, stored_tensor
 from diffopt.ir.program import Program
-from diffopt.ir.propagation import keep_outputs, propagate
+from diffopt.ir.propagation import infer_or_reshape, restore_output_layouts
 from diffopt.pruning.coupling import Coupling, Unit
 from diffopt.pruning.index_labels import along, changes, constant, narrow
 
@@ -34,10 +34,10 @@ def remove(program: Program, coupling: Coupling, units: Iterable[Unit]) -> None:
         return
     gone = torch.isin(coupling.roots, dropped)
     smaller = _weights(coupling, gone)
-    for name, gm in graphs(program).items():
-        before = [layout(node.meta["val"]) for node in g.outputs(gm)]
+    for name, gm in program.graphs.items():
+        before = [memory_layout(node.meta["val"]) for node in g.outputs(gm)]
         _Body(coupling, gone, name, gm, smaller).mend()
-        keep_outputs(program, name, before)
+        restore_output_layouts(program, name, before)
 
 
 def _weights(coupling: Coupling, gone: Tensor) -> dict[int, Tensor]:
@@ -82,7 +82,7 @@ class _Body:
             picked = self._pick(node)
             if picked or any(n.meta["val"] is not self.old[n] for n in node.all_input_nodes):
                 _mend(self, node)
-                node.meta["val"] = propagate(node)
+                node.meta["val"] = infer_or_reshape(node)
                 self._check(node)
         g.set_outputs(self.gm, g.outputs(self.gm))
 
@@ -109,7 +109,7 @@ class _Body:
         return shape
 
     def _weight(self, node: fx.Node) -> None:
-        tensor = stored(self.gm, node)
+        tensor = stored_tensor(self.gm, node)
         new = self.smaller.get(id(tensor))
         if new is None:
             return
@@ -137,7 +137,7 @@ class _Body:
         return bool(done)
 
     def _picked(self, node: fx.Node, operand: fx.Node, axis: int, indices: Tensor) -> fx.Node:
-        tensor = stored(self.gm, operand)
+        tensor = stored_tensor(self.gm, operand)
         graph = self.gm.graph
         with graph.inserting_before(node):
             if tensor is not None:

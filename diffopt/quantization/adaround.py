@@ -23,7 +23,7 @@ from diffopt.execution import straight_through
 from diffopt.execution.segments import Part, Run, cut, results_of
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, stored
+from diffopt.ir.nodes import args, stored_tensor
 from diffopt.progress import Progress, silent, within
 from diffopt.quantization import weight_rounding
 
@@ -142,7 +142,7 @@ class _Rounding:
 
 def _roundings(body: fx.GraphModule, quantized: fx.GraphModule) -> list[_Rounding]:
     """Return what can be learned: weights in whole numbers, of which `body` has the exact ones."""
-    exact = {layer.node.name: stored(body, layer.weight) for layer in qdq.layers(body)}
+    exact = {layer.node.name: stored_tensor(body, layer.weight) for layer in qdq.layers(body)}
     found = []
     for layer in qdq.layers(quantized):
         own, to = _finest(layer.weight), exact.get(layer.node.name)

@@ -15,7 +15,7 @@ from diffopt.errors import DiffoptError
 from diffopt.execution.trajectories import run_root
 from diffopt.ir import qdq
 from diffopt.ir.flops import node_flops
-from diffopt.ir.nodes import stored
+from diffopt.ir.nodes import stored_tensor
 from diffopt.progress import Progress
 from diffopt.quantization import knapsack, sensitivity
 from diffopt.quantization.quantize_body import (
@@ -117,7 +117,7 @@ def items(
         parts = measured[name].parts
         for row, (node, formats) in enumerate(own.items()):
             layer = simulator.layers[name].own[node]
-            tensor = stored(body, layer.weight)
+            tensor = stored_tensor(body, layer.weight)
             assert tensor is not None
             if id(tensor) not in found:
                 sizes = [tensor.nbytes, *(store(tensor, how).bytes for how in formats)]

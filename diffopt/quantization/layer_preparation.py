@@ -16,7 +16,7 @@ from diffopt.analysis.scope import Scope, by_step
 from diffopt.execution import trajectories
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, calls, replace, stored
+from diffopt.ir.nodes import args, argument, is_call, replace_node, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.progress import Progress
 from diffopt.quantization import smoothquant, svdquant, weight_rounding
@@ -35,9 +35,9 @@ def as_linears(gm: fx.GraphModule) -> None:
     """Write products with a stored matrix as the linear layers that they were before `hoist`."""
     for node in list(gm.graph.nodes):
         bias: fx.Node | None = None
-        if calls(node, aten.mm.default):
+        if is_call(node, aten.mm.default):
             x, turned = args(node)
-        elif calls(node, aten.addmm.default) and not node.kwargs:
+        elif is_call(node, aten.addmm.default) and not node.kwargs:
             bias, x, turned = args(node)
         else:
             continue
@@ -49,7 +49,7 @@ def as_linears(gm: fx.GraphModule) -> None:
         for key in ("module", "where"):
             if key not in new.meta and key in turned.meta:
                 new.meta[key] = turned.meta[key]
-        replace(node, new)
+        replace_node(node, new)
 
 
 def _turned(node: fx.Node) -> fx.Node | None:
@@ -76,7 +76,7 @@ def split_concats(gm: fx.GraphModule, shared: Shared) -> int:
     count = 0
     for layer in qdq.layers(gm):
         pieces = _pieces(layer)
-        weight = stored(gm, layer.weight)
+        weight = stored_tensor(gm, layer.weight)
         if not pieces or weight is None:
             continue
         node, total, at = layer.node, None, 0
@@ -106,7 +106,7 @@ def _part(weight: Tensor, start: int, end: int) -> Tensor:
 def _pieces(layer: qdq.Layer) -> list[fx.Node]:
     """Return the operands of the concatenation of features that a layer reads, if it reads one."""
     x = layer.x
-    if not calls(x, aten.cat.default) or layer.node.kwargs:
+    if not is_call(x, aten.cat.default) or layer.node.kwargs:
         return []
     rank = x.meta["val"].ndim
     axis = argument(x, 1, "dim", 0) % rank
@@ -142,7 +142,7 @@ def smooth_layers(
     count = 0
     for index, (gm, layer, how) in enumerate(todo):
         progress("smoothing", index / len(todo))
-        weight = stored(gm, layer.weight)
+        weight = stored_tensor(gm, layer.weight)
         assert weight is not None
 
         def search(gm: fx.GraphModule = gm, la: qdq.Layer = layer, how: Format = how) -> Any:
@@ -210,7 +210,7 @@ def branch_layers(
     count = 0
     for index, (gm, layer, how) in enumerate(todo):
         progress("decomposing weights", index / len(todo))
-        weight = stored(gm, layer.weight)
+        weight = stored_tensor(gm, layer.weight)
         assert weight is not None
         in_groups = layer.convolution and argument(layer.node, 6, "groups", 1) != 1
         if in_groups or min(len(weight), weight[0].numel()) < 4 * rank:

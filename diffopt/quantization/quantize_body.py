@@ -14,7 +14,7 @@ from diffopt.execution import trajectories
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, step_tables
 from diffopt.ir.flops import graph_flops
-from diffopt.ir.nodes import args, stored
+from diffopt.ir.nodes import args, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.progress import Progress
 from diffopt.quantization import adaround, ranges, weight_rounding
@@ -113,7 +113,7 @@ def quantize_body(
         how, x = formats[layer.node], layer.x
         with gm.graph.inserting_before(layer.node):
             if (layer.weight, how) not in placed:
-                tensor = stored(gm, layer.weight)
+                tensor = stored_tensor(gm, layer.weight)
                 assert tensor is not None
                 placed[layer.weight, how] = qdq.place_weight(
                     gm, str(layer.weight.target), store(tensor, how), tensor.dtype
@@ -131,14 +131,14 @@ def readers_of_tables(gm: fx.GraphModule) -> list[fx.Node]:
     return [
         node
         for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default)
-        if (tensor := stored(gm, args(node)[0])) is not None and tensor.is_floating_point()
+        if (tensor := stored_tensor(gm, args(node)[0])) is not None and tensor.is_floating_point()
     ]
 
 
 def quantize_table(gm: fx.GraphModule, node: fx.Node, how: Format, store: Store) -> None:
     """Quantize the table that an operator reads rows of."""
     source = args(node)[0]
-    tensor = stored(gm, source)
+    tensor = stored_tensor(gm, source)
     assert tensor is not None
     packed = store(tensor, how.that_fits(tensor))
     with gm.graph.inserting_before(node):
@@ -337,7 +337,7 @@ def learn_rounding(
         body, trial.components[name], samples, seed=seed, progress=progress
     )
     for layer in qdq.layers(body):
-        tensor = stored(body, layer.weight)
+        tensor = stored_tensor(body, layer.weight)
         if layer.node.name in better and tensor is not None:
             store.prefer(tensor, better[layer.node.name])
     return len(better)

@@ -16,7 +16,7 @@ from diffopt.analysis.scope import Scope
 from diffopt.execution.trajectories import run_root
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, stored
+from diffopt.ir.nodes import args, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.quantization.quantize_body import Format, Range, Store, qparams
 
@@ -64,7 +64,7 @@ class Layers:
         """Return the weight that a quantized one stands for; little ones are kept."""
         key = layer.weight, how
         if key not in self._wide:
-            tensor = stored(self.body, layer.weight)
+            tensor = stored_tensor(self.body, layer.weight)
             assert tensor is not None
             gm = g.new_body("weight")
             node = qdq.place_weight(gm, "weight", self._store(tensor, how), tensor.dtype)

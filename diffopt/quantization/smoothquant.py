@@ -18,7 +18,7 @@ from diffopt.errors import DiffoptError
 from diffopt.execution import straight_through
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, stored
+from diffopt.ir.nodes import args, argument, stored_tensor
 from diffopt.quantization import weight_rounding
 
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ def smooth_layer(
 
 
 def _weight(gm: fx.GraphModule, layer: qdq.Layer) -> Tensor:
-    weight = stored(gm, layer.weight)
+    weight = stored_tensor(gm, layer.weight)
     if weight is None:
         raise DiffoptError(f"{layer.node.name} is not smoothed: its weight is quantized already")
     return weight.detach()

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, stored
+from diffopt.ir.nodes import args, argument, stored_tensor
 from diffopt.quantization import weight_rounding
 
 aten = torch.ops.aten
@@ -101,7 +101,7 @@ def place_lowrank(
     itself yet. `left` is the rest, where it is at hand.
     """
     x = args(layer.node)[0]  # not `layer.x`, which a branch beside the layer before has replaced
-    weight = stored(gm, layer.weight)
+    weight = stored_tensor(gm, layer.weight)
     groups = argument(layer.node, 6, "groups", 1) if layer.convolution else 1
     if weight is None:
         raise DiffoptError(f"{layer.node.name} has no branch: its weight is quantized already")

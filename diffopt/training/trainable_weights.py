@@ -19,7 +19,7 @@ from diffopt.core.module_filter import Patterns
 from diffopt.execution.differentiable import FLOATS
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, calls, graphs, stored
+from diffopt.ir.nodes import args, is_call, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.quantization import quantize_body, weight_rounding
 from diffopt.transforms import sparsity_2_4
@@ -164,7 +164,7 @@ class Trained:
                 continue
             if id(values) not in self._weights:
                 is_wide = own.node is not layer.weight
-                wide = stored(gm, args(layer.weight)[1]) if is_wide else None
+                wide = stored_tensor(gm, args(layer.weight)[1]) if is_wide else None
                 value = layer.weight.meta["val"]
                 packed = qdq.Packed(own.number, values, scales, tuple(value.shape), own.group)
                 self._weights[id(values)] = _Rounded(packed, value.dtype, wide, self._where)
@@ -197,7 +197,7 @@ class Trained:
         """Put the weights into a program, wherever it reads the old ones."""
         pairs = [pair for weight in self._weights.values() for pair in weight.replaced()]
         new = {id(old): tensor for old, tensor in pairs}
-        for gm in graphs(program).values():
+        for gm in program.graphs.values():
             stores: list[dict[str, Any]] = [gm._parameters, gm._buffers]
             for store in stores:
                 store.update({k: new[id(t)] for k, t in store.items() if id(t) in new})
@@ -221,11 +221,11 @@ def _kept(program: Program, names: Sequence[str], patterns: Sequence[str]) -> se
     for name in names:
         gm = program.components[name]
         for node in gm.graph.nodes:
-            read = g.reach(
+            read = g.reachable(
                 [n for n in node.all_input_nodes if n.op in ("get_attr", "call_function")],
                 lambda n: n.all_input_nodes if _is_of_weights(n) else (),
             )
-            tensors = [t for n in read if (t := stored(gm, n)) is not None]
+            tensors = [t for n in read if (t := stored_tensor(gm, n)) is not None]
             if tensors and wanted.wants(name, quantize_body.module(node)):
                 kept |= {id(t) for t in tensors}
     wanted.check("module", names)
@@ -244,7 +244,7 @@ def _read_by_layers(gm: fx.GraphModule) -> set[fx.Node]:
         if reachability.packet(node) not in reachability.LAYERS:
             continue
         for source in args(node)[1:3]:
-            while calls(source, aten._to_copy.default):
+            while is_call(source, aten._to_copy.default):
                 source = args(source)[0]
             if isinstance(source, fx.Node) and source.op == "get_attr":
                 found.add(source)
@@ -254,7 +254,7 @@ def _read_by_layers(gm: fx.GraphModule) -> set[fx.Node]:
 def _finest(node: fx.Node) -> qdq.Weight | None:
     """Return a quantized weight as it is stored: what is rounded again was finer before."""
     own = qdq.weight(node)
-    if own is not None and calls(own.values, qd.quantize_per_channel.default):
+    if own is not None and is_call(own.values, qd.quantize_per_channel.default):
         return qdq.weight(args(own.values)[0])
     return own
 

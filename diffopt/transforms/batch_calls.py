@@ -62,7 +62,7 @@ def _merge(program: Program, calls: Sequence[fx.Node], known: dict[Any, Merged])
             g.call(graph, aten.stack.default, list(column)) if many else column[0]
             for column, many in zip(columns, differ, strict=True)
         ]
-        made = program.call(name, given, call_tags.tag(first))
+        made = program.insert_call(name, given, call_tags.tag(first))
         for row, call in enumerate(calls):
             for user in list(call.users):
                 index = nodes.args(user)[1]
@@ -70,7 +70,7 @@ def _merge(program: Program, calls: Sequence[fx.Node], known: dict[Any, Merged])
                 if results[index]:
                     part = g.call(graph, aten.select.int, part, 0, row)
                 user.replace_all_uses_with(part)
-    g.sort(program.root)
+    g.sort_topologically(program.root)
 
 
 def _body(

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from diffopt.analysis.axis_rules import Part, Way, way
 from diffopt.core.equivalence import difference
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, calls, fake_call
+from diffopt.ir.nodes import args, fake_call, is_call
 from diffopt.ir.step_tables import first_after_arguments
 
 aten = torch.ops.aten
@@ -106,7 +106,7 @@ class _Halving:
                 axis = found.axes.get(source) if found else None
                 demands.setdefault(source, set()).add(axis)
         for node in self.body.graph.nodes:  # what is taken from a split that stays whole is whole
-            if calls(node, operator.getitem) and args(node)[0] not in self.axes:
+            if is_call(node, operator.getitem) and args(node)[0] not in self.axes:
                 self.axes.pop(node, None)
 
     def _enough(self, node: fx.Node, wanted: set[int | None]) -> Way | None:
@@ -218,7 +218,7 @@ class Cutter:
 
     def _take_operand(self, node: fx.Node, axis: int, how: Way) -> None:
         """Know the part of a concatenation that is one of its operands."""
-        if calls(node, aten.cat.default) and len(how.args[0]) == 1:
+        if is_call(node, aten.cat.default) and len(how.args[0]) == 1:
             self.known[node, axis] = how.args[0][0]
 
 

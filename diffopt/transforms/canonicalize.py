@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir.aliasing import owner
-from diffopt.ir.nodes import args, argument, calls, fake_call, layout, same_layout, stored
+from diffopt.ir.aliasing import storage_owner
+from diffopt.ir.nodes import (
+    args,
+    argument,
+    fake_call,
+    is_call,
+    memory_layout,
+    same_layout,
+    stored_tensor,
+)
 
 aten = torch.ops.aten
 
@@ -48,7 +56,7 @@ def unchanged(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def _same_layout(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         return args(node)[0] if not any(args(node)[1]) else None
-    if calls(node, aten.cat.default) and len(args(node)[0]) == 1:
+    if is_call(node, aten.cat.default) and len(args(node)[0]) == 1:
         found: fx.Node = args(node)[0][0]
         return found
     return args(node)[0] if node.target in _LAYOUT else None
@@ -56,7 +64,7 @@ def _same_layout(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 def _only_part(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     whole = args(node)[0]
-    if not calls(node, operator.getitem) or not calls(whole, *_SPLITS):
+    if not is_call(node, operator.getitem) or not is_call(whole, *_SPLITS):
         return None
     return args(whole)[0] if len(whole.meta["val"]) == 1 else None
 
@@ -65,7 +73,7 @@ def _eval_dropout(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     whole = args(node)[0]
     if node.target in _DROPOUTS:
         return whole if args(node)[2] is False else None
-    if calls(node, operator.getitem) and calls(whole, aten.native_dropout.default):
+    if is_call(node, operator.getitem) and is_call(whole, aten.native_dropout.default):
         return args(whole)[0] if args(node)[1] == 0 and args(whole)[2] is False else None
     return None
 
@@ -73,7 +81,7 @@ def _eval_dropout(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def _there_and_back(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Find a cast to a type that holds every value of the first one, and back."""
     inner = args(node)[0]
-    if not calls(node, aten._to_copy.default) or not calls(inner, aten._to_copy.default):
+    if not is_call(node, aten._to_copy.default) or not is_call(inner, aten._to_copy.default):
         return None
     source: fx.Node = args(inner)[0]
     narrow, wide = source.meta["val"].dtype, inner.meta["val"].dtype
@@ -138,7 +146,7 @@ def _all(gm: fx.GraphModule, value: Any, check: Callable[[Tensor], Any]) -> bool
     """Tell whether a number, or every value of a constant, passes a check."""
     if isinstance(value, (bool, int, float)):
         return bool(check(torch.tensor(value)))
-    tensor = stored(gm, value)
+    tensor = stored_tensor(gm, value)
     if gm._modules:
         # The pipeline's constants belong to its steps: where one happens to be neutral, dropping it
         # would make that step unlike the others, with which it is to share a body.
@@ -165,7 +173,7 @@ def collapse(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         value = source.meta["val"]
         for link in chain[start:]:
             value = fake_call(link.target, (value, *args(link)[1:]), link.kwargs)
-        if layout(value) == layout(source.meta["val"]):
+        if memory_layout(value) == memory_layout(source.meta["val"]):
             return source if isinstance(source, fx.Node) else None
         if len(chain) - start >= 2:
             shorter = _as_one(node, chain[start:], source, value)
@@ -216,7 +224,7 @@ def _as_one(node: fx.Node, chain: list[fx.Node], source: fx.Node, value: Tensor)
             single = fake_call(target, (source, numbers))
         except (RuntimeError, ValueError):
             continue  # this shape is no view of the source
-        if layout(single) == layout(value):
+        if memory_layout(single) == memory_layout(value):
             with node.graph.inserting_before(node):
                 return g.call(node.graph, target, source, numbers, like=node)
     return None
@@ -230,6 +238,6 @@ def keeps_output_apart(gm: fx.GraphModule, node: fx.Node) -> bool:
         return True  # a constant, which is stored
     if unchanged(gm, node) is None:
         return False
-    base = owner(args(node)[0])
+    base = storage_owner(args(node)[0])
     others = [n for n in g.outputs(gm) if n is not node]
-    return base.op != "call_function" or any(owner(n) is base for n in others)
+    return base.op != "call_function" or any(storage_owner(n) is base for n in others)

@@ -5,8 +5,8 @@ from typing import Any
 from torch import fx
 
 from diffopt.ir import graph as g
-from diffopt.ir.cse import structure
-from diffopt.ir.nodes import args, layout, replace, stored
+from diffopt.ir.cse import structural_key
+from diffopt.ir.nodes import args, memory_layout, replace_node, stored_tensor
 from diffopt.ir.program import Program
 
 
@@ -15,7 +15,7 @@ def merge_equal_components(program: Program) -> int:
     first: dict[Any, str] = {}
     count = 0
     for name, body in program.components.items():
-        same = first.setdefault(structure(body), name)
+        same = first.setdefault(structural_key(body), name)
         if same == name:
             continue
         for node in program.calls(name):
@@ -57,12 +57,12 @@ def _bypass(
     program: Program, user: fx.Node, body: fx.GraphModule, output: fx.Node, takes: list[fx.Node]
 ) -> None:
     """Replace an output that is an argument or a constant of its component."""
-    tensor = stored(body, output)
+    tensor = stored_tensor(body, output)
     if tensor is None:
-        replace(user, args(args(user)[0])[takes.index(output)])
+        replace_node(user, args(args(user)[0])[takes.index(output)])
         return
     with program.root.graph.inserting_before(user):
-        replace(user, g.get_attr(program.root, str(output.target), tensor))
+        replace_node(user, g.get_attr(program.root, str(output.target), tensor))
 
 
 def trim_arguments(program: Program, name: str) -> int:
@@ -75,8 +75,8 @@ def trim_arguments(program: Program, name: str) -> int:
         actual = [args(site)[index] for site in sites]
         if not formal.users:
             continue
-        first = same.setdefault((tuple(actual), layout(formal.meta["val"])), formal)
-        tensors = [stored(program.root, node) for node in actual]
+        first = same.setdefault((tuple(actual), memory_layout(formal.meta["val"])), formal)
+        tensors = [stored_tensor(program.root, node) for node in actual]
         if tensors[0] is not None and all(t is tensors[0] for t in tensors):
             with body.graph.inserting_after(takes[-1]):
                 formal.replace_all_uses_with(g.get_attr(body, str(actual[0].target), tensors[0]))

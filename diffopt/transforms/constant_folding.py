@@ -10,8 +10,8 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.aliasing import owner
-from diffopt.ir.nodes import graphs, is_pure, is_pure_graph, replace, stored
+from diffopt.ir.aliasing import storage_owner
+from diffopt.ir.nodes import is_pure, is_pure_graph, replace_node, stored_tensor
 from diffopt.ir.program import Program
 
 Skip = Callable[[fx.Node, str], None]
@@ -49,7 +49,7 @@ def fold(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip: Skip) -> 
             result = g.get_attr(gm, f"constant_{node.name}", tensor)
         if "module" in node.meta:
             result.meta["module"] = node.meta["module"]
-        replace(node, result)
+        replace_node(node, result)
     return len(folded)
 
 
@@ -73,7 +73,7 @@ def _stays(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> boo
     if not isinstance(value, Tensor) or not is_non_overlapping_and_dense_or_false(value):
         return True
     size = value.nbytes
-    if owner(node).op == "get_attr":
+    if storage_owner(node).op == "get_attr":
         return True
     sources = [n for n in g.ancestors([node]) if n.op == "get_attr"]
     if size > max_bytes and size > sum(n.meta["val"].nbytes for n in sources):
@@ -85,7 +85,7 @@ def _stays(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> boo
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any] | None = None) -> Any:
     """Return the value of a constant node; `values` keeps those of the nodes before it."""
-    tensor = stored(gm, node)
+    tensor = stored_tensor(gm, node)
     if tensor is not None:
         return tensor.detach()
     values = {} if values is None else values
@@ -109,7 +109,7 @@ def share_equal_constants(program: Program, keys: dict[int, tuple[Tensor, Any]])
     """
     first: dict[Any, Tensor] = {}
     count = 0
-    for gm in graphs(program).values():
+    for gm in program.graphs.values():
         for name, tensor in list(gm._buffers.items()):
             if tensor is None:
                 continue

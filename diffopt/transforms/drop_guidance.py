@@ -22,12 +22,12 @@ from torch import fx
 from diffopt.analysis.axis_rules import SPLITS, Part, way
 from diffopt.ir import call_tags, nodes
 from diffopt.ir import graph as g
-from diffopt.ir.cse import freeze
+from diffopt.ir.cse import argument_key
 from diffopt.ir.flops import graph_flops
-from diffopt.ir.nodes import args, calls
+from diffopt.ir.nodes import args, is_call
 from diffopt.ir.printing import format_type, target_name
 from diffopt.ir.program import Program
-from diffopt.ir.propagation import repropagate
+from diffopt.ir.propagation import propagate_layouts
 from diffopt.transforms import batch_slice
 
 aten = torch.ops.aten
@@ -79,11 +79,11 @@ def drop(
     given = [(call.args[index], axis) for index, axis in halved.takes]
     with program.root.graph.inserting_before(call):
         own = [node if axis is None else cutter.cut(node, axis) for node, axis in given]  # type: ignore[arg-type]
-        made = program.call(name, own, call_tags.tag(call))
+        made = program.insert_call(name, own, call_tags.tag(call))
     for node, new in zip(kept, made[1:], strict=True):
         _hand_over(node, new, results[args(node)[1]], part)
     _replace(program, result, made[0], found)
-    g.sort(program.root)
+    g.sort_topologically(program.root)
 
 
 def _results(call: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -97,7 +97,7 @@ def _results(call: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
 
 def _goes_to_calls(node: fx.Node) -> bool:
-    is_cut = calls(node, aten.slice.Tensor)
+    is_cut = is_call(node, aten.slice.Tensor)
     return node.op == "call_module" or (is_cut and all(u.op == "call_module" for u in node.users))
 
 
@@ -161,7 +161,7 @@ def _replace(program: Program, result: fx.Node, half: fx.Node, found: Guidance) 
             twice = g.call(graph, aten.cat.default, [half, half], like=result)
         for user in rest:
             user.replace_input_with(result, twice)
-    repropagate(program.root, changed)
+    propagate_layouts(program.root, changed)
 
 
 # Analysis
@@ -200,14 +200,14 @@ def _half(node: fx.Node, both: set[fx.Node]) -> tuple[fx.Node, int] | None:
     """Return the value that a node cuts a half out of, and which half."""
     if node.op != "call_function" or not isinstance(source := args(node)[0], fx.Node):
         return None
-    if calls(node, operator.getitem) and calls(source, *SPLITS):
+    if is_call(node, operator.getitem) and is_call(source, *SPLITS):
         value, count = args(source)[0], len(source.meta["val"])
         if value in both and count == 2 and way(source, 0, HALVES[0]) is None:
             first, second = source.meta["val"]
             return (value, args(node)[1]) if first.shape == second.shape else None
-    elif source in both and calls(node, aten.select.int) and args(node)[1] == 0:
+    elif source in both and is_call(node, aten.select.int) and args(node)[1] == 0:
         return (source, args(node)[2] % 2) if source.meta["val"].shape[0] == 2 else None
-    elif source in both and calls(node, aten.slice.Tensor):
+    elif source in both and is_call(node, aten.slice.Tensor):
         return next(((source, p.index) for p in HALVES if p.cut_by(node) == 0), None)
     return None
 
@@ -227,16 +227,16 @@ class _Join:
 
     def follow(self, node: fx.Node, guided: dict[fx.Node, fx.Node]) -> int:
         """Return which half the other is subtracted from, and add what is guided by that."""
-        c, u = args(node)[:2] if calls(node, aten.sub.Tensor) else (None, None)
+        c, u = args(node)[:2] if is_call(node, aten.sub.Tensor) else (None, None)
         if c is None or node.kwargs or not self._alike(c, u):
             raise _odd(node)
         stack = [node]
         while stack:
             for user in stack.pop().users:
                 others = [n for n in user.all_input_nodes if n in self.later]
-                if calls(user, aten.add.Tensor) and self._adds(user, c):
+                if is_call(user, aten.add.Tensor) and self._adds(user, c):
                     guided[user] = c
-                elif len(others) == 1 and calls(user, *_SCALINGS) and self._is_first(user):
+                elif len(others) == 1 and is_call(user, *_SCALINGS) and self._is_first(user):
                     stack.append(user)
                 else:
                     raise _odd(user)
@@ -260,7 +260,7 @@ class _Join:
             return False
         inner = [g.nodes_in((n.args, n.kwargs)) for n in (a, b)]
         names = dict.fromkeys([*inner[0], *inner[1]], 0)
-        frozen = [freeze((n.args, n.kwargs), names) for n in (a, b)]
+        frozen = [argument_key((n.args, n.kwargs), names) for n in (a, b)]
         return frozen[0] == frozen[1] and all(
             self._alike(x, y) for x, y in zip(*inner, strict=True)
         )

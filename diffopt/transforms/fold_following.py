@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, calls, replace, same_layout, stored
+from diffopt.ir.nodes import args, is_call, replace_node, same_layout, stored_tensor
 from diffopt.transforms.weight_folding import (
     PRECISE,
     TIMES,
@@ -35,7 +35,7 @@ _RESHAPES = (
 
 def find_scale(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
     """See layer(x) * c, layer(x) / c, layer(x) + c and layer(x) - c as one layer."""
-    if not calls(node, *TIMES, *_PLUS) or node.kwargs or len(node.args) != 2:
+    if not is_call(node, *TIMES, *_PLUS) or node.kwargs or len(node.args) != 2:
         return None
     one, other = args(node)
     commutes = node.target in (aten.mul.Tensor, aten.add.Tensor)
@@ -51,7 +51,7 @@ def find_scale(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
     constant = per_channel(gm, other, layer.meta["val"], axis)
     if constant is None:
         return None
-    change = id(stored(gm, other)) if isinstance(other, fx.Node) else other
+    change = id(stored_tensor(gm, other)) if isinstance(other, fx.Node) else other
     key = weights_key(weights, node.target, type(other), change)
     return Fold(name, layer, node, one, key, partial(_changed, weights, node.target, constant))
 
@@ -65,7 +65,7 @@ def _layer_of(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     while len(node.users) == 1:
         if layer_weights(gm, node) is not None:
             return node
-        if not calls(node, *_RESHAPES):
+        if not is_call(node, *_RESHAPES):
             return None
         node = args(node)[0]
     return None
@@ -106,7 +106,7 @@ def combine_scales(gm: fx.GraphModule) -> int:
                 factor = g.get_attr(gm, "scale", torch.tensor(scale, dtype=dtype))
             single = g.call(gm.graph, aten.mul.Tensor, inner.source, factor, like=node)
         if same_layout(single, node):
-            replace(node, single)
+            replace_node(node, single)
             count += 1
         else:
             gm.graph.erase_node(single)

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from diffopt.ir.nodes import args, calls, geometry, same_layout
+from diffopt.ir.nodes import args, conv_geometry, is_call, same_layout
 from diffopt.transforms.weight_folding import (
     LINEAR,
     Fold,
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 def find_lora(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
     """See layer(x) + scale * up(down(x)) as one layer with weight + scale * up @ down."""
-    if not calls(node, aten.add.Tensor) or node.kwargs:
+    if not is_call(node, aten.add.Tensor) or node.kwargs:
         return None
     for base, branch in (args(node)[:2], args(node)[1::-1]):
         weights = layer_weights(gm, base)
@@ -60,10 +60,10 @@ def _is_low_rank(
         return False
     if base.target is LINEAR:
         return True
-    plain = geometry(up)[:-1] == tuple([n] * (second.dim() - 2) for n in (1, 0, 1))
+    plain = conv_geometry(up)[:-1] == tuple([n] * (second.dim() - 2) for n in (1, 0, 1))
     pointwise = all(size == 1 for size in second.shape[2:])
-    alike = geometry(down) == geometry(base)
-    grouped = geometry(up)[-1] != 1 or geometry(base)[-1] != 1
+    alike = conv_geometry(down) == conv_geometry(base)
+    grouped = conv_geometry(up)[-1] != 1 or conv_geometry(base)[-1] != 1
     return plain and pointwise and alike and not grouped
 
 

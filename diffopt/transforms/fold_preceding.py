@@ -16,11 +16,10 @@ from diffopt.ir import graph as g
 from diffopt.ir.nodes import (
     args,
     argument,
-    calls,
-    graphs,
-    replace,
+    is_call,
+    replace_node,
     same_layout,
-    stored,
+    stored_tensor,
     weight_uses,
 )
 from diffopt.ir.program import Program
@@ -77,14 +76,14 @@ def fold_fronts(program: Program, skip: Skip) -> dict[str, int]:
         reasons: dict[str, str] = {}
         found = [
             front
-            for name, gm in graphs(program).items()
+            for name, gm in program.graphs.items()
             for node in gm.graph.nodes
             if (front := _front(gm, name, node)) is not None
         ]
         made: dict[Any, Weights] = {}
         done = 0
         for front in _agreeing(program, found, reasons):
-            gm = graphs(program)[front.graph]
+            gm = program.graphs[front.graph]
             new = [_new_weights(gm, front, layer, made) for layer in front.layers]
             if not all(t is None or bool(t.isfinite().all()) for pair in new for t in pair):
                 reasons[str(front)] = "the next layer's new weights would not be finite"
@@ -93,7 +92,7 @@ def fold_fronts(program: Program, skip: Skip) -> dict[str, int]:
             counts["norms folded" if is_norm else "scales in front folded"] += 1
             _apply(gm, front, new)
             done += 1
-        for gm in graphs(program).values():
+        for gm in program.graphs.values():
             g.prune_unused(gm)
         if not done:
             break
@@ -106,7 +105,7 @@ def _agreeing(program: Program, found: list[Front], reasons: dict[str, str]) -> 
     """Return those whose layers' weights have no use but behind equal constants."""
     uses = weight_uses(program)
     keys = {
-        front: [_key(graphs(program)[front.graph], front, layer) for layer in front.layers]
+        front: [_key(program.graphs[front.graph], front, layer) for layer in front.layers]
         for front in found
     }
     kept: list[Front] = []
@@ -129,7 +128,7 @@ def _key(gm: fx.GraphModule, front: Front, layer: fx.Node) -> tuple[Any, ...]:
 
 def _front(gm: fx.GraphModule, name: str, node: fx.Node) -> Front | None:
     """See a norm with weights, x * c, x / c, x + c or x - c whose result only layers read."""
-    if not calls(node, *_NORMS, *TIMES, *_PLUS) or node.meta["val"].dtype not in PRECISE:
+    if not is_call(node, *_NORMS, *TIMES, *_PLUS) or node.meta["val"].dtype not in PRECISE:
         return None
     readers = _readers(gm, node)
     axes = {axis for _, axis in readers}
@@ -160,7 +159,7 @@ def _readers(gm: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node, int]]:
         if layer_weights(gm, user) is not None and user.args[0] is node:
             found.append((user, node.meta["val"].dim() + channel_axis(user)))
             continue
-        inner = _readers(gm, user) if calls(user, *_VIEWS) else []
+        inner = _readers(gm, user) if is_call(user, *_VIEWS) else []
         before = [(layer, _before_view(user, axis)) for layer, axis in inner]
         if not before or any(axis is None for _, axis in before):
             return []
@@ -207,7 +206,7 @@ def _norm_constants(gm: fx.GraphModule, node: fx.Node, axis: int) -> Constants |
     weight, bias = argument(node, 2, "weight"), None
     if node.target is not aten.rms_norm.default:
         bias = argument(node, 3, "bias")
-    tensors = [stored(gm, weight), stored(gm, bias)]
+    tensors = [stored_tensor(gm, weight), stored_tensor(gm, bias)]
     known = all(t is not None for n, t in zip((weight, bias), tensors, strict=True) if n)
     if axis != own or not known or tensors == [None, None]:
         return None
@@ -222,7 +221,7 @@ def _pointwise_constants(gm: fx.GraphModule, node: fx.Node, axis: int) -> Consta
     constant = per_channel(gm, other, value, axis - value.dim())
     if constant is None:
         return None
-    tensor = stored(gm, other)
+    tensor = stored_tensor(gm, other)
     key = (type(other), other) if tensor is None else (Tensor, id(tensor))
     if node.target in TIMES:
         scale = TIMES[node.target](torch.ones_like(constant), constant)
@@ -233,7 +232,7 @@ def _pointwise_constants(gm: fx.GraphModule, node: fx.Node, axis: int) -> Consta
 def _operands(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node | None, Any]:
     """Return the value and the constant of an operator on both."""
     one, other = args(node)[:2]
-    if node.target in (aten.mul.Tensor, aten.add.Tensor) and stored(gm, one) is not None:
+    if node.target in (aten.mul.Tensor, aten.add.Tensor) and stored_tensor(gm, one) is not None:
         one, other = other, one
     return (one if isinstance(one, fx.Node) and one.op != "get_attr" else None), other
 
@@ -258,14 +257,14 @@ def _new_weights(
 
 def _apply(gm: fx.GraphModule, front: Front, new: list[Weights]) -> None:
     for layer, (weight, bias) in zip(front.layers, new, strict=True):
-        replace(layer, with_weights(gm, layer, weight, bias))
+        replace_node(layer, with_weights(gm, layer, weight, bias))
     node = front.node
     if node.target not in _NORMS:
-        replace(node, _operands(gm, node)[0] or node)
+        replace_node(node, _operands(gm, node)[0] or node)
         return
     given = list(args(node))
     count = 1 if node.target is aten.rms_norm.default else 2
     given[2 : 2 + count] = [None] * len(given[2 : 2 + count])
     kwargs = {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")}
     with gm.graph.inserting_before(node):
-        replace(node, g.call(gm.graph, node.target, *given, like=node, **kwargs))
+        replace_node(node, g.call(gm.graph, node.target, *given, like=node, **kwargs))

@@ -9,10 +9,17 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.cse import share_equal_nodes
-from diffopt.ir.nodes import args, argument, graphs, layout, replace, stored, weight_uses
+from diffopt.ir.cse import eliminate_common_subexpressions
+from diffopt.ir.nodes import (
+    args,
+    argument,
+    memory_layout,
+    replace_node,
+    stored_tensor,
+    weight_uses,
+)
 from diffopt.ir.program import Program
-from diffopt.ir.propagation import keep_outputs, repropagate
+from diffopt.ir.propagation import propagate_layouts, restore_output_layouts
 
 aten = torch.ops.aten
 
@@ -44,8 +51,8 @@ def merge_linears(program: Program, max_bytes: int, skip: Skip) -> int:
     A weight that several components share is merged the same way in all of them, or not at all, so
     that none is stored twice.
     """
-    for name, gm in graphs(program).items():
-        share_equal_nodes(gm)
+    for name, gm in program.graphs.items():
+        eliminate_common_subexpressions(gm)
         _skip_quantized(name, gm, skip)
     by_weight: dict[int, list[_Linear]] = {}
     for layer in _layers(program):
@@ -76,13 +83,13 @@ def merge_linears(program: Program, max_bytes: int, skip: Skip) -> int:
 
 def _layers(program: Program) -> list[_Linear]:
     found = []
-    for name, gm in graphs(program).items():
+    for name, gm in program.graphs.items():
         for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-            weight, bias = stored(gm, args(node)[1]), argument(node, 2, "bias")
-            if weight is None or (bias is not None and stored(gm, bias) is None):
+            weight, bias = stored_tensor(gm, args(node)[1]), argument(node, 2, "bias")
+            if weight is None or (bias is not None and stored_tensor(gm, bias) is None):
                 continue
             if weight.dim() == 2 and weight.dtype == args(node)[0].meta["val"].dtype:
-                found.append(_Linear(name, node, args(node)[0], weight, stored(gm, bias)))
+                found.append(_Linear(name, node, args(node)[0], weight, stored_tensor(gm, bias)))
     return found
 
 
@@ -147,13 +154,13 @@ def _parameter(parts: Sequence[Tensor]) -> Tensor:
 def _merge_nodes(
     program: Program, name: str, nodes: list[fx.Node], weight: Tensor, bias: Tensor | None
 ) -> None:
-    gm = graphs(program)[name]
+    gm = program.graphs[name]
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     first = min(nodes, key=order.__getitem__)
     stem = str(args(first)[1].target).removesuffix("_weight")
     sizes = [int(node.meta["val"].shape[-1]) for node in nodes]
     before = g.outputs(gm)
-    kept = [layout(node.meta["val"]) for node in before]
+    kept = [memory_layout(node.meta["val"]) for node in before]
     graph = gm.graph
     with graph.inserting_before(first):
         given = [args(first)[0], g.get_attr(gm, f"{stem}_merged_weight", weight)]
@@ -164,9 +171,9 @@ def _merge_nodes(
         whole.meta["module"] = _common([node.meta.get("module", "") for node in nodes])
         items = [g.call(graph, operator.getitem, parts, i, like=n) for i, n in enumerate(nodes)]
     for node, item in zip(nodes, items, strict=True):
-        replace(node, item)
-    repropagate(gm, set(items))
-    keep_outputs(program, name, kept)
+        replace_node(node, item)
+    propagate_layouts(gm, set(items))
+    restore_output_layouts(program, name, kept)
 
 
 def _common(paths: Sequence[str]) -> str:

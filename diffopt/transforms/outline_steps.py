@@ -59,7 +59,7 @@ def outline_steps(program: Program, ctx: Context) -> None:
         for step in part.steps:
             _call(program, part, step, replaced)
     if parts:
-        g.sort(program.root)
+        g.sort_topologically(program.root)
         ctx.note("steps outlined", sum(len(part.steps) for part in parts))
 
 
@@ -328,7 +328,7 @@ def _call(program: Program, part: Part, step: Step, replaced: dict[fx.Node, fx.N
     """Call the body in place of a step's part; `replaced` says which results took whose place."""
     with program.root.graph.inserting_after(step.nodes[-1]):
         given = [replaced.get(step.twins[n], step.twins[n]) for n in part.passed]
-        values = program.call(part.name, given, call_tags.tag(step.call))
+        values = program.insert_call(part.name, given, call_tags.tag(step.call))
     for node, value in zip([step.twins[n] for n in part.results], values, strict=True):
         replaced[node] = value
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in step.inside)

@@ -18,7 +18,7 @@ def resample(
         DiffoptError: The pipeline is not at hand, another pass has rewritten the program already,
             or the scheduler does not exist.
     """
-    if program.resample is None:
+    if program.retrace is None:
         raise DiffoptError(
             "unroll(steps=…, scheduler=…, spacing=…) samples the pipeline again, and a "
             "saved program has no "
@@ -30,7 +30,7 @@ def resample(
             "unroll(steps=…) begins again from the pipeline and would undo "
             f"{','.join(changed)}: put it first"
         )
-    pipeline = program.resample.pipeline  # type: ignore[attr-defined]
+    pipeline = program.retrace.pipeline  # type: ignore[attr-defined]
     arguments: dict[str, Any] = {}
     if steps is not None:
         if steps < 1:
@@ -38,9 +38,9 @@ def resample(
         arguments[_steps_argument(pipeline)] = steps
     swapped = _scheduler(pipeline, scheduler, spacing) if scheduler or spacing else None
     ctx.progress("sampling the pipeline again")
-    new = program.resample(scheduler=swapped, **arguments)
+    new = program.retrace(scheduler=swapped, **arguments)
     program.root, program.host, program.sample = new.root, new.host, new.sample
-    program.guards, program.resample = new.guards, new.resample
+    program.guards, program.retrace = new.guards, new.retrace
     ctx.note("sampler", {"steps": steps, "scheduler": scheduler, "spacing": spacing})
 
 

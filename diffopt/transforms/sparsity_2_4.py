@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, stored, weight_uses
+from diffopt.ir.nodes import args, argument, stored_tensor, weight_uses
 from diffopt.ir.program import Program
 
 _ROWS = 16  # outputs that are looked at first, as most weights are told from these
@@ -70,7 +70,7 @@ def sparsify(
             module = str(layer.node.meta.get("module") or layer.node.name)
             if not wants(name, module):
                 continue
-            weight = stored(program.components[name], layer.weight)
+            weight = stored_tensor(program.components[name], layer.weight)
             if weight is None:
                 skip(f"{name}.{module}", "its weight is quantized: make it sparse before")
             elif id(weight) in ends:
@@ -133,13 +133,13 @@ def _groups(layer: qdq.Layer) -> int:
 def _values(gm: fx.GraphModule, layer: qdq.Layer) -> tuple[Tensor, list[int] | None] | None:
     """Return the stored numbers of a weight, and the shape of those that are packed."""
     shape = list(layer.weight.meta["val"].shape)
-    if (tensor := stored(gm, layer.weight)) is not None:
+    if (tensor := stored_tensor(gm, layer.weight)) is not None:
         return tensor, None
     quantized = qdq.weight(layer.weight)
     node: Any = None if quantized is None else quantized.values
     while isinstance(node, fx.Node) and node.op == "call_function":
         node = args(node)[0]  # views, int4 widened to int8
-    tensor = stored(gm, node)
+    tensor = stored_tensor(gm, node)
     return None if tensor is None else (tensor, shape)
 
 

@@ -21,7 +21,7 @@ from diffopt.analysis.axes import Unfit, carried, origins, resized
 from diffopt.analysis.reachability import FUSED, LAYERS, packet
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, calls
+from diffopt.ir.nodes import args, argument, is_call
 
 aten = torch.ops.aten
 
@@ -94,11 +94,11 @@ def find_site(attention: fx.Node, queries: bool = True) -> Site:
 
 def is_merged(x: fx.Node) -> bool:
     """Tell whether a value is tokens that `merge` has merged."""
-    inner = args(x)[0] if calls(x, aten._to_copy.default) else x
-    means = args(inner)[0][-1] if calls(inner, aten.cat.default) else inner
-    if not calls(means, aten.div.Tensor) or not calls(args(means)[0], aten.add.Tensor):
+    inner = args(x)[0] if is_call(x, aten._to_copy.default) else x
+    means = args(inner)[0][-1] if is_call(inner, aten.cat.default) else inner
+    if not is_call(means, aten.div.Tensor) or not is_call(args(means)[0], aten.add.Tensor):
         return False
-    return calls(args(args(means)[0])[1], aten.matmul.default)
+    return is_call(args(args(means)[0])[1], aten.matmul.default)
 
 
 def _source(attention: fx.Node) -> fx.Node:
@@ -118,21 +118,21 @@ def _source(attention: fx.Node) -> fx.Node:
 
 def _sources(node: fx.Node) -> set[fx.Node]:
     """Return what the nearest linears that a value is computed from read."""
-    near = g.reach([node], lambda n: () if packet(n) in LAYERS | FUSED else n.all_input_nodes)
-    return {args(n)[0] for n in near if calls(n, LINEAR)}
+    near = g.reachable([node], lambda n: () if packet(n) in LAYERS | FUSED else n.all_input_nodes)
+    return {args(n)[0] for n in near if is_call(n, LINEAR)}
 
 
 def _factored(node: fx.Node) -> fx.Node | None:
     """Return what a linear reads of which a value is the result, or a piece of it."""
-    while calls(node, *_PIECES):
+    while is_call(node, *_PIECES):
         node = args(node)[0]
-    return args(node)[0] if calls(node, LINEAR) else None
+    return args(node)[0] if is_call(node, LINEAR) else None
 
 
 def _projection(attention: fx.Node, axes: dict[fx.Node, int]) -> fx.Node:
     """Follow the result of an attention to the linear that projects it; add to `axes`."""
     node = attention
-    while not calls(node, LINEAR):
+    while not is_call(node, LINEAR):
         if len(node.users) != 1:
             raise Unfit("its result is read in several places before it is projected")
         node = next(iter(node.users))

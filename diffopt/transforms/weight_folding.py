@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, argument, calls, graphs, replace, stored, weight_uses
+from diffopt.ir.nodes import (
+    args,
+    argument,
+    is_call,
+    replace_node,
+    stored_tensor,
+    weight_uses,
+)
 from diffopt.ir.program import Program
 from diffopt.transforms import canonicalize
 
@@ -65,7 +72,7 @@ def fold_all(program: Program, find: Find, skip: Skip) -> int:
         reasons.clear()
         folds = [
             fold
-            for name, gm in graphs(program).items()
+            for name, gm in program.graphs.items()
             for node in gm.graph.nodes
             if (fold := find(gm, name, node)) is not None
         ]
@@ -74,7 +81,7 @@ def fold_all(program: Program, find: Find, skip: Skip) -> int:
         made: dict[Any, Weights] = {}
         done = 0
         for fold in folds:
-            weight = stored(graphs(program)[fold.graph], args(fold.layer)[1])
+            weight = stored_tensor(program.graphs[fold.graph], args(fold.layer)[1])
             assert weight is not None
             if uses[id(weight)] != keys.count(fold.key):
                 reasons[str(fold)] = "the layer's weight is also used in another way"
@@ -84,9 +91,9 @@ def fold_all(program: Program, find: Find, skip: Skip) -> int:
             if not all(t is None or bool(t.isfinite().all()) for t in made[fold.key]):
                 reasons[str(fold)] = "the new weights would not be finite"
                 continue
-            _apply(graphs(program)[fold.graph], fold, *made[fold.key])
+            _apply(program.graphs[fold.graph], fold, *made[fold.key])
             done += 1
-        for gm in graphs(program).values():
+        for gm in program.graphs.values():
             g.prune_unused(gm)
         count += done
         if not done:
@@ -109,7 +116,7 @@ def _apply(gm: fx.GraphModule, fold: Fold, weight: Tensor, bias: Tensor | None) 
     new = with_weights(gm, fold.layer, weight, bias)
     value = new if fold.value is fold.layer else fold.value
     fold.layer.replace_all_uses_with(new)
-    replace(fold.last, value)
+    replace_node(fold.last, value)
 
 
 # Layers
@@ -130,12 +137,16 @@ def with_weights(
 
 def layer_weights(gm: fx.GraphModule, node: Any) -> Weights | None:
     """Return the stored weight and bias of a linear layer or convolution; None for other nodes."""
-    if not calls(node, LINEAR, *CONVS) or node.kwargs.keys() - {"bias"} or len(node.args) < 2:
+    if not is_call(node, LINEAR, *CONVS) or node.kwargs.keys() - {"bias"} or len(node.args) < 2:
         return None
-    weight, bias = stored(gm, args(node)[1]), argument(node, 2, "bias")
+    weight, bias = stored_tensor(gm, args(node)[1]), argument(node, 2, "bias")
     if weight is None or not weight.is_floating_point():
         return None
-    return None if bias is not None and stored(gm, bias) is None else (weight, stored(gm, bias))
+    return (
+        None
+        if bias is not None and stored_tensor(gm, bias) is None
+        else (weight, stored_tensor(gm, bias))
+    )
 
 
 def weights_key(weights: Weights, *more: Any) -> tuple[Any, ...]:
@@ -167,7 +178,7 @@ def per_channel(gm: fx.GraphModule, value: Any, like: Tensor, axis: int | None) 
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.tensor([value], dtype=torch.float64)
-    tensor = stored(gm, value)
+    tensor = stored_tensor(gm, value)
     if tensor is None or tensor.dtype != like.dtype or tensor.dim() > like.dim():
         return None
     if tensor.numel() == 1:
@@ -189,7 +200,7 @@ def number(gm: fx.GraphModule, value: Any) -> float | None:
     """Return a Python number, or the only element of a floating-point constant."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    tensor = stored(gm, value)
+    tensor = stored_tensor(gm, value)
     if tensor is None or tensor.dim() or not tensor.is_floating_point():
         return None
     return float(tensor)
@@ -206,7 +217,7 @@ class Factor:
 
 def factor_of(gm: fx.GraphModule, node: fx.Node) -> Factor | None:
     """Return by which number a node multiplies or divides what; None if it does not."""
-    if not calls(node, *TIMES) or node.kwargs:
+    if not is_call(node, *TIMES) or node.kwargs:
         return None
     one, other = args(node)
     if node.target is aten.mul.Tensor and number(gm, one) is not None:

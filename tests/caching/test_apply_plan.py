@@ -194,7 +194,7 @@ def residual(loop: Loop) -> Plan:
 def stream(loop: Loop) -> list[tuple[fx.Node, fx.Node]]:
     """Return the last result and the first value of its type."""
     (last,) = g.outputs(loop.body)
-    types = (n for n in loop.places if n.op == "call_function" and n is not last)
+    types = (n for n in loop.positions if n.op == "call_function" and n is not last)
     same = (n for n in types if format_type(n.meta["val"]) == format_type(last.meta["val"]))
     return [(last, next(same))]
 
@@ -231,7 +231,9 @@ def test_random_plans(seed: int) -> None:
 
 def random_plan(loop: Loop, choose: random.Random) -> Plan:
     varying = g.descendants(g.placeholders(loop.body))
-    values = [n for n in loop.places if n in varying and n.op == "call_function" and _is_float(n)]
+    values = [
+        n for n in loop.positions if n in varying and n.op == "call_function" and _is_float(n)
+    ]
     popular = choose.sample(values, 4)  # so that steps take the same
     plan = {}
     for step in range(1, loop.steps):
@@ -241,7 +243,7 @@ def random_plan(loop: Loop, choose: random.Random) -> Plan:
 
 
 def _random_reuse(loop: Loop, value: fx.Node, step: int, choose: random.Random) -> Reuse:
-    same = [n for n in loop.places if _is_float(n) and loop.places[n] < loop.places[value]]
+    same = [n for n in loop.positions if _is_float(n) and loop.positions[n] < loop.positions[value]]
     bases = [n for n in same if format_type(n.meta["val"]) == format_type(value.meta["val"])]
     base = choose.choice(bases) if bases and choose.random() < 0.3 else None
     steps = choose.sample(range(step), min(step, choose.choice([1, 1, 2])))
@@ -365,7 +367,7 @@ def test_a_sum_that_lies_otherwise_in_memory_is_recorded_so() -> None:
     views = [n for n in g.descendants(taken) if n.target is aten.unsqueeze.default]
     assert len(views) == 2
     for view in views:
-        assert view.meta["val"].stride() == g.propagate(view).stride()
+        assert view.meta["val"].stride() == g.infer_value(view).stride()
 
 
 def test_a_step_with_nothing_to_compute_has_no_call() -> None:
@@ -397,7 +399,7 @@ def test_the_peak_is_what_is_kept_between_two_calls() -> None:
 def scores_like(loop: Loop, value: fx.Node) -> fx.Node:
     """Return an earlier value of the same type."""
     text = format_type(value.meta["val"])
-    return next(n for n in loop.places if format_type(n.meta.get("val")) == text)
+    return next(n for n in loop.positions if format_type(n.meta.get("val")) == text)
 
 
 def test_the_peak_counts_branches_and_the_memory_that_views_keep() -> None:
@@ -772,7 +774,7 @@ def test_integers_are_taken_as_they_were_or_not_at_all() -> None:
 
     def plan(*terms: Term) -> Planner:
         return lambda loop: {
-            2: [Reuse(n, terms) for n in loop.places if n.target is aten.argsort.default]
+            2: [Reuse(n, terms) for n in loop.positions if n.target is aten.argsort.default]
         }
 
     changed, _ = reused(built, plan(Term(1)))
@@ -799,7 +801,7 @@ def test_a_step_without_a_call_of_the_branch_is_no_source() -> None:
 
     def plan(source: int) -> Planner:
         return lambda loop: {
-            2: [Reuse(n, (Term(source),)) for n in loop.places if n.target is aten.mul.Tensor]
+            2: [Reuse(n, (Term(source),)) for n in loop.positions if n.target is aten.mul.Tensor]
         }
 
     changed, _ = reused(built, plan(0))

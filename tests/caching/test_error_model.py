@@ -69,7 +69,7 @@ def test_the_error_of_a_plan_is_that_of_the_program_it_makes(program: Program, l
     expected = lab.error(plan)
     made = program.clone()
     loop = apply_plan.find_loop(made)
-    place = {old: new for old, new in zip(lab.loop.places, loop.places, strict=True)}
+    place = {old: new for old, new in zip(lab.loop.positions, loop.positions, strict=True)}
     apply_plan.apply(
         made,
         loop,

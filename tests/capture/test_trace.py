@@ -512,7 +512,7 @@ def test_a_text_diffusion_loop_and_texts_of_other_lengths():
         pipe(prompt="yet another one of five", generator=generator(4)),
     )
     assert len(program.variants) == 1
-    program.resample = None
+    program.retrace = None
     with pytest.raises(DiffoptError) as caught:
         program(prompt="two words", generator=generator(0))
     assert str(caught.value) == (
@@ -575,7 +575,7 @@ def test_a_session_exports_nothing_twice():
     assert session.boundary.exports == 1
     program = session.program({"latents": latents, "steps": 3})
     assert session.boundary.exports == 1
-    shorter = program.resample(steps=2)
+    shorter = program.retrace(steps=2)
     assert session.boundary.exports == 1
     assert torch.equal(shorter(latents=latents), session.pipeline(latents=latents, steps=2))
     with torch.no_grad():

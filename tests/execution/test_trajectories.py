@@ -213,7 +213,7 @@ def test_values_are_those_that_the_body_computes(program: Program) -> None:
     gm, (inputs,) = body(program), trajectories.requests(program, None, 1)
     nodes = inner(gm)
     assert nodes
-    whole = g.extract(gm, g.placeholders(gm), nodes, "whole")
+    whole = g.extract_subgraph(gm, g.placeholders(gm), nodes, "whole")
     for visit in trajectories.steps(program, loop(program), inputs, nodes):
         expected = list(whole(*visit.arguments))
         assert equal([visit.values[n] for n in nodes], expected)

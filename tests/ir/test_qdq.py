@@ -101,9 +101,10 @@ def test_what_is_written_is_found(
     assert (weight.number, weight.group) == (number, group)
     stored = pack(build.randn(*WEIGHTS[target][0]), number, group)
     assert torch.equal(
-        fx.Interpreter(g.extract(program.root, [], [weight.scales], "s")).run()[0], stored.scales
+        fx.Interpreter(g.extract_subgraph(program.root, [], [weight.scales], "s")).run()[0],
+        stored.scales,
     )
-    (values,) = fx.Interpreter(g.extract(program.root, [], [weight.values], "v")).run()
+    (values,) = fx.Interpreter(g.extract_subgraph(program.root, [], [weight.values], "v")).run()
     assert values.numel() == expected.new_empty(WEIGHTS[target][0]).numel()
     assert (x is None) == (scaling is None)
     if x is not None:
@@ -307,7 +308,7 @@ def test_the_anatomy_of_a_quantized_body_is_the_same(pair: tuple[Program, Progra
         quantized(pair[0], "int4", "rows"),
     ):
         loop = find_loop(program)
-        parts = analyze_denoiser(loop.body, loop.changing)
+        parts = analyze_denoiser(loop.body, loop.loop_variant)
         kinds = [branch.kind for branch in parts.branches]
         sizes = len(parts.streams), len(parts.blocks), len(parts.attentions)
         found.append((kinds, sizes, [skip.index for skip in parts.skips]))
@@ -346,4 +347,4 @@ def test_passes_on_quantized_pipelines(pair: tuple[Program, Program], text: str)
 
 def _branches(program: Program) -> Any:
     loop = find_loop(program)
-    return analyze_denoiser(loop.body, loop.changing).branches
+    return analyze_denoiser(loop.body, loop.loop_variant).branches

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import replace
+from diffopt.ir.nodes import replace_node
 from diffopt.lowering import load_time_graph
 from tests.passes.build import body, parameter, randn
 from tests.quantized import pack
@@ -43,7 +43,7 @@ def rewrite(name: str, gm: fx.GraphModule) -> load_time_graph.Rewritten:
         scales = g.call(gm.graph, aten.view.default, weight.scales, [-1, 1])
         made = g.call(gm.graph, aten.mul.Tensor, product, scales)
         made = g.call(gm.graph, aten.t.default, made)
-    replace(layer.node, made)
+    replace_node(layer.node, made)
     return load_time_graph.Rewritten({made}, {"made": 1}, [f"a note on {name}"])
 
 

@@ -293,7 +293,7 @@ def test_smoothcache_and_magcache_measure_for_themselves() -> None:
     assert not none.changed
     program = unrolled("dit")
     loop = find_loop(program)
-    values = residuals(stack(analyze_denoiser(loop.body, loop.changing)))
+    values = residuals(stack(analyze_denoiser(loop.body, loop.loop_variant)))
     inputs = trajectories.requests(program, (), 2, 0)
     ratios = magcache.measure(loop, values, inputs).tolist()
     assert ratios[0] == 1.0
@@ -389,7 +389,7 @@ def test_flops_that_are_predicted_and_measured(name: str, text: str, difference:
 def test_a_map_says_what_stands_for_a_block_that_is_not_computed() -> None:
     program = unrolled("sd").clone()
     loop = find_loop(program)
-    parts = analyze_denoiser(loop.body, loop.changing)
+    parts = analyze_denoiser(loop.body, loop.loop_variant)
     deep = parts.middle
     assert deep is not None
     terms = {2: (Term(1),), 3: (Term(0, -1.0), Term(1, 2.0)), 4: (Term(2),), 5: (Term(3),)}

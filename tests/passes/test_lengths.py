@@ -254,7 +254,7 @@ def test_texts_that_do_not_fit_are_refused() -> None:
 
 def test_a_saved_program_is_refused(tmp_path: Path) -> None:
     captured = trace()
-    captured.resample = None
+    captured.retrace = None
     with pytest.raises(DiffoptError) as caught:
         Pipeline.parse("lengths").run(captured)
     assert str(caught.value) == (

@@ -182,7 +182,7 @@ def test_formats(name: str, text: str, error: float) -> None:
     found = [layer for layer in layers(program, BODY[name]).values() if qdq.weight(layer.weight)]
     for layer in found:
         body = program.components[BODY[name]]
-        reads = {n.target: nodes.stored(body, n) for n in g.ancestors([layer.weight])}
+        reads = {n.target: nodes.stored_tensor(body, n) for n in g.ancestors([layer.weight])}
         types = {t.dtype for t in reads.values() if t is not None}
         stored_as = {"int8": torch.int8, "int4": torch.uint8, "fp8": qdq.FP8}[number]
         assert stored_as in types
@@ -325,14 +325,14 @@ def test_a_body_all_of_whose_steps_are_kept() -> None:
 def test_operands_of_a_concatenation_have_layers_of_their_own() -> None:
     program, record = quantized("sd", "quantize(int8)")
     before = layers(unrolled("sd"), "unet").values()
-    count = sum(nodes.calls(layer.x, aten.cat.default) for layer in before)
+    count = sum(nodes.is_call(layer.x, aten.cat.default) for layer in before)
     assert record.notes["layers split"] == count > 0
     made = [n for n in layers(program, "unet") if n.startswith("up_") and "conv_shortcut" in n]
     assert len(made) == 2 * count
     for path in made:
         x = qdq.activation(layers(program, "unet")[path].x)
         assert x is not None
-        assert not nodes.calls(x.source, aten.cat.default)
+        assert not nodes.is_call(x.source, aten.cat.default)
     assert "layers split" not in quantized("dit", "quantize(int8)")[1].notes
 
 

@@ -19,7 +19,7 @@ from diffopt.errors import DiffoptError
 from diffopt.execution.calibration_inputs import requests
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import stored
+from diffopt.ir.nodes import stored_tensor
 from diffopt.ir.program import Program
 from diffopt.storage import disk_cache
 from diffopt.training import distill
@@ -41,7 +41,7 @@ class Halve(Pass):
         for name in choose_scope(program, ("loop",)).loop:
             gm = program.components[name]
             for layer in qdq.layers(gm):
-                weight = stored(gm, layer.weight)
+                weight = stored_tensor(gm, layer.weight)
                 assert weight is not None
                 u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
                 s[len(s) // 2 :] = 0
@@ -81,7 +81,7 @@ def errors(record: Record) -> tuple[float, float]:
 
 
 def values(program: Program) -> list[torch.Tensor]:
-    bodies = [program.root, *program.components.values()]
+    bodies = program.graphs.values()
     return [t for gm in bodies for _, t in sorted(g.named_tensors(gm), key=lambda row: row[0])]
 
 

@@ -16,7 +16,7 @@ from diffopt.errors import DiffoptError
 from diffopt.execution import segments, straight_through, trajectories
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import stored
+from diffopt.ir.nodes import stored_tensor
 from diffopt.quantization import adaround, smoothquant, svdquant, weight_rounding
 from tests.passes.build import Builder, body, parameter, randn
 from tests.zoo import CASES, traced
@@ -82,7 +82,7 @@ def quantized(
     for layer in qdq.layers(copy):
         if layer.node.name in but:
             continue
-        weight = stored(copy, layer.weight)
+        weight = stored_tensor(copy, layer.weight)
         assert weight is not None
         fits = group if group and weight[0].numel() % group == 0 else None
         packed = weight_rounding.quantize_weight(weight, number, fits)
@@ -155,7 +155,7 @@ def test_learned_rounding_is_ahead_of_the_nearest(
     for layer in qdq.layers(low):
         # Each number is one of the two around the exact one; the scales stay.
         packed = found[layer.node.name]
-        exact = stored(gm, {n.node.name: n for n in qdq.layers(gm)}[layer.node.name].weight)
+        exact = stored_tensor(gm, {n.node.name: n for n in qdq.layers(gm)}[layer.node.name].weight)
         off = (weight_rounding.dequantized(packed) - exact).abs() / weight_rounding.spread(packed)
         assert float(off.quantile(0.99)) <= 1.01
         assert packed.group in (None, group)
@@ -178,7 +178,7 @@ def test_what_smoothing_and_a_branch_leave_is_learned_too() -> None:
         smoothed = smoothquant.smooth_layer(
             gm, layer, 2.0 ** randn(layer.weight.meta["val"].shape[1])
         )
-        weight = stored(gm, smoothed.weight)
+        weight = stored_tensor(gm, smoothed.weight)
         assert weight is not None
         down, up, _ = svdquant.decompose(weight, "int4", rank=4, dtype=torch.float32)
         svdquant.place_lowrank(gm, smoothed, down, up)

@@ -17,7 +17,7 @@ from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
 from diffopt.execution.calibration_inputs import requests
 from diffopt.ir import qdq
-from diffopt.ir.nodes import stored
+from diffopt.ir.nodes import stored_tensor
 from diffopt.ir.program import Program
 from diffopt.progress import silent
 from diffopt.quantization import format_search, quantize_body, sensitivity, weight_rounding
@@ -87,7 +87,7 @@ def test_a_layer_that_loses_nothing_and_the_effects_of_steps(program: Program) -
     made = program.clone()
     body = made.components["denoiser"]
     layer = qdq.layers(body)[0]
-    weight = stored(body, layer.weight)
+    weight = stored_tensor(body, layer.weight)
     assert weight is not None
     rounded = weight_rounding.dequantized(
         weight_rounding.quantize_weight(weight, "int8", None, "mse")

@@ -57,7 +57,7 @@ def test_the_layer_returns_what_it_did(
     assert (qdq.layers(gm)[0].x, qdq.layers(gm)[0].weight) == (smoothed.x, smoothed.weight)
     # What the layer reads now is smaller by s, channel by channel.
     axis = len(size) - 1 if target is aten.linear.default else 1
-    (read,) = g.extract(gm, g.placeholders(gm), [smoothed.x], "part")(x)
+    (read,) = g.extract_subgraph(gm, g.placeholders(gm), [smoothed.x], "part")(x)
     ratio = (x / read).movedim(axis, 0).flatten(1)
     torch.testing.assert_close(ratio, s.to(dtype)[:, None].expand_as(ratio), rtol=1e-5, atol=0)
 

@@ -129,7 +129,7 @@ def test_a_moved_graph_views_what_is_laid_out_otherwise_and_returns_what_it_did(
 def test_a_component_is_compiled_for_where_its_tensors_are() -> None:
     gm = sums(randn(64))
     (x,) = g.placeholders(gm)
-    with g.FAKE:
+    with g.FAKE_MODE:
         x.meta["val"] = torch.empty(64, device="meta")  # it was captured elsewhere
     run, _ = aoti.open_package(aoti.compile_package(gm, {}, None, "cpu"), None)
     assert torch.equal(run([torch.ones(64)])[0], randn(64) + 1)

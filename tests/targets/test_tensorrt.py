@@ -254,14 +254,14 @@ def test_rewritten_layers_give_the_same(
     if dtype == torch.float32:
         assert error(after, before) < 2e-6
     for layer in qdq.layers(made):
-        x = layer.x.args[0] if nodes.calls(layer.x, aten._to_copy.default) else layer.x
+        x = layer.x.args[0] if nodes.is_call(layer.x, aten._to_copy.default) else layer.x
         found = qdq.activation(layer.x) or qdq.activation(x)
         assert (found is None) == (scaling is None)
         if found is not None:
-            constant = nodes.stored(made, found.scale)
+            constant = nodes.stored_tensor(made, found.scale)
             assert constant is not None
             assert constant.item() == (2.0**-9 if number == "fp8" else 2.0**-7)
-            assert found.zero is None or nodes.stored(made, found.zero) == 0
+            assert found.zero is None or nodes.stored_tensor(made, found.zero) == 0
 
 
 @pytest.mark.parametrize("scaling", [None, "rows"])

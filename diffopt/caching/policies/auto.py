@@ -140,7 +140,7 @@ class Auto(Policy):
 def _found(loop: Loop, plan: Plan, *result: float) -> dict[str, Tensor]:
     """Return a plan as tensors, to be kept on disk: a row for each term."""
     rows = [
-        [step, loop.places[reuse.value], term.step, term.weight]
+        [step, loop.positions[reuse.value], term.step, term.weight]
         for step, own in plan.items()
         for reuse in own
         for term in reuse.terms

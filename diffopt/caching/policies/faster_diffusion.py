@@ -91,7 +91,7 @@ def add_prior_noise(loop: Loop, factor: float, ctx: Context) -> None:
             noisy = g.call(graph, aten.add.Tensor, node, noise, like=node)
         for user in readers:
             user.replace_input_with(node, noisy)
-    g.sort(loop.program.root)
+    g.sort_topologically(loop.program.root)
 
 
 class NoLatents(Exception):
@@ -103,7 +103,7 @@ def latents(loop: Loop, step: int) -> fx.Node:
     call = loop.calls[step, 0]
     before, found = g.ancestors([call]), dict[fx.Node, None]()
     for take, given in zip(g.placeholders(loop.body), call.args, strict=True):
-        for node in _trail(given) if take in loop.changing else ():
+        for node in _trail(given) if take in loop.loop_variant else ():
             if any(user not in before for user in node.users):
                 found[node] = None
     if len(found) != 1:

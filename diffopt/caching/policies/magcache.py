@@ -52,7 +52,7 @@ class Magcache(Policy):
             key = {
                 "magnitudes": 1,
                 **trajectories.loop_identity(loop.program, loop.calls, inputs),
-                "values": [loop.places[node] for node in values[0] if node is not None],
+                "values": [loop.positions[node] for node in values[0] if node is not None],
             }
             found = trajectories.cached(key, lambda: {"ratios": measure(loop, values, inputs)})
             ratios = found["ratios"].tolist()

@@ -86,7 +86,7 @@ def _drop_calls(loop: Loop, after: list[int], ctx: Context) -> None:
             continue
         # u + s (c - u) with u = c is c: the guided result is the conditional one.
         _replace_results(loop.program.root.graph, b if kept is a else a, kept)
-    g.sort(loop.program.root)
+    g.sort_topologically(loop.program.root)
 
 
 def conditional(a: fx.Node, b: fx.Node) -> fx.Node | None:

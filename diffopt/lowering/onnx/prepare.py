@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, calls, geometry, replace, stored
+from diffopt.ir.nodes import args, argument, conv_geometry, is_call, replace_node, stored_tensor
 
 aten = torch.ops.aten
 
@@ -74,15 +74,15 @@ def prepare(gm: fx.GraphModule) -> Prepared:
     made = Prepared(g.clone(gm))
     for node in list(made.gm.graph.nodes):
         with made.gm.graph.inserting_before(node):
-            if calls(node, torch.ops.diffopt.unpack_int4.default):
+            if is_call(node, torch.ops.diffopt.unpack_int4.default):
                 _unpack(made, node)
-            elif calls(node, aten.scaled_dot_product_attention.default):
+            elif is_call(node, aten.scaled_dot_product_attention.default):
                 _attention(made.gm.graph, node)
-            elif calls(node, aten.expand.default, *_ALONG):
+            elif is_call(node, aten.expand.default, *_ALONG):
                 _complex(made.gm.graph, node)
-            elif calls(node, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+            elif is_call(node, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
                 _convolution(node)
-            elif calls(node, aten._to_copy.default, aten.mul.Tensor):
+            elif is_call(node, aten._to_copy.default, aten.mul.Tensor):
                 _fp8(made.gm.graph, node)
     g.prune_unused(made.gm)
     made.gm.recompile()
@@ -92,16 +92,16 @@ def prepare(gm: fx.GraphModule) -> Prepared:
 def _unpack(made: Prepared, node: fx.Node) -> None:
     """Put the numbers in the place of the bytes, in the shape that is dequantized."""
     source = args(node)[0]
-    packed = stored(made.gm, source)
+    packed = stored_tensor(made.gm, source)
     assert packed is not None
     values: Tensor = torch.ops.diffopt.unpack_int4(packed, args(node)[1])
     users = list(node.users)
-    views = [user for user in users if calls(user, aten.view.default)]
+    views = [user for user in users if is_call(user, aten.view.default)]
     last = views[0] if len(views) == len(users) == 1 else node
     name = str(source.target)
     delattr(made.gm, name)
     made.packed[name] = packed.detach()
-    replace(last, g.get_attr(made.gm, name, values.reshape(last.meta["val"].shape)))
+    replace_node(last, g.get_attr(made.gm, name, values.reshape(last.meta["val"].shape)))
 
 
 def _fp8(graph: fx.Graph, node: fx.Node) -> None:
@@ -110,11 +110,11 @@ def _fp8(graph: fx.Graph, node: fx.Node) -> None:
     weight, x = qdq.weight(node), qdq.activation(node)
     if weight is not None and weight.number == "fp8":
         target = torch.ops.diffopt.dequantize_fp8.default
-        replace(node, g.call(graph, target, weight.values, weight.scales, dtype))
+        replace_node(node, g.call(graph, target, weight.values, weight.scales, dtype))
     elif x is not None and x.number == "fp8" and not x.rows:
         q = g.call(graph, torch.ops.diffopt.quantize_fp8.default, x.source, x.scale)
         target = torch.ops.diffopt.dequantize_fp8.default
-        replace(node, g.call(graph, target, q, x.scale, dtype))
+        replace_node(node, g.call(graph, target, q, x.scale, dtype))
 
 
 def _complex(graph: fx.Graph, node: fx.Node) -> None:
@@ -131,7 +131,7 @@ def _complex(graph: fx.Graph, node: fx.Node) -> None:
         given[place - 1] %= rank
     result = g.call(graph, node.target, g.call(graph, aten.view_as_real.default, x), *given)
     if isinstance(node.meta["val"], torch.Tensor):
-        replace(node, g.call(graph, aten.view_as_complex.default, result))
+        replace_node(node, g.call(graph, aten.view_as_complex.default, result))
         return
     for user in list(node.users):
         piece = g.call(graph, operator.getitem, result, args(user)[1])
@@ -140,7 +140,7 @@ def _complex(graph: fx.Graph, node: fx.Node) -> None:
 
 def _convolution(node: fx.Node) -> None:
     """Give a convolution a size for each axis where one stands for all."""
-    node.args = (*args(node)[:2], argument(node, 2, "bias"), *geometry(node))
+    node.args = (*args(node)[:2], argument(node, 2, "bias"), *conv_geometry(node))
     node.kwargs = {}
 
 
@@ -160,4 +160,4 @@ def _attention(graph: fx.Graph, node: fx.Node) -> None:
         key, value = (g.call(graph, repeat, n, repeats, -3) for n in (key, value))
     given: tuple[Any, ...] = (query, key, value, mask)
     scale = node.kwargs.get("scale")
-    replace(node, g.call(graph, node.target, *given, like=node, scale=scale))
+    replace_node(node, g.call(graph, node.target, *given, like=node, scale=scale))

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, calls, geometry, replace, stored
+from diffopt.ir.nodes import args, conv_geometry, is_call, replace_node, stored_tensor
 from diffopt.transforms.constant_folding import evaluate
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ def _activation(
     given, zero = [torch.tensor(constant)], None
     if x.number == "int8":
         given.append(torch.tensor(0, dtype=torch.int32))
-        always = None if x.zero is None else stored(gm, x.zero)
+        always = None if x.zero is None else stored_tensor(gm, x.zero)
         zero = x.zero if always is None or always.any() else None
     source = _padded(graph, layer, x.source) if zero and layer.convolution else x.source
     scale = x.scale if x.rows else g.call(graph, aten.view.default, x.scale, [])
@@ -142,7 +142,7 @@ def _sums(gm: fx.GraphModule, layer: qdq.Layer) -> Tensor:
 def _padded(graph: fx.Graph, layer: qdq.Layer, source: fx.Node) -> fx.Node:
     """Pad what a convolution reads, so that the convolution need not."""
     node, sizes = layer.node, layer.node.meta["val"].dim() - 2
-    padding = geometry(node)[1]
+    padding = conv_geometry(node)[1]
     if not any(padding):
         return source
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "padding"}
@@ -179,11 +179,11 @@ def _group(gm: fx.GraphModule, layer: qdq.Layer, weight: qdq.Weight) -> None:
     given = g.get_attr(gm, f"{layer.node.name}_scales", scales)
     limits = (given, None, *qdq.LIMITS["int4"], torch.int8, group, value.dtype)
     target = qd.dequantize_per_channel_group.default
-    replace(weight.node, g.call(gm.graph, target, weight.values, *limits))
+    replace_node(weight.node, g.call(gm.graph, target, weight.values, *limits))
 
 
 def _is_stored(values: fx.Node) -> bool:
     """Tell whether numbers are stored, packed or not."""
-    while calls(values, aten.view.default, torch.ops.diffopt.unpack_int4.default):
+    while is_call(values, aten.view.default, torch.ops.diffopt.unpack_int4.default):
         values = args(values)[0]
     return values.op == "get_attr"
