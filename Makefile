@@ -1,13 +1,14 @@
 # make demo    environment, install, then the main job: optimize, run, benchmark
 # make test    the whole test suite
-# make lint    ruff and mypy
+# make lint    ruff, import-linter and mypy
 # make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md;
 #              make bench-quantization: docs/quantization.md
 #              make bench-pruning: docs/pruning.md
 #
-# Another environment than .venv: make VENV=/path/to/venv test
+# Another environment than .venv, and another torch: make VENV=/path/to/venv TORCH=2.14.1 test
 
 PYTHON ?= python3
+TORCH ?= 2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := examples/models/fashion-sd
@@ -16,10 +17,11 @@ MODEL := examples/models/fashion-sd
 
 venv: $(VENV)/.installed
 
-# torch first and by itself: another package's requirement must not pull a newer one.
+# torch first and by itself, one version of those that the package allows: a new release of it is
+# tried on purpose, and another package's requirement must not pull one.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
@@ -37,6 +39,7 @@ test: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 bench: venv
