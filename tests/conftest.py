@@ -12,7 +12,7 @@ from tests.command import Outcome, Run
 # Files with few tests that take long: begun first, so that two processes end at the same time.
 LONG = (
     *("test_docs", "benchmark", "test_examples", "tests/targets", "test_zoo", "test_recover"),
-    "test_capture_pipelines",
+    "tests/capture/test_pipelines",
 )
 
 

@@ -1,1 +1,1 @@
-"""What graphs mean, read and never rewritten: attention, residual streams, axes, types."""
+"""What graphs mean: attention, residual streams, axes, types."""

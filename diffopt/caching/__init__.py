@@ -1,1 +1,1 @@
-"""Reuse of features over sampling steps: plans, searches and policies."""
+"""Features of one step reused in another."""

@@ -1,4 +1,4 @@
-"""Passes, and pipelines of them that are checked with numbers after every step."""
+"""Passes, and pipelines that check each with numbers."""
 
 from diffopt.core.pass_base import Context, Pass
 from diffopt.core.pass_manager import Instrument, Pipeline, find_pass, pass_names

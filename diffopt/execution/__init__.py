@@ -1,1 +1,1 @@
-"""Running parts of programs while compiling: calibration, gradients, partial evaluation."""
+"""Running parts of programs while compiling."""

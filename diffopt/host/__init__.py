@@ -1,1 +1,1 @@
-"""What happens on the host around a program: its inputs from arguments, its outputs as results."""
+"""Arguments to inputs, outputs to results."""

@@ -1,1 +1,1 @@
-"""The intermediate representation: programs of torch.fx graphs, and what every rewrite needs."""
+"""Programs of fx graphs, and what every rewrite needs."""

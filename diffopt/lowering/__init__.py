@@ -1,1 +1,1 @@
-"""From programs to compiled code, and running it: targets, compilers, executors."""
+"""From programs to compiled code, and running it."""

@@ -1,1 +1,1 @@
-"""Computing in 16 bits: which values, and which islands stay in float32."""
+"""Computing in 16 bits, with islands in float32."""

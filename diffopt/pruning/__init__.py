@@ -1,1 +1,1 @@
-"""Structured pruning: what is coupled, what matters, how it is removed."""
+"""Structured pruning: coupling, importance, removal."""

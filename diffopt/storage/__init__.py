@@ -1,1 +1,1 @@
-"""Files: the container of engines and programs, caches, checkpoints, digests of weights."""
+"""Files: containers, caches, checkpoints, digests."""

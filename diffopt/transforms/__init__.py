@@ -1,1 +1,1 @@
-"""The mechanisms of rewrites that keep results, which passes put in order."""
+"""The rewrites that passes put in order."""

@@ -60,7 +60,7 @@ def document(pipelines: Results, schedulers: Results) -> str:
     lines = [
         "# What is captured",
         "",
-        "`tests/test_capture_pipelines.py` writes this file. Each row is a pipeline with random",
+        "`tests/capture/test_pipelines.py` writes this file. Each row is a pipeline with random",
         "weights. It is captured with one prompt and seed; bit-exact means that the replay gives",
         "the tensors of the pipeline, to the last bit, for that prompt and seed and for new ones.",
         "A prompt of another number of tokens, where the pipeline does not pad to a fixed one, is",
