@@ -46,7 +46,7 @@ def here(size: int = 1024) -> Hardware:
     large = torch.ones(64 * size * size)
     copy = torch.empty_like(large)
     bandwidth = 2 * large.nbytes / seconds(lambda: copy.copy_(large), 5)
-    return replace(hardware("cpu-amx").share(1), peak=peak, bandwidth=bandwidth)
+    return replace(hardware("cpu-amx").with_cores(1), peak=peak, bandwidth=bandwidth)
 
 
 def main(*paths: str) -> None:

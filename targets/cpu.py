@@ -31,10 +31,16 @@ from diffopt.ir import qdq
 from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.program import Program
 from diffopt.lowering import aoti, compile_inputs, load_time_graph, onednn
-from diffopt.lowering.compile_inputs import elsewhere, free_sizes, identity, machine, source
-from diffopt.lowering.executor import Body, lay_out
+from diffopt.lowering.compile_inputs import (
+    component_key,
+    dynamic_bounds,
+    not_on_cpu,
+    platform_tag,
+    source_hash,
+)
+from diffopt.lowering.executor import ComponentFunction, with_strides
 from diffopt.lowering.hardware import Hardware, hardware
-from diffopt.lowering.target import Image, Lowered, Target, option
+from diffopt.lowering.target import EngineContents, Lowered, Target, option
 from diffopt.storage import disk_cache
 
 # What a compiler told to use all of this CPU may emit instructions of.
@@ -72,11 +78,11 @@ class Cpu(Target):
     @property
     def hardware(self) -> Hardware | None:
         """The CPU, or as much of it as the threads have."""
-        return (super().hardware or hardware("cpu")).share(self.threads)
+        return (super().hardware or hardware("cpu")).with_cores(self.threads)
 
     def refuses(self, program: Program) -> str | None:
         """Refuse what is not on the CPU, and machines without a C++ compiler."""
-        if (reason := elsewhere(program)) is not None:
+        if (reason := not_on_cpu(program)) is not None:
             return reason
         if _compiler() is None:
             return "it needs a C++ compiler: install g++, or name one in $CXX"
@@ -104,7 +110,7 @@ class Cpu(Target):
                 " takes as long as 16 bits save: cpu(pack=true) packs them once, on loading",
                 count,
             )
-        free = free_sizes(program)
+        free = dynamic_bounds(program)
         keys = {name: disk_cache.key(self._key(gm, free.get(name))) for name, gm in bodies.items()}
         done: dict[str, dict[str, bytes]] = {}
 
@@ -135,7 +141,7 @@ class Cpu(Target):
                 for name in bodies
             },
             holds_weights=self.freeze,
-            reads=list(lowered.setup.sources.values()),
+            load_time_weights=list(lowered.setup.sources.values()),
         )
 
     def _compile(
@@ -147,22 +153,22 @@ class Cpu(Target):
             bodies, self._settings(), processes, with_weights=self.freeze, sizes=sizes
         )
 
-    def load(self, image: Image) -> dict[str, Body]:
+    def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Map the libraries into this process and give them their weights."""
         if self.threads:
             torch.set_num_threads(self.threads)  # for the operators that call back into torch
         further: dict[str, list[Tensor]] = {}
-        if _SETUP in image.members:
-            data = json.loads(bytes(image.members[_SETUP]))
-            further = load_time_graph.run_setup(data, partial(_weight, image))
-        return {name: self._load(name, image, further.get(name, [])) for name in image.graphs}
+        if _SETUP in engine.members:
+            data = json.loads(bytes(engine.members[_SETUP]))
+            further = load_time_graph.run_setup(data, partial(_weight, engine))
+        return {name: self._load(name, engine, further.get(name, [])) for name in engine.graphs}
 
-    def _load(self, name: str, image: Image, further: list[Tensor]) -> Body:
-        graph = image.graphs[name]
+    def _load(self, name: str, engine: EngineContents, further: list[Tensor]) -> ComponentFunction:
+        graph = engine.graphs[name]
         kinds = {kind: f"{name}.{kind}" for kind in ("so", "json")}
-        members = {k: image.members[file] for k, file in kinds.items() if file in image.members}
-        weights = None if self.freeze else _Weights(graph["tensors"], image.tensors)
-        return aoti.load(aoti.open_library(members, weights), graph, further)
+        members = {k: engine.members[file] for k, file in kinds.items() if file in engine.members}
+        weights = None if self.freeze else _Weights(graph["tensors"], engine.tensors)
+        return aoti.component_function(aoti.open_library(members, weights), graph, further)
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
@@ -170,7 +176,7 @@ class Cpu(Target):
     def _key(self, gm: fx.GraphModule, sizes: Bounds | None = None) -> dict[str, Any]:
         """Return all that a library depends on, as JSON."""
         return {
-            **identity(gm, sizes, by_value=self.freeze),
+            **component_key(gm, sizes, by_value=self.freeze),
             "settings": self._settings(),
             "requires": _requires(),
             "compiler": _compiler(),
@@ -206,11 +212,11 @@ class _Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         key, stride, _ = self._table[name]
-        return lay_out(self._tensors[key], tuple(stride))
+        return with_strides(self._tensors[key], tuple(stride))
 
 
-def _weight(image: Image, component: str, name: str) -> Tensor:
-    return _Weights(image.graphs[component]["tensors"], image.tensors)[name]
+def _weight(engine: EngineContents, component: str, name: str) -> Tensor:
+    return _Weights(engine.graphs[component]["tensors"], engine.tensors)[name]
 
 
 def _narrow_convolutions(bodies: Mapping[str, fx.GraphModule]) -> int:
@@ -228,7 +234,7 @@ def _requires() -> dict[str, Any]:
                 flags.update(line.partition(":")[2].split())
                 break
     return {
-        "platform": machine(),
+        "platform": platform_tag(),
         "isa": sorted(f for f in flags if f.startswith(_ISA)),
         "torch": ".".join(torch.__version__.split(".")[:2]),
     }
@@ -258,6 +264,6 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the lowering, which decides what comes out of the compiler."""
-    return source(
+    return source_hash(
         (aoti.__file__, compile_inputs.__file__, onednn.__file__, load_time_graph.__file__)
     )

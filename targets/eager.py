@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from diffopt.core import Progress
 from diffopt.ir.program import Program
-from diffopt.lowering.executor import Body
-from diffopt.lowering.target import Image, Lowered, Target
+from diffopt.lowering.executor import ComponentFunction
+from diffopt.lowering.target import EngineContents, Lowered, Target
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Eager(Target):
         """Return nothing: the engine's graphs and weights are all that is needed."""
         return Lowered()
 
-    def load(self, image: Image) -> dict[str, Body]:
+    def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Return the components' graphs as functions."""
-        return {name: _body(gm) for name, gm in image.program().components.items()}
+        return {name: _body(gm) for name, gm in engine.program().components.items()}
 
 
-def _body(gm: fx.GraphModule) -> Body:
+def _body(gm: fx.GraphModule) -> ComponentFunction:
     def run(tensors: list[Tensor]) -> Sequence[Tensor]:
         outputs: Sequence[Tensor] = gm.forward(*tensors)
         return outputs

@@ -29,11 +29,11 @@ from diffopt.ir import graph as g
 from diffopt.ir import serialize
 from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.program import Program
-from diffopt.lowering.compile_inputs import elsewhere, free_sizes, identity, source
-from diffopt.lowering.executor import Body
+from diffopt.lowering.compile_inputs import component_key, dynamic_bounds, not_on_cpu, source_hash
+from diffopt.lowering.executor import ComponentFunction
 from diffopt.lowering.hardware import Hardware, hardware
 from diffopt.lowering.onnx import NEEDS, export
-from diffopt.lowering.target import Image, Lowered, Target, option
+from diffopt.lowering.target import EngineContents, Lowered, Target, option
 from diffopt.storage import disk_cache
 
 _TABLE = "(weights).json"
@@ -57,11 +57,11 @@ class Onnxruntime(Target):
     @property
     def hardware(self) -> Hardware | None:
         """The CPU, scaled to the number of threads."""
-        return (super().hardware or hardware("cpu")).share(self.threads)
+        return (super().hardware or hardware("cpu")).with_cores(self.threads)
 
     def refuses(self, program: Program) -> str | None:
         """Refuse programs that are not on the CPU, and environments without the packages."""
-        return optional.lacks(*NEEDS, "onnxruntime", extra="onnx") or elsewhere(program)
+        return optional.lacks(*NEEDS, "onnxruntime", extra="onnx") or not_on_cpu(program)
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
         """Compare the installed version of ONNX Runtime with the engine's."""
@@ -75,7 +75,7 @@ class Onnxruntime(Target):
         """Export the components, or read them from the cache, and choose kernels."""
         from diffopt.lowering.onnx import ort_kernels, weight_precompute
 
-        free, adapted = free_sizes(program), {}
+        free, adapted = dynamic_bounds(program), {}
         for index, (name, gm) in enumerate(program.components.items()):
             progress(f"exporting {name}", index / len(program.components))
             model = _exported(name, gm, free.get(name))
@@ -105,26 +105,26 @@ class Onnxruntime(Target):
             members=_members(precomputed), requires={"onnxruntime": _version()}, bodies=bodies
         )
 
-    def load(self, image: Image) -> dict[str, Body]:
+    def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Start a session for each component, with the engine's weights."""
         optional.check("onnxruntime", extra="onnx")
         from diffopt.lowering.onnx import sessions
 
         threads = self.threads or torch.get_num_threads()
-        table = json.loads(bytes(image.members[_TABLE]))
+        table = json.loads(bytes(engine.members[_TABLE]))
         results: list[Tensor] = []
-        if _SETUP in image.members:
-            weights = {name: _weight(image, *source) for name, source in table["setup"].items()}
-            results = sessions.run_setup(bytes(image.members[_SETUP]), weights, threads)
-        bodies: dict[str, Body] = {}
+        if _SETUP in engine.members:
+            weights = {name: _weight(engine, *source) for name, source in table["setup"].items()}
+            results = sessions.run_setup(bytes(engine.members[_SETUP]), weights, threads)
+        bodies: dict[str, ComponentFunction] = {}
         for name, row in table["components"].items():
             constants = {
-                key: _weight(image, name, attribute).reshape(shape)
+                key: _weight(engine, name, attribute).reshape(shape)
                 for key, (attribute, shape) in row["weights"].items()
             }
             constants |= {key: results[index] for key, index in row["setup"].items()}
-            model = bytes(image.members[f"{name}.onnx"])
-            strides = _strides(image.graphs[name])
+            model = bytes(engine.members[f"{name}.onnx"])
+            strides = _strides(engine.graphs[name])
             try:
                 bodies[name] = sessions.Session(model, constants, strides, threads, self.pack)
             except DiffoptError as error:
@@ -132,9 +132,9 @@ class Onnxruntime(Target):
         return bodies
 
 
-def _weight(image: Image, component: str, name: str) -> Tensor:
-    key, _, _ = image.graphs[component]["tensors"][name]
-    tensor = image.tensors[key]
+def _weight(engine: EngineContents, component: str, name: str) -> Tensor:
+    key, _, _ = engine.graphs[component]["tensors"][name]
+    tensor = engine.tensors[key]
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
@@ -183,13 +183,13 @@ def _exported(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> Any:
 def _key(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> dict[str, Any]:
     """Return everything that an exported model depends on, as JSON."""
     return {
-        **identity(gm, sizes, by_value=False),
+        **component_key(gm, sizes, by_value=False),
         "names": [name, *(node.name for node in g.placeholders(gm))],
         "modules": [node.meta.get("module", "") for node in gm.graph.nodes],
         "opset": _OPSET,
         "torch": torch.__version__,
         "packages": {name: importlib.metadata.version(name) for name in NEEDS},
-        "exporter": source(sorted(Path(diffopt.lowering.onnx.__file__).parent.glob("*.py"))),
+        "exporter": source_hash(sorted(Path(diffopt.lowering.onnx.__file__).parent.glob("*.py"))),
     }
 
 

@@ -32,11 +32,11 @@ from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.nodes import is_call
 from diffopt.ir.program import Program
 from diffopt.lowering import cuda_runtime, legality
-from diffopt.lowering.compile_inputs import free_sizes, identity, source
-from diffopt.lowering.executor import Body, Plan
+from diffopt.lowering.compile_inputs import component_key, dynamic_bounds, source_hash
+from diffopt.lowering.executor import ComponentFunction, SlotExecutor
 from diffopt.lowering.onnx import export
 from diffopt.lowering.onnx.export import NEEDS
-from diffopt.lowering.target import Image, Lowered, Target, option
+from diffopt.lowering.target import EngineContents, Lowered, Target, option
 from diffopt.lowering.trt import library, plan_runtime, qdq_legalize
 from diffopt.lowering.trt.builder import Ranges, Settings, build
 from diffopt.lowering.trt.library import Library
@@ -104,7 +104,7 @@ class Tensorrt(Target):
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Take the plans from the cache, or build them one after another."""
         chosen = self._library()
-        free = free_sizes(program)
+        free = dynamic_bounds(program)
         members: dict[str, bytes] = {}
         names: dict[str, Any] = {}
         about: dict[str, dict[str, Any]] = {}
@@ -163,7 +163,7 @@ class Tensorrt(Target):
         device = self.hardware
         if device is None or device.capability is None:
             raise DiffoptError("it needs a GPU of a known compute capability")
-        return library.choose(self.builder, device.name, device.capability)
+        return library.find_library(self.builder, device.name, device.capability)
 
     def _requires(self, chosen: Library) -> dict[str, Any]:
         device = self.hardware
@@ -177,7 +177,7 @@ class Tensorrt(Target):
     def _key(self, gm: fx.GraphModule, sizes: Bounds | None, chosen: Library) -> dict[str, Any]:
         """Return all that a plan depends on, as JSON."""
         return {
-            **identity(gm, sizes, by_value=True),
+            **component_key(gm, sizes, by_value=True),
             "settings": asdict(self._settings(gm)),
             "requires": {**self._requires(chosen), "device": None},
             # Kernels that were timed are the fastest on one kind of GPU.
@@ -193,29 +193,33 @@ class Tensorrt(Target):
         name = requires["builder"]
         if not library.is_installed(name):
             return f"its plans need the package {name}, which is not installed"
-        if (version := library.open_for(name).version) != requires["version"]:
+        if (version := library.load_library(name).version) != requires["version"]:
             return f"its plans need {name} {requires['version']}, this is {version}"
         return None
 
-    def load(self, image: Image) -> dict[str, Body]:
+    def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Give the plans to the TensorRT that has built them."""
-        made = json.loads(bytes(image.members[_BUILD]))
-        chosen = library.open_for(made["builder"])
+        made = json.loads(bytes(engine.members[_BUILD]))
+        chosen = library.load_library(made["builder"])
         return {
-            name: plan_runtime.Body(
+            name: plan_runtime.PlanFunction(
                 name,
                 chosen,
-                image.members[f"{name}.plan"],
+                engine.members[f"{name}.plan"],
                 **made["names"][name],
                 stream_weights=self.stream_weights,
                 eager=self.cuda_graph,
             )
-            for name in image.graphs
+            for name in engine.graphs
         }
 
-    def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> cuda_runtime.GpuPlan:
+    def executor(
+        self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction]
+    ) -> cuda_runtime.CudaExecutor:
         """Run what is between the components on the GPU too."""
-        return cuda_runtime.GpuPlan(Plan(root, bodies, cuda_runtime.DEVICE), self.cuda_graph)
+        return cuda_runtime.CudaExecutor(
+            SlotExecutor(root, bodies, cuda_runtime.DEVICE), self.cuda_graph
+        )
 
 
 def _refused(node: fx.Node, chosen: Library) -> str | None:
@@ -225,7 +229,7 @@ def _refused(node: fx.Node, chosen: Library) -> str | None:
         and (kind := node.meta["val"].dtype) not in plan_runtime.DTYPES.values()
     ):
         return f"TensorRT has no type {str(kind).removeprefix('torch.')}"
-    if is_call(node, *_PRODUCTS) and (number := legality.of_products(node)):
+    if is_call(node, *_PRODUCTS) and (number := legality.product_format(node)):
         return chosen.lacks(number)
     return None
 
@@ -249,4 +253,4 @@ def _source() -> str:
         Path(str(package.__file__)).parent
         for package in (diffopt.lowering.onnx, diffopt.lowering.trt)
     )
-    return source(path for folder in folders for path in sorted(folder.glob("*.py")))
+    return source_hash(path for folder in folders for path in sorted(folder.glob("*.py")))

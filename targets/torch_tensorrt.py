@@ -32,7 +32,7 @@ from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.printing import target_name
 from diffopt.ir.program import Program
 from diffopt.lowering import aoti, cuda_runtime
-from diffopt.lowering.compile_inputs import dynamic_shapes, example
+from diffopt.lowering.compile_inputs import dynamic_shapes, example_tensor
 from diffopt.lowering.device_compilation import Deferred, Package
 from diffopt.lowering.target import option
 from diffopt.lowering.trt.builder import Settings
@@ -49,7 +49,7 @@ _PLAN = "_run_on_acc"
 class TorchTensorrt(Deferred):
     """Compile for NVIDIA GPUs with TensorRT, and with AOTInductor what TensorRT lacks."""
 
-    by_value: ClassVar[bool] = True
+    embeds_weights: ClassVar[bool] = True
 
     level: int | None = option(
         None, "how long to search for faster kernels, from 0 to 5; none: TensorRT's own default"
@@ -76,10 +76,10 @@ class TorchTensorrt(Deferred):
         """Compile a component, whose weights become part of the package."""
         library = _library()
         values = [node.meta["val"] for node in g.placeholders(gm)]
-        arguments = tuple(example(value, cuda_runtime.DEVICE) for value in values)
+        arguments = tuple(example_tensor(value, cuda_runtime.DEVICE) for value in values)
         shapes = dynamic_shapes(len(values), sizes) if sizes else None
         inputs = [_input(library, v, sizes.get(i, {})) for i, v in enumerate(values)]
-        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, aoti.quiet():
+        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, aoti.quiet_inductor():
             exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
             with _reports() as reports:
                 # Types are the graph's: by default up to 2.12, and always from 2.13 on.

@@ -129,7 +129,7 @@ def _print_device(own: Hardware) -> None:
             )
     for number in (*FORMATS, SPARSE):
         if reason := own.lacks(number):
-            facts[number] = reason + ("; may hold weights" if own.holds(number) else "")
+            facts[number] = reason + ("; may hold weights" if own.can_store(number) else "")
     facts.setdefault(SPARSE, "products of weights with two zeros in every four")
     ways = [own.name if way == own.kind else f"{own.name}:{way}" for way in lowerings(own)]
     facts["targets"] = ", ".join(ways) or "no lowering takes it"

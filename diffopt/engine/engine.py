@@ -21,7 +21,7 @@ from diffopt.ir import graph as g
 from diffopt.ir.printing import format_type
 from diffopt.ir.program import Program
 from diffopt.lowering import legality
-from diffopt.lowering.target import Image, Lowered, Target, parse_target
+from diffopt.lowering.target import EngineContents, Lowered, Target, parse_target
 from diffopt.progress import Progress, silent
 from diffopt.storage import container
 
@@ -64,7 +64,7 @@ def write(
     The target may be another machine's, as `rtx4090:tensorrt` is where there is no GPU.
     """
     target = parse_target(target) if isinstance(target, str) else target
-    lacking = target.hardware and legality.refused(program, target.hardware)
+    lacking = target.hardware and legality.unsupported(program, target.hardware)
     if reason := lacking or target.refuses(program):
         raise DiffoptError(f"target {target} cannot take this program: {reason}")
     _expect_writable(path)
@@ -143,9 +143,9 @@ def _write(
         raise DiffoptError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _image(program: Program, saved: _Saved, lowered: Lowered) -> Image:
+def _image(program: Program, saved: _Saved, lowered: Lowered) -> EngineContents:
     data, tensors, _ = saved
-    return Image(
+    return EngineContents(
         members={name: memoryview(content) for name, content in lowered.members.items()},
         graphs={name: graph for name, graph in data["graphs"].items() if is_component(name)},
         tensors=tensors,
@@ -158,7 +158,9 @@ def _members(saved: _Saved, lowered: Lowered) -> dict[str, container.Buffers]:
     if lowered.holds_weights:
         outer = [graph for name, graph in data["graphs"].items() if not is_component(name)]
         used = {key for graph in outer for key, _, _ in graph["tensors"].values()}
-        used |= {data["graphs"][name]["tensors"][part][0] for name, part in lowered.reads}
+        used |= {
+            data["graphs"][name]["tensors"][part][0] for name, part in lowered.load_time_weights
+        }
         tensors = {k: t for k, t in tensors.items() if k in used or k.startswith("sample/")}
     kernels = {KERNELS + name: [content] for name, content in lowered.members.items()}
     return {
@@ -250,7 +252,7 @@ class Engine:
         outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
         self._outer = self._file.program({**data, "graphs": outer})
         bodies = self.target.load(self._file.image(data))
-        self._plan = self.target.outer(self._outer.root, bodies)
+        self._plan = self.target.executor(self._outer.root, bodies)
 
     @functools.cached_property
     def program(self) -> Program:

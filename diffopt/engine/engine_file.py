@@ -14,7 +14,7 @@ from torch import Tensor
 from diffopt.errors import DiffoptError
 from diffopt.ir import program as p
 from diffopt.ir.program import Program
-from diffopt.lowering.target import Image, Target, parse_target
+from diffopt.lowering.target import EngineContents, Target, parse_target
 from diffopt.storage import container
 
 FORMAT = f"1.{p.FORMAT}"
@@ -97,9 +97,9 @@ class EngineFile:
         assets = {n.removeprefix("assets/"): bytes(self.archive.read(n)) for n in names}
         return Program.from_members(data, self.tensors, assets)
 
-    def image(self, data: Mapping[str, Any]) -> Image:
+    def image(self, data: Mapping[str, Any]) -> EngineContents:
         """Return what the target needs to run the components; `data` is the program's JSON."""
-        return Image(
+        return EngineContents(
             members={
                 name.removeprefix(KERNELS): self.archive.read(name)
                 for name in self.archive.names(KERNELS)

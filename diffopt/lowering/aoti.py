@@ -27,15 +27,15 @@ from diffopt.ir import graph as g
 from diffopt.ir import serialize
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json
 from diffopt.lowering import onednn
-from diffopt.lowering.compile_inputs import dynamic_shapes, example
-from diffopt.lowering.executor import Body, lay_out
+from diffopt.lowering.compile_inputs import dynamic_shapes, example_tensor
+from diffopt.lowering.executor import ComponentFunction, with_strides
 from diffopt.storage import container
 
 Settings = Mapping[str, Any]
 """Inductor's configuration, without where the files go."""
 
 KIND = "application/x-diffopt-job"
-_WORK = "import sys; from diffopt.lowering import aoti; aoti.work(sys.argv[1], sys.argv[2])"
+_WORK = "import sys; from diffopt.lowering import aoti; aoti.run_job(sys.argv[1], sys.argv[2])"
 
 
 def compile_body(
@@ -45,7 +45,11 @@ def compile_body(
 
     Where the library calls operators that it has no entry point for, "json" says which.
     """
-    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet(folder), onednn.kernels():
+    with (
+        tempfile.TemporaryDirectory(prefix="diffopt-") as folder,
+        quiet_inductor(folder),
+        onednn.kernels(),
+    ):
         _compile(gm, settings, sizes, "cpu", folder)
         files = {p.suffix[1:]: p for p in Path(folder).rglob("*") if _is_product(p)}
         return {kind: path.read_bytes() for kind, path in sorted(files.items())}
@@ -57,7 +61,7 @@ def compile_package(
     """Compile a component whose tensors are on `device` for that; return the package."""
     from torch._inductor.package.package import package_aoti
 
-    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet():
+    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet_inductor():
         files = _compile(gm, settings, sizes, device, folder)
         needed: list[Any] = [
             str(file) for file in files if str(file).endswith((".so", ".json", ".cubin"))
@@ -71,7 +75,7 @@ def _compile(
     gm: fx.GraphModule, settings: Settings, sizes: Bounds | None, device: str, folder: str
 ) -> Any:
     """Let AOTInductor write into a folder; return the names of what belongs to the result."""
-    arguments = tuple(example(n.meta["val"], device) for n in g.placeholders(gm))
+    arguments = tuple(example_tensor(n.meta["val"], device) for n in g.placeholders(gm))
     known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
     options = {key: value for key, value in settings.items() if key in known}
     options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
@@ -108,7 +112,7 @@ def compile_bodies(
             for name, gm in left.items():
                 jobs[name] = str(Path(folder, f"{name}.job")), str(Path(folder, f"{name}.done"))
                 _write_job(jobs[name][0], gm, settings, with_weights, sizes.get(name))
-            for name, seconds in _run(jobs, processes):
+            for name, seconds in _run_jobs(jobs, processes):
                 done = Path(jobs[name][1])
                 if done.exists():  # else the process failed: compile here, and let the error show
                     del left[name]
@@ -144,7 +148,7 @@ def _write_job(
     container.write(path, KIND, {}, members)
 
 
-def work(job: str, result: str) -> None:
+def run_job(job: str, result: str) -> None:
     """Do a job of `compile_bodies` in a process of its own."""
     given = container.Archive(job, KIND, "a job", "")
     body = json.loads(bytes(given.read("body")))
@@ -162,7 +166,7 @@ def work(job: str, result: str) -> None:
     container.write(result, KIND, {}, {name: [content] for name, content in members.items()})
 
 
-def _run(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[tuple[str, float]]:
+def _run_jobs(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[tuple[str, float]]:
     """Run jobs, so many at once; yield each name and its seconds. An interruption ends all."""
     # The children find this package where this process did.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
@@ -259,7 +263,7 @@ def _let_go(tensors: list[Tensor]) -> None:
         tensor.set_()  # type: ignore[call-overload]
 
 
-class Kernel:
+class LibraryFunction:
     """A loaded library, as a function of a component's flat arguments."""
 
     def __init__(
@@ -286,18 +290,20 @@ class Kernel:
             if stride is None:
                 tensors[index] = tensors[index].contiguous()
             elif tensors[index].stride() != stride:
-                tensors[index] = lay_out(tensors[index], stride)
+                tensors[index] = with_strides(tensors[index], stride)
         return self._run(tensors + self._further)
 
 
-def load(library: _Library, graph: Mapping[str, Any], further: Sequence[Tensor] = ()) -> Body:
+def component_function(
+    library: _Library, graph: Mapping[str, Any], further: Sequence[Tensor] = ()
+) -> ComponentFunction:
     """Return a library as a function; `graph` is the component's, as JSON."""
     values = [
         serialize.decode_value(row["val"]) for row in graph["nodes"] if row["op"] == "placeholder"
     ]
     # Of a contiguous argument some size may be another than at compilation.
     strides = [None if value.is_contiguous() else value.stride() for value in values]
-    return Kernel(library, strides, further)
+    return LibraryFunction(library, strides, further)
 
 
 def _is_product(path: Path) -> bool:
@@ -306,7 +312,7 @@ def _is_product(path: Path) -> bool:
 
 
 @contextmanager
-def quiet(folder: str | None = None) -> Iterator[None]:
+def quiet_inductor(folder: str | None = None) -> Iterator[None]:
     """Keep what the compiler says from the terminal, and its temporary files in `folder`.
 
     There is none for GPU kernels: the processes that compile these outlive it, and go on using it.

@@ -18,7 +18,7 @@ from diffopt.ir.program import Program
 from diffopt.storage import container
 
 
-def free_sizes(program: Program) -> dict[str, Bounds]:
+def dynamic_bounds(program: Program) -> dict[str, Bounds]:
     """Return the sizes that may change, of requests or tokens, of components that have some."""
     if program.lengths:
         return bounds(program.root, program.lengths)
@@ -33,7 +33,7 @@ def free_sizes(program: Program) -> dict[str, Bounds]:
     }
 
 
-def elsewhere(program: Program) -> str | None:
+def not_on_cpu(program: Program) -> str | None:
     """Say which value of a program is not on the CPU."""
     for name, gm in {"the program": program.root, **program.components}.items():
         for node in gm.graph.nodes:
@@ -43,12 +43,12 @@ def elsewhere(program: Program) -> str | None:
     return None
 
 
-def machine() -> str:
+def platform_tag() -> str:
     """Return the operating system and the kind of processor, which libraries are made for."""
     return f"{platform.system().lower()}-{platform.machine()}"
 
 
-def example(value: Tensor, device: str = "cpu") -> Tensor:
+def example_tensor(value: Tensor, device: str = "cpu") -> Tensor:
     """Return a tensor of zeros like a value, to compile or export with."""
     # Made there, since a copy to another device has another memory layout where there are gaps.
     form = value.shape, value.stride()
@@ -66,7 +66,7 @@ def dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:
     )
 
 
-def identity(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> dict[str, Any]:
+def component_key(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> dict[str, Any]:
     """Return, as JSON, all of a component that what is compiled from it depends on.
 
     Args:
@@ -82,17 +82,17 @@ def identity(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> dict[s
             del row["target"]
     return {
         "graph": rows,
-        "tensors": {name: content(t, by_value) for name, t in g.named_tensors(gm)},
+        "tensors": {name: tensor_key(t, by_value) for name, t in g.named_tensors(gm)},
         "sizes": bounds_to_json(sizes or {}),
     }
 
 
-def source(files: Iterable[str | Path]) -> str:
+def source_hash(files: Iterable[str | Path]) -> str:
     """Return the hash of a lowering's source files, which decide what comes out of it."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
-def content(tensor: Tensor, by_value: bool) -> Any:
+def tensor_key(tensor: Tensor, by_value: bool) -> Any:
     """Return, as JSON, what of a tensor something depends on that is compiled."""
     what = [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
     if by_value:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
-from diffopt.lowering.compile_inputs import machine
-from diffopt.lowering.executor import Plan
+from diffopt.lowering.compile_inputs import platform_tag
+from diffopt.lowering.executor import SlotExecutor
 from diffopt.lowering.hardware import Hardware
 
 DEVICE = "cuda"
@@ -29,7 +29,7 @@ def requires(device: Hardware) -> dict[str, Any]:
     return {
         "device": device.name,
         "capability": list(device.capability or ()),
-        "platform": machine(),
+        "platform": platform_tag(),
     }
 
 
@@ -42,8 +42,8 @@ def unfit(requires: Mapping[str, Any], code: str) -> str | None:
         return f"{needs}, and torch finds none here"
     if list(at_hand) != requires["capability"]:
         return f"{needs}, and the one here has {'.'.join(map(str, at_hand))}"
-    if requires["platform"] != machine():
-        return f"it was built for {requires['platform']}, this is {machine()}"
+    if requires["platform"] != platform_tag():
+        return f"it was built for {requires['platform']}, this is {platform_tag()}"
     return None
 
 
@@ -59,7 +59,7 @@ class _Recorded:
     graph: torch.cuda.CUDAGraph
 
 
-class GpuPlan:
+class CudaExecutor:
     """A plan on the GPU, for inputs that are anywhere.
 
     All of a run is on one stream, which is not the default one: work on that one makes TensorRT
@@ -67,7 +67,7 @@ class GpuPlan:
     captured as one CUDA graph, and the runs after it replay that: a launch for the whole loop.
     """
 
-    def __init__(self, plan: Plan, record: bool = False) -> None:
+    def __init__(self, plan: SlotExecutor, record: bool = False) -> None:
         self._plan = plan
         self._record = record
         self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

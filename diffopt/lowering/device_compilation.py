@@ -28,10 +28,10 @@ from diffopt.ir import serialize
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json, bounds_to_json
 from diffopt.ir.program import Program
 from diffopt.lowering import aoti, compile_inputs, cuda_gemm, cuda_runtime, load_time_graph
-from diffopt.lowering.compile_inputs import elsewhere, example, free_sizes, source
-from diffopt.lowering.executor import Body, Plan, lay_out, place
+from diffopt.lowering.compile_inputs import dynamic_bounds, example_tensor, not_on_cpu, source_hash
+from diffopt.lowering.executor import ComponentFunction, SlotExecutor, set_device, with_strides
 from diffopt.lowering.hardware import Hardware
-from diffopt.lowering.target import Finished, Image, Lowered, Target
+from diffopt.lowering.target import EngineContents, Finished, Lowered, Target
 from diffopt.progress import Progress, silent
 from diffopt.storage import disk_cache
 
@@ -67,7 +67,7 @@ class Deferred(Target):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("cuda",)
-    by_value: ClassVar[bool] = False
+    embeds_weights: ClassVar[bool] = False
 
     cuda_graph: bool
 
@@ -97,12 +97,12 @@ class Deferred(Target):
 
     def refuses(self, program: Program) -> str | None:
         """Refuse what was not traced on the CPU."""
-        return elsewhere(program)
+        return not_on_cpu(program)
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Lower every component as far as it can be done without the GPU."""
         progress("lowering", None)
-        free = free_sizes(program)
+        free = dynamic_bounds(program)
         lowered = cuda_gemm.lower(program.components, self._device(), free)
         members = {}
         for name, gm in lowered.bodies.items():
@@ -121,34 +121,36 @@ class Deferred(Target):
             finished=False,
         )
 
-    def is_finished(self, image: Image) -> bool:
+    def is_finished(self, engine: EngineContents) -> bool:
         """Tell whether what is compiled fits this GPU and torch."""
-        made = image.members.get(_MADE)
+        made = engine.members.get(_MADE)
         return made is not None and json.loads(bytes(made)) == self.compiler()
 
-    def finish(self, image: Image, progress: Progress) -> Finished:
+    def finish(self, engine: EngineContents, progress: Progress) -> Finished:
         """Compile the components for the GPU at hand, or take them from the cache."""
         done = Finished({_MADE: json.dumps(self.compiler()).encode()})
-        for index, name in enumerate(image.graphs):
-            progress(f"compiling {name}", index / len(image.graphs))
-            made = self._made(name, image)
+        for index, name in enumerate(engine.graphs):
+            progress(f"compiling {name}", index / len(engine.graphs))
+            made = self._made(name, engine)
             done.members[f"{name}.pt2"] = made["pt2"]
             done.bodies[name] = json.loads(made["json"])
         return done
 
-    def _made(self, name: str, image: Image) -> dict[str, bytes]:
+    def _made(self, name: str, engine: EngineContents) -> dict[str, bytes]:
         """Return a component's package as an entry of the cache, from there or made now."""
         started = time.perf_counter()
-        body = json.loads(bytes(image.members[f"{name}.json"]))
-        weights = _Weights(image.graphs[name]["tensors"], body["strides"], _OnGpu(image.tensors))
+        body = json.loads(bytes(engine.members[f"{name}.json"]))
+        weights = _Weights(engine.graphs[name]["tensors"], body["strides"], _OnGpu(engine.tensors))
         used = sorted({row["target"] for row in body["nodes"] if row["op"] == "get_attr"})
         key = disk_cache.key(self._key(body, used, weights))
         if (found := disk_cache.get(key)) is not None:
             log.info("%s: from the cache", name)
             return found
-        tensors = {part: weights[part] if self.by_value else weights.empty(part) for part in used}
+        tensors = {
+            part: weights[part] if self.embeds_weights else weights.empty(part) for part in used
+        }
         gm = serialize.graph_from_json(body["nodes"], name, tensors, {})
-        move(gm, cuda_runtime.DEVICE)
+        move_to_device(gm, cuda_runtime.DEVICE)
         package = self.package(gm, bounds_from_json(body["sizes"]))
         made = {"pt2": package.content, "json": json.dumps(package.about).encode()}
         disk_cache.put(key, made)
@@ -159,53 +161,57 @@ class Deferred(Target):
         """Return all that a package depends on, as JSON."""
         return {
             "body": body,
-            "tensors": {part: weights.identity(part, self.by_value) for part in used},
+            "tensors": {part: weights.identity(part, self.embeds_weights) for part in used},
             "settings": self.settings(),
             "compiler": self.compiler(),
             "torch": torch.__version__,
             "lowering": _source(inspect.getfile(type(self))),
         }
 
-    def load(self, image: Image) -> dict[str, Body]:
+    def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Map the packages into this process; what they read of the weights is on the GPU once."""
-        members: Mapping[str, bytes | memoryview] = image.members
-        if not self.is_finished(image):
+        members: Mapping[str, bytes | memoryview] = engine.members
+        if not self.is_finished(engine):
             log.warning("compiling for this GPU and torch; `diffopt finish FILE` does it for good")
-            members = {**members, **self.finish(image, silent).members}
-        tensors = _OnGpu(image.tensors)
+            members = {**members, **self.finish(engine, silent).members}
+        tensors = _OnGpu(engine.tensors)
         further: dict[str, list[Tensor]] = {}
         if _SETUP in members:
             data = json.loads(bytes(members[_SETUP]))
             further = load_time_graph.run_setup(
-                data, partial(_attribute, image, tensors), cuda_runtime.DEVICE
+                data, partial(_attribute, engine, tensors), cuda_runtime.DEVICE
             )
         return {
-            name: self._load(name, image, members, tensors, further.get(name, []))
-            for name in image.graphs
+            name: self._load(name, engine, members, tensors, further.get(name, []))
+            for name in engine.graphs
         }
 
     def _load(
         self,
         name: str,
-        image: Image,
+        engine: EngineContents,
         members: Mapping[str, bytes | memoryview],
         tensors: _OnGpu,
         further: list[Tensor],
-    ) -> Body:
+    ) -> ComponentFunction:
         weights = None
-        if not self.by_value:
+        if not self.embeds_weights:
             strides = json.loads(bytes(members[f"{name}.json"]))["strides"]
-            weights = _Weights(image.graphs[name]["tensors"], strides, tensors)
+            weights = _Weights(engine.graphs[name]["tensors"], strides, tensors)
         library = aoti.open_package(members[f"{name}.pt2"], weights)
-        return aoti.load(library, image.graphs[name], further)
+        return aoti.component_function(library, engine.graphs[name], further)
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
         """Compare the GPU and its platform with what the kernels need."""
         return cuda_runtime.unfit(requires, "kernels")
 
-    def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> cuda_runtime.GpuPlan:
+    def executor(
+        self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction]
+    ) -> cuda_runtime.CudaExecutor:
         """Run what is between the components on the GPU too."""
-        return cuda_runtime.GpuPlan(Plan(root, bodies, cuda_runtime.DEVICE), self.cuda_graph)
+        return cuda_runtime.CudaExecutor(
+            SlotExecutor(root, bodies, cuda_runtime.DEVICE), self.cuda_graph
+        )
 
     def _device(self) -> Hardware:
         device = self.hardware
@@ -222,7 +228,7 @@ class _OnGpu:
 
     def get(self, key: str, stride: tuple[int, ...]) -> Tensor:
         if (key, stride) not in self.made:
-            self.made[key, stride] = lay_out(self.tensors[key].to(cuda_runtime.DEVICE), stride)
+            self.made[key, stride] = with_strides(self.tensors[key].to(cuda_runtime.DEVICE), stride)
         return self.made[key, stride]
 
 
@@ -248,27 +254,27 @@ class _Weights:
     def identity(self, name: str, by_value: bool) -> Any:
         """Return, as JSON, what of a weight a package depends on."""
         key, stride = self._where(name)
-        return [stride, compile_inputs.content(self.tensors.tensors[key], by_value)]
+        return [stride, compile_inputs.tensor_key(self.tensors.tensors[key], by_value)]
 
     def _where(self, name: str) -> tuple[str, tuple[int, ...]]:
         key, stride, _ = self.table[name]
         return key, tuple(self.strides.get(name, stride))
 
 
-def _attribute(image: Image, tensors: _OnGpu, component: str, name: str) -> Tensor:
-    return _Weights(image.graphs[component]["tensors"], {}, tensors)[name]
+def _attribute(engine: EngineContents, tensors: _OnGpu, component: str, name: str) -> Tensor:
+    return _Weights(engine.graphs[component]["tensors"], {}, tensors)[name]
 
 
-def move(gm: fx.GraphModule, device: str) -> None:
+def move_to_device(gm: fx.GraphModule, device: str) -> None:
     """Let a graph compute on a device, with its tensors there, and return values laid out as here.
 
     Kernels there, and weights in other memory layouts, lay out values in other ways.
     """
-    place(gm, device)
+    set_device(gm, device)
     before = [node.meta["val"] for node in g.outputs(gm)]
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            node.meta["val"] = g.fake(example(node.meta["val"], device))
+            node.meta["val"] = g.fake(example_tensor(node.meta["val"], device))
         elif node.op == "get_attr":
             node.meta["val"] = g.fake(g.attribute(gm, str(node.target)))
         elif node.op == "call_function":
@@ -289,4 +295,4 @@ def _source(target: str) -> str:
         load_time_graph.__file__,
         __file__,
     )
-    return source((*shared, target))
+    return source_hash((*shared, target))

@@ -12,11 +12,11 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 
-Body = Callable[[list[Tensor]], Sequence[Tensor]]
+ComponentFunction = Callable[[list[Tensor]], Sequence[Tensor]]
 """Runs one lowered component on its flat arguments."""
 
 
-class Runs(Protocol):
+class Executor(Protocol):
     """Runs the outer graph."""
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -27,14 +27,14 @@ class Runs(Protocol):
 _Step = tuple[Callable[[list[Any]], Any], tuple[int, ...], int | tuple[int, ...], tuple[int, ...]]
 
 
-class Plan:
+class SlotExecutor:
     """The outer graph with every value in a numbered slot, so that a run is one plain loop.
 
     What it computes itself it computes on `device`, where inputs have to be.
     """
 
     def __init__(
-        self, root: fx.GraphModule, bodies: Mapping[str, Body], device: str = "cpu"
+        self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction], device: str = "cpu"
     ) -> None:
         self._device = torch.device(device)
         slots, self._size = _slots(root.graph)
@@ -52,7 +52,7 @@ class Plan:
         self._steps = _with_frees(steps, kept)
 
     def _step(
-        self, node: fx.Node, slots: Mapping[fx.Node, int], bodies: Mapping[str, Body]
+        self, node: fx.Node, slots: Mapping[fx.Node, int], bodies: Mapping[str, ComponentFunction]
     ) -> _Step:
         call: Callable[[list[Any]], Any]
         arguments: Any
@@ -154,7 +154,7 @@ def _placed(node: fx.Node, device: torch.device) -> tuple[Any, Any]:
     return args, kwargs
 
 
-def place(gm: fx.GraphModule, device: str) -> None:
+def set_device(gm: fx.GraphModule, device: str) -> None:
     """Let a graph compute on `device` what it was captured to compute on another."""
     for node in gm.graph.nodes:
         if node.op == "call_function":
@@ -162,7 +162,7 @@ def place(gm: fx.GraphModule, device: str) -> None:
     gm.recompile()
 
 
-def lay_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+def with_strides(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return the values in the memory layout that a kernel was compiled for."""
     if tensor.stride() == stride:
         return tensor

@@ -102,11 +102,11 @@ class Hardware:
         """Return operations a second in a format; what it has no products in is widened to fp32."""
         return self.peak.get(number, self.peak["fp32"])
 
-    def holds(self, number: str) -> bool:
+    def can_store(self, number: str) -> bool:
         """Tell whether weights may be stored in a format."""
         return number in self.peak or number in self.stored
 
-    def share(self, cores: int) -> Hardware:
+    def with_cores(self, cores: int) -> Hardware:
         """Return a CPU of which only some cores compute, with as much of its rates."""
         if not self.cores or not 0 < cores < self.cores:
             return self

@@ -21,17 +21,17 @@ _NAMES = {
 }
 
 
-def of_products(node: fx.Node) -> str:
+def product_format(node: fx.Node) -> str:
     """Return the format in which an operator multiplies."""
     layer = qdq.layer(node)
-    if layer is not None and (x := integers(layer)) is not None:
+    if layer is not None and (x := low_precision_input(layer)) is not None:
         return x.number
     values = (source.meta["val"] for source in node.all_input_nodes)
     found = (_NAMES.get(v.dtype) for v in values if isinstance(v, Tensor))
     return next((name for name in found if name is not None), "fp32")
 
 
-def integers(layer: qdq.Layer) -> qdq.Activation | None:
+def low_precision_input(layer: qdq.Layer) -> qdq.Activation | None:
     """Return a layer's input if its products are in what that is quantized to.
 
     Otherwise they are in floats: weights alone are quantized, or in another format than the inputs,
@@ -43,7 +43,7 @@ def integers(layer: qdq.Layer) -> qdq.Activation | None:
     return x if (x.number == "fp8") == (weight.number == "fp8") else None
 
 
-def refused(program: Program, hardware: Hardware) -> str | None:
+def unsupported(program: Program, hardware: Hardware) -> str | None:
     """Say which format, or sparsity, of a program a device lacks; None: it has all."""
     bodies = {name or "the program": gm for name, gm in program.graphs.items()}
     for name, gm in bodies.items():
@@ -53,7 +53,7 @@ def refused(program: Program, hardware: Hardware) -> str | None:
     for name, gm in bodies.items():
         for node in gm.graph.nodes:
             number = _stored(node)
-            if number is not None and not hardware.holds(number):
+            if number is not None and not hardware.can_store(number):
                 reason = f"{node.name} is in {number}, and {hardware.lacks(number)}"
                 return f"in {name} {reason}; {_instead(number, hardware)}"
     if (lacking := hardware.lacks(SPARSE)) is not None:
@@ -68,7 +68,7 @@ def refused(program: Program, hardware: Hardware) -> str | None:
 def _instead(number: str, hardware: Hardware) -> str:
     if number in ("fp16", "bf16"):
         return "cast to " + " or ".join(n for n in ("fp16", "bf16", "fp32") if n in hardware.peak)
-    return "quantize to " + " or ".join(n for n in ("int8", "int4", "fp8") if hardware.holds(n))
+    return "quantize to " + " or ".join(n for n in ("int8", "int4", "fp8") if hardware.can_store(n))
 
 
 def _refused_input(layer: qdq.Layer, hardware: Hardware) -> str | None:

@@ -29,7 +29,7 @@ from diffopt.ir import qdq, serialize
 from diffopt.ir.cse import eliminate_common_subexpressions
 from diffopt.ir.nodes import is_pure
 from diffopt.ir.propagation import propagate_layouts
-from diffopt.lowering.executor import place
+from diffopt.lowering.executor import set_device
 
 aten = torch.ops.aten
 
@@ -71,7 +71,7 @@ def run_setup(
     """
     tensors = {name: tensor(*source) for name, source in data["sources"].items()}
     gm = serialize.graph_from_json(data["nodes"], "setup", tensors, {})
-    place(gm, device)
+    set_device(gm, device)
     with torch.no_grad():
         results = gm(*[])
     return {name: [results[i] for i in own] for name, own in data["takes"].items()}

@@ -160,7 +160,7 @@ class Roofline:
 
 def roofline(program: Program, hardware: Hardware) -> Roofline:
     """Return what a program costs on a device, which has to have the formats of its numbers."""
-    if reason := legality.refused(program, hardware):
+    if reason := legality.unsupported(program, hardware):
         raise DiffoptError(f"{hardware.name} cannot run this program: {reason}")
     steps: dict[str, set[int]] = {}
     counts: dict[str, int] = {}
@@ -264,7 +264,7 @@ class _Graph:
             own = self._kernel(node)
             kernel = kernels.setdefault(own, Kernel())
             if flops:
-                kernel.number, kernel.flops = legality.of_products(node), flops
+                kernel.number, kernel.flops = legality.product_format(node), flops
             taken = self._reads(node)
             again = (
                 g.value_bytes(node.all_input_nodes[0].meta["val"]) if is_call(node, *_TWICE) else 0
@@ -287,7 +287,7 @@ class _Graph:
     def _reads(self, node: fx.Node) -> _Reads:
         """Return what a node reads of stored tensors and of what others have written."""
         layer = qdq.layer(node)
-        narrow = None if layer is None else legality.integers(layer)
+        narrow = None if layer is None else legality.low_precision_input(layer)
         found: _Reads = {}
         for position, source in enumerate(node.all_input_nodes):
             if narrow is not None and source is narrow.node:

@@ -20,13 +20,13 @@ from diffopt import plugins, spec
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
-from diffopt.lowering.executor import Body, Plan, Runs
+from diffopt.lowering.executor import ComponentFunction, Executor, SlotExecutor
 from diffopt.lowering.hardware import Hardware, hardware, hardware_names
 from diffopt.spec import option
 
 __all__ = [
+    "EngineContents",
     "Finished",
-    "Image",
     "Lowered",
     "Target",
     "devices",
@@ -48,7 +48,8 @@ class Lowered:
         requires: JSON that `Target.unfit` compares with the machine that is to run the engine.
         bodies: JSON about each component: how long it took, whether it came from the cache.
         holds_weights: The kernels hold the components' weights, so the engine need not.
-        reads: Of these weights, those that are read all the same: components with attributes.
+        load_time_weights: Weights, as (component, name), that the engine has to hold even so:
+            what is computed from them on loading is not in the kernels.
         finished: Nothing is left to do on the device, see `Target.finish`.
     """
 
@@ -56,7 +57,7 @@ class Lowered:
     requires: dict[str, Any] = field(default_factory=dict)
     bodies: dict[str, dict[str, Any]] = field(default_factory=dict)
     holds_weights: bool = False
-    reads: list[tuple[str, str]] = field(default_factory=list)
+    load_time_weights: list[tuple[str, str]] = field(default_factory=list)
     finished: bool = True
 
 
@@ -74,7 +75,7 @@ class Finished:
 
 
 @dataclass
-class Image:
+class EngineContents:
     """What an engine file gives to the target that is to run it.
 
     Attributes:
@@ -122,21 +123,21 @@ class Target:
         """Say what this machine lacks of what an engine requires."""
         return None
 
-    def is_finished(self, image: Image) -> bool:
+    def is_finished(self, engine: EngineContents) -> bool:
         """Tell whether nothing of an engine is left to compile on this machine."""
         return True
 
-    def finish(self, image: Image, progress: Progress) -> Finished:
+    def finish(self, engine: EngineContents, progress: Progress) -> Finished:
         """Compile what `compile` has left for the device to do."""
         raise NotImplementedError
 
-    def load(self, image: Image) -> dict[str, Body]:
+    def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Return something to call for every component of an engine."""
         raise NotImplementedError
 
-    def outer(self, root: fx.GraphModule, bodies: Mapping[str, Body]) -> Runs:
+    def executor(self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction]) -> Executor:
         """Return what runs the graph that calls the components."""
-        return Plan(root, bodies)
+        return SlotExecutor(root, bodies)
 
     @property
     def hardware(self) -> Hardware | None:

@@ -20,8 +20,8 @@ from diffopt.execution.calibration_inputs import requests
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
 from diffopt.ir.sampling_loop import Loop, find_loop
-from diffopt.lowering.executor import Body
-from diffopt.lowering.target import Image, parse_target
+from diffopt.lowering.executor import ComponentFunction
+from diffopt.lowering.target import EngineContents, parse_target
 from examples.benchmarks import report
 from examples.quantization.configurations import BF16, INT8
 from examples.study.large import base, rewritten
@@ -124,7 +124,7 @@ def calls_of(program: Program, plain: Loop, inputs: Sequence[Tensor], target: st
     return make
 
 
-def compiled(program: Program, name: str, target: str) -> Body:
+def compiled(program: Program, name: str, target: str) -> ComponentFunction:
     """Return one component of a program as a function, as an engine has it."""
     chosen = parse_target(target)
     alone = program.clone()
@@ -133,7 +133,7 @@ def compiled(program: Program, name: str, target: str) -> Body:
             del alone.root._modules[other]
     lowered = chosen.compile(alone, report)
     data, tensors, _ = program.to_members()
-    image = Image(
+    image = EngineContents(
         members={member: memoryview(content) for member, content in lowered.members.items()},
         graphs={name: data["graphs"][name]},
         tensors=tensors,

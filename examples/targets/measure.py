@@ -16,7 +16,7 @@ from diffopt.lowering.trt.builder import Settings, build
 
 def refused(program: Program, devices: list[str]) -> dict[str, str]:
     """Return why devices do not take a program, of those that do not."""
-    found = {device: legality.refused(program, hardware(device)) for device in devices}
+    found = {device: legality.unsupported(program, hardware(device)) for device in devices}
     return {device: reason for device, reason in found.items() if reason}
 
 
@@ -39,7 +39,7 @@ def _build(name: str, model: Any, device: str) -> dict[str, Any]:
     assert capability is not None
     started = time.perf_counter()
     try:
-        chosen = library.choose("tensorrt-rtx", device, capability)
+        chosen = library.find_library("tensorrt-rtx", device, capability)
         plan = build(name, model, chosen, Settings(), {})
     except DiffoptError as error:
         return {"refused": error.message}

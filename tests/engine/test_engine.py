@@ -21,9 +21,16 @@ from diffopt.engine import engine_file
 from diffopt.engine.engine import Engine, build, load
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
-from diffopt.lowering.executor import Body
+from diffopt.lowering.executor import ComponentFunction
 from diffopt.lowering.hardware import hardware_names
-from diffopt.lowering.target import Image, Lowered, Target, find_target, parse_target, target_names
+from diffopt.lowering.target import (
+    EngineContents,
+    Lowered,
+    Target,
+    find_target,
+    parse_target,
+    target_names,
+)
 from diffopt.storage import container
 from tests.sampler import program
 
@@ -312,7 +319,7 @@ class Far(Target):
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
         return f"it was built for {requires['machine']}, this is near"
 
-    def load(self, image: Image) -> dict[str, Body]:
+    def load(self, image: EngineContents) -> dict[str, ComponentFunction]:
         raise AssertionError("loaded what does not fit")
 
 

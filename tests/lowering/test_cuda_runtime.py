@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
-from diffopt.lowering.cuda_runtime import GpuPlan
-from diffopt.lowering.executor import Plan
+from diffopt.lowering.cuda_runtime import CudaExecutor
+from diffopt.lowering.executor import SlotExecutor
 from tests.standin import replace_gpu
 
 
@@ -37,7 +37,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_run_is_on_one_stream_of_its_own(said: list[str]) -> None:
-    (result,) = GpuPlan(cast(Plan, Doubling(said))).run([torch.ones(2)])
+    (result,) = CudaExecutor(cast(SlotExecutor, Doubling(said))).run([torch.ones(2)])
     assert result.tolist() == [2.0, 2.0]
     assert said == [
         "own waits for caller",
@@ -67,12 +67,12 @@ def recorded(said: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
         plan.capturing = False
         graph.result, graph.inputs = plan.result, plan.inputs
 
-    def doubling(self: GpuPlan, plan: Any, record: bool = False) -> None:
+    def doubling(self: CudaExecutor, plan: Any, record: bool = False) -> None:
         made.append(plan)
         original(self, plan, record)
 
-    original = GpuPlan.__init__
-    monkeypatch.setattr(GpuPlan, "__init__", doubling)
+    original = CudaExecutor.__init__
+    monkeypatch.setattr(CudaExecutor, "__init__", doubling)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     return said
@@ -81,7 +81,7 @@ def recorded(said: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_second_run_of_a_shape_is_captured_and_later_ones_replay_it(
     recorded: list[str],
 ) -> None:
-    plan = GpuPlan(cast(Plan, Doubling(recorded)), record=True)
+    plan = CudaExecutor(cast(SlotExecutor, Doubling(recorded)), record=True)
     kept = []
     for value, shape in enumerate([(2,), (2,), (3,), (2,), (3,), (2,)]):
         (result,) = plan.run([torch.full(shape, float(value))])
@@ -102,7 +102,7 @@ def test_the_second_run_of_a_shape_is_captured_and_later_ones_replay_it(
 
 
 def test_what_cannot_be_captured_is_one_line(recorded: list[str]) -> None:
-    plan = GpuPlan(cast(Plan, Doubling(recorded)), record=True)
+    plan = CudaExecutor(cast(SlotExecutor, Doubling(recorded)), record=True)
     plan.run([torch.zeros(0)])
     with pytest.raises(DiffoptError) as error:
         plan.run([torch.zeros(0)])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.lowering.executor import Plan, lay_out
+from diffopt.lowering.executor import SlotExecutor, with_strides
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def random_graph(seed: int) -> fx.GraphModule:
 @pytest.mark.parametrize("seed", range(25))
 def test_a_plan_gives_what_its_graph_gives(seed: int) -> None:
     root = random_graph(seed)
-    plan = Plan(root, {})
+    plan = SlotExecutor(root, {})
     inputs = [torch.randn(2, 4), torch.randn(2, 4)]
     before = [tensor.clone() for tensor in inputs]
     for _ in range(2):  # a run leaves nothing for the next one
@@ -81,7 +81,7 @@ def test_a_component_gets_a_list_and_gives_several_results() -> None:
         return [tensors[0] + 1, tensors[0] + 2, tensors[0] + 3]
 
     tensor = torch.zeros(3)
-    outputs = Plan(root, {"body": body}).run([tensor])
+    outputs = SlotExecutor(root, {"body": body}).run([tensor])
     assert [output[0].item() for output in outputs] == [3, 1, 0]
     assert seen == [2]
     assert outputs[2] is tensor
@@ -95,13 +95,13 @@ def test_a_value_is_dropped_after_its_last_use() -> None:
     for _ in range(3):
         value = g.call(root.graph, aten.neg.default, value)
     finish(root, [value])
-    assert [dead for *_, dead in Plan(root, {})._steps] == [(0,), (1,), (2,)]
+    assert [dead for *_, dead in SlotExecutor(root, {})._steps] == [(0,), (1,), (2,)]
 
 
 def test_lay_out_copies_only_where_it_must() -> None:
     tensor = torch.arange(6.0).view(2, 3)
-    assert lay_out(tensor, (3, 1)) is tensor
-    turned = lay_out(tensor, (1, 2))
+    assert with_strides(tensor, (3, 1)) is tensor
+    turned = with_strides(tensor, (1, 2))
     assert turned.stride() == (1, 2)
     assert torch.equal(turned, tensor)
 
@@ -125,7 +125,7 @@ def test_the_outer_graph_computes_on_the_device_that_it_is_for() -> None:
     for value in values[1:]:
         total = g.call(graph, aten.add.Tensor, total, value)
     finish(root, [total])
-    (found,) = Plan(root, {}).run([torch.tensor([1.0, 2.0, 3.0])])
+    (found,) = SlotExecutor(root, {}).run([torch.tensor([1.0, 2.0, 3.0])])
     assert found.tolist() == [6.0, 9.0, 12.0]
-    (found,) = Plan(root, {}, "meta").run([torch.zeros(3, device="meta")])
+    (found,) = SlotExecutor(root, {}, "meta").run([torch.zeros(3, device="meta")])
     assert found.device.type == "meta"

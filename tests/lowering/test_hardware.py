@@ -111,21 +111,21 @@ def test_a_format_that_does_not_exist() -> None:
 
 
 def test_weights_may_be_stored_in_more_formats() -> None:
-    assert hardware.hardware("h100").holds("int4")
-    assert not hardware.hardware("a100").holds("fp8")
-    assert hardware.hardware("cpu").holds("fp8")
+    assert hardware.hardware("h100").can_store("int4")
+    assert not hardware.hardware("a100").can_store("fp8")
+    assert hardware.hardware("cpu").can_store("fp8")
 
 
 def test_a_share_of_a_cpu() -> None:
     whole = hardware.hardware("cpu-amx")
-    quarter = whole.share(14)
+    quarter = whole.with_cores(14)
     assert quarter.cores == 14
     assert quarter.bandwidth == whole.bandwidth / 4
     assert quarter.peak["bf16"] == whole.peak["bf16"] / 4
     assert quarter.memory == whole.memory
-    assert whole.share(0) == whole.share(500) == whole
+    assert whole.with_cores(0) == whole.with_cores(500) == whole
     h100 = hardware.hardware("h100")
-    assert h100.share(2) is h100
+    assert h100.with_cores(2) is h100
 
 
 # Devices of other packages
@@ -318,20 +318,20 @@ def test_fp8_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
 
 def test_stored_fp8_is_refused_where_nothing_widens_it() -> None:
     made = quantized(layers(), "fp8", None)
-    assert legality.refused(made, hardware.hardware("a100")) == (
+    assert legality.unsupported(made, hardware.hardware("a100")) == (
         "in net weight_fp8 is in fp8, and a100 has no fp8 products: they need compute capability"
         " 8.9, and it has 8.0; quantize to int8 or int4"
     )
-    assert legality.refused(made, hardware.hardware("cpu")) is None
-    assert legality.refused(made, hardware.hardware("l4")) is None
+    assert legality.unsupported(made, hardware.hardware("cpu")) is None
+    assert legality.unsupported(made, hardware.hardware("l4")) is None
 
 
 def test_int4_weights_are_widened() -> None:
     made = quantized(layers(), "int4", "static")
     for name in GPUS:
-        assert legality.refused(made, hardware.hardware(name)) is None
+        assert legality.unsupported(made, hardware.hardware(name)) is None
     without = replace(hardware.hardware("h100"), stored=())
-    assert legality.refused(made, without) == (
+    assert legality.unsupported(made, without) == (
         "in net unpack_int4_default is in int4, and h100 has no int4 products: GPUs lost them with"
         " compute capability 9.0, and it has 9.0; quantize to int8 or fp8"
     )
@@ -342,7 +342,7 @@ def test_int8_inputs_where_there_are_no_integers() -> None:
     (node,) = made.components["net"].graph.find_nodes(
         op="call_function", target=aten.linear.default
     )
-    assert legality.refused(made, BOX) == (
+    assert legality.unsupported(made, BOX) == (
         f"in net the input of {node.name} is in int8, and box has no int8 products: they need a GPU"
         " of compute capability 7.5; quantize weights alone"
     )
@@ -351,11 +351,11 @@ def test_int8_inputs_where_there_are_no_integers() -> None:
 def test_bf16_is_refused_on_turing() -> None:
     x = randn(4, 8).bfloat16()
     made = program(lambda make, x: make(aten.relu.default, x), x)
-    assert legality.refused(made, hardware.hardware("t4")) == (
+    assert legality.unsupported(made, hardware.hardware("t4")) == (
         "in the program x is in bf16, and t4 has no bf16 products: they need compute capability"
         " 8.0, and it has 7.5; cast to fp16 or fp32"
     )
-    assert legality.refused(made, hardware.hardware("a10")) is None
+    assert legality.unsupported(made, hardware.hardware("a10")) is None
 
 
 # The command line

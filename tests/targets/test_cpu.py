@@ -21,7 +21,7 @@ from diffopt.errors import DiffoptError
 from diffopt.ir import graph
 from diffopt.ir.program import Program
 from diffopt.lowering import aoti
-from diffopt.lowering.compile_inputs import free_sizes
+from diffopt.lowering.compile_inputs import dynamic_bounds
 from diffopt.lowering.target import parse_target
 from diffopt.storage import container, disk_cache
 from diffopt.targets import cpu
@@ -53,7 +53,7 @@ def kernel(gm: Any, **options: Any) -> Callable[[list[Tensor]], Any]:
     """Compile a body without weights and load it."""
     strides = [node.meta["val"].stride() for node in graph.placeholders(gm)]
     members = aoti.compile_body(gm, Cpu()._settings(), **options)
-    return aoti.Kernel(aoti.open_library(members, None), strides)
+    return aoti.LibraryFunction(aoti.open_library(members, None), strides)
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -153,10 +153,10 @@ def test_one_engine_serves_a_range_of_batch_sizes(captured: Program, tmp_path: P
     built = build(batched, "cpu", tmp_path / "x.engine")
     built.verify()
     # Another range is another kernel, the same one is in the cache.
-    sizes = free_sizes(batched)
+    sizes = dynamic_bounds(batched)
     keys = [Cpu()._key(gm, sizes.get(name)) for name, gm in batched.components.items()]
     assert all(disk_cache.get(disk_cache.key(key)) for key in keys)
-    wider = free_sizes(Pipeline.parse("batch(max=4)").run(captured))
+    wider = dynamic_bounds(Pipeline.parse("batch(max=4)").run(captured))
     assert not any(
         disk_cache.get(disk_cache.key(Cpu()._key(gm, wider[name])))
         for name, gm in batched.components.items()
@@ -187,7 +187,7 @@ def test_a_second_build_compiles_nothing(
 ) -> None:
     first = engines("cpu")
     monkeypatch.setattr(aoti, "compile_body", no_compiler)
-    monkeypatch.setattr(aoti, "_run", no_compiler)
+    monkeypatch.setattr(aoti, "_run_jobs", no_compiler)
     seen: list[str] = []
     again = build(program(), "cpu", tmp_path / "x", progress=lambda what, _: seen.append(what))
     assert again.path.read_bytes() == first.read_bytes()
@@ -199,7 +199,7 @@ def test_other_weights_need_no_other_kernels(
 ) -> None:
     engines("cpu")
     monkeypatch.setattr(aoti, "compile_body", no_compiler)
-    monkeypatch.setattr(aoti, "_run", no_compiler)
+    monkeypatch.setattr(aoti, "_run_jobs", no_compiler)
     changed = program()
     for tensor in changed.weights().values():
         tensor.mul_(0.5)

@@ -21,7 +21,7 @@ from diffopt.ir import qdq
 from diffopt.ir.printing import target_name
 from diffopt.lowering import load_time_graph as loading
 from diffopt.lowering import onednn
-from diffopt.lowering.aoti import Kernel, compile_body, open_library
+from diffopt.lowering.aoti import LibraryFunction, compile_body, open_library
 from diffopt.targets import cpu
 from diffopt.targets.cpu import Cpu
 from tests.passes.build import body, parameter, program, randn
@@ -150,11 +150,11 @@ def lowered(gm: fx.GraphModule, **options: Any) -> tuple[loading.Lowered, list[T
     return result, loading.run_setup(data, lambda _, name: tensors[name]).get("body", [])
 
 
-def compiled(gm: fx.GraphModule, further: list[Tensor], *sizes: Any) -> Kernel:
+def compiled(gm: fx.GraphModule, further: list[Tensor], *sizes: Any) -> LibraryFunction:
     """Return a lowered body's library, which takes the body's inputs as they come."""
     files = compile_body(gm, Cpu()._settings(), *sizes)
     inputs = len(g.placeholders(gm)) - len(further)
-    return Kernel(open_library(files, dict(g.named_tensors(gm))), [None] * inputs, further)
+    return LibraryFunction(open_library(files, dict(g.named_tensors(gm))), [None] * inputs, further)
 
 
 def operators(gm: fx.GraphModule) -> Counter[str]:

@@ -21,7 +21,7 @@ from diffopt.ir import graph as g
 from diffopt.ir.program import Program
 from diffopt.lowering import aoti, cuda_runtime, device_compilation
 from diffopt.lowering.hardware import hardware, hardware_names
-from diffopt.lowering.target import Finished, Image
+from diffopt.lowering.target import EngineContents, Finished
 from diffopt.storage.container import Archive
 from diffopt.targets.cuda import Cuda
 from tests.command import Run
@@ -118,7 +118,7 @@ def test_a_moved_graph_views_what_is_laid_out_otherwise_and_returns_what_it_did(
     expected = gm(x)
     turned = weight.contiguous(memory_format=torch.channels_last)
     gm.register_parameter("weight", torch.nn.Parameter(turned, requires_grad=False))
-    device_compilation.move(gm, "cpu")
+    device_compilation.move_to_device(gm, "cpu")
     for own, other in zip(gm(x), expected, strict=True):
         torch.testing.assert_close(own, other, check_stride=True)
 
@@ -140,7 +140,7 @@ def test_weights_are_freed_with_the_kernel() -> None:
     package = aoti.compile_package(sums(randn(64)), settings, None, "cpu")
     weight = randn(64)
     memory = StorageWeakRef(weight.untyped_storage())
-    kernel = aoti.Kernel(aoti.open_package(package, {"constant": weight}), [None])
+    kernel = aoti.LibraryFunction(aoti.open_package(package, {"constant": weight}), [None])
     weight.mul_(2)  # it is read where it lies
     del weight
     assert torch.equal(kernel([torch.ones(64)])[0], 2 * randn(64) + 1)
@@ -217,7 +217,7 @@ def test_kernels_of_another_torch_are_compiled_again(
     diffopt.write(captured, PLAIN, path)
     compiled: list[str] = []
 
-    def compile_again(self: Cuda, image: Image, progress: Progress) -> Finished:
+    def compile_again(self: Cuda, image: EngineContents, progress: Progress) -> Finished:
         compiled.append(torch.__version__)
         return Finished({name: bytes(content) for name, content in image.members.items()})
 

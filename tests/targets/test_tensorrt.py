@@ -83,7 +83,7 @@ def traced() -> Callable[[torch.dtype], Program]:
 def plan(gm: fx.GraphModule, device: str, **options: Any) -> Plan:
     """Build a component for a device."""
     model = options.pop("model", None) or export(qdq_legalize.rewrite(gm), "body")
-    chosen = library.choose("tensorrt-rtx", device, CAPABILITIES[device])
+    chosen = library.find_library("tensorrt-rtx", device, CAPABILITIES[device])
     return builder.build("body", model, chosen, options.pop("settings", QUICK), {}, **options)
 
 
@@ -401,13 +401,13 @@ def test_the_builder_is_chosen(
     expected: tuple[str, Any],
 ) -> None:
     fake_modules(monkeypatch, installed, gpu)
-    found = library.choose(builder_, "rtx4090", (8, 9))
+    found = library.find_library(builder_, "rtx4090", (8, 9))
     assert (found.name, found.capability) == expected
 
 
 def test_a_gpu_that_the_builder_has_no_name_for(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_modules(monkeypatch, {"tensorrt-rtx"}, (9, 0))
-    assert library.choose("auto", "h100", (9, 0)).capability == 1
+    assert library.find_library("auto", "h100", (9, 0)).capability == 1
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_no_builder_for_the_device(
 ) -> None:
     fake_modules(monkeypatch, installed, gpu)
     with pytest.raises(DiffoptError) as error:
-        library.choose("auto", "h100", (9, 0))
+        library.find_library("auto", "h100", (9, 0))
     assert str(error.value) == message
 
 
@@ -464,7 +464,7 @@ def test_what_plans_need_is_compared_with_the_machine(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, str], gpu: Any, message: str | None
 ) -> None:
     fake_modules(monkeypatch, {"tensorrt-rtx"}, gpu)
-    here = compile_inputs.machine()
+    here = compile_inputs.platform_tag()
     requires = {
         "device": "rtx4090",
         "capability": [8, 9],
@@ -578,7 +578,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTrt:
 def body(trt: FakeTrt, content: bytes = b"plan", name: str = "tensorrt-rtx", **options: Any) -> Any:
     inputs = ["x", "unused", "n"]
     chosen = library.Library(name, trt)
-    return plan_runtime.Body("unet", chosen, memoryview(content), inputs, ["y0"], **options)
+    return plan_runtime.PlanFunction("unet", chosen, memoryview(content), inputs, ["y0"], **options)
 
 
 def test_plans_read_and_write_tensors_where_they_are(gpu: FakeTrt) -> None:
@@ -677,7 +677,7 @@ def test_quantized_plans_are_as_good_as_the_graphs(
 ) -> None:
     base = traced(torch.float16)
     made = quantized(base, *form)
-    if (reason := legality.refused(made, hardware(device))) is not None:
+    if (reason := legality.unsupported(made, hardware(device))) is not None:
         pytest.skip(reason)
     opened = engine(made, f"{device}:tensorrt", tmp_path / "x")
     exact = traced(torch.float32).run([x.float() for x in base.sample_inputs()])[0]

@@ -26,7 +26,7 @@ from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 from diffopt.lowering import cuda_runtime, device_compilation
 from diffopt.lowering.hardware import hardware, hardware_names
-from diffopt.lowering.target import Finished, Image, Target, parse_target
+from diffopt.lowering.target import EngineContents, Finished, Target, parse_target
 from diffopt.targets import torch_tensorrt
 from diffopt.transforms.sparsity_2_4 import mask_2_4
 from tests import sampler
@@ -260,7 +260,7 @@ def test_plans_of_another_version_are_compiled_again(
 ) -> None:
     done: list[str] = []
 
-    def finish(self: Target, image: Image, progress: Progress) -> Finished:
+    def finish(self: Target, image: EngineContents, progress: Progress) -> Finished:
         done.append(name)
         return Finished({member: bytes(content) for member, content in image.members.items()})
 

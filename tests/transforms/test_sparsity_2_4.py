@@ -144,9 +144,9 @@ LACKING = (
 
 def test_devices_without_such_kernels_refuse(tmp_path: Path) -> None:
     made = layer(pruned(parameter(16, 32)))
-    assert legality.refused(made, hardware("cpu")) == LACKING
-    assert legality.refused(made, hardware("h100")) is None
-    assert legality.refused(layer(parameter(16, 32)), hardware("cpu")) is None
+    assert legality.unsupported(made, hardware("cpu")) == LACKING
+    assert legality.unsupported(made, hardware("h100")) is None
+    assert legality.unsupported(layer(parameter(16, 32)), hardware("cpu")) is None
     with pytest.raises(DiffoptError) as error:
         engine.build(made, "cpu", tmp_path / "out.engine")
     assert error.value.message == f"target cpu cannot take this program: {LACKING}"

@@ -16,7 +16,7 @@ from diffopt import optional
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds
-from diffopt.lowering.compile_inputs import dynamic_shapes, example
+from diffopt.lowering.compile_inputs import dynamic_shapes, example_tensor
 from diffopt.lowering.onnx import prepare
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _translate(gm: fx.GraphModule, opset: int, sizes: Bounds | None) -> Any:
     """Return a prepared component as an `onnx_ir.Model`, with constants but no weights folded."""
     from diffopt.lowering.onnx import translations
 
-    arguments = tuple(example(n.meta["val"]) for n in g.placeholders(gm))
+    arguments = tuple(example_tensor(n.meta["val"]) for n in g.placeholders(gm))
     shapes = dynamic_shapes(len(arguments), sizes) if sizes else None
     with _quiet(), torch.no_grad():
         exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)

@@ -11,7 +11,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
-from diffopt.lowering.executor import lay_out
+from diffopt.lowering.executor import with_strides
 from diffopt.storage import container
 
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -106,4 +106,4 @@ class Session:
         feeds = dict(zip(self._inputs, map(_value, tensors), strict=True))
         outputs = map(_tensor, self._session.run_with_ort_values(None, feeds))
         pairs = zip(outputs, self._strides, strict=True)
-        return [out if stride is None else lay_out(out, stride) for out, stride in pairs]
+        return [out if stride is None else with_strides(out, stride) for out, stride in pairs]

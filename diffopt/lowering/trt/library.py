@@ -45,7 +45,7 @@ class Library:
         return None
 
 
-def choose(builder: str, device: str, capability: Capability) -> Library:
+def find_library(builder: str, device: str, capability: Capability) -> Library:
     """Return the TensorRT that builds for a device.
 
     Args:
@@ -86,7 +86,7 @@ def _choose(name: str, device: str, capability: Capability) -> Library | str:
     return f"{name} builds for {names}, and {device} is {wanted}"
 
 
-def open_for(name: str) -> Library:
+def load_library(name: str) -> Library:
     """Return the library that runs the plans of a builder."""
     if not is_installed(name):
         raise DiffoptError(f"its plans need the package {name}: pip install {name}")

@@ -46,7 +46,7 @@ class Slot:
     free: bool
 
 
-class Body:
+class PlanFunction:
     """A loaded plan, as a function of a component's flat arguments."""
 
     def __init__(
