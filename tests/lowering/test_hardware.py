@@ -143,7 +143,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
 
 
 def test_a_device_of_another_package(entries: list[EntryPoint]) -> None:
-    entries.append(EntryPoint("box", "tests.test_hardware:BOX", "diffopt.devices"))
+    entries.append(EntryPoint("box", "tests.lowering.test_hardware:BOX", "diffopt.devices"))
     assert "box" in hardware_names()
     made = parse_target("box:eager")
     assert str(made) == "box:eager"
@@ -162,13 +162,13 @@ def test_a_device_of_another_package(entries: list[EntryPoint]) -> None:
         ),
         (
             "bix",
-            "tests.test_hardware:BOX",
-            "tests.test_hardware:BOX is not a Hardware named 'bix'",
+            "tests.lowering.test_hardware:BOX",
+            "tests.lowering.test_hardware:BOX is not a Hardware named 'bix'",
         ),
         (
             "gpus",
-            "tests.test_hardware:GPUS",
-            "tests.test_hardware:GPUS is not a Hardware named 'gpus'",
+            "tests.lowering.test_hardware:GPUS",
+            "tests.lowering.test_hardware:GPUS is not a Hardware named 'gpus'",
         ),
     ],
 )
@@ -199,7 +199,9 @@ class Plans(Target):
 def plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lowering for GPUs beside those for CPUs, and none that is the default of GPUs."""
     known = {n: f"diffopt.targets.{n}:{n.capitalize()}" for n in ("cpu", "eager")}
-    monkeypatch.setattr(target, "_sources", lambda: {**known, "plans": "tests.test_hardware:Plans"})
+    monkeypatch.setattr(
+        target, "_sources", lambda: {**known, "plans": "tests.lowering.test_hardware:Plans"}
+    )
 
 
 @pytest.mark.usefixtures("plans")
