@@ -33,7 +33,7 @@ from diffopt.core import Context, Pass, option
 from diffopt.ir import graph as g
 from diffopt.ir.flops import graph_flops, node_flops
 from diffopt.ir.program import Program
-from diffopt.ir.step_tables import add_placeholder, as_row, frontier, is_view, take_rows
+from diffopt.ir.step_tables import add_placeholder, frontier, is_view, replace_by_rows, to_row
 from diffopt.transforms import component_signatures
 
 aten = torch.ops.aten
@@ -146,7 +146,7 @@ class Hoist(Pass):
                 for i, many in zip(arguments, batched, strict=True)
             ]
             results = program.insert_call(prologue, given)
-        groups = take_rows(body, [(v, list(v.meta["val"].shape)) for v in values], "step")
+        groups = replace_by_rows(body, [(v, list(v.meta["val"].shape)) for v in values], "step")
         assert len(groups) == len(results)
         for result in results:
             for k, call in enumerate(calls):
@@ -195,7 +195,7 @@ def _batch(
 
     def one_step(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         made = part(*args)
-        return tuple(as_row([t for t in made if t.dtype == dtype]) for dtype in dtypes)
+        return tuple(to_row([t for t in made if t.dtype == dtype]) for dtype in dtypes)
 
     all_steps = torch.vmap(one_step, in_dims=tuple(0 if many else None for many in batched))
     examples = []

@@ -26,7 +26,13 @@ from diffopt.core import Context, Pass, option
 from diffopt.ir import graph as g
 from diffopt.ir.aliasing import clone_aliased_outputs, output_aliases
 from diffopt.ir.program import Program
-from diffopt.ir.step_tables import as_row, first_after_arguments, frontier, pass_rows, take_rows
+from diffopt.ir.step_tables import (
+    first_after_arguments,
+    frontier,
+    pass_rows,
+    replace_by_rows,
+    to_row,
+)
 from diffopt.transforms import component_signatures, resample
 
 aten = torch.ops.aten
@@ -78,9 +84,9 @@ class Unroll(Pass):
             values[k].replace_all_uses_with(constant)
         stored = [_one_row([row[k] for row in rows]) for k in varying]
         shapes = [(values[k], list(s[0].shape)) for k, s in zip(varying, stored, strict=True)]
-        groups = take_rows(body, shapes, "row")
+        groups = replace_by_rows(body, shapes, "row")
         for members in groups:
-            table = [as_row([stored[m][c] for m in members]) for c in range(len(calls))]
+            table = [to_row([stored[m][c] for m in members]) for c in range(len(calls))]
             pass_rows(program.root, calls, table, f"{name}_table")
         component_signatures.drop_unread_arguments(program, name)
         ctx.note(name, {"calls": len(calls), "values in tables": len(varying), "table bytes": size})

@@ -148,15 +148,14 @@ class Session:
             {name: save_component(self.processors[name]) for name in used},
             {name: self.processors[name] for name in used},
         )
-        retrace = self._retrace(arguments)
         return Program(
             root,
             host,
             sample,
             guards=guards,
             source=self.source,
-            digests=self.digests,
-            retrace=retrace,
+            digests=dict(self.digests),
+            retrace=self._retrace(arguments),
         )
 
     def _probe(self, scout: Sources) -> tuple[Sources, Recorder]:

@@ -1,4 +1,4 @@
-"""Which values share memory, with one another and with what a program is given."""
+"""Which values share storage: with one another, with weights, with a program's inputs."""
 
 import operator
 from typing import Any
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def view_source(node: fx.Node) -> fx.Node | None:
-    """Return the node whose memory the result of an operator is in; None if it has its own."""
+    """Return the input of an operator of which its result is a view; None for a new tensor."""
     producer = args(node)[0] if is_call(node, operator.getitem) else node
     if producer.op != "call_function":
         return None
@@ -23,16 +23,16 @@ def view_source(node: fx.Node) -> fx.Node | None:
         result = result[args(node)[1]]
     if not isinstance(result, Tensor):
         return None
-    memory = result.untyped_storage()._cdata
+    storage = result.untyped_storage()._cdata
     for source in producer.all_input_nodes:
         value = source.meta["val"]
-        if isinstance(value, Tensor) and value.untyped_storage()._cdata == memory:
+        if isinstance(value, Tensor) and value.untyped_storage()._cdata == storage:
             return source
     return None
 
 
 def storage_owner(node: fx.Node) -> fx.Node:
-    """Return the node that made the memory that a value is in."""
+    """Return the node that allocates the storage of a value."""
     source = view_source(node)
     while source is not None:
         node, source = source, view_source(source)
@@ -40,7 +40,7 @@ def storage_owner(node: fx.Node) -> fx.Node:
 
 
 def storage_origin(program: Program, node: fx.Node) -> tuple[Any, ...]:
-    """Return whose memory a root value is in: "input", "weight" or "value", and which one."""
+    """Return the source of a root value's storage: "input", "weight" or "value", and which one."""
     node = storage_owner(node)
     tensor = stored_tensor(program.root, node)
     if node.op == "placeholder":
@@ -60,20 +60,23 @@ def storage_origin(program: Program, node: fx.Node) -> tuple[Any, ...]:
 
 
 def output_aliases(program: Program) -> set[tuple[Any, ...]]:
-    """Return which outputs share memory with an input, with a weight or with an earlier output."""
-    found: set[tuple[Any, ...]] = set()
+    """Return the outputs that share storage with an input, a weight or an earlier output.
+
+    Each row is the output's index, the other's kind and its name, address or index.
+    """
+    aliases: set[tuple[Any, ...]] = set()
     first: dict[tuple[Any, ...], int] = {}
     for index, node in enumerate(g.outputs(program.root)):
-        where = storage_origin(program, node)
-        if where[0] != "value":
-            found.add((index, *where))
-        elif first.setdefault(where, index) != index:
-            found.add((index, "output", first[where]))
-    return found
+        origin = storage_origin(program, node)
+        if origin[0] != "value":
+            aliases.add((index, *origin))
+        elif first.setdefault(origin, index) != index:
+            aliases.add((index, "output", first[origin]))
+    return aliases
 
 
 def clone_aliased_outputs(program: Program, before: set[tuple[Any, ...]]) -> None:
-    """Copy each output that shares memory now and did not before, as `shared_memory` said."""
+    """Clone each output that has an alias which is not in `before`; see `output_aliases`."""
     outputs = g.outputs(program.root)
     for index in {row[0] for row in output_aliases(program) - before}:
         with program.root.graph.inserting_before(g.output_node(program.root)):

@@ -1,4 +1,4 @@
-"""Several requests in one run of a program that `vectorize` has given a dimension for them."""
+"""Several requests in one run of a program with a leading dimension for them (pass `batch`)."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from diffopt.ir import dynamic_sizes
 from diffopt.ir import graph as g
 
 Axes = dict[str, dict[int, int]]
-"""By component: the axis of each argument that has the size of the batch."""
+"""By component and index of an argument: its axis that has the size of the batch."""
 
 
 def batch_axes(root: fx.GraphModule, size: int) -> Axes:
-    """Return, of each component, which axis of which argument has the size of the batch.
+    """Return which axis of which argument of each component has the size of the batch.
 
-    All shapes are worked out again for another size. Where more than that axis changes, a graph
-    would not serve every size: a `VerifyError`.
+    All shapes are inferred again for the size plus one. Where more than that axis changes, the
+    graph would not serve every size: a `VerifyError`.
     """
     axes: Axes = {}
 
     def called(name: str, body: fx.GraphModule, values: list[Any]) -> None:
         pairs = zip(g.placeholders(body), values, strict=True)
-        found = {
+        batched = {
             index: axis
-            for index, (take, value) in enumerate(pairs)
-            if (axis := _axis(take, value, size)) is not None
+            for index, (formal, value) in enumerate(pairs)
+            if (axis := _axis(formal, value, size)) is not None
         }
-        if axes.setdefault(name, found) != found:
+        if axes.setdefault(name, batched) != batched:
             raise VerifyError(f"{name} is called with and without a dimension for requests")
 
-    takes = []
+    inputs = []
     for node in g.placeholders(root):
         value = node.meta["val"]
-        takes.append(g.fake(torch.empty([size + 1, *value.shape[1:]], dtype=value.dtype)))
-    results = dynamic_sizes.propagate(root, takes, called)
+        inputs.append(g.fake(torch.empty([size + 1, *value.shape[1:]], dtype=value.dtype)))
+    results = dynamic_sizes.propagate(root, inputs, called)
     for node, value in zip(g.outputs(root), results, strict=True):
         if _axis(node, value, size) != 0:
             raise VerifyError(f"output {node.name} has no dimension for requests")
@@ -48,7 +48,7 @@ def batch_axes(root: fx.GraphModule, size: int) -> Axes:
 
 
 def _axis(node: fx.Node, value: Tensor, size: int) -> int | None:
-    """Return the axis along which a value has grown by one from what is recorded, `size`."""
+    """Return the axis along which a value has `size + 1` entries, and `size` are recorded."""
     before, after = list(node.meta["val"].shape), list(value.shape)
     changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
     if not changed:
@@ -59,10 +59,10 @@ def _axis(node: fx.Node, value: Tensor, size: int) -> int | None:
 
 
 def stack(sample: Sequence[Tensor], host: Host, count: int) -> list[Tensor]:
-    """Return the inputs of `count` requests: of the one seen at capture, last, and of others.
+    """Return the stacked inputs of `count` requests: others first, `sample` last.
 
-    The others have that one's random draws and pictures in another order of their elements, so
-    that a value that went to the wrong request would show.
+    In the others the elements of random draws and pictures are permuted, so that a value mixed up
+    between requests changes an output.
     """
     kinds = [step for step in host.steps for _ in range(step.count)]
     free = [isinstance(kind, (Draw, Given, Picture)) for kind in kinds]
@@ -85,7 +85,7 @@ def run_requests(
     requests: Sequence[list[Tensor]],
     limits: tuple[int, int] | None,
 ) -> list[Sequence[Tensor]]:
-    """Return the flat outputs of each request, running as many at once as the limits allow.
+    """Return the flat outputs of each request, of which as many run at once as `limits` allow.
 
     Args:
         run: Runs flat inputs, with a leading dimension for requests where there are limits.
@@ -102,12 +102,12 @@ def run_requests(
 
 
 def _groups(flat: Sequence[list[Tensor]], limits: tuple[int, int]) -> list[list[list[Tensor]]]:
-    """Cut requests into runs that are within the limits."""
+    """Split requests into runs of about equal size within the limits."""
     if not flat:
         return []
     low, high = limits
     runs = -(-len(flat) // high)
     if runs * low > len(flat):
         raise DiffoptError(f"got {len(flat)} requests; it was built for {low} to {high} at once")
-    bounds = [len(flat) * k // runs for k in range(runs + 1)]  # runs of about equal size
+    bounds = [len(flat) * k // runs for k in range(runs + 1)]
     return [list(flat[a:b]) for a, b in itertools.pairwise(bounds)]

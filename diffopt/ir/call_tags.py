@@ -1,14 +1,14 @@
-"""Where a component's call comes from: the component, its step, its branch of guidance.
+"""Tags of component calls: of which component, in which step, of which branch of guidance.
 
 Capture tags every call of the root graph, and passes keep the tags. The step is how many calls of
-the component it waits for, one after the other. Calls of one step that do not wait for each other
+the component it depths for, one after the other. Calls of one step that do not wait for each other
 are branches; a call belongs to the branch whose last call shares most arguments with it (the
 prompt's embedding, say), so that a step without guidance continues the right one.
 
-A pass that lets a call reuse a value from inside an earlier call marks the argument that takes it:
-`meta["reuse"] = True` on the placeholder of the component's body. `verify` reads the source from
-the graph, so the mark cannot go stale when arguments move or equal values are merged. A rule about
-all values would refuse every guidance: both branches' results make the next latents of both.
+A pass that lets a call reuse a value from inside an earlier call marks the argument that it is
+passed as: `meta["reuse"] = True` on the placeholder of the component's body. `verify` reads the
+source from the graph, so the mark cannot go stale when arguments move or equal values are merged.
+A rule about all values would refuse every guidance, whose next latents depend on both branches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Tag:
-    """Which call of a component: the tag stays when the call's body becomes another one."""
+    """Which call of a component: a pass that replaces the call's body keeps the tag."""
 
     component: str
     step: int
@@ -36,35 +36,34 @@ class Tag:
 
 
 def tag(node: fx.Node) -> Tag | None:
-    """Return a call's tag; a call that a pass put before the loop has none."""
+    """Return a call's tag; calls that passes insert before the loop have none."""
     return node.meta.get("tag") if node.op == "call_module" else None
 
 
 def reused(root: fx.GraphModule, call: fx.Node) -> dict[fx.Node, fx.Node]:
-    """Return the values that a call reuses, by the placeholders that take them."""
-    takes = g.placeholders(g.attribute(root, str(call.target)))
-    pairs = zip(takes, call.args, strict=True)
+    """Return the values that a call reuses, by the placeholders that they are passed to."""
+    pairs = zip(g.placeholders(g.attribute(root, str(call.target))), call.args, strict=True)
     return {a: b for a, b in pairs if a.meta.get("reuse") and isinstance(b, fx.Node)}
 
 
 def assign(root: fx.GraphModule) -> None:
     """Tag every component call of a captured root graph."""
-    waits: dict[fx.Node, Mapping[str, int]] = {}  # the calls in a row up to a node, by component
+    depths: dict[fx.Node, Mapping[str, int]] = {}  # the calls in a row up to a node, by component
     branches: dict[str, list[fx.Node]] = {}  # the last call of every branch
     for node in root.graph.nodes:
-        waits[node] = _merge([waits[n] for n in node.all_input_nodes])
+        depths[node] = _maxima([depths[n] for n in node.all_input_nodes])
         if node.op != "call_module":
             continue
         # All bodies of one component have its name; as submodules, the second is `unet_2`.
         component = type(g.attribute(root, str(node.target))).__name__
-        step = waits[node].get(component, 0)
-        waits[node] = {**waits[node], component: step + 1}
+        step = depths[node].get(component, 0)
+        depths[node] = {**depths[node], component: step + 1}
         branch = _branch(node, step, branches.setdefault(component, []))
         node.meta["tag"] = Tag(component, step, branch)
 
 
 def _branch(call: fx.Node, step: int, last: list[fx.Node]) -> int:
-    """Return a call's branch, and make it the last call of that branch."""
+    """Return a call's branch, and record it as the last call of that branch."""
     # Steps of a branch go up in the order of the graph, also where two loops are independent.
     free = [i for i, other in enumerate(last) if other.meta["tag"].step < step]
     if not free:
@@ -84,13 +83,13 @@ def _value(node: fx.Node) -> object:
     return node.target if node.op == "get_attr" else node
 
 
-def _merge(known: Sequence[Mapping[Key, int]]) -> Mapping[Key, int]:
-    """Return the largest numbers; nodes share the mapping where nothing new comes to it."""
-    known = list({id(numbers): numbers for numbers in known if numbers}.values())
-    if len(known) < 2:
-        return known[0] if known else {}
+def _maxima(mappings: Sequence[Mapping[Key, int]]) -> Mapping[Key, int]:
+    """Return the largest number of each key; a single mapping is shared, which saves memory."""
+    mappings = list({id(numbers): numbers for numbers in mappings if numbers}.values())
+    if len(mappings) < 2:
+        return mappings[0] if mappings else {}
     merged: dict[Key, int] = {}
-    for numbers in known:
+    for numbers in mappings:
         for key, number in numbers.items():
             merged[key] = max(number, merged.get(key, number))
     return merged
@@ -100,36 +99,36 @@ def _merge(known: Sequence[Mapping[Key, int]]) -> Mapping[Key, int]:
 
 
 def verify(root: fx.GraphModule) -> None:
-    """Check that tags are unique, that steps follow one another, and what is reused where."""
-    taken: dict[Tag, fx.Node] = {}
+    """Raise a `VerifyError` for tags used twice, steps out of order and reuse across branches."""
+    tagged: dict[Tag, fx.Node] = {}
     latest: dict[fx.Node, Mapping[tuple[str, int], int]] = {}  # the last step of every branch
     for node in root.graph.nodes:
-        latest[node] = _merge([latest[n] for n in node.all_input_nodes])
-        own = tag(node)
-        if own is None:
+        latest[node] = _maxima([latest[n] for n in node.all_input_nodes])
+        this = tag(node)
+        if this is None:
             continue
-        if own in taken:
-            raise _error(node, f"tagged as {own}, and so is {taken[own].format_node()}")
-        taken[own] = node
-        branch = (own.component, own.branch)
+        if this in tagged:
+            raise _error(node, f"tagged as {this}, and so is {tagged[this].format_node()}")
+        tagged[this] = node
+        branch = (this.component, this.branch)
         step = latest[node].get(branch, -1)
-        if step > own.step:
-            raise _error(node, f"tagged as {own}, and depends on step {step} of this branch")
-        latest[node] = {**latest[node], branch: own.step}
+        if step > this.step:
+            raise _error(node, f"tagged as {this}, and depends on step {step} of this branch")
+        latest[node] = {**latest[node], branch: this.step}
         for formal, value in reused(root, node).items():
             sources = _sources(value)
             if not sources:
                 raise _error(node, f"{formal.name} reuses what no earlier step returns")
             for source in sources:  # that its step is an earlier one was checked above
                 if (source.component, source.branch) != branch:
-                    raise _error(node, f"{formal.name} of {own} reuses a value of {source}")
+                    raise _error(node, f"{formal.name} of {this} reuses a value of {source}")
 
 
 def _sources(value: fx.Node) -> list[Tag]:
-    """Return the tags of the calls that a value is computed from without another call between."""
+    """Return the tags of the calls that a value depends on with no other call in between."""
     nodes = g.reachable([value], lambda n: () if n.op == "call_module" else n.all_input_nodes)
-    found = (tag(node) for node in nodes)
-    return sorted((own for own in found if own is not None), key=str)
+    tags = (tag(node) for node in nodes)
+    return sorted((each for each in tags if each is not None), key=str)
 
 
 def _error(call: fx.Node, message: str) -> VerifyError:

@@ -1,4 +1,4 @@
-"""Common subexpressions: which nodes and which graphs compute the same."""
+"""Common subexpression elimination in a graph, and keys by which equal graphs are recognized."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,27 +9,25 @@ from diffopt.ir.nodes import is_pure, memory_layout, replace_node, stored_tensor
 
 
 def eliminate_common_subexpressions(gm: fx.GraphModule, keep: Collection[fx.Node] = ()) -> int:
-    """Compute what is computed twice once, but for `keep`; return how many nodes that saved."""
-    seen: dict[Any, fx.Node] = {}
+    """Replace nodes by earlier equal ones, except for `keep`; return how many were replaced."""
+    first: dict[Any, fx.Node] = {}
     count = 0
     for node in list(gm.graph.nodes):
         if node in keep or not (node.op == "call_module" or is_pure(node)):
             continue
         tensor = stored_tensor(gm, node)
-        what = node.target if tensor is None else id(tensor)
-        first = seen.setdefault(
-            (node.op, what, argument_key(node.args), argument_key(node.kwargs)), node
-        )
-        if first is not node:
-            replace_node(node, first)
+        target = node.target if tensor is None else id(tensor)
+        key = node.op, target, argument_key(node.args), argument_key(node.kwargs)
+        if first.setdefault(key, node) is not node:
+            replace_node(node, first[key])
             count += 1
     return count
 
 
 def argument_key(value: Any, names: Mapping[fx.Node, Any] | None = None) -> Any:
-    """Return an argument as something hashable that tells 1 from 1.0 and 0.0 from -0.0.
+    """Return a hashable form of an argument, which differs for 1 and 1.0, and for 0.0 and -0.0.
 
-    `names` gives nodes other names than their identity, to compare different graphs.
+    Nodes count by identity, or by their `names`, so that different graphs can be compared.
     """
     if isinstance(value, fx.Node):
         return ("node", names[value] if names else id(value))
@@ -41,26 +39,20 @@ def argument_key(value: Any, names: Mapping[fx.Node, Any] | None = None) -> Any:
 
 
 def structural_key(gm: fx.GraphModule) -> tuple[Any, ...]:
-    """Return what a component does, by its weights' identity and without its nodes' names."""
+    """Return a key that is equal for components of equal nodes and identical weights.
+
+    Nodes count by their position; of placeholders, the memory layout and the mark `reuse` count.
+    """
     names: dict[fx.Node, Any] = {}
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for node in gm.graph.nodes:
         tensor = stored_tensor(gm, node)
         if node.op == "placeholder":
-            row: tuple[Any, ...] = (
-                node.op,
-                memory_layout(node.meta["val"]),
-                bool(node.meta.get("reuse")),
-            )
+            key: tuple[Any, ...] = memory_layout(node.meta["val"]), bool(node.meta.get("reuse"))
         elif tensor is not None:
-            row = (node.op, id(tensor))
+            key = (id(tensor),)
         else:
-            row = (
-                node.op,
-                node.target,
-                argument_key(node.args, names),
-                argument_key(node.kwargs, names),
-            )
+            key = node.target, argument_key(node.args, names), argument_key(node.kwargs, names)
         names[node] = len(names)
-        rows.append(row)
+        rows.append((node.op, *key))
     return tuple(rows)

@@ -1,4 +1,4 @@
-"""Floating point operations of graphs and of single nodes, as torch's own counter has them."""
+"""Floating point operations of graphs and nodes, counted by torch's `FlopCounterMode`."""
 
 import operator
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from diffopt.ir.graph import FAKE_MODE
 aten = torch.ops.aten
 
 
-def graph_flops(gm: fx.GraphModule, own: Mapping[str, int] | None = None) -> int:
+def graph_flops(gm: fx.GraphModule, components: Mapping[str, int] | None = None) -> int:
     """Return the floating point operations of one run: 2 a multiply-add.
 
-    Matrix products, convolutions and attention count, as in torch's own counter. `own` gives the
-    cost of the submodules that `gm` calls, by name.
+    Matrix products, convolutions and attention count, as in torch's own counter. `components` are
+    the FLOPs of the components that `gm` calls, by name; without, calls count nothing.
     """
     total = 0
     for node in gm.graph.nodes:
-        if node.op == "call_module" and own is not None:
-            total += own[str(node.target)]
+        if node.op == "call_module" and components is not None:
+            total += components[str(node.target)]
         elif node.op == "call_function" and node.target is not operator.getitem:
             total += node_flops(node)
     return total
@@ -33,18 +33,18 @@ def node_flops(node: fx.Node) -> int:
     if not _may_cost(node.target):
         return 0
     key = node.target, str(fx.map_arg((node.args, node.kwargs), _sizes))
-    if key not in _COUNTED:
+    if key not in _FLOPS:
         counter = flop_counter()
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with FAKE_MODE, torch.no_grad(), counter:
             node.target(*args, **kwargs)  # type: ignore[operator]
-        _COUNTED[key] = int(counter.get_total_flops())
-    return _COUNTED[key]
+        _FLOPS[key] = int(counter.get_total_flops())
+    return _FLOPS[key]
 
 
 # FLOPs by operator and sizes: the counter takes a millisecond, and graphs are counted after every
 # pass.
-_COUNTED: dict[tuple[Any, str], int] = {}
+_FLOPS: dict[tuple[Any, str], int] = {}
 
 
 def _sizes(node: fx.Node) -> Any:
@@ -53,10 +53,10 @@ def _sizes(node: fx.Node) -> Any:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return what counts the floating point operations of what runs inside it."""
-    # The counter knows what attention is on GPUs alone, and would take it for free here.
-    own = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    return FlopCounterMode(display=False, custom_mapping=own)
+    """Return a mode that counts the floating point operations of all operators run in it."""
+    # torch's counter has no formula for the CPU's fused attention, and would count it as 0.
+    cpu_attention = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    return FlopCounterMode(display=False, custom_mapping=cpu_attention)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -64,7 +64,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 def _may_cost(target: Any) -> bool:
-    """Tell whether FLOPs can come of an operator: running the counter on every node is slow."""
+    """Tell whether an operator may have FLOPs: running the counter on every node is slow."""
     name = str(target)
     return any(
         word in name

@@ -1,7 +1,7 @@
-"""fx helpers shared by capture, passes and targets: values, printing, hashing, copying, costs.
+"""Build, walk, copy, sort and prune fx graphs: the root graph and bodies of components alike.
 
-Everything here works on the two levels of a program alike. A node's `meta["val"]` is a FakeTensor
-of the process-wide mode `FAKE`, so values of graphs captured at different times can be mixed.
+A node's `meta["val"]` is a FakeTensor of the process-wide mode `FAKE_MODE`, so that values of
+graphs captured at different times can be mixed.
 """
 
 import operator
@@ -20,7 +20,7 @@ FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake(value: Any) -> Any:
-    """Return `value` with every tensor replaced by a FakeTensor of `FAKE` of the same layout."""
+    """Return `value` with every tensor replaced by a FakeTensor of the same shape and strides."""
     if isinstance(value, Tensor):
         # A parameter's fake would count as one more leaf that requires a gradient.
         with FAKE_MODE, torch.no_grad():
@@ -36,7 +36,7 @@ def fake(value: Any) -> Any:
 
 
 def attribute(owner: torch.nn.Module, name: str) -> Any:
-    """Return what a dotted attribute name means on `owner`."""
+    """Return the attribute of `owner` with a dotted name."""
     for part in name.split("."):
         owner = getattr(owner, part)
     return owner
@@ -45,7 +45,7 @@ def attribute(owner: torch.nn.Module, name: str) -> Any:
 def add_attribute(gm: fx.GraphModule, name: str, value: Tensor) -> str:
     """Register a weight or constant on `gm` under a free name near `name`; return that name.
 
-    A tensor that `gm` already has keeps the name it has, so weights are never listed twice.
+    A tensor that `gm` already has keeps its name, so that weights are never listed twice.
     """
     for existing, tensor in named_tensors(gm):
         if tensor is value:
@@ -63,7 +63,7 @@ def add_attribute(gm: fx.GraphModule, name: str, value: Tensor) -> str:
 
 
 def named_tensors(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers that belong to `gm` itself, not to its submodules."""
+    """Yield the parameters and buffers of `gm` itself by name, without those of submodules."""
     yield from gm._parameters.items()  # type: ignore[misc]
     yield from gm._buffers.items()  # type: ignore[misc]
 
@@ -78,9 +78,9 @@ def get_attr(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
 def call(
     graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any
 ) -> fx.Node:
-    """Insert a `call_function` node at the current insertion point, with its value propagated.
+    """Insert a `call_function` node at the current insertion point, and infer its value.
 
-    `like` gives the new node its provenance (`module`, `where`).
+    The new node's provenance (`module`, `where`) is copied from `like`.
     """
     node = graph.call_function(target, args, kwargs)
     for key in ("module", "where"):
@@ -91,21 +91,21 @@ def call(
 
 
 def to_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """Return a tensor in another type, which is itself if it has that."""
+    """Return a node of the same tensor in `dtype`: the node itself if that is its dtype."""
     if node.meta["val"].dtype == dtype:
         return node
     return call(graph, aten._to_copy.default, node, dtype=dtype)
 
 
-def infer_value(node: fx.Node, gm: fx.GraphModule | None = None) -> Any:
-    """Return the fake value of a `call_function` node from its arguments' values."""
+def infer_value(node: fx.Node) -> Any:
+    """Return the fake value of a `call_function` node, inferred from its arguments' values."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with FAKE_MODE, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def prune_unused(gm: fx.GraphModule) -> bool:
-    """Drop dead nodes, then tensors and submodules that no node names; return whether any went."""
+    """Remove dead nodes, then unused tensors and submodules; return whether any were there."""
     changed = gm.graph.eliminate_dead_code(
         is_impure_node=lambda n: n.op in ("placeholder", "output")
     )
@@ -151,7 +151,7 @@ def copy_nodes(
 ) -> None:
     """Append copies of `nodes` (in topological order) to `target`.
 
-    `env` maps old nodes to new ones, and is extended; nodes that it already maps are left out.
+    `env` maps old nodes to new ones and is extended; nodes that it maps already are not copied.
     Weights and submodules are shared by reference.
     """
     for node in nodes:
@@ -168,40 +168,40 @@ def copy_nodes(
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes and everything that they are computed from."""
+    """Return the nodes and all nodes that they are computed from."""
     return reachable(nodes, lambda node: node.all_input_nodes)
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes and everything that is computed from them."""
+    """Return the nodes and all nodes that are computed from them."""
     return reachable(nodes, lambda node: node.users)
 
 
 def reachable(
     nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
 ) -> set[fx.Node]:
-    """Return the nodes and everything to which `neighbours` leads from them."""
-    found: set[fx.Node] = set()
+    """Return the nodes and all nodes that can be reached from them over `neighbours`."""
+    visited: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
-            found.add(node)
+        if node not in visited:
+            visited.add(node)
             stack.extend(neighbours(node))
-    return found
+    return visited
 
 
 def extract_subgraph(
-    body: fx.GraphModule, takes: Sequence[fx.Node], values: Sequence[fx.Node], name: str
+    body: fx.GraphModule, arguments: Sequence[fx.Node], results: Sequence[fx.Node], name: str
 ) -> fx.GraphModule:
-    """Return the part of a body that computes `values` from some of its arguments."""
-    part, env = new_body(name), dict[fx.Node, fx.Node]()
-    needed = ancestors(values) - set(takes)
-    copy_nodes([*takes, *(n for n in body.graph.nodes if n in needed)], body, part, env)
-    part.graph.output(tuple(env[v] for v in values))
-    set_outputs(part, [env[v] for v in values])
-    part.recompile()
-    return part
+    """Return a new body that computes `results` from `arguments`, placeholders of `body`."""
+    subgraph, env = new_body(name), dict[fx.Node, fx.Node]()
+    needed = ancestors(results) - set(arguments)
+    copy_nodes([*arguments, *(n for n in body.graph.nodes if n in needed)], body, subgraph, env)
+    subgraph.graph.output(tuple(env[v] for v in results))
+    set_outputs(subgraph, [env[v] for v in results])
+    subgraph.recompile()
+    return subgraph
 
 
 def copy_inlined(
@@ -210,13 +210,13 @@ def copy_inlined(
     target: fx.GraphModule,
     env: dict[fx.Node, fx.Node],
 ) -> None:
-    """Append copies of `nodes` with the components that they call written out; see `copy_nodes`."""
+    """Append copies of `nodes`, with the bodies of component calls inlined; see `copy_nodes`."""
     results: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         if node.op == "call_module":
             body = attribute(source, str(node.target))
-            given = [env[a] for a in node.args if isinstance(a, fx.Node)]
-            inner = dict(zip(placeholders(body), given, strict=True))
+            actual = [env[a] for a in node.args if isinstance(a, fx.Node)]
+            inner = dict(zip(placeholders(body), actual, strict=True))
             copy_nodes(
                 [n for n in body.graph.nodes if n.op not in ("placeholder", "output")],
                 body,
@@ -231,7 +231,7 @@ def copy_inlined(
 
 
 def sort_topologically(gm: fx.GraphModule) -> None:
-    """Put every node after what it reads; otherwise the order stays. A cycle is a `VerifyError`."""
+    """Move nodes behind their inputs, in the order of before; a cycle is a `VerifyError`."""
     done: set[fx.Node] = set()
     begun: set[fx.Node] = set()
     nodes = list(gm.graph.nodes)
@@ -255,7 +255,7 @@ def sort_topologically(gm: fx.GraphModule) -> None:
 
 
 def import_traced(traced: fx.GraphModule, source: fx.GraphModule, name: str) -> fx.GraphModule:
-    """Return what `make_fx` traced of `source` as a body; the same tensors are its weights."""
+    """Return the graph that `make_fx` traced of `source` as a body that shares its weights."""
     body = new_body(name)
     names = {id(tensor): key for key, tensor in named_tensors(source)}
     env: dict[fx.Node, fx.Node] = {}
@@ -290,19 +290,19 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
 
 def nodes_in(arguments: Any) -> list[fx.Node]:
     """Return the nodes in nested arguments."""
-    found: list[fx.Node] = []
-    fx.map_arg(arguments, found.append)
-    return found
+    nodes: list[fx.Node] = []
+    fx.map_arg(arguments, nodes.append)
+    return nodes
 
 
 def value_bytes(value: Any) -> int:
-    """Return what a node's value takes: a tensor, several, or what takes nothing."""
+    """Return the bytes of a node's value: of a tensor, of all in a tuple; 0 for anything else."""
     if isinstance(value, (list, tuple)):
         return sum(map(value_bytes, value))
     return value.nbytes if isinstance(value, Tensor) else 0
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of distinct tensors."""
+    """Return the bytes of the tensors, each counted once."""
     unique = {id(t): t for t in tensors}  # holds them, so that no two share an id
     return sum(t.numel() * t.element_size() for t in unique.values())

@@ -22,7 +22,7 @@ _UNINITIALISED = (
 
 
 def args(node: fx.Node) -> tuple[Any, ...]:
-    """Return a node's arguments, which fx types too closely to be looked at."""
+    """Return a node's arguments as `Any`: fx's own type of them allows no access to their parts."""
     return node.args
 
 
@@ -32,17 +32,17 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """Return an argument that may be given by position, by name or not at all."""
+    """Return an argument that a call passes by position or by name, else its default."""
     return args(node)[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
-    """Return a convolution's strides, paddings, dilations, each for every axis, and groups."""
+    """Return a convolution's strides, paddings and dilations, each by spatial axis, and groups."""
     count = args(node)[1].meta["val"].dim() - 2
 
     def each(position: int, name: str, default: int) -> list[int]:
-        given = argument(node, position, name, default)
-        sizes = [given] if isinstance(given, int) else list(given)
+        value = argument(node, position, name, default)
+        sizes = [value] if isinstance(value, int) else list(value)
         return sizes * count if len(sizes) == 1 else sizes
 
     sizes = each(3, "stride", 1), each(4, "padding", 0), each(5, "dilation", 1)
@@ -58,7 +58,7 @@ def stored_tensor(gm: fx.GraphModule, node: Any) -> Tensor | None:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Tell whether a node's result depends on its arguments alone and it writes into none."""
+    """Tell whether a node's result depends on its arguments alone, and it mutates none of them."""
     if node.op != "call_function":
         return node.op == "get_attr"
     if node.target is operator.getitem:
@@ -76,34 +76,34 @@ def is_pure_graph(gm: fx.GraphModule) -> bool:
     return all(is_pure(n) for n in gm.graph.nodes if n.op not in ("placeholder", "output"))
 
 
-def replace_node(node: fx.Node, by: fx.Node) -> None:
-    """Let `by` stand for `node` everywhere, and erase `node`."""
-    node.replace_all_uses_with(by)
+def replace_node(node: fx.Node, new: fx.Node) -> None:
+    """Replace all uses of `node` with `new`, and erase `node`."""
+    node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
 def memory_layout(value: Any) -> tuple[Any, ...] | None:
-    """Return what a tensor is in memory: type, shape, strides, offset; None for other values."""
+    """Return a tensor's dtype, device, shape, strides and offset; None for other values."""
     if not isinstance(value, Tensor):
         return None
     return value.dtype, value.device, tuple(value.shape), value.stride(), value.storage_offset()
 
 
 def same_layout(a: fx.Node, b: fx.Node) -> bool:
-    """Tell whether two values have the same type, shape and strides."""
+    """Tell whether two tensors have the same dtype, device, shape and strides."""
     one, other = memory_layout(a.meta["val"]), memory_layout(b.meta["val"])
     return one is not None and other is not None and one[:4] == other[:4]
 
 
 def fake_call(target: Any, arguments: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
-    """Run an operator on values, of which nodes stand for their fake values."""
-    given = fx.map_arg((arguments, dict(kwargs or {})), lambda n: n.meta["val"])
+    """Return the fake result of an operator on arguments that may be nodes or contain them."""
+    args, kwargs = fx.map_arg((arguments, dict(kwargs or {})), lambda n: n.meta["val"])
     with g.FAKE_MODE, torch.no_grad():
-        return target(*given[0], **given[1])
+        return target(*args, **kwargs)
 
 
 def weight_uses(program: Program) -> dict[int, int]:
-    """Return how often each stored tensor is used in all graphs, by identity."""
+    """Return the number of uses of each stored tensor in all graphs, by the tensor's id."""
     counts: dict[int, int] = {}
     for gm in program.graphs.values():
         for node in gm.graph.find_nodes(op="get_attr"):

@@ -11,7 +11,7 @@ from diffopt.ir.graph import attribute
 
 
 def target_name(node: fx.Node) -> str:
-    """Return a stable, readable name of what a node calls."""
+    """Return a stable, readable name of a node's target."""
     if isinstance(node.target, str):
         return node.target
     if isinstance(node.target, torch._ops.OpOverload):
@@ -21,7 +21,7 @@ def target_name(node: fx.Node) -> str:
 
 
 def format_type(value: Any) -> str:
-    """Return a value's type, such as `float32[2,3]`."""
+    """Return a value's dtype and shape, such as `float32[2,3]`."""
     if isinstance(value, Tensor):
         shape = ",".join(str(s) for s in value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}[{shape}]"
@@ -33,7 +33,7 @@ def format_type(value: Any) -> str:
 def format_graph(gm: fx.GraphModule, constants: Callable[[Tensor], str] | None = None) -> str:
     """Return the graph as text with stable numbering, one node a line.
 
-    `constants` adds a description to each `get_attr`, as `fingerprint` does.
+    `constants` describes the tensor of a `get_attr`, for hashes; see `graph_fingerprint`.
     """
     names: dict[fx.Node, str] = {}
     lines = []

@@ -28,10 +28,11 @@ from diffopt.storage import program_file
 
 FORMAT = 1
 
-# Programs that are kept for other numbers of tokens; the one that was made first goes first.
-VARIANTS = 8
+MAX_VARIANTS = 8
+"""How many programs for other numbers of tokens are kept; the oldest is evicted first."""
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Program:
     """A captured sampling program.
 
@@ -39,53 +40,42 @@ class Program:
         root: The pipeline graph; its submodules are the components, its buffers the constants.
         host: How the caller's arguments become the graph's inputs, and its outputs the result.
         sample: The flat inputs seen at capture, on which rewrites are checked.
+        guards: What Python read of the inputs at capture; None if nothing.
         history: One record a pass that has run, oldest first, as JSON.
         source: What it was traced from, as text.
-        digests: One of the weights of each of the pipeline's modules at capture, by name.
-        guards: What Python read of the inputs at capture; None if nothing.
+        digests: Of the weights at capture, by the name of the pipeline's module; see
+            `weight_digests`.
         batch: The fewest and the most requests of one run, a leading dimension of all inputs and
             outputs; None: each run serves one, and there is no such dimension.
         lengths: Numbers of tokens that the inputs' shapes do not fix.
         retrace: Capture again with other arguments; None where the pipeline is not at hand.
+        variants: Programs for other numbers of tokens, captured by calls.
     """
 
-    def __init__(
-        self,
-        root: fx.GraphModule,
-        host: h.Host,
-        sample: Sequence[Tensor],
-        *,
-        guards: Guards | None = None,
-        history: Sequence[Mapping[str, Any]] = (),
-        source: str = "",
-        digests: Mapping[str, str] | None = None,
-        batch: tuple[int, int] | None = None,
-        lengths: Sequence[dynamic_sizes.Length] = (),
-        retrace: Callable[..., "Program"] | None = None,
-    ) -> None:
-        self.root = root
-        self.host = host
-        self.sample = list(sample)
-        self.guards = guards
-        self.history = list(history)
-        self.source = source
-        self.digests = dict(digests or {})
-        self.batch = batch
-        self.lengths = list(lengths)
-        self.retrace = retrace
-        self.variants: list[Program] = []
+    root: fx.GraphModule
+    host: h.Host
+    sample: list[Tensor]
+    _: dataclasses.KW_ONLY
+    guards: Guards | None = None
+    history: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
+    source: str = ""
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    batch: tuple[int, int] | None = None
+    lengths: list[dynamic_sizes.Length] = dataclasses.field(default_factory=list)
+    retrace: Callable[..., "Program"] | None = None
+    variants: list["Program"] = dataclasses.field(default_factory=list, init=False)
 
     # Running
 
     def __call__(self, **arguments: Any) -> Any:
-        """Run the program as the pipeline was called; returns what the pipeline returns.
+        """Run the program as the pipeline was called, and return what the pipeline returns.
 
-        Texts of another number of tokens, where the pipeline does not fix it, are captured when
-        they first come, while the pipeline is at hand.
+        Texts of a number of tokens not seen before, where the pipeline does not fix it, are
+        captured by their first call, while the pipeline is at hand.
         """
         if self.batch:
             return self.serve([arguments])[0]
-        program, tensors = self._fitting(arguments)
+        program, tensors = self._variant_for(arguments)
         return program.pack(program.run(tensors), arguments.get("output_type"))
 
     def serve(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -99,7 +89,7 @@ class Program:
         run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
         requests: Sequence[Mapping[str, Any]],
     ) -> list[Any]:
-        """Return what each call returns where `run` executes the graph; see `serve`."""
+        """Return the result of each call where `run` executes the graph; see `serve`."""
         flat = [self.prepare(**request) for request in requests]
         outputs = batching.run_requests(run, flat, self.batch)
         return [
@@ -107,8 +97,8 @@ class Program:
             for tensors, request in zip(outputs, requests, strict=True)
         ]
 
-    def _fitting(self, arguments: Mapping[str, Any]) -> tuple["Program", list[Tensor]]:
-        """Return this program or its variant that fits the texts, and its flat inputs."""
+    def _variant_for(self, arguments: Mapping[str, Any]) -> tuple["Program", list[Tensor]]:
+        """Return the program or variant for these texts' numbers of tokens, and its flat inputs."""
         try:
             return self, self.prepare(**arguments)
         except Mismatch as error:
@@ -118,13 +108,13 @@ class Program:
             with contextlib.suppress(Mismatch):
                 return variant, variant.prepare(**arguments)
         variant = self.retrace(**{k: v for k, v in arguments.items() if k != "seed"})
-        self.variants = [*self.variants[1 - VARIANTS :], variant]
+        self.variants = [*self.variants[1 - MAX_VARIANTS :], variant]
         return variant, variant.prepare(**arguments)
 
     def prepare(self, **arguments: Any) -> list[Tensor]:
         """Return the flat inputs for a call with these arguments: those of one request.
 
-        Where that fails, generators are left as they were.
+        Where that raises, the generators' states are restored.
         """
         generators = [v for _, v in h.leaves(arguments) if isinstance(v, torch.Generator)]
         states = [(x, x.get_state()) for x in (torch.default_generator, *generators)]
@@ -166,7 +156,7 @@ class Program:
         return tensors
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Execute the graph on flat inputs; returns flat outputs."""
+        """Execute the graph on flat inputs, and return its flat outputs."""
         with torch.no_grad():
             return tuple(self.root(*tensors))
 
@@ -186,10 +176,10 @@ class Program:
         return batching.stack(self.sample, self.host, count or self.batch[1])
 
     def sample_outputs(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return those outputs of a run on `sample_inputs` that are of the inputs at capture."""
+        """Return the part of the outputs of a run on `sample_inputs` that belongs to `sample`."""
         return [output[-1] if self.batch else output for output in outputs]
 
-    # Looking
+    # Inspecting
 
     @property
     def components(self) -> dict[str, fx.GraphModule]:
@@ -217,11 +207,11 @@ class Program:
 
     def flops(self) -> int:
         """Return the floating point operations of one run."""
-        own = {name: graph_flops(gm) for name, gm in self.components.items()}
-        return graph_flops(self.root, own)
+        costs = {name: graph_flops(gm) for name, gm in self.components.items()}
+        return graph_flops(self.root, costs)
 
     def releasable(self) -> list[str]:
-        """Return the weights that no component called more than once uses, as component.name.
+        """Return the weights that no component called more than once reads, as "component.name".
 
         They are read only before or after the loop, so a runtime may release them there.
         """
@@ -254,24 +244,20 @@ class Program:
         ]
         return "\n\n".join([f"program:\n{_indent(format_graph(self.root))}", *bodies])
 
-    # Changing
+    # Rewriting
 
     def clone(self) -> "Program":
         """Return a copy whose graphs can be changed; weights are shared by reference."""
         root = g.clone(self.root)
         for name, gm in self.components.items():
             root._modules[name] = g.clone(gm)
-        return Program(
-            root,
-            self.host,
-            self.sample,
-            guards=self.guards,
-            history=self.history,
-            source=self.source,
-            digests=self.digests,
-            batch=self.batch,
-            lengths=self.lengths,
-            retrace=self.retrace,
+        return dataclasses.replace(
+            self,
+            root=root,
+            sample=list(self.sample),
+            history=list(self.history),
+            digests=dict(self.digests),
+            lengths=list(self.lengths),
         )
 
     def add_component(self, name: str, body: fx.GraphModule) -> str:
@@ -288,7 +274,7 @@ class Program:
     ) -> list[fx.Node]:
         """Insert a call of a component at the root graph's insertion point; return its results.
 
-        `tag` is that of the call which it takes the place of.
+        `tag` is that of the call which it replaces.
         """
         node = self.root.graph.call_module(component, tuple(arguments))
         if tag is not None:
@@ -299,7 +285,7 @@ class Program:
         ]
 
     def refresh(self) -> None:
-        """Drop what is unused and recompile every graph; a pass need not call it."""
+        """Drop dead nodes and unused tensors and recompile every graph; a pass need not call it."""
         g.prune_unused(self.root)
         for gm in [*self.components.values(), self.root]:
             g.prune_unused(gm)
@@ -310,9 +296,9 @@ class Program:
     def verify(self) -> None:
         """Check the invariants of the IR; a broken one is a `VerifyError`.
 
-        Graphs are well formed; values' recorded shapes and dtypes are what propagation gives; every
-        component call names a component and passes what it takes; tags are those of a loop (see
-        `tags`); inputs fit the host's steps.
+        Graphs are well formed; values' recorded shapes and dtypes are those that operators infer;
+        every call names a component and passes arguments of its types; tags are those of a loop
+        (see `call_tags`); the sample inputs have the types of the placeholders.
         """
         for name, gm in self.graphs.items():
             verify_graph(name or "program", gm, is_root=not name)
@@ -323,10 +309,10 @@ class Program:
             batching.batch_axes(self.root, self.batch[1])
         if self.lengths:
             dynamic_sizes.bounds(self.root, self.lengths)
-        takes = g.placeholders(self.root)
-        if len(self.sample) != len(takes):
-            raise VerifyError(f"program: {len(takes)} placeholders for {len(self.sample)} inputs")
-        for node, tensor in zip(takes, self.sample_inputs(), strict=True):
+        placeholders = g.placeholders(self.root)
+        if (count := len(placeholders)) != len(self.sample):
+            raise VerifyError(f"program: {count} placeholders for {len(self.sample)} inputs")
+        for node, tensor in zip(placeholders, self.sample_inputs(), strict=True):
             verify_type(f"program: input {node.name}", node.meta["val"], tensor)
 
     # Saving
@@ -372,7 +358,7 @@ class Program:
     def from_members(
         data: Mapping[str, Any], tensors: Mapping[str, Tensor], assets: Mapping[str, bytes]
     ) -> "Program":
-        """Rebuild a program from `to_members`' pieces."""
+        """Rebuild a program from what `to_members` returned."""
         shared: dict[str, Tensor] = {}
 
         def table(graph: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -405,13 +391,13 @@ class Program:
             guards=guards,
             history=data["history"],
             source=data["source"],
-            digests=data.get("digests"),  # engines of earlier versions have none
+            digests=data.get("digests") or {},  # engines of earlier versions have none
             batch=tuple(data["batch"]) if data.get("batch") else None,
             lengths=[dynamic_sizes.Length.from_json(row) for row in data.get("lengths", ())],
         )
 
     def save(self, path: str | os.PathLike[str], compress: int | None = None) -> None:
-        """Write the program to one file: whole, or as it was before.
+        """Write the program to one file, atomically.
 
         `compress` is the level of zstandard, 1 to 22, for parts that get smaller; None: no part.
         """
@@ -419,7 +405,7 @@ class Program:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Program":
-        """Read a program that `save` wrote; a file that is none is a `DiffoptError`."""
+        """Read a program that `save` wrote; another file is a `DiffoptError`."""
         data, tensors, assets = program_file.read(path)
         if data["format"] != FORMAT:
             raise DiffoptError(
@@ -431,9 +417,7 @@ class Program:
 
 def _restride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
     """Return the values in another memory layout, on which a kernel's order of sums can depend."""
-    if list(tensor.stride()) == list(stride):
-        return tensor
-    if 0 in stride:
+    if list(tensor.stride()) == list(stride) or 0 in stride:
         return tensor
     result = torch.empty_strided(tensor.shape, tuple(stride), dtype=tensor.dtype)
     return result.copy_(tensor)

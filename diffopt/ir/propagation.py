@@ -1,4 +1,4 @@
-"""Values behind nodes that a rewrite has changed: shapes, types and memory layouts."""
+"""Memory layouts behind a rewrite: inferred anew downstream, and restored at outputs."""
 
 from collections.abc import Collection
 from typing import Any
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def infer_or_reshape(node: fx.Node) -> Any:
-    """Return a node's value; a view that another layout does not allow becomes a `reshape`."""
+    """Return a node's fake value; a view that its input's strides forbid becomes a `reshape`."""
     try:
         return g.infer_value(node)
     except (RuntimeError, ValueError):
@@ -25,9 +25,9 @@ def infer_or_reshape(node: fx.Node) -> Any:
 
 
 def propagate_layouts(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
-    """Record the values behind nodes whose memory layout changed.
+    """Infer and record the values downstream of nodes whose memory layout changed.
 
-    A view that the new layout does not allow becomes a `reshape`.
+    A view that the new strides forbid becomes a `reshape`. `changed` is extended.
     """
     for node in gm.graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
@@ -38,11 +38,17 @@ def propagate_layouts(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
             changed.add(node)
 
 
-def restore_output_layouts(program: Program, name: str, kept: Collection[object]) -> None:
-    """Give the outputs of a graph the memory layout back that they had."""
+def restore_output_layouts(program: Program, name: str, layouts: Collection[object]) -> None:
+    """Clone each output whose `memory_layout` is not that of before, and update the callers.
+
+    Args:
+        program: The program.
+        name: The component that returns them; "" for the root graph.
+        layouts: The memory layout of each output before the rewrite.
+    """
     gm = program.graphs[name]
     outputs = g.outputs(gm)
-    for index, (node, before) in enumerate(zip(outputs, kept, strict=True)):
+    for index, (node, before) in enumerate(zip(outputs, layouts, strict=True)):
         if memory_layout(node.meta["val"]) != before:
             with gm.graph.inserting_before(g.output_node(gm)):
                 outputs[index] = g.call(gm.graph, aten.clone.default, node, like=node)

@@ -1,4 +1,4 @@
-"""The sampling loop of a program: calls of one body that follow one another."""
+"""The sampling loop of an unrolled program: calls of one component, step after step."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CallKey = tuple[int, int]
 
 @dataclass(eq=False)
 class Loop:
-    """The sampling loop: calls of one body that follow one another.
+    """The calls of the component that a sampling loop spends most on.
 
     Attributes:
-        program: Where it is.
-        name: The body's name as a component of the program.
-        body: What one call computes.
+        program: The program.
+        name: The component's name.
+        body: The component's graph.
         calls: By step and branch, both counted from 0, in the order of the graph.
-        steps: How many.
-        branches: How many calls a step may have.
+        steps: The number of steps.
+        branches: The largest number of calls in a step.
     """
 
     program: Program
@@ -40,51 +40,55 @@ class Loop:
     branches: int
 
     def flops(self, values: Iterable[fx.Node] = ()) -> int:
-        """Return the floating point operations of one call that is given these values."""
-        taken = dict.fromkeys(values)
-        return self.cost(self.live_nodes(taken) - taken.keys())
+        """Return the FLOPs of one call to which these values are passed as arguments."""
+        reused = dict.fromkeys(values)
+        return self.cost(self.live_nodes(reused) - reused.keys())
 
     def cost(self, nodes: Iterable[fx.Node]) -> int:
-        """Return the floating point operations of some nodes of the body."""
+        """Return the FLOPs of some nodes of the body."""
         return sum(self._costs.get(node, 0) for node in nodes)
 
     @cached_property
     def _costs(self) -> dict[fx.Node, int]:
-        own = [n for n in self.body.graph.nodes if n.op == "call_function"]
-        return {n: node_flops(n) for n in own if n.target is not operator.getitem}
+        functions = [n for n in self.body.graph.nodes if n.op == "call_function"]
+        return {n: node_flops(n) for n in functions if n.target is not operator.getitem}
 
     @cached_property
     def positions(self) -> dict[fx.Node, int]:
-        """Where each node is in the body."""
+        """The index of each node in the body."""
         return {node: i for i, node in enumerate(self.body.graph.nodes)}
 
     @cached_property
     def loop_variant(self) -> list[fx.Node]:
-        """The arguments of the body that depend on an earlier call."""
-        late = g.descendants(self.calls.values())
-        takes = enumerate(g.placeholders(self.body))
-        return [n for i, n in takes if any(c.args[i] in late for c in self.calls.values())]
+        """The placeholders of the body whose arguments depend on an earlier call of the loop."""
+        variant = g.descendants(self.calls.values())
+        calls = self.calls.values()
+        formals = enumerate(g.placeholders(self.body))
+        return [n for i, n in formals if any(call.args[i] in variant for call in calls)]
 
     def live_nodes(
-        self, taken: Mapping[fx.Node, fx.Node | None], more: Iterable[fx.Node] = ()
+        self, reused: Mapping[fx.Node, fx.Node | None], more: Iterable[fx.Node] = ()
     ) -> set[fx.Node]:
-        """Return what the results need, and `more`, if values are taken, each with its base."""
+        """Return the nodes that the results and `more` need where values are reused.
+
+        A reused value needs none of its inputs, only the base that `reused` has for it, if any.
+        """
 
         def needs(node: fx.Node) -> Iterable[fx.Node]:
-            if node not in taken:
+            if node not in reused:
                 return node.all_input_nodes
-            base = taken[node]
+            base = reused[node]
             return () if base is None else (base,)
 
         return g.reachable([*g.outputs(self.body), *more], needs)
 
 
 def find_loop(program: Program) -> Loop:
-    """Return the calls on which the program's loop spends most."""
+    """Return the calls on which the program spends most; a `DiffoptError` without a loop."""
     loops: dict[str, dict[CallKey, fx.Node]] = {}
     for call in program.calls():
-        if (own := call_tags.tag(call)) is not None:
-            loops.setdefault(str(call.target), {})[own.step, own.branch] = call
+        if (tag := call_tags.tag(call)) is not None:
+            loops.setdefault(str(call.target), {})[tag.step, tag.branch] = call
     loops = {n: calls for n, calls in loops.items() if len({step for step, _ in calls}) > 1}
     if not loops:
         raise DiffoptError(
@@ -103,7 +107,7 @@ def find_loop(program: Program) -> Loop:
 
 
 def _passes_constants(program: Program, name: str) -> bool:
-    """Tell whether some argument of a component, such as the timestep, is a constant a call."""
+    """Tell whether some argument, such as the timestep, is another constant in each call."""
     for actual in zip(*(nodes.args(call) for call in program.calls(name)), strict=True):
         if all(node.op == "get_attr" for node in actual) and len({n.target for n in actual}) > 1:
             return True

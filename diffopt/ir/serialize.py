@@ -20,13 +20,14 @@ _ENUMS: dict[str, type] = {
 }
 
 _REGISTER = {"quantized_decomposed": "diffopt.ir.qdq", "diffopt": "diffopt.ir.qdq"}
-"""What has to be imported for the operators of a namespace to be there."""
+"""The module that registers the operators of a namespace."""
 
-_KEPT = ("module", "where", "reuse")
+_META = ("module", "where", "reuse")
+"""Entries of a node's `meta` that are saved, besides its value and its tag."""
 
 
 def encode(arg: Any, index: dict[fx.Node, int]) -> Any:
-    """Return an fx argument as JSON."""
+    """Return an fx argument as JSON; `index` numbers the nodes."""
     if arg is None or isinstance(arg, (bool, int, str)):
         return arg
     if isinstance(arg, float):
@@ -50,7 +51,7 @@ def encode(arg: Any, index: dict[fx.Node, int]) -> Any:
 
 
 def decode(data: Any, nodes: list[fx.Node]) -> Any:
-    """Return the fx argument that `encode` made `data` from."""
+    """Return the fx argument that `encode` turned into `data`."""
     if isinstance(data, list):
         return [decode(item, nodes) for item in data]
     if not isinstance(data, dict):
@@ -82,7 +83,7 @@ def encode_value(value: Any) -> Any:
 
 
 def decode_value(data: Any) -> Any:
-    """Return the fake value that `encode_value` made `data` from."""
+    """Return the fake value that `encode_value` turned into `data`."""
     if isinstance(data, dict):
         return data["int"] if "int" in data else tuple(map(decode_value, data["many"]))
     if data is None:
@@ -93,14 +94,14 @@ def decode_value(data: Any) -> Any:
 
 
 def target_text(node: fx.Node) -> str:
-    """Return a node's target as text that `find_target` understands."""
+    """Return a node's target as text from which `find_target` finds it."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target)
     return target_name(node)
 
 
 def find_target(name: str) -> Any:
-    """Return the operator of that name; an unknown one is a `DiffoptError`."""
+    """Return the operator called `name`; an unknown one is a `DiffoptError`."""
     space, _, rest = name.partition(".")
     try:
         if space == "operator":
@@ -129,7 +130,7 @@ def graph_to_json(gm: fx.GraphModule) -> list[dict[str, Any]]:
             row["kwargs"] = {k: encode(v, index) for k, v in node.kwargs.items()}
         if node.op != "output":
             row["val"] = encode_value(node.meta.get("val"))
-        for key in _KEPT:
+        for key in _META:
             if key in node.meta:
                 row[key] = node.meta[key]
         if "tag" in node.meta:
@@ -145,7 +146,7 @@ def graph_from_json(
     tensors: dict[str, Tensor],
     modules: dict[str, fx.GraphModule],
 ) -> fx.GraphModule:
-    """Rebuild a GraphModule from `graph_to_json`'s rows, its tensors and its submodules."""
+    """Rebuild a GraphModule called `name` from `graph_to_json`'s rows, tensors and submodules."""
     gm = g.new_body(name)
     for key, tensor in tensors.items():
         if isinstance(tensor, torch.nn.Parameter):
@@ -164,7 +165,7 @@ def graph_from_json(
             node.meta["val"] = tuple(n.meta["val"] for n in args[0])
         else:
             node.meta["val"] = decode_value(row["val"])
-        for key in _KEPT:
+        for key in _META:
             if key in row:
                 node.meta[key] = row[key]
         if "tag" in row:

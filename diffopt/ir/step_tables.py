@@ -1,8 +1,8 @@
-"""Many small values as one: rows of a table that a body takes in place of what it computed.
+"""Tables of per-step values: a call passes one row, which replaces many small computed values.
 
 A body that needs dozens of per-step values (time projections, modulations) would get dozens of
-arguments a call. Values of one dtype are laid end to end in one row instead; the body cuts the row
-up by views, which cost nothing once compiled.
+arguments a call. Values of one dtype are concatenated into one row instead; the body slices the
+row by views, which cost nothing once compiled.
 """
 
 import math
@@ -18,17 +18,17 @@ aten = torch.ops.aten
 
 
 def is_view(node: fx.Node) -> bool:
-    """Tell whether a node only reads another one's memory in another way."""
+    """Tell whether a node is a view of its input, or an entry of a tuple."""
     if node.op != "call_function":
         return False
     return node.target in VIEWS or getattr(node.target, "__name__", "") == "getitem"
 
 
 def frontier(early: set[fx.Node], gm: fx.GraphModule) -> list[fx.Node]:
-    """Return the values of `early` that the rest of the graph needs, through views where possible.
+    """Return the values of `early` that the rest of the graph needs, in the order of the graph.
 
-    Views at the edge stay in the graph and read the value that they are views of: it is no larger,
-    and several views of one value need only that one.
+    A view at the frontier is replaced by the value that it views, which is no larger: the view
+    itself is kept in the rest, and several views of one value need only that one.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     wanted: set[fx.Node] = set()
@@ -44,7 +44,7 @@ def frontier(early: set[fx.Node], gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
-    """Return the tensor that a node is a view of, past the tuple of a split; None if of none."""
+    """Return the tensor that a node is a view of, through the tuple of a split; else None."""
     while is_view(node):
         node = node.all_input_nodes[0]
         if isinstance(node.meta["val"], Tensor):
@@ -52,18 +52,18 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def take_rows(
+def replace_by_rows(
     gm: fx.GraphModule, values: Sequence[tuple[fx.Node, Sequence[int]]], name: str
 ) -> list[list[int]]:
-    """Make a body take values from rows, one new argument a dtype, in place of computing them.
+    """Replace values of a body by slices of rows: new placeholders, one for each dtype.
 
     Args:
         gm: The body.
-        values: Nodes with the shape in which the row holds them, broadcast to the node's own shape.
-        name: Name of the new arguments.
+        values: Nodes, each with its shape in the row, which is expanded to the node's own shape.
+        name: Name of the placeholders.
 
     Returns:
-        For every new argument: which of `values` its row holds, in order.
+        For each placeholder, the indices into `values` of what its row holds, in order.
     """
     groups: dict[torch.dtype, list[int]] = {}
     for index, (node, _) in enumerate(values):
@@ -89,35 +89,35 @@ def take_rows(
 
 
 def add_placeholder(gm: fx.GraphModule, name: str) -> fx.Node:
-    """Add an argument at the end of a body's arguments, under a free name near `name`."""
+    """Add a placeholder after a body's others, under a free name near `name`."""
     last = g.placeholders(gm)[-1:] or [gm.graph._root]
     with gm.graph.inserting_after(last[0]):
         return gm.graph.placeholder(free_name(gm, name))
 
 
 def free_name(gm: fx.GraphModule, name: str) -> str:
-    """Return a placeholder name near `name` that the graph does not have."""
-    taken = {str(n.target) for n in g.placeholders(gm)}
+    """Return a placeholder name near `name` that the graph does not use."""
+    used = {str(n.target) for n in g.placeholders(gm)}
     candidate, count = name, 1
-    while candidate in taken:
+    while candidate in used:
         count += 1
         candidate = f"{name}_{count}"
     return candidate
 
 
 def first_after_arguments(gm: fx.GraphModule) -> fx.Node:
-    """Return the first node that is no placeholder: where computed arguments are cut up."""
+    """Return the first node that is no placeholder: rows are sliced before it."""
     first: fx.Node = next(n for n in gm.graph.nodes if n.op != "placeholder")
     return first
 
 
-def as_row(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one dtype laid end to end."""
+def to_row(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one dtype flattened and concatenated."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def pass_rows(root: fx.GraphModule, calls: list[fx.Node], rows: list[Tensor], name: str) -> None:
-    """Pass each call its row, as a last argument, of a table of the distinct rows."""
+    """Store the distinct rows as a table, and pass each call its row as the last argument."""
     index: dict[bytes, int] = {}
     places = [index.setdefault(row.view(torch.uint8).numpy().tobytes(), len(index)) for row in rows]
     table = torch.stack([rows[places.index(k)] for k in range(len(index))])

@@ -1,4 +1,4 @@
-"""The invariants of a program's graphs."""
+"""Checks the invariants of a program's graphs; a broken one is a `VerifyError`."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ from diffopt.ir.printing import format_type
 
 
 def verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
-    """Check one graph: well formed, and every value of the recorded type."""
+    """Check that a graph is well formed, and that every value has the recorded type.
+
+    `name` is what errors call it; only the root graph may call components.
+    """
     try:
         gm.graph.lint()
     except Exception as error:
@@ -35,25 +38,18 @@ def verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
 
 
 def verify_call(node: fx.Node, body: fx.GraphModule) -> None:
-    """Check that a call passes what the component takes, and is recorded as what it returns."""
-    takes = g.placeholders(body)
-    if len(takes) != len(node.args) or node.kwargs:
-        raise VerifyError(
-            f"program: {node.format_node()}: passes {len(node.args)} values, takes {len(takes)}"
-        )
-    for formal, actual in zip(takes, node.args, strict=True):
+    """Check the types of a call's arguments and value against its component's."""
+    where = f"program: {node.format_node()}"
+    formals = g.placeholders(body)
+    if len(formals) != len(node.args) or node.kwargs:
+        raise VerifyError(f"{where}: passes {len(node.args)} values, takes {len(formals)}")
+    for formal, actual in zip(formals, node.args, strict=True):
         assert isinstance(actual, fx.Node)
-        verify_type(
-            f"program: {node.format_node()}: {formal.name}", formal.meta["val"], actual.meta["val"]
-        )
-    verify_type(
-        f"program: {node.format_node()}",
-        node.meta["val"],
-        tuple(n.meta["val"] for n in g.outputs(body)),
-    )
+        verify_type(f"{where}: {formal.name}", formal.meta["val"], actual.meta["val"])
+    verify_type(where, node.meta["val"], tuple(n.meta["val"] for n in g.outputs(body)))
 
 
 def verify_type(where: str, recorded: Any, actual: Any) -> None:
-    """Check a recorded type."""
+    """Check that a recorded value has the dtype and shape of the actual one."""
     if format_type(recorded) != format_type(actual):
         raise VerifyError(f"{where}: recorded as {format_type(recorded)}, is {format_type(actual)}")
