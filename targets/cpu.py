@@ -27,9 +27,10 @@ from torch import Tensor, fx
 
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
-from diffopt.ir import qdq
+from diffopt.ir import qdq, strides
 from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.program import Program
+from diffopt.ir.strides import with_strides
 from diffopt.lowering import aoti, compile_inputs, load_time_graph, onednn
 from diffopt.lowering.compile_inputs import (
     component_key,
@@ -38,7 +39,7 @@ from diffopt.lowering.compile_inputs import (
     platform_tag,
     source_hash,
 )
-from diffopt.lowering.executor import ComponentFunction, with_strides
+from diffopt.lowering.executor import ComponentFunction
 from diffopt.lowering.hardware import Hardware, hardware
 from diffopt.lowering.target import EngineContents, Lowered, Target, option
 from diffopt.storage import disk_cache
@@ -212,7 +213,7 @@ class _Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         key, stride, _ = self._table[name]
-        return with_strides(self._tensors[key], tuple(stride))
+        return with_strides(self._tensors[key], stride)
 
 
 def _weight(engine: EngineContents, component: str, name: str) -> Tensor:
@@ -264,6 +265,5 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the lowering, which decides what comes out of the compiler."""
-    return source_hash(
-        (aoti.__file__, compile_inputs.__file__, onednn.__file__, load_time_graph.__file__)
-    )
+    modules = aoti, compile_inputs, load_time_graph, onednn, strides
+    return source_hash(str(module.__file__) for module in modules)

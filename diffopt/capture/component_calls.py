@@ -25,6 +25,7 @@ from diffopt.capture.recorder import Recorder
 from diffopt.capture.torch_functions import Scalar
 from diffopt.ir import graph as g
 from diffopt.ir.printing import graph_fingerprint
+from diffopt.ir.strides import empty_like
 
 log = logging.getLogger("diffopt")
 
@@ -276,7 +277,7 @@ class Boundary:
 
     def _placeholder(self, value: Tensor) -> Tensor:
         with plain():
-            result = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            result = empty_like(value)
             if value.is_floating_point():
                 return result.normal_(generator=self.random).mul_(0.5)
             return result.zero_()

@@ -308,8 +308,7 @@ class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def given(self, node: fx.Node) -> Any:
         """Return a value of its own for a node: operators are followed by identity."""
         value = node.meta["val"]
-        with g.FAKE_MODE, torch.no_grad():
-            fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        fresh = g.fake(value)
         self.bind(fresh, node)
         return fresh
 

@@ -19,19 +19,22 @@ aten = torch.ops.aten
 FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def fake(value: Any) -> Any:
-    """Return `value` with every tensor replaced by a FakeTensor of the same shape and strides."""
+def fake(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return `value` with every tensor replaced by a FakeTensor of the same shape and strides.
+
+    `dtype` is their type, where it is to be another.
+    """
     if isinstance(value, Tensor):
         # A parameter's fake would count as one more leaf that requires a gradient.
         with FAKE_MODE, torch.no_grad():
             return torch.empty_strided(
                 tuple(int(s) for s in value.shape),
                 tuple(int(s) for s in value.stride()),
-                dtype=value.dtype,
+                dtype=dtype or value.dtype,
                 device=value.device if value.device.type != "meta" else "cpu",
             )
     if isinstance(value, (list, tuple)):
-        return type(value)(fake(item) for item in value)
+        return type(value)(fake(item, dtype) for item in value)
     return value
 
 

@@ -23,6 +23,7 @@ from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
 from diffopt.ir import graph as g
 from diffopt.ir.flops import graph_flops
 from diffopt.ir.printing import format_graph, graph_fingerprint
+from diffopt.ir.strides import with_strides
 from diffopt.ir.verifier import verify_call, verify_graph, verify_type
 from diffopt.storage import program_file
 
@@ -364,7 +365,7 @@ class Program:
         def table(graph: Mapping[str, Any]) -> dict[str, Tensor]:
             for key, stride, parameter in graph["tensors"].values():
                 if key not in shared:
-                    tensor = _restride(tensors[key], stride)
+                    tensor = with_strides(tensors[key], stride)
                     shared[key] = (
                         torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
                     )
@@ -413,14 +414,6 @@ class Program:
                 "trace the model again"
             )
         return Program.from_members(data, tensors, assets)
-
-
-def _restride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
-    """Return the values in another memory layout, on which a kernel's order of sums can depend."""
-    if list(tensor.stride()) == list(stride) or 0 in stride:
-        return tensor
-    result = torch.empty_strided(tensor.shape, tuple(stride), dtype=tensor.dtype)
-    return result.copy_(tensor)
 
 
 def _indent(text: str) -> str:

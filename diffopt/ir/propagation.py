@@ -1,6 +1,6 @@
 """Memory layouts behind a rewrite: inferred anew downstream, and restored at outputs."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import fx
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import memory_layout
 from diffopt.ir.program import Program
+from diffopt.ir.strides import restore_outputs
 
 aten = torch.ops.aten
 
@@ -38,23 +39,19 @@ def propagate_layouts(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
             changed.add(node)
 
 
-def restore_output_layouts(program: Program, name: str, layouts: Collection[object]) -> None:
-    """Clone each output whose `memory_layout` is not that of before, and update the callers.
+def restore_output_layouts(program: Program, name: str, before: Sequence[Any]) -> None:
+    """Restore the memory layouts of a graph's outputs, and update the callers.
 
     Args:
         program: The program.
         name: The component that returns them; "" for the root graph.
-        layouts: The memory layout of each output before the rewrite.
+        before: The fake value of each output before the rewrite.
     """
     gm = program.graphs[name]
-    outputs = g.outputs(gm)
-    for index, (node, before) in enumerate(zip(outputs, layouts, strict=True)):
-        if memory_layout(node.meta["val"]) != before:
-            with gm.graph.inserting_before(g.output_node(gm)):
-                outputs[index] = g.call(gm.graph, aten.clone.default, node, like=node)
-    g.set_outputs(gm, outputs)
+    restore_outputs(gm, before)
+    values = tuple(node.meta["val"] for node in g.outputs(gm))
     for site in program.calls(name) if name else []:
-        site.meta["val"] = tuple(node.meta["val"] for node in outputs)
+        site.meta["val"] = values
         propagate_layouts(program.root, {site})
 
 

@@ -26,9 +26,10 @@ from torch import Tensor, fx
 from diffopt.ir import graph as g
 from diffopt.ir import serialize
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json
+from diffopt.ir.strides import empty_like, with_strides
 from diffopt.lowering import onednn
 from diffopt.lowering.compile_inputs import dynamic_shapes, example_tensor
-from diffopt.lowering.executor import ComponentFunction, with_strides
+from diffopt.lowering.executor import ComponentFunction
 from diffopt.storage import container
 
 Settings = Mapping[str, Any]
@@ -156,7 +157,7 @@ def run_job(job: str, result: str) -> None:
     tensors: dict[str, Tensor] = {}
     for name, (value, parameter) in body["tensors"].items():
         fake = serialize.decode_value(value)
-        tensor = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
+        tensor = empty_like(fake)
         if name in weights:
             tensor.copy_(weights[name])
         tensors[name] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor

@@ -15,6 +15,7 @@ from diffopt.ir import batching, serialize
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds, bounds, bounds_to_json
 from diffopt.ir.program import Program
+from diffopt.ir.strides import empty_like
 from diffopt.storage import container
 
 
@@ -51,8 +52,7 @@ def platform_tag() -> str:
 def example_tensor(value: Tensor, device: str = "cpu") -> Tensor:
     """Return a tensor of zeros like a value, to compile or export with."""
     # Made there, since a copy to another device has another memory layout where there are gaps.
-    form = value.shape, value.stride()
-    return torch.empty_strided(*form, dtype=value.dtype, device=device).zero_()
+    return empty_like(value, device).zero_()
 
 
 def dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:

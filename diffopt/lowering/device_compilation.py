@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir import serialize
+from diffopt.ir import serialize, strides
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json, bounds_to_json
 from diffopt.ir.program import Program
+from diffopt.ir.strides import restore_outputs, with_strides
 from diffopt.lowering import aoti, compile_inputs, cuda_gemm, cuda_runtime, load_time_graph
 from diffopt.lowering.compile_inputs import dynamic_bounds, example_tensor, not_on_cpu, source_hash
-from diffopt.lowering.executor import ComponentFunction, SlotExecutor, set_device, with_strides
+from diffopt.lowering.executor import ComponentFunction, SlotExecutor, set_device
 from diffopt.lowering.hardware import Hardware
 from diffopt.lowering.target import EngineContents, Finished, Lowered, Target
 from diffopt.progress import Progress, silent
@@ -281,7 +282,7 @@ def move_to_device(gm: fx.GraphModule, device: str) -> None:
             if node.target in _VIEWS:  # of what may be laid out otherwise
                 node.target = aten.reshape.default
             node.meta["val"] = g.infer_value(node)
-    load_time_graph.restore_layouts(gm, before)
+    restore_outputs(gm, before)
     gm.recompile()
 
 
@@ -293,6 +294,7 @@ def _source(target: str) -> str:
         compile_inputs.__file__,
         cuda_gemm.__file__,
         load_time_graph.__file__,
+        strides.__file__,
         __file__,
     )
     return source_hash((*shared, target))

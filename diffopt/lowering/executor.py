@@ -160,13 +160,3 @@ def set_device(gm: fx.GraphModule, device: str) -> None:
         if node.op == "call_function":
             node.args, node.kwargs = _placed(node, torch.device(device))
     gm.recompile()
-
-
-def with_strides(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Return the values in the memory layout that a kernel was compiled for."""
-    if tensor.stride() == stride:
-        return tensor
-    if tensor.numel() == 0 or 0 in stride:
-        return tensor
-    empty = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-    return empty.copy_(tensor)

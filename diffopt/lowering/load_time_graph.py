@@ -29,6 +29,7 @@ from diffopt.ir import qdq, serialize
 from diffopt.ir.cse import eliminate_common_subexpressions
 from diffopt.ir.nodes import is_pure
 from diffopt.ir.propagation import propagate_layouts
+from diffopt.ir.strides import restore_outputs
 from diffopt.lowering.executor import set_device
 
 aten = torch.ops.aten
@@ -139,10 +140,10 @@ def lower(
             continue
         body = result.bodies[name] = g.clone(gm)
         known = set(body.graph.nodes)
-        layouts = [node.meta["val"] for node in g.outputs(body)]
+        before = [node.meta["val"] for node in g.outputs(body)]
         done = rewrite(name, body)
         propagate_layouts(body, set(done.made))
-        restore_layouts(body, layouts)
+        restore_outputs(body, before)
         g.prune_unused(body)
         body.recompile()
         result.layers[name] = done.layers
@@ -151,23 +152,6 @@ def lower(
         moved[name] = _move(name, body, known, result.setup, widen)
     _finish(result.setup, moved)
     return result
-
-
-def restore_layouts(gm: fx.GraphModule, before: list[Tensor]) -> None:
-    """Give outputs the memory layout that they had: who reads them counts on it."""
-    outputs = g.outputs(gm)
-    for index, (node, value) in enumerate(zip(outputs, before, strict=True)):
-        if node.meta["val"].stride() == value.stride():
-            continue
-        stride = value.stride()
-        order = sorted(range(value.dim()), key=lambda axis: -stride[axis])
-        back = sorted(range(value.dim()), key=order.__getitem__)
-        with gm.graph.inserting_before(g.output_node(gm)):
-            turned = g.call(gm.graph, aten.permute.default, node, order)
-            form = torch.contiguous_format
-            copy = g.call(gm.graph, aten.clone.default, turned, memory_format=form)
-            outputs[index] = g.call(gm.graph, aten.permute.default, copy, back)
-    g.set_outputs(gm, outputs)
 
 
 def _move(

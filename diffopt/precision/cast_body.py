@@ -79,8 +79,7 @@ class _Caster:
         """Rewrite every node, in order, to read its arguments in one type."""
         for node in self.low_arguments:
             value = node.meta["val"]
-            strides = tuple(value.shape), tuple(value.stride())
-            node.meta["val"] = g.fake(torch.empty_strided(*strides, dtype=self.low))
+            node.meta["val"] = g.fake(value, self.low)
             self.retyped.add(node)
         for node in list(self.body.graph.nodes):
             if node.op == "call_function":

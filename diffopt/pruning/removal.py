@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from diffopt.analysis.reachability import packet
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, argument, memory_layout, stored_tensor
+from diffopt.ir.nodes import args, argument, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.ir.propagation import infer_or_reshape, restore_output_layouts
 from diffopt.pruning.coupling import Coupling, Unit
@@ -35,7 +35,7 @@ def remove(program: Program, coupling: Coupling, units: Iterable[Unit]) -> None:
     gone = torch.isin(coupling.roots, dropped)
     smaller = _weights(coupling, gone)
     for name, gm in program.graphs.items():
-        before = [memory_layout(node.meta["val"]) for node in g.outputs(gm)]
+        before = [node.meta["val"] for node in g.outputs(gm)]
         _Body(coupling, gone, name, gm, smaller).mend()
         restore_output_layouts(program, name, before)
 

@@ -13,7 +13,6 @@ from diffopt.ir.cse import eliminate_common_subexpressions
 from diffopt.ir.nodes import (
     args,
     argument,
-    memory_layout,
     replace_node,
     stored_tensor,
     weight_uses,
@@ -159,8 +158,7 @@ def _merge_nodes(
     first = min(nodes, key=order.__getitem__)
     stem = str(args(first)[1].target).removesuffix("_weight")
     sizes = [int(node.meta["val"].shape[-1]) for node in nodes]
-    before = g.outputs(gm)
-    kept = [memory_layout(node.meta["val"]) for node in before]
+    before = [node.meta["val"] for node in g.outputs(gm)]
     graph = gm.graph
     with graph.inserting_before(first):
         given = [args(first)[0], g.get_attr(gm, f"{stem}_merged_weight", weight)]
@@ -173,7 +171,7 @@ def _merge_nodes(
     for node, item in zip(nodes, items, strict=True):
         replace_node(node, item)
     propagate_layouts(gm, set(items))
-    restore_output_layouts(program, name, kept)
+    restore_output_layouts(program, name, before)
 
 
 def _common(paths: Sequence[str]) -> str:

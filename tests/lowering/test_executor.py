@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.lowering.executor import SlotExecutor, with_strides
+from diffopt.lowering.executor import SlotExecutor
 
 aten = torch.ops.aten
 
@@ -96,14 +96,6 @@ def test_a_value_is_dropped_after_its_last_use() -> None:
         value = g.call(root.graph, aten.neg.default, value)
     finish(root, [value])
     assert [dead for *_, dead in SlotExecutor(root, {})._steps] == [(0,), (1,), (2,)]
-
-
-def test_lay_out_copies_only_where_it_must() -> None:
-    tensor = torch.arange(6.0).view(2, 3)
-    assert with_strides(tensor, (3, 1)) is tensor
-    turned = with_strides(tensor, (1, 2))
-    assert turned.stride() == (1, 2)
-    assert torch.equal(turned, tensor)
 
 
 def test_the_outer_graph_computes_on_the_device_that_it_is_for() -> None:

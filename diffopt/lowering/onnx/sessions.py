@@ -11,7 +11,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
-from diffopt.lowering.executor import with_strides
+from diffopt.ir.strides import with_strides
 from diffopt.storage import container
 
 _PROVIDERS = ["CPUExecutionProvider"]
