@@ -111,6 +111,7 @@ class TorchTensorrt(Deferred):
             "workspace_size": self.workspace << 20,
             "disable_tf32": not self.tf32,
             "truncate_double": self.truncate_double,
+            "attn_bias_is_causal": False,  # its default takes any mask to be a causal one
         }
 
     def compiler(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The target `torch-tensorrt`: its calls, with a stand-in for the package and the CPU for a GPU.
 
-The stand-in takes what torch_tensorrt 2.11 to 2.13 take alike, and answers as they do: a graph cut
+The stand-in takes what torch_tensorrt 2.11 to 2.14 take alike, and answers as they do: a graph cut
 into plans and the rest, a report, a package of AOTInductor. Its plans run on torch.
 """
 
@@ -88,6 +88,7 @@ class Library(ModuleType):
         workspace_size: int = 0,
         disable_tf32: bool = False,
         truncate_double: bool = False,
+        attn_bias_is_causal: bool = True,
         sparse_weights: bool = False,
     ) -> fx.GraphModule:
         given = {k: v for k, v in locals().items() if k not in ("self", "exported_program")}
@@ -228,6 +229,7 @@ def test_what_the_package_is_called_with(made: Made) -> None:
         "workspace_size": 3 * 2**20,
         "disable_tf32": True,
         "truncate_double": False,
+        "attn_bias_is_causal": False,
         "sparse_weights": False,
     }
     given = dict(made.library.saved[0])
