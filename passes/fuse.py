@@ -74,14 +74,14 @@ class Fuse(Pass):
         counts: dict[str, int] = {}
         before = output_aliases(program)
         if self.lora:
-            counts["LoRA merged"] = weight_folding.fold_all(program, fold_lora.find_lora, ctx.skip)
+            folded = weight_folding.fold_all(program, fold_lora.find_lora, ctx.skip)
+            counts["LoRA merged"] = folded.total()
         if self.scales:
             graphs = program.graphs.values()
             counts["scales combined"] = sum(map(fold_following.combine_scales, graphs))
-            counts["scales folded"] = weight_folding.fold_all(
-                program, fold_following.find_scale, ctx.skip
-            )
-            counts |= fold_preceding.fold_fronts(program, ctx.skip)
+            folded = weight_folding.fold_all(program, fold_following.find_scale, ctx.skip)
+            counts["scales folded"] = folded.total()
+            counts |= fold_preceding.fold_preceding(program, ctx.skip)
         if self.linears:
             size = self.max_merged_mb << 20
             counts["linears merged"] = merge_linears.merge_linears(program, size, ctx.skip)

@@ -27,7 +27,8 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq_vmap
-from diffopt.ir.nodes import args, argument, is_call
+from diffopt.ir.matcher import Pattern, Var, any_of, condition, constant, maybe, named
+from diffopt.ir.nodes import args, is_call
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -176,30 +177,37 @@ class Weight:
     group: int | None
 
 
+to_copy = aten._to_copy.default
+_in_fp8 = condition(lambda x: x.meta["val"].dtype == FP8, "is not in E4M3")
+
+
+def _per_output(values: Var, scales: Var, low: Var) -> Var:
+    return qd.dequantize_per_channel.default(values, scales, ..., quant_min=low)
+
+
+def _per_group(values: Var, scales: Var, low: Var, group: Var) -> Var:
+    dequantize = qd.dequantize_per_channel_group.default
+    rows = dequantize(values, scales, ..., quant_min=low, group_size=group)
+    return maybe(aten.view.default)(rows, ...)
+
+
+def _fp8_per_output(values: Var, scales: Var) -> Var:
+    wide = to_copy(constant(_in_fp8(values)), ...)
+    return maybe(to_copy)(wide * aten.view.default(scales, ...), ...)
+
+
+_WEIGHT = Pattern(_per_output, _per_group, _fp8_per_output)
+
+
 def weight(node: fx.Node) -> Weight | None:
     """Return what `place_weight` wrote, by the node that it returned; None for anything else."""
-    inner = node
-    if is_call(node, aten.view.default):
-        inner = args(node)[0]
-    if is_call(inner, qd.dequantize_per_channel_group.default):
-        values, scales, group = args(inner)[0], args(inner)[1], args(inner)[6]
-        return Weight(node, _integers(inner, 3), values, scales, group)
-    if is_call(node, qd.dequantize_per_channel.default):
-        return Weight(node, _integers(node, 5), args(node)[0], args(node)[1], None)
-    product = args(node)[0] if is_call(node, aten._to_copy.default) else node
-    if not is_call(product, aten.mul.Tensor):
+    match = _WEIGHT.match(node)
+    if not match:
         return None
-    wide, rows = args(product)[:2]
-    if not is_call(wide, aten._to_copy.default) or not is_call(rows, aten.view.default):
-        return None
-    values = args(wide)[0]
-    if values.op != "get_attr" or values.meta["val"].dtype != FP8:
-        return None
-    return Weight(node, "fp8", values, args(rows)[0], None)
-
-
-def _integers(node: fx.Node, at: int) -> Number:
-    return "int4" if args(node)[at] == LIMITS["int4"][1] or args(node)[at] == -8 else "int8"
+    number: Number = "fp8"
+    if "low" in match.values:
+        number = "int4" if match["low"] == LIMITS["int4"][0] else "int8"
+    return Weight(node, number, match["values"], match["scales"], match.values.get("group"))
 
 
 # Activations
@@ -304,38 +312,35 @@ class Activation:
     rows: bool
 
 
+def _per_tensor(source: Var, scale: Var, zero: Var) -> Var:
+    q = named("quantized")(qd.quantize_per_tensor.tensor(source, scale, zero, ...))
+    return qd.dequantize_per_tensor.tensor(q, scale, zero, ...)
+
+
+def _per_row(source: Var, scale: Var) -> Var:
+    wide = maybe(to_copy)(source, ..., dtype=torch.float32)
+    q = named("quantized")(qd.quantize_per_token.default(wide, scale, ...))
+    return qd.dequantize_per_token.default(q, scale, ...)
+
+
+def _fp8(source: Var, scale: Var) -> Var:
+    wide = maybe(to_copy)(source, ..., dtype=torch.float32)
+    q = named("quantized")(to_copy(aten.clamp.default(wide / scale, ...), ..., dtype=FP8))
+    return maybe(to_copy)(to_copy(q, ...) * scale, ...)
+
+
+_ACTIVATION = Pattern(_per_tensor, _per_row, _fp8)
+
+
 def activation(node: fx.Node) -> Activation | None:
     """Return what `quantize` wrote, by the node that it returned; None for anything else."""
-    if is_call(node, qd.dequantize_per_tensor.tensor):
-        q, scale, zero = args(node)[:3]
-        if not is_call(q, qd.quantize_per_tensor.tensor) or args(q)[1:3] != (scale, zero):
-            return None
-        return Activation(node, args(q)[0], q, scale, zero, "int8", False)
-    if is_call(node, qd.dequantize_per_token.default):
-        q, scale = args(node)[:2]
-        if not is_call(q, qd.quantize_per_token.default) or args(q)[1] is not scale:
-            return None
-        return Activation(node, _narrow(args(q)[0]), q, scale, None, "int8", True)
-    product = args(node)[0] if is_call(node, aten._to_copy.default) else node
-    if not is_call(product, aten.mul.Tensor):
+    match = _ACTIVATION.match(node)
+    if not match:
         return None
-    back, scale = args(product)[:2]
-    q = args(back)[0] if is_call(back, aten._to_copy.default) else back
-    if not is_call(q, aten._to_copy.default) or q.meta["val"].dtype != FP8:
-        return None
-    clamped = args(q)[0]
-    if not is_call(clamped, aten.clamp.default) or not is_call(args(clamped)[0], aten.div.Tensor):
-        return None
-    source, by = args(args(clamped)[0])[:2]
-    if by is not scale:
-        return None
-    return Activation(node, _narrow(source), q, scale, None, "fp8", scale.meta["val"].numel() > 1)
-
-
-def _narrow(x: fx.Node) -> fx.Node:
-    """Return what was widened to float32 to be quantized."""
-    is_cast = is_call(x, aten._to_copy.default) and x.meta["val"].dtype == torch.float32
-    return args(x)[0] if is_cast else x
+    source, q, scale = match["source"], match["quantized"], match["scale"]
+    number: Number = "fp8" if match.function is _fp8 else "int8"
+    rows = scale.meta["val"].numel() > 1 if number == "fp8" else match.function is _per_row
+    return Activation(node, source, q, scale, match.values.get("zero"), number, rows)
 
 
 # Layers
@@ -360,19 +365,22 @@ class Layer:
     convolution: bool
 
 
+@Pattern
+def _layer(x: Var, weight: Var, bias: Var) -> Var:
+    return any_of(*_LAYERS)(x, weight, bias, ...)
+
+
 def layer(node: fx.Node) -> Layer | None:
     """Return the layer that a node is; None if its weight is neither stored nor quantized."""
-    if not is_call(node, *_LAYERS):
+    match = _layer.match(node)
+    if not match or (match["weight"].op != "get_attr" and weight(match["weight"]) is None):
         return None
-    x, w, bias = args(node)[0], args(node)[1], argument(node, 2, "bias")
-    if w.op != "get_attr" and weight(w) is None:
-        return None
-    return Layer(node, x, w, bias, node.target is not aten.linear.default)
+    return Layer(node, **match.values, convolution=node.target is not aten.linear.default)
 
 
 def layers(gm: fx.GraphModule) -> list[Layer]:
     """Return the layers of a body, in order."""
-    found = (layer(node) for node in gm.graph.nodes)
+    found = (layer(node) for node in gm.graph.nodes if node.target in _LAYERS)
     return [own for own in found if own is not None]
 
 

@@ -1,7 +1,11 @@
-"""Sees constant scales and shifts of a layer's result as a change of its weights."""
+"""Folds constant scales and shifts of a layer's result into the layer's weights.
+
+    (W x + b) * c = (c W) x + c b and (W x + b) + c = W x + (b + c)
+
+where c is a number, or one for each of the layer's outputs.
+"""
 
 import math
-import operator
 from functools import partial
 from typing import Any
 
@@ -10,60 +14,34 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
+from diffopt.ir.matcher import Pattern, Var, any_of, named, through
 from diffopt.ir.nodes import args, is_call, replace_node, same_layout, stored_tensor
 from diffopt.transforms.weight_folding import (
+    LAYER,
+    PLUS,
     PRECISE,
     TIMES,
     Fold,
     Weights,
     channel_axis,
-    double,
     factor_of,
-    layer_weights,
+    number_or_constant,
     per_channel,
-    weights_key,
+    stored_layer,
 )
 
 aten = torch.ops.aten
 
-_PLUS = {aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub}
 _RESHAPES = (
     *(aten.view.default, aten.transpose.int, aten.permute.default, aten.reshape.default),
     *(aten.unsqueeze.default, aten.squeeze.dim),
 )
 
 
-def find_scale(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
-    """See layer(x) * c, layer(x) / c, layer(x) + c and layer(x) - c as one layer."""
-    if not is_call(node, *TIMES, *_PLUS) or node.kwargs or len(node.args) != 2:
-        return None
-    one, other = args(node)
-    commutes = node.target in (aten.mul.Tensor, aten.add.Tensor)
-    if commutes and isinstance(other, fx.Node) and not _is_layer_view(gm, one):
-        one, other = other, one
-    if not isinstance(one, fx.Node) or not same_layout(node, one):
-        return None
-    layer = _layer_of(gm, one)
-    weights = layer_weights(gm, layer)
-    if layer is None or weights is None or weights[0].dtype not in PRECISE:
-        return None
-    axis = channel_axis(layer) if layer is one else None
-    constant = per_channel(gm, other, layer.meta["val"], axis)
-    if constant is None:
-        return None
-    change = id(stored_tensor(gm, other)) if isinstance(other, fx.Node) else other
-    key = weights_key(weights, node.target, type(other), change)
-    return Fold(name, layer, node, one, key, partial(_changed, weights, node.target, constant))
-
-
-def _is_layer_view(gm: fx.GraphModule, node: Any) -> bool:
-    return isinstance(node, fx.Node) and _layer_of(gm, node) is not None
-
-
-def _layer_of(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _layer_of(node: fx.Node) -> fx.Node | None:
     """Return the layer whose result, perhaps in another shape, is `node` and has no other use."""
     while len(node.users) == 1:
-        if layer_weights(gm, node) is not None:
+        if LAYER.match(node):
             return node
         if not is_call(node, *_RESHAPES):
             return None
@@ -71,16 +49,40 @@ def _layer_of(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _changed(weights: Weights, target: Any, constant: Tensor) -> Weights:
-    weight, bias = map(double, weights)
-    assert weight is not None
+_reshaped = through(_layer_of, "is no layer's result alone")
+
+
+@Pattern
+def _scaled(x: Var, weight: Var, bias: Var, constant: Var) -> Var:
+    result = _reshaped(named("layer")(stored_layer(x, weight, bias)))
+    return any_of(*TIMES, *PLUS)(named("value")(result), number_or_constant(constant))
+
+
+def find_scale(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
+    """Return the fold of layer(x) * c, layer(x) / c, layer(x) + c or layer(x) - c."""
+    match = _scaled.match(node)
+    if not match or not same_layout(node, match["value"]):
+        return None
+    layer, value, constant = match["layer"], match["value"], match["constant"]
+    axis = channel_axis(layer) if layer is value else None
+    channels = per_channel(gm, constant, layer.meta["val"], axis)
+    if channels is None or layer.args[1].meta["val"].dtype not in PRECISE:
+        return None
+    tensor = stored_tensor(gm, constant)
+    key = (node.target, type(constant), constant if tensor is None else id(tensor))
+    weights = partial(_changed, node.target, channels)
+    return Fold(name, node, (layer,), weights, key, partial(replace_node, new=value))
+
+
+def _changed(target: Any, constant: Tensor, weight: Tensor, bias: Tensor | None) -> Weights:
+    """Return c W and c b, or W and b + c."""
     if target in TIMES:
         column = constant.reshape(-1, *[1] * (weight.dim() - 1))
         times = TIMES[target]
         return times(weight, column), None if bias is None else times(bias, constant)
     if bias is None:
         bias = weight.new_zeros(len(weight))
-    return weight, _PLUS[target](bias, constant)
+    return weight, PLUS[target](bias, constant)
 
 
 def combine_scales(gm: fx.GraphModule) -> int:

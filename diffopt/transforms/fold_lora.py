@@ -1,11 +1,21 @@
-"""Sees low-rank adapters as a change of the weights that they adapt."""
+"""Folds low-rank adapters into the weights that they adapt.
+
+An adapter adds a product of two small weights to a layer: with the weights as matrices,
+
+    x Wᵀ + b + s ((x Aᵀ + a) Bᵀ + c) = x (W + s B A)ᵀ + b + s (B a + c)
+
+The same holds for convolutions if B is one of single pixels.
+"""
 
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, fx
 
-from diffopt.ir.nodes import args, conv_geometry, is_call, same_layout
+from diffopt.ir.matcher import Pattern, Var, named, once, through
+from diffopt.ir.nodes import args, conv_geometry, replace_node, same_layout
+from diffopt.transforms import canonicalize
 from diffopt.transforms.weight_folding import (
     LINEAR,
     Fold,
@@ -13,71 +23,80 @@ from diffopt.transforms.weight_folding import (
     double,
     factor_of,
     layer_weights,
-    noops_skipped,
-    weights_key,
+    stored_layer,
 )
 
 aten = torch.ops.aten
 
 
-def find_lora(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
-    """See layer(x) + scale * up(down(x)) as one layer with weight + scale * up @ down."""
-    if not is_call(node, aten.add.Tensor) or node.kwargs:
-        return None
-    for base, branch in (args(node)[:2], args(node)[1::-1]):
-        weights = layer_weights(gm, base)
-        if weights is None or len(base.users) > 1 or not isinstance(branch, fx.Node):
-            continue
-        scale, up = _scaled(gm, branch)
-        down = noops_skipped(gm, args(up)[0]) if layer_weights(gm, up) else None
-        second, first = layer_weights(gm, up), layer_weights(gm, down)
-        if second is None or first is None or down is None or len(branch.users) > 1:
-            continue
-        if not _is_low_rank(gm, base, up, down, weights[0], second[0]):
-            continue
-        if not same_layout(node, base):
-            continue
-        key = weights_key(weights, *weights_key(first, *weights_key(second, scale)))
-        return Fold(name, base, node, base, key, partial(_merged, weights, first, second, scale))
-    return None
+def _module(node: fx.Node) -> fx.GraphModule:
+    module = node.graph.owning_module
+    assert module is not None
+    return module
 
 
-def _scaled(gm: fx.GraphModule, node: fx.Node) -> tuple[float, fx.Node]:
-    """Take multiplications by numbers off a node; return their product and what is left."""
+def _unchanged(node: fx.Node) -> fx.Node:
+    """Return the node whose value `node` passes on unchanged."""
+    while (source := canonicalize.unchanged(_module(node), node)) is not None:
+        node = source
+    return node
+
+
+def _scaled(node: fx.Node) -> tuple[float, fx.Node]:
+    """Return a node as a product of a number and another node."""
     scale = 1.0
-    while (found := factor_of(gm, node := noops_skipped(gm, node))) is not None:
-        scale *= found.number
-        node = found.source
+    while (factor := factor_of(_module(node), node := _unchanged(node))) is not None:
+        scale *= factor.number
+        node = factor.source
     return scale, node
 
 
-def _is_low_rank(
-    gm: fx.GraphModule, base: fx.Node, up: fx.Node, down: fx.Node, weight: Tensor, second: Tensor
-) -> bool:
-    if noops_skipped(gm, args(down)[0]) is not noops_skipped(gm, args(base)[0]):
-        return False
-    if not base.target is up.target is down.target:
+plain = through(_unchanged, "is a literal")
+scaled = through(lambda node: _scaled(node)[1], "is a literal")
+
+
+@Pattern
+def _lora(x: Var, w: Var, b: Var, down: Var, a: Var, up: Var, c: Var) -> Var:
+    first = named("first")(stored_layer(plain(x), down, a))
+    second = named("second")(stored_layer(plain(first), up, c))
+    base = named("base")(stored_layer(plain(x), w, b))
+    return once(base) + once(named("branch")(scaled(second)))
+
+
+def find_lora(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
+    """Return the fold of an adapter, of which `node` is the sum."""
+    match = _lora.match(node)
+    if not match:
+        return None
+    layers = base, *_ = match["base"], match["first"], match["second"]
+    if not _is_low_rank(*layers) or not same_layout(node, base):
+        return None
+    pairs = [pair for layer in layers[1:] if (pair := layer_weights(gm, layer)) is not None]
+    scale, _ = _scaled(match["branch"])
+    merged = partial(_merged, pairs, scale)
+    key = (*map(id, chain(*pairs)), scale)
+    return Fold(name, node, (base,), merged, key, partial(replace_node, new=base))
+
+
+def _is_low_rank(base: fx.Node, first: fx.Node, second: fx.Node) -> bool:
+    """Tell whether the product of two layers' weights is a weight of the base layer."""
+    if not base.target is first.target is second.target:
         return False
     if base.target is LINEAR:
         return True
-    plain = conv_geometry(up)[:-1] == tuple([n] * (second.dim() - 2) for n in (1, 0, 1))
-    pointwise = all(size == 1 for size in second.shape[2:])
-    alike = conv_geometry(down) == conv_geometry(base)
-    grouped = conv_geometry(up)[-1] != 1 or conv_geometry(base)[-1] != 1
-    return plain and pointwise and alike and not grouped
+    kernel = list(args(second)[1].meta["val"].shape[2:])
+    one, zero = [1] * len(kernel), [0] * len(kernel)
+    is_of_pixels = kernel == one and conv_geometry(second) == (one, zero, one, 1)
+    *_, groups = sizes = conv_geometry(base)
+    return is_of_pixels and conv_geometry(first) == sizes and groups == 1
 
 
-def _merged(weights: Weights, first: Weights, second: Weights, scale: float) -> Weights:
-    weight, bias = map(double, weights)
-    (a, a_bias), (b, b_bias) = map(double, first), map(double, second)
-    assert weight is not None and a is not None and b is not None  # noqa: PT018
-    b = b.flatten(1)
-    low_rank = (b @ a.flatten(1)).reshape(weight.shape)
-    extra = torch.zeros(len(b), dtype=b.dtype)
-    if a_bias is not None:
-        extra = extra + b @ a_bias
-    if b_bias is not None:
-        extra = extra + b_bias
-    if a_bias is not None or b_bias is not None:
-        bias = scale * extra + (0 if bias is None else bias)
+def _merged(pairs: list[Weights], scale: float, weight: Tensor, bias: Tensor | None) -> Weights:
+    """Return W + s B A and b + s (B a + c)."""
+    (down, a), (up, c) = [(w.detach().double(), double(b)) for w, b in pairs]
+    up = up.flatten(1)
+    low_rank = (up @ down.flatten(1)).reshape(weight.shape)
+    shift = (0 if a is None else up @ a) + (0 if c is None else c)
+    if isinstance(shift, Tensor):
+        bias = scale * shift + (0 if bias is None else bias)
     return weight + scale * low_rank, bias

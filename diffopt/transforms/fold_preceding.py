@@ -1,170 +1,112 @@
-"""Folds constant scales and shifts in front of layers, and norms' weights, into the layers.
+"""Folds constant scales and shifts of a layer's input, a norm's too, into the layer's weights.
 
-A scale in front of a linear layer or convolution is a scale of its weight's input channels, a shift
-is one of its bias: W (s x + t) + b = (W s) x + (W t + b).
+A scale s and a shift t of the channels of x are a scale of the input channels of the weight of a
+linear layer or convolution, and a shift of its bias: W (s x + t) + b = (W s) x + (W t + b).
 """
 
 import math
-from collections import Counter
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from diffopt.ir import graph as g
-from diffopt.ir.nodes import (
-    args,
-    argument,
-    is_call,
-    replace_node,
-    same_layout,
-    stored_tensor,
-    weight_uses,
-)
+from diffopt.ir.matcher import Match, Pattern, Var, any_of, condition, constant_or_none
+from diffopt.ir.nodes import args, conv_geometry, is_call, replace_node, same_layout, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.transforms.weight_folding import (
+    LAYER,
     LINEAR,
+    PLUS,
     PRECISE,
     TIMES,
+    Fold,
     Skip,
     Weights,
     channel_axis,
     double,
-    layer_weights,
+    fold_all,
+    number_or_constant,
     per_channel,
-    rounded,
-    weights_key,
-    with_weights,
 )
 
 aten = torch.ops.aten
 
 _NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default)
-_PLUS: dict[Any, int] = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 _VIEWS = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default)
 
-
-@dataclass(frozen=True, eq=False)
-class Front:
-    """A node whose constants can go into the layers that take its result, all of them.
-
-    Attributes:
-        graph: Name of the graph.
-        node: The norm, multiplication or addition.
-        scale: What it multiplies each channel by, or one number.
-        shift: What it adds to each channel afterwards, or one number.
-        layers: All that reads the result, through views; empty if something else does.
-        key: Equal for nodes that have the same constants.
-    """
-
-    graph: str
-    node: fx.Node
-    scale: Tensor | None
-    shift: Tensor | None
-    layers: tuple[fx.Node, ...]
-    key: tuple[Any, ...]
-
-    def __str__(self) -> str:
-        return f"{self.graph}.{self.node.name}" if self.graph else self.node.name
+_computed = condition(lambda v: isinstance(v, fx.Node) and v.op != "get_attr", "is a constant")
 
 
-def fold_fronts(program: Program, skip: Skip) -> dict[str, int]:
+def _norm(x: Var, sizes: Var, weight: Var, bias: Var) -> Var:
+    norm = any_of(aten.layer_norm.default, aten.group_norm.default)
+    return norm(x, sizes, constant_or_none(weight), constant_or_none(bias), ...)
+
+
+def _rms_norm(x: Var, sizes: Var, weight: Var) -> Var:
+    return aten.rms_norm.default(x, sizes, constant_or_none(weight), ...)
+
+
+def _scaled_or_shifted(x: Var, constant: Var) -> Var:
+    return any_of(*TIMES, *PLUS)(_computed(x), number_or_constant(constant))
+
+
+_NORM, _POINTWISE = Pattern(_norm, _rms_norm), Pattern(_scaled_or_shifted)
+
+
+REASONS = (
+    "the next layer's weight is also used in another way",
+    "the next layer's new weights would not be finite",
+)
+
+
+def fold_preceding(program: Program, skip: Skip) -> dict[str, int]:
     """Fold until there is nothing more to fold; return how many norms and how many others."""
-    counts = {"norms folded": 0, "scales in front folded": 0}
-    while True:
-        reasons: dict[str, str] = {}
-        found = [
-            front
-            for name, gm in program.graphs.items()
-            for node in gm.graph.nodes
-            if (front := _front(gm, name, node)) is not None
-        ]
-        made: dict[Any, Weights] = {}
-        done = 0
-        for front in _agreeing(program, found, reasons):
-            gm = program.graphs[front.graph]
-            new = [_new_weights(gm, front, layer, made) for layer in front.layers]
-            if not all(t is None or bool(t.isfinite().all()) for pair in new for t in pair):
-                reasons[str(front)] = "the next layer's new weights would not be finite"
-                continue
-            is_norm = front.node.target in _NORMS
-            counts["norms folded" if is_norm else "scales in front folded"] += 1
-            _apply(gm, front, new)
-            done += 1
-        for gm in program.graphs.values():
-            g.prune_unused(gm)
-        if not done:
-            break
-    for where, reason in reasons.items():
-        skip(where, reason)
-    return counts
+    counts = fold_all(program, _find, skip, REASONS)
+    norms = sum(counts[norm] for norm in _NORMS)
+    return {"norms folded": norms, "scales in front folded": counts.total() - norms}
 
 
-def _agreeing(program: Program, found: list[Front], reasons: dict[str, str]) -> list[Front]:
-    """Return those whose layers' weights have no use but behind equal constants."""
-    uses = weight_uses(program)
-    keys = {
-        front: [_key(program.graphs[front.graph], front, layer) for layer in front.layers]
-        for front in found
-    }
-    kept: list[Front] = []
-    while len(kept) != len(found):  # one that is left out can leave others out
-        kept = found
-        counts = Counter(key for front in kept for key in keys[front])
-        found = [f for f in kept if all(uses[key[0]] == counts[key] for key in keys[f])]
-        for front in kept:
-            if front not in found:
-                reasons[str(front)] = "the next layer's weight is also used in another way"
-    return kept
-
-
-def _key(gm: fx.GraphModule, front: Front, layer: fx.Node) -> tuple[Any, ...]:
-    """Return what is equal for layers that get the same new weights; the old weight is first."""
-    weights = layer_weights(gm, layer)
-    assert weights is not None
-    return weights_key(weights, *front.key)
-
-
-def _front(gm: fx.GraphModule, name: str, node: fx.Node) -> Front | None:
-    """See a norm with weights, x * c, x / c, x + c or x - c whose result only layers read."""
-    if not is_call(node, *_NORMS, *TIMES, *_PLUS) or node.meta["val"].dtype not in PRECISE:
+def _find(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
+    """Return the fold of a norm, x * c, x / c, x + c or x - c which only layers read."""
+    norm, product = _NORM.match(node), _POINTWISE.match(node)
+    match = norm or product
+    if not match or node.meta["val"].dtype not in PRECISE:
         return None
-    readers = _readers(gm, node)
+    readers = _readers(node)
     axes = {axis for _, axis in readers}
     if len(axes) != 1:
         return None
-    if node.target in _NORMS:
-        constants = _norm_constants(gm, node, *axes)
-    else:
-        constants = _pointwise_constants(gm, node, *axes)
+    constants = (_of_norm if norm else _of_product)(gm, match, *axes)
     if constants is None:
         return None
     scale, shift, key = constants
     layers = tuple(layer for layer, _ in readers)
-    if any(_geometry(layer)[1] != 1 for layer in layers):
-        return None
-    if shift is not None and any(_geometry(layer)[0] for layer in layers):
-        return None  # W * (x + t), padded with zeros, is not W * x + W * t at the border
-    return Front(name, node, scale, shift, layers, (node.target, *key))
+    for layer in (layer for layer in layers if layer.target is not LINEAR):
+        _, padding, _, groups = conv_geometry(layer)
+        # W (x + t), padded with zeros, is not W x + W t at the border.
+        if groups != 1 or (shift is not None and any(padding)):
+            return None
+    remove = _without_weights if norm else partial(replace_node, new=match["x"])
+    return Fold(name, node, layers, partial(_changed, scale, shift), (node.target, *key), remove)
 
 
-def _readers(gm: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node, int]]:
+def _readers(node: fx.Node) -> list[tuple[fx.Node, int]]:
     """Return the layers that read a value, through views, and which dimension their channels are.
 
     Nothing, if anything else reads it.
     """
-    found = []
+    readers = []
     for user in node.users:
-        if layer_weights(gm, user) is not None and user.args[0] is node:
-            found.append((user, node.meta["val"].dim() + channel_axis(user)))
+        if LAYER.match(user) and user.args[0] is node:
+            readers.append((user, node.meta["val"].dim() + channel_axis(user)))
             continue
-        inner = _readers(gm, user) if is_call(user, *_VIEWS) else []
+        inner = _readers(user) if is_call(user, *_VIEWS) else []
         before = [(layer, _before_view(user, axis)) for layer, axis in inner]
         if not before or any(axis is None for _, axis in before):
             return []
-        found += [(layer, axis) for layer, axis in before if axis is not None]
-    return found
+        readers += [(layer, axis) for layer, axis in before if axis is not None]
+    return readers
 
 
 def _before_view(view: fx.Node, axis: int) -> int | None:
@@ -183,88 +125,46 @@ def _before_view(view: fx.Node, axis: int) -> int | None:
     return None
 
 
-def _geometry(layer: fx.Node) -> tuple[bool, int]:
-    """Return whether a layer pads its input, and in how many groups it takes the channels."""
-    if layer.target is LINEAR:
-        return False, 1
-    padding = args(layer)[4] if len(layer.args) > 4 else 0
-    groups = args(layer)[6] if len(layer.args) > 6 else 1
-    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding), groups
-
-
 Constants = tuple[Tensor | None, Tensor | None, tuple[Any, ...]]
 """Scale, shift, and what tells them apart."""
 
 
-def _norm_constants(gm: fx.GraphModule, node: fx.Node, axis: int) -> Constants | None:
-    if node.target is aten.group_norm.default:
-        own = 1
-    else:
-        own = node.meta["val"].dim() - 1
-        if len(args(node)[1]) != 1:
-            return None
-    weight, bias = argument(node, 2, "weight"), None
-    if node.target is not aten.rms_norm.default:
-        bias = argument(node, 3, "bias")
-    tensors = [stored_tensor(gm, weight), stored_tensor(gm, bias)]
-    known = all(t is not None for n, t in zip((weight, bias), tensors, strict=True) if n)
-    if axis != own or not known or tensors == [None, None]:
+def _of_norm(gm: fx.GraphModule, match: Match, axis: int) -> Constants | None:
+    is_group = match.node.target is aten.group_norm.default
+    if axis != (1 if is_group else match.node.meta["val"].dim() - 1):
         return None
-    return double(tensors[0]), double(tensors[1]), tuple(map(id, tensors))
+    weight, bias = (stored_tensor(gm, match.values.get(name)) for name in ("weight", "bias"))
+    if (weight is None and bias is None) or (not is_group and len(match["sizes"]) != 1):
+        return None
+    return double(weight), double(bias), (id(weight), id(bias))
 
 
-def _pointwise_constants(gm: fx.GraphModule, node: fx.Node, axis: int) -> Constants | None:
-    one, other = _operands(gm, node)
-    if node.kwargs or one is None or not same_layout(node, one):
+def _of_product(gm: fx.GraphModule, match: Match, axis: int) -> Constants | None:
+    node, c = match.node, match["constant"]
+    constant = per_channel(gm, c, node.meta["val"], axis - node.meta["val"].dim())
+    if constant is None or not same_layout(node, match["x"]):
         return None
-    value = node.meta["val"]
-    constant = per_channel(gm, other, value, axis - value.dim())
-    if constant is None:
-        return None
-    tensor = stored_tensor(gm, other)
-    key = (type(other), other) if tensor is None else (Tensor, id(tensor))
+    tensor = stored_tensor(gm, c)
+    key = (type(c), c) if tensor is None else (Tensor, id(tensor))
     if node.target in TIMES:
-        scale = TIMES[node.target](torch.ones_like(constant), constant)
-        return scale, None, key
-    return None, _PLUS[node.target] * constant, key
+        return TIMES[node.target](torch.ones_like(constant), constant), None, key
+    return None, PLUS[node.target](torch.zeros_like(constant), constant), key
 
 
-def _operands(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node | None, Any]:
-    """Return the value and the constant of an operator on both."""
-    one, other = args(node)[:2]
-    if node.target in (aten.mul.Tensor, aten.add.Tensor) and stored_tensor(gm, one) is not None:
-        one, other = other, one
-    return (one if isinstance(one, fx.Node) and one.op != "get_attr" else None), other
-
-
-def _new_weights(
-    gm: fx.GraphModule, front: Front, layer: fx.Node, made: dict[Any, Weights]
+def _changed(
+    scale: Tensor | None, shift: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Weights:
-    key = _key(gm, front, layer)
-    if key not in made:
-        weights = layer_weights(gm, layer)
-        assert weights is not None
-        weight, bias = map(double, weights)
-        assert weight is not None
-        if front.shift is not None:
-            inputs = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-            bias = inputs @ front.shift.expand(inputs.shape[1]) + (0 if bias is None else bias)
-        if front.scale is not None:
-            weight = weight * front.scale.reshape(-1, *[1] * (weight.dim() - 2))
-        made[key] = rounded((weight, bias), weights[0])
-    return made[key]
+    """Return W s and W t + b."""
+    if shift is not None:
+        inputs = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+        bias = inputs @ shift.expand(inputs.shape[1]) + (0 if bias is None else bias)
+    if scale is not None:
+        weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 2))
+    return weight, bias
 
 
-def _apply(gm: fx.GraphModule, front: Front, new: list[Weights]) -> None:
-    for layer, (weight, bias) in zip(front.layers, new, strict=True):
-        replace_node(layer, with_weights(gm, layer, weight, bias))
-    node = front.node
-    if node.target not in _NORMS:
-        replace_node(node, _operands(gm, node)[0] or node)
-        return
-    given = list(args(node))
-    count = 1 if node.target is aten.rms_norm.default else 2
-    given[2 : 2 + count] = [None] * len(given[2 : 2 + count])
-    kwargs = {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")}
-    with gm.graph.inserting_before(node):
-        replace_node(node, g.call(gm.graph, node.target, *given, like=node, **kwargs))
+def _without_weights(norm: fx.Node) -> None:
+    """Leave out the weight and the bias of a norm."""
+    count = 3 if norm.target is aten.rms_norm.default else 4
+    norm.args = tuple(None if 2 <= at < count else value for at, value in enumerate(norm.args))
+    norm.kwargs = {k: v for k, v in norm.kwargs.items() if k not in ("weight", "bias")}

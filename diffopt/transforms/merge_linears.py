@@ -1,4 +1,7 @@
-"""Merges linear layers that share their input into one."""
+"""Merges linear layers that share their input into one, as those of Q, K and V.
+
+x W1ᵀ + b1 | x W2ᵀ + b2 = x [W1; W2]ᵀ + [b1; b2]
+"""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -10,13 +13,8 @@ from torch import Tensor, fx
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.cse import eliminate_common_subexpressions
-from diffopt.ir.nodes import (
-    args,
-    argument,
-    replace_node,
-    stored_tensor,
-    weight_uses,
-)
+from diffopt.ir.matcher import Pattern, Var, constant, constant_or_none
+from diffopt.ir.nodes import args, replace_node, stored_tensor, weight_uses
 from diffopt.ir.program import Program
 from diffopt.ir.propagation import propagate_layouts, restore_output_layouts
 
@@ -80,16 +78,21 @@ def merge_linears(program: Program, max_bytes: int, skip: Skip) -> int:
     return count
 
 
+@Pattern
+def _linear(x: Var, weight: Var, bias: Var) -> Var:
+    return aten.linear.default(x, constant(weight), constant_or_none(bias))
+
+
 def _layers(program: Program) -> list[_Linear]:
-    found = []
+    """Return the linear layers whose weights have two axes and the type of their inputs."""
+    layers = []
     for name, gm in program.graphs.items():
-        for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-            weight, bias = stored_tensor(gm, args(node)[1]), argument(node, 2, "bias")
-            if weight is None or (bias is not None and stored_tensor(gm, bias) is None):
-                continue
-            if weight.dim() == 2 and weight.dtype == args(node)[0].meta["val"].dtype:
-                found.append(_Linear(name, node, args(node)[0], weight, stored_tensor(gm, bias)))
-    return found
+        for match in _linear.find(gm):
+            x, weight = match["x"], g.attribute(gm, match["weight"].target)
+            if weight.dim() == 2 and weight.dtype == x.meta["val"].dtype:
+                bias = stored_tensor(gm, match["bias"])
+                layers.append(_Linear(name, match.node, x, weight, bias))
+    return layers
 
 
 def _skip_quantized(name: str, gm: fx.GraphModule, skip: Skip) -> None:

@@ -1,7 +1,13 @@
-"""Folds of nodes into the weights of the linear layers and convolutions before them."""
+"""Folds of operators into the weights of linear layers and convolutions.
+
+A fold says which operator a layer with other weights computes as well; `fold_all` applies those
+that concern all uses of a weight, so that no weight is stored twice. New weights are computed in
+float64 and rounded once.
+"""
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,100 +16,137 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import (
-    args,
-    argument,
-    is_call,
-    replace_node,
-    stored_tensor,
-    weight_uses,
-)
+from diffopt.ir.matcher import Pattern, Var, any_of, condition, constant_or_none, is_stored
+from diffopt.ir.nodes import args, replace_node, stored_tensor, weight_uses
 from diffopt.ir.program import Program
-from diffopt.transforms import canonicalize
 
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-TIMES = {aten.mul.Tensor: operator.mul, aten.div.Tensor: operator.truediv}
+TIMES: dict[Any, Any] = {aten.mul.Tensor: operator.mul, aten.div.Tensor: operator.truediv}
+PLUS: dict[Any, Any] = {aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub}
 
 # With fewer bits a rounding of the weights shows, and a scale may be there to avoid overflow.
 PRECISE = (torch.float32, torch.float64)
+
+# Conditions in patterns.
+number_or_constant = condition(lambda v: is_number(v) or is_stored(v), "is no constant")
+_scalar = condition(
+    lambda v: is_number(v) or (_is_stored_in_floats(v) and v.meta["val"].dim() == 0),
+    "is no constant number",
+)
+_in_floats = condition(lambda v: _is_stored_in_floats(v), "is not stored in floats")
+_node = condition(lambda v: isinstance(v, fx.Node), "is a literal")
 
 Skip = Callable[[str, str], None]
 Weights = tuple[Tensor, Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fold:
-    """Say that `last`, computed from `value`, disappears when `layer` gets other weights.
+    """An operator that is not needed if some layers have other weights.
 
     Attributes:
         graph: Name of the graph.
-        layer: The linear layer or convolution.
-        last: The node that goes away; `value` takes its place.
-        value: What `last` is computed from.
-        key: Equal for folds that make the same weights.
-        make: Returns the new weight and bias in float64.
+        node: The operator.
+        layers: Linear layers and convolutions.
+        weights: Returns a layer's new weight and bias, of those that it has, all in float64.
+        key: Equal for folds for which `weights` returns the same.
+        remove: Replaces the operator by what it is computed from, or by a cheaper one.
     """
 
     graph: str
-    layer: fx.Node
-    last: fx.Node
-    value: fx.Node
+    node: fx.Node
+    layers: tuple[fx.Node, ...]
+    weights: Callable[[Tensor, Tensor | None], Weights]
     key: tuple[Any, ...]
-    make: Callable[[], Weights]
+    remove: Callable[[fx.Node], None]
 
     def __str__(self) -> str:
-        return f"{self.graph}.{self.last.name}" if self.graph else self.last.name
+        return f"{self.graph}.{self.node.name}" if self.graph else self.node.name
 
 
 Find = Callable[[fx.GraphModule, str, fx.Node], Fold | None]
+"""Returns the fold of a node in a graph of some name."""
+
+REASONS = (
+    "the layer's weight is also used in another way",
+    "the new weights would not be finite",
+)
 
 
-def fold_all(program: Program, find: Find, skip: Skip) -> int:
-    """Apply the folds that `find` sees until there are no more; return how many.
+def fold_all(
+    program: Program, find: Find, skip: Skip, reasons: tuple[str, str] = REASONS
+) -> Counter[Any]:
+    """Apply the folds that `find` returns until there are no more; count them by operator.
 
-    A weight that is used elsewhere too stays as it is: the new one would come on top.
+    A weight that is used elsewhere too is kept as it is: the new one would come on top.
     """
-    count = 0
-    reasons: dict[str, str] = {}
+    is_used_elsewhere, is_not_finite = reasons
+    counts: Counter[Any] = Counter()
     while True:
-        reasons.clear()
+        skipped: dict[str, str] = {}
         folds = [
             fold
             for name, gm in program.graphs.items()
             for node in gm.graph.nodes
             if (fold := find(gm, name, node)) is not None
         ]
-        uses = weight_uses(program)
-        keys = [fold.key for fold in folds]
-        made: dict[Any, Weights] = {}
-        done = 0
+        before = counts.total()
+        new: dict[Any, Weights] = {}
+        agreeing = _agreeing(program, folds)
         for fold in folds:
-            weight = stored_tensor(program.graphs[fold.graph], args(fold.layer)[1])
-            assert weight is not None
-            if uses[id(weight)] != keys.count(fold.key):
-                reasons[str(fold)] = "the layer's weight is also used in another way"
+            gm = program.graphs[fold.graph]
+            if fold not in agreeing:
+                skipped[str(fold)] = is_used_elsewhere
                 continue
-            if fold.key not in made:
-                made[fold.key] = rounded(fold.make(), weight)
-            if not all(t is None or bool(t.isfinite().all()) for t in made[fold.key]):
-                reasons[str(fold)] = "the new weights would not be finite"
+            weights = [_new_weights(gm, fold, layer, new) for layer in fold.layers]
+            if not all(t is None or bool(t.isfinite().all()) for pair in weights for t in pair):
+                skipped[str(fold)] = is_not_finite
                 continue
-            _apply(program.graphs[fold.graph], fold, *made[fold.key])
-            done += 1
+            counts[fold.node.target] += 1
+            fold.remove(fold.node)
+            for layer, pair in zip(fold.layers, weights, strict=True):
+                replace_node(layer, _with_weights(gm, layer, *pair))
         for gm in program.graphs.values():
             g.prune_unused(gm)
-        count += done
-        if not done:
+        if counts.total() == before:
             break
-    for where, reason in reasons.items():
+    for where, reason in skipped.items():
         skip(where, reason)
-    return count
+    return counts
 
 
-def rounded(weights: Weights, like: Tensor) -> Weights:
+def _agreeing(program: Program, folds: list[Fold]) -> list[Fold]:
+    """Return the folds that concern all uses of their layers' weights, and alike."""
+    uses = weight_uses(program)
+    keys = {f: [_key(program.graphs[f.graph], f, layer) for layer in f.layers] for f in folds}
+    kept: list[Fold] = []
+    while len(kept) != len(folds):  # one that is left out can leave others out
+        kept = folds
+        counts = Counter(key for fold in kept for key in keys[fold])
+        folds = [f for f in kept if all(uses[key[0]] == counts[key] for key in keys[f])]
+    return kept
+
+
+def _key(gm: fx.GraphModule, fold: Fold, layer: fx.Node) -> tuple[Any, ...]:
+    """Return what is equal for layers with the same new weights; the old weight is first."""
+    return (*map(id, layer_weights(gm, layer) or ()), *fold.key)
+
+
+def _new_weights(
+    gm: fx.GraphModule, fold: Fold, layer: fx.Node, new: dict[Any, Weights]
+) -> Weights:
+    """Return a layer's new weights, of which `new` has those that layers share."""
+    key = _key(gm, fold, layer)
+    if key not in new:
+        old, bias = layer_weights(gm, layer)  # type: ignore[misc]
+        new[key] = _rounded(fold.weights(old.detach().double(), double(bias)), old)
+    return new[key]
+
+
+def _rounded(weights: Weights, like: Tensor) -> Weights:
     """Return weights in the type and memory layout of the weight that they replace."""
     weight, bias = weights
     new = torch.nn.Parameter(torch.empty_like(like).copy_(weight), requires_grad=False)
@@ -112,46 +155,40 @@ def rounded(weights: Weights, like: Tensor) -> Weights:
     return new, torch.nn.Parameter(bias.to(like.dtype), requires_grad=False)
 
 
-def _apply(gm: fx.GraphModule, fold: Fold, weight: Tensor, bias: Tensor | None) -> None:
-    new = with_weights(gm, fold.layer, weight, bias)
-    value = new if fold.value is fold.layer else fold.value
-    fold.layer.replace_all_uses_with(new)
-    replace_node(fold.last, value)
-
-
 # Layers
 
 
-def with_weights(
+def _with_weights(
     gm: fx.GraphModule, layer: fx.Node, weight: Tensor, bias: Tensor | None
 ) -> fx.Node:
     """Insert, before a layer, the same one with other weights."""
     stem = re.sub(r"_(folded_)?weight(_\d+)?$", "", str(args(layer)[1].target))
     with gm.graph.inserting_before(layer):
-        given = [args(layer)[0], g.get_attr(gm, f"{stem}_folded_weight", weight)]
-        given.append(None if bias is None else g.get_attr(gm, f"{stem}_folded_bias", bias))
-        if bias is None and len(layer.args) <= 3:
-            given.pop()
-        return g.call(gm.graph, layer.target, *given, *args(layer)[3:], like=layer)
+        arguments = [args(layer)[0], g.get_attr(gm, f"{stem}_folded_weight", weight)]
+        if bias is not None or len(layer.args) > 3:
+            arguments.append(None if bias is None else g.get_attr(gm, f"{stem}_folded_bias", bias))
+        rest = {name: value for name, value in layer.kwargs.items() if name != "bias"}
+        return g.call(gm.graph, layer.target, *arguments, *args(layer)[3:], like=layer, **rest)
 
 
-def layer_weights(gm: fx.GraphModule, node: Any) -> Weights | None:
+def _is_stored_in_floats(value: Any) -> bool:
+    return is_stored(value) and value.meta["val"].is_floating_point()
+
+
+def stored_layer(x: Var, weight: Var, bias: Var) -> Var:
+    """Return, in a pattern, what a linear layer or convolution with stored weights computes."""
+    return any_of(LINEAR, *CONVS)(x, _in_floats(weight), constant_or_none(bias), ...)
+
+
+LAYER = Pattern(stored_layer)
+
+
+def layer_weights(gm: fx.GraphModule, node: fx.Node) -> Weights | None:
     """Return the stored weight and bias of a linear layer or convolution; None for other nodes."""
-    if not is_call(node, LINEAR, *CONVS) or node.kwargs.keys() - {"bias"} or len(node.args) < 2:
+    match = LAYER.match(node)
+    if not match:
         return None
-    weight, bias = stored_tensor(gm, args(node)[1]), argument(node, 2, "bias")
-    if weight is None or not weight.is_floating_point():
-        return None
-    return (
-        None
-        if bias is not None and stored_tensor(gm, bias) is None
-        else (weight, stored_tensor(gm, bias))
-    )
-
-
-def weights_key(weights: Weights, *more: Any) -> tuple[Any, ...]:
-    """Return what tells weights, and whatever else, apart by identity."""
-    return (*map(id, weights), *more)
+    return g.attribute(gm, match["weight"].target), stored_tensor(gm, match["bias"])
 
 
 def double(tensor: Tensor | None) -> Tensor | None:
@@ -167,6 +204,11 @@ def channel_axis(layer: fx.Node) -> int:
 # Numbers
 
 
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a Python number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def per_channel(gm: fx.GraphModule, value: Any, like: Tensor, axis: int | None) -> Tensor | None:
     """Return a constant as one number, or as one for each channel, in float64.
 
@@ -176,7 +218,7 @@ def per_channel(gm: fx.GraphModule, value: Any, like: Tensor, axis: int | None) 
         like: What it is combined with.
         axis: Where the channels of `like` are, from the end; None if only one number will do.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_number(value):
         return torch.tensor([value], dtype=torch.float64)
     tensor = stored_tensor(gm, value)
     if tensor is None or tensor.dtype != like.dtype or tensor.dim() > like.dim():
@@ -189,44 +231,29 @@ def per_channel(gm: fx.GraphModule, value: Any, like: Tensor, axis: int | None) 
     return tensor.detach().double().reshape(-1)
 
 
-def noops_skipped(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Return the node whose value `node` passes on unchanged."""
-    while (source := canonicalize.unchanged(gm, node)) is not None:
-        node = source
-    return node
-
-
-def number(gm: fx.GraphModule, value: Any) -> float | None:
-    """Return a Python number, or the only element of a floating-point constant."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    tensor = stored_tensor(gm, value)
-    if tensor is None or tensor.dim() or not tensor.is_floating_point():
-        return None
-    return float(tensor)
-
-
 @dataclass(frozen=True)
 class Factor:
-    """Describe a multiplication of `source` by a number, and whether that is a stored constant."""
+    """A multiplication of `source` by a number, which is a stored constant or is not."""
 
     number: float
     source: fx.Node
     stored: bool
 
 
+@Pattern
+def _factor(source: Var, number: Var) -> Var:
+    return any_of(*TIMES)(_node(source), _scalar(number))
+
+
 def factor_of(gm: fx.GraphModule, node: fx.Node) -> Factor | None:
     """Return by which number a node multiplies or divides what; None if it does not."""
-    if not is_call(node, *TIMES) or node.kwargs:
+    match = _factor.match(node)
+    if not match:
         return None
-    one, other = args(node)
-    if node.target is aten.mul.Tensor and number(gm, one) is not None:
-        one, other = other, one
-    factor = number(gm, other)
-    if factor is None or not isinstance(one, fx.Node):
-        return None
+    tensor = stored_tensor(gm, match["number"])
+    number = float(match["number"] if tensor is None else tensor)
     if node.target is aten.div.Tensor:
-        if factor == 0:
+        if number == 0:
             return None
-        factor = 1 / factor
-    return Factor(factor, one, isinstance(other, fx.Node))
+        number = 1 / number
+    return Factor(number, match["source"], tensor is not None)
