@@ -188,6 +188,15 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
+def known(parser: argparse.ArgumentParser, path: Path, threads: int) -> dict[str, Any]:
+    """Return the results in a file, if there is one; they have to be of this machine."""
+    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    now = machine(threads)
+    if data.setdefault("machine", now) != now:
+        parser.error(f"{path} has numbers of another machine or version: give another --out")
+    return data
+
+
 def report(what: str, fraction: float | None = None) -> None:
     """Say on the terminal what is being done."""
     done = "" if fraction is None else f" ({fraction:.0%})"
@@ -274,11 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     raw = options.out.with_suffix(".json")
-    data: dict[str, Any] = json.loads(raw.read_text()) if raw.exists() else {}
-    now = machine(options.threads)
-    if data.get("machine", now) != now:
-        parser.error(f"{raw} has numbers of another machine or version: give another --out")
-    data["machine"] = now
+    data = known(parser, raw, options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for section, make in (("fashion-sd", fashion), ("larger", larger)):

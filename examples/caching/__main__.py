@@ -18,54 +18,38 @@ from diffopt.core import Pipeline
 from examples.caching.configurations import CONFIGS, shown
 from examples.caching.document import DOCUMENT, picture_rows, section
 from examples.caching.programs import make, relative_cost
-from examples.study.command import (
-    begin,
-    check_images,
-    check_machine,
-    finish,
-    forget,
-    parser_of,
-    run,
-)
+from examples.study.command import begin, finish, image_parser, measure, parse, run
 from examples.study.document import draw
-from examples.study.measure import quality, times
+from examples.study.measure import Measurements
 from examples.study.study import REFERENCE, Study
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    about = __doc__.partition("\n")[0]
-    parser = parser_of("examples.caching", about, ("quality", "time"), DOCUMENT, 512)
+    parser = image_parser("examples.caching", __doc__, ("quality", "time"), DOCUMENT, 512)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="default: all")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--target", default="cpu", help="of the engines that are timed")
-    options = parser.parse_args(words)
+    options = parse(parser, words)
     for config in options.configs:
         if config != REFERENCE:
             Pipeline.parse(shown(config))
-    check_images(parser, options.images)
     return options
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run what was asked for, and write the section of the document."""
     options = arguments(words)
-    results = begin(options, {"images": options.images, "steps": options.steps})
-    if "time" in options.phase:
-        check_machine(results, options.threads)
+    setup = {"images": options.images, "steps": options.steps}
+    results = begin(options, setup, timed=["time"])
+    folder = options.document.parent
     for name in options.only:
-        study, at = Study(name, options.steps, options.work, make), ("models", name)
-        if options.again:
-            forget(study, at, options.configs, options.phase, results)
-        if "quality" in options.phase:
-            quality(study, at, options.configs, results, options.images, relative_cost)
-        if "time" in options.phase:
-            rounds, target = options.rounds, options.target
-            times(study, at, options.configs, results, rounds, target, relative_cost)
-        rows = results.get(*at, "configs") or {}
-        rows = {c: r for c, r in rows.items() if "quality" in r}
-        draw(study, picture_rows(rows), options.document.parent / f"caching-{name}.png")
-    finish(options, results, section(results.read(), options.document.parent))
+        study = Study(name, options.steps, options.work, make)
+        model = Measurements(study, results, ("models", name), relative_cost)
+        rows = measure(model, options, options.configs)
+        rows = {config: row for config, row in rows.items() if "quality" in row}
+        draw(study, picture_rows(rows), folder / f"caching-{name}.png")
+    finish(options, results, section(results.read(), folder))
 
 
 if __name__ == "__main__":

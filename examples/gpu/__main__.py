@@ -24,7 +24,6 @@ from rich.console import Console
 
 from diffopt.errors import DiffoptError
 from diffopt.lowering.target import Target, parse_target
-from diffopt.storage import disk_cache
 from examples.benchmarks import report
 from examples.gpu import savings
 from examples.gpu.document import DOCUMENT, WHY_NOT, section, show
@@ -32,7 +31,7 @@ from examples.gpu.measure import Settings
 from examples.gpu.models import MODELS
 from examples.gpu.rows import ROWS
 from examples.gpu.worker import Answer, Team
-from examples.study.command import check_setup, finish, run
+from examples.study.command import base_parser, check_setup, finish, run
 from examples.study.results import Results
 
 WEIGHTS = "weights"
@@ -40,9 +39,7 @@ WEIGHTS = "weights"
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    about = __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m examples.gpu", description=about)
-    parser.add_argument("--only", choices=MODELS, nargs="+", default=[*MODELS])
+    parser = base_parser("examples.gpu", __doc__, MODELS, DOCUMENT)
     parser.add_argument(
         "--phase", choices=[*ROWS, WEIGHTS], nargs="*", default=[*ROWS], help="default: all rows"
     )
@@ -51,9 +48,6 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of sampling; default: each model's")
     parser.add_argument("--target", default="h100")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try everything")
-    parser.add_argument("--again", action="store_true", help="measure what is known once more")
-    parser.add_argument("--work", type=Path, default=disk_cache.folder() / "gpu")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
     parser.add_argument(
         "--out",
         type=Path,

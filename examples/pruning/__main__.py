@@ -31,55 +31,37 @@ from examples.pruning.configurations import (
 from examples.pruning.document import DOCUMENT, pictured, section
 from examples.pruning.programs import make
 from examples.study import large
-from examples.study.command import (
-    add_large,
-    begin,
-    check_images,
-    check_machine,
-    finish,
-    forget,
-    parser_of,
-    run,
-)
+from examples.study.command import add_large, begin, finish, image_parser, measure, parse, run
 from examples.study.document import draw
-from examples.study.measure import quality, times
+from examples.study.measure import Measurements
 from examples.study.results import Results
 from examples.study.study import Study
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    about = __doc__.partition("\n")[0]
-    parser = parser_of(
-        "examples.pruning", about, ("quality", "time", "large", "peers"), DOCUMENT, 192
-    )
+    phases = ("quality", "time", "large", "peers")
+    parser = image_parser("examples.pruning", __doc__, phases, DOCUMENT, 192)
     parser.add_argument("--steps", type=int, nargs="+", default=[*FEWER])
     parser.add_argument("--configs", nargs="+", help="default: all")
     parser.add_argument("--target", default=TARGET, help="of the engines that are timed")
     add_large(parser, 5, [TARGET])
-    options = parser.parse_args(words)
-    check_images(parser, options.images)
+    options = parse(parser, words)
     for config in options.configs or ():
         pipeline([call for call in split(config) if not call.startswith(THEIRS)])
     return options
 
 
-def measure(name: str, steps: int, options: argparse.Namespace, results: Results) -> None:
-    """Measure one of the models."""
+def trained(name: str, steps: int, options: argparse.Namespace, results: Results) -> None:
+    """Measure one of the trained models."""
     study = Study(name, steps, options.work, make)
-    at = "models", f"{name}, {steps} steps"
+    keys = "models", f"{name}, {steps} steps"
     configs = _possible(options.configs or configurations(name, steps))
-    if options.again:
-        forget(study, at, configs, options.phase, results)
-    if "quality" in options.phase:
-        quality(study, at, configs, results, options.images, Study.cost, each=True)
-    if "time" in options.phase:
-        own = [c for c in configs if is_timed(c)]
-        times(study, at, own, results, options.rounds, options.target, Study.cost)
+    model = Measurements(study, results, keys, each=True)
+    rows = measure(model, options, configs, is_timed)
     version = peers.version()
     if "peers" in options.phase and version is not None and steps == max(options.steps):
-        results.put({"version": version, "found": peers.compared(study)}, *at, "groups")
-    rows = results.get(*at, "configs") or {}
+        results.put({"version": version, "found": peers.compared(study)}, *keys, "groups")
     draw(study, pictured(rows), options.document.parent / f"pruning-{name}-{steps}.png")
 
 
@@ -94,25 +76,14 @@ def _possible(configs: Sequence[str]) -> list[str]:
 def main(words: Sequence[str] | None = None) -> None:
     """Run what was asked for, and write the section of the document."""
     options = arguments(words)
-    results = begin(options, {"images": options.images})
-    if {"time", "large"} & {*options.phase}:
-        check_machine(results, options.threads)
+    results = begin(options, {"images": options.images}, timed=["time", "large"])
     if {"quality", "time", "peers"} & {*options.phase}:
         for name, steps in product(options.only, options.steps):
-            measure(name, steps, options, results)
+            trained(name, steps, options, results)
     if "large" in options.phase:
         configs = [pipeline(split(config)) for config in options.configs or LARGE]
         for name in options.large:
-            large.measure(
-                name,
-                options.large_steps,
-                options.large_targets,
-                configs,
-                options.rounds,
-                results,
-                options.again,
-                passes="",
-            )
+            large.measure(name, configs, options, results, passes="")
     finish(options, results, section(results.read(), options.document.parent))
 
 

@@ -23,18 +23,9 @@ from examples.quantization.document import DOCUMENT, pictured, section
 from examples.quantization.measure import looker
 from examples.quantization.programs import make
 from examples.study import large
-from examples.study.command import (
-    add_large,
-    begin,
-    check_images,
-    check_machine,
-    finish,
-    forget,
-    parser_of,
-    run,
-)
+from examples.study.command import add_large, begin, finish, image_parser, measure, parse, run
 from examples.study.document import draw
-from examples.study.measure import quality, times
+from examples.study.measure import Measurements
 from examples.study.results import Results
 from examples.study.study import REFERENCE, Study
 
@@ -42,58 +33,44 @@ from examples.study.study import REFERENCE, Study
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     phases = ("quality", "time", "large", "peers")
-    about = __doc__.partition("\n")[0]
-    parser = parser_of("examples.quantization", about, phases, DOCUMENT, 192)
+    parser = image_parser("examples.quantization", __doc__, phases, DOCUMENT, 192)
     parser.add_argument("--steps", type=int, choices=CONFIGS, nargs="+", default=[*CONFIGS])
     parser.add_argument("--configs", nargs="+", help="default: all")
     parser.add_argument("--engine-images", type=int, default=64, help="of the engines' own")
     parser.add_argument("--target", default="cpu(pack=true)", help="of the engines that are timed")
     add_large(parser, 25, ["cpu(pack=true)", "cpu(freeze=true)"])
-    options = parser.parse_args(words)
-    check_images(parser, options.images)
+    options = parse(parser, words)
     for config in options.configs or ():
         split(config)
     return options
 
 
-def small(options: argparse.Namespace, results: Results) -> None:
-    """Measure quality and times of the trained models."""
-    cost = Study.cost
-    for name, steps in product(options.only, options.steps):
-        study = Study(name, steps, options.work, make)
-        at = "models", f"{name}, {steps} steps"
-        configs = options.configs or CONFIGS[steps]
-        if options.again:
-            forget(study, at, configs, options.phase, results)
-        if "quality" in options.phase:
-            quality(study, at, configs, results, options.images, cost, each=True)
-        if "time" in options.phase:
-            timed = [c for c in configs if c not in EMULATED]
-            look = looker(study, options.target, min(options.engine_images, options.images))
-            beside = REFERENCE, BF16
-            times(study, at, timed, results, options.rounds, options.target, cost, beside, look)
-        rows = results.get(*at, "configs") or {}
-        draw(study, pictured(rows), options.document.parent / f"quantization-{name}-{steps}.png")
+def trained(name: str, steps: int, options: argparse.Namespace, results: Results) -> None:
+    """Measure quality and times of one of the trained models."""
+    study = Study(name, steps, options.work, make)
+    model = Measurements(study, results, ("models", f"{name}, {steps} steps"), each=True)
+    look = looker(study, options.target, min(options.engine_images, options.images))
+    configs = options.configs or CONFIGS[steps]
+    rows = measure(
+        model, options, configs, lambda config: config not in EMULATED, (REFERENCE, BF16), look
+    )
+    draw(study, pictured(rows), options.document.parent / f"quantization-{name}-{steps}.png")
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run what was asked for, and write the section of the document."""
     options = arguments(words)
-    results = begin(options, {"images": options.images})
-    if {"time", "large", "peers"} & {*options.phase}:
-        check_machine(results, options.threads)
+    results = begin(options, {"images": options.images}, timed=["time", "large", "peers"])
     if {"quality", "time"} & {*options.phase}:
-        small(options, results)
+        for name, steps in product(options.only, options.steps):
+            trained(name, steps, options, results)
     for name in options.large:
-        steps, rounds = options.large_steps, options.rounds
         if "large" in options.phase:
-            timed = options.configs or LARGE
-            large.measure(name, steps, options.large_targets, timed, rounds, results, options.again)
+            large.measure(name, options.configs or LARGE, options, results)
         if "peers" in options.phase and peers.versions() is None:
             report(f"no comparison with {' and '.join(peers.PACKAGES)}: install them")
         elif "peers" in options.phase:
-            targets, threads, again = options.large_targets, options.threads, options.again
-            peers.measure(name, steps, targets, threads, rounds, results, again)
+            peers.measure(name, options, results)
     finish(options, results, section(results.read(), options.document.parent))
 
 

@@ -1,5 +1,6 @@
 """Looks at engines: the size of their files, and their own images."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,29 @@ LEVEL = 19  # of zstandard, for the size of compressed files
 
 
 def looker(study: Study, target: str, count: int) -> Look:
-    """Return what measures an engine's file and `count` images that it makes."""
-    reference = study.images(REFERENCE, count, 0)
-    features = image_metrics.features(reference, size=SIZE)
+    """Return what measures an engine's file, and `count` images of the engine."""
+
+    @cache
+    def reference() -> tuple[torch.Tensor, torch.Tensor]:
+        images = study.images(REFERENCE, count, 0)
+        return images, image_metrics.features(images, size=SIZE)
+
+    def distance(images: torch.Tensor) -> Any:
+        features = image_metrics.features(images, size=SIZE)
+        return compare(images, features, *reference())["distance"]
 
     def look(config: str, engine: diffopt.Engine) -> dict[str, Any]:
         requests = [study.request(k, k) for k in range(count)]
-        made = torch.cat([engine(**request, output_type="pt")[0] for request in requests])
-        emulated = study.images(config, count, 0)
+        images = torch.cat([engine(**request, output_type="pt")[0] for request in requests])
         return {
             "images": count,
-            "engine": _distance(made, reference, features),
-            "emulated": _distance(emulated, reference, features),
+            "engine": distance(images),
+            "emulated": distance(study.images(config, count, 0)),
             "file": engine.path.stat().st_size,
             "compressed": _compressed(study, config, target, engine.path),
         }
 
     return look
-
-
-def _distance(made: torch.Tensor, reference: torch.Tensor, features: torch.Tensor) -> Any:
-    own = image_metrics.features(made, size=SIZE)
-    return compare(made, own, reference, features)["distance"]
 
 
 def _compressed(study: Study, config: str, target: str, path: Path) -> int:

@@ -1,10 +1,11 @@
 """Measures OpenVINO, with NNCF's quantization, on the denoisers whose engines are timed.
 
-The same graph goes to both sides: a call of the sampling loop, in one process, in turn. NNCF gets
-the calls that `quantize` calibrates with. What is compared is how far the results of other calls
-are from those in fp32, and how long one takes.
+Both sides run the same graph, a call of the sampling loop, in turn in one process. NNCF calibrates
+with the calls that `quantize` calibrates with. Compared are the errors of other calls against fp32,
+and the time of one call.
 """
 
+import argparse
 import importlib.metadata
 import itertools
 import statistics
@@ -46,40 +47,35 @@ def versions() -> dict[str, str] | None:
         return None
 
 
-def measure(
-    name: str,
-    steps: int,
-    targets: Sequence[str],
-    threads: int,
-    rounds: int,
-    results: Results,
-    again: bool,
-) -> None:
+def measure(name: str, options: argparse.Namespace, results: Results) -> None:
     """Compare one model's denoiser on both sides, if that has not been done."""
-    at = "peers", f"{name}, {steps} steps"
-    if results.get(*at) is not None and not again:
+    steps = options.large_steps
+    keys = "peers", f"{name}, {steps} steps"
+    if results.get(*keys) is not None and not options.again:
         return
-    # The scheduler's arithmetic stays outside: what is compared is what the denoiser returns.
+    # Without the scheduler's arithmetic: only what the denoiser returns is compared.
     program, parameters = base(name, steps, "unroll,hoist,simplify,fuse(steps=false)")
     loop = find_loop(program)
     (inputs,) = requests(program, [], 1, HELD_OUT)
     visits = list(trajectories.steps(program, loop.calls, inputs))
-    makers = _ours(program, loop, inputs, targets) | _theirs(program, loop, threads)
+    makers = _ours(program, loop, inputs, options.large_targets)
+    makers |= _theirs(program, loop, options.threads)
     with torch.no_grad():
         truth = [list(loop.body(*visit.arguments)) for visit in visits]
     errors = {}
     for key, make in makers.items():
         report(f"{name}, {key}: errors")
-        made = [make(index, visit.arguments)() for index, visit in enumerate(visits)]
-        errors[key] = statistics.mean(map(error, made, truth))
+        outputs = [make(index, visit.arguments)() for index, visit in enumerate(visits)]
+        errors[key] = statistics.mean(map(error, outputs, truth))
     index = len(visits) // 2
     seconds = take_turns(
-        {key: make(index, visits[index].arguments) for key, make in makers.items()}, rounds
+        {key: make(index, visits[index].arguments) for key, make in makers.items()},
+        options.rounds,
     )
-    found = {key: {"error": errors[key], "seconds": seconds[key]} for key in makers}
+    contenders = {key: {"error": errors[key], "seconds": seconds[key]} for key in makers}
     shape = list(visits[0].arguments[0].shape)
     about = {"parameters": parameters, "shape": shape, "packages": versions()}
-    results.put({**about, "contenders": found}, *at)
+    results.put({**about, "contenders": contenders}, *keys)
 
 
 Make = Callable[[int, Sequence[Tensor]], Run]
@@ -91,10 +87,10 @@ def _ours(
 ) -> dict[str, Make]:
     makers = {}
     for number, config in OURS.items():
-        own = rewritten(program, config)
+        final = rewritten(program, config)
         for target in targets:
             report(f"building {config} for {target}")
-            makers[f"{number}, {target}"] = calls_of(own, loop, inputs, target)
+            makers[f"{number}, {target}"] = calls_of(final, loop, inputs, target)
     return makers
 
 
@@ -102,10 +98,10 @@ def calls_of(program: Program, plain: Loop, inputs: Sequence[Tensor], target: st
     """Prepare calls of a program's compiled loop.
 
     Args:
-        program: What a configuration made.
-        plain: The loop before that.
-        inputs: Of the request whose calls are made: what a configuration has added to the
-            arguments, such as scales, comes from the program's own calls.
+        program: The program of a configuration.
+        plain: The loop before the configuration's passes.
+        inputs: The inputs of the request whose calls are prepared. Arguments that the passes have
+            added, such as scales, are those of the program's own calls.
         target: What to compile for.
     """
     loop = find_loop(program)
@@ -115,11 +111,11 @@ def calls_of(program: Program, plain: Loop, inputs: Sequence[Tensor], target: st
     body = compiled(program, loop.name, target)
 
     def make(index: int, arguments: Sequence[Tensor]) -> Run:
-        own = [
+        tensors = [
             tensor if place is None else arguments[place].to(tensor.dtype)
             for tensor, place in zip(added[index], places, strict=True)
         ]
-        return lambda: list(body(own))
+        return lambda: list(body(tensors))
 
     return make
 
@@ -133,21 +129,24 @@ def compiled(program: Program, name: str, target: str) -> ComponentFunction:
             del alone.root._modules[other]
     lowered = chosen.compile(alone, report)
     data, tensors, _ = program.to_members()
-    image = EngineContents(
+    contents = EngineContents(
         members={member: memoryview(content) for member, content in lowered.members.items()},
         graphs={name: data["graphs"][name]},
         tensors=tensors,
         program=lambda: program,
     )
-    return chosen.load(image)[name]
+    return chosen.load(contents)[name]
 
 
 def _theirs(program: Program, loop: Loop, threads: int) -> dict[str, Make]:
     import nncf
     import openvino
 
-    given = requests(program, [], SAMPLES, 0)
-    calls = [v.arguments for x in given for v in trajectories.steps(program, loop.calls, x)]
+    calls = [
+        visit.arguments
+        for inputs in requests(program, [], SAMPLES, 0)
+        for visit in trajectories.steps(program, loop.calls, inputs)
+    ]
     report("OpenVINO: converting")
     model = openvino.convert_model(torch.export.export(loop.body, tuple(calls[0])))
     model.reshape(dict(enumerate([list(tensor.shape) for tensor in calls[0]])))
@@ -161,33 +160,33 @@ def _theirs(program: Program, loop: Loop, threads: int) -> dict[str, Make]:
     )
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     makers = {}
-    for number, own, precision in (
+    for number, network, precision in (
         ("fp32", model, "f32"),
         ("bf16", model, "bf16"),
         ("int8", quantized, "bf16"),
     ):
         hint = {"INFERENCE_PRECISION_HINT": precision}
-        ready = openvino.Core().compile_model(own, "CPU", settings | hint)
+        ready = openvino.Core().compile_model(network, "CPU", settings | hint)
         makers[f"{number}, {THEIRS}"] = _request(ready.create_infer_request())
     return makers
 
 
 def _request(request: Any) -> Make:
     def make(index: int, arguments: Sequence[Tensor]) -> Run:
-        own = [tensor.numpy() for tensor in arguments]
+        arrays = [tensor.numpy() for tensor in arguments]
 
         def run() -> list[Tensor]:
-            made = request.infer(own, share_inputs=True, share_outputs=True)
-            return [torch.from_numpy(array).clone() for array in made.values()]
+            outputs = request.infer(arrays, share_inputs=True, share_outputs=True)
+            return [torch.from_numpy(array).clone() for array in outputs.values()]
 
         return run
 
     return make
 
 
-def error(made: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Return the relative error of all results of a call together."""
-    pairs = list(zip(made, truth, strict=True))
+def error(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Return the relative error (in the L2 norm) of all outputs of a call together."""
+    pairs = list(zip(outputs, truth, strict=True))
     wrong = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
     return float((wrong / sum(float(b.double().square().sum()) for _, b in pairs)) ** 0.5)
 

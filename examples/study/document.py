@@ -14,14 +14,15 @@ from examples.study.study import REFERENCE, Study
 BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
 
 
-def rewrite(document: Path, section: str) -> None:
-    """Replace what is between the markers of the document."""
+def rewrite(document: Path, section: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
+    """Replace the text between the markers of the document."""
     text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, marker, after = rest.partition(END)
+    begin, end = markers
+    before, _, rest = text.partition(begin)
+    _, marker, after = rest.partition(end)
     if not marker:
-        raise DiffoptError(f"{document}: has no lines {BEGIN} and {END} to write between")
-    document.write_text(f"{before}{BEGIN}\n{section}\n{END}{after}", encoding="utf-8")
+        raise DiffoptError(f"{document}: has no lines {begin} and {end} to write between")
+    document.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
 
 
 def number(pair: Sequence[float] | None, scale: float, digits: int) -> str:

@@ -1,5 +1,6 @@
-"""Times engines of models that are large enough for matrix products to matter."""
+"""Times engines of models in which matrix products take most of the time."""
 
+import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -76,20 +77,18 @@ def rewritten(program: Program, config: str) -> Program:
 
 def measure(
     name: str,
-    steps: int,
-    targets: Sequence[str],
     configs: Sequence[str],
-    rounds: int,
+    options: argparse.Namespace,
     results: Results,
-    again: bool,
     passes: str = "unroll,hoist,simplify,fuse",
 ) -> None:
     """Time some pipelines on all targets, in turn, if that has not been done.
 
-    The first is what images are compared with; `passes` come before each.
+    Images are compared with those of the first pipeline; `passes` come before each.
     """
-    at = "large", f"{name}, {steps} steps"
-    if results.get(*at, "times") is not None and not again:
+    steps, targets = options.large_steps, options.large_targets
+    keys = "large", f"{name}, {steps} steps"
+    if results.get(*keys, "times") is not None and not options.again:
         return
     program, parameters = base(name, steps, passes)
     request = MAKE[name][1]
@@ -97,24 +96,29 @@ def measure(
     sizes: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for config in configs:
-            with refusals(at, config, results):
-                own = rewritten(program, config)
+            with refusals(results, keys, config):
+                final = rewritten(program, config)
                 for target in targets:
                     report(f"building {config} for {target}")
-                    key = f"{config} on {target}"
+                    engine = f"{config} on {target}"
                     path = Path(folder) / f"{len(engines)}.engine"
-                    engines[key] = diffopt.build(own, target, path)
-                    weights = weight_memory.of_program(own).to_json()
-                    flops = Size.of(own).flops
-                    sizes[key] = {"file": path.stat().st_size, "weights": weights, "flops": flops}
+                    engines[engine] = diffopt.build(final, target, path)
+                    weights = weight_memory.of_program(final).to_json()
+                    flops = Size.of(final).flops
+                    sizes[engine] = {
+                        "file": path.stat().st_size,
+                        "weights": weights,
+                        "flops": flops,
+                    }
         contenders: dict[str, timing.Make] = {
             key: lambda seed, e=engine: e(**request, seed=seed, output_type="pt")[0]
             for key, engine in engines.items()
         }
-        found = timing.measure(contenders, next(iter(contenders)), rounds=rounds, progress=report)
+        baseline = next(iter(contenders))
+        timings = timing.measure(contenders, baseline, rounds=options.rounds, progress=report)
     times = {
-        key: {"seconds": own.seconds, "psnr": own.psnr, "max_abs": own.max_abs, **sizes[key]}
-        for key, own in found.items()
+        key: {"seconds": row.seconds, "psnr": row.psnr, "max_abs": row.max_abs, **sizes[key]}
+        for key, row in timings.items()
     }
-    results.put(parameters, *at, "parameters")
-    results.put(times, *at, "times")
+    results.put(parameters, *keys, "parameters")
+    results.put(times, *keys, "times")

@@ -1,4 +1,4 @@
-"""Measures configurations: their costs, how far their images are from the reference's, times."""
+"""Measures configurations: what they cost, how far their images are from the reference's, times."""
 
 import contextlib
 import math
@@ -6,7 +6,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,185 +25,181 @@ from examples.study.study import OTHER_SEEDS, REFERENCE, Study, kept_features
 
 GROUP = 3  # engines that are timed in turn with the reference's
 
-At = tuple[str, ...]
-"""Where a model's results are: keys."""
+Keys = tuple[str, ...]
+"""The path of a model's results in the file."""
 
 Cost = Callable[[Study, str], dict[str, Any]]
 """Returns what a configuration costs, as JSON."""
 
 Look = Callable[[str, diffopt.Engine], dict[str, Any]]
-"""Returns what else there is to know of a configuration's engine, as JSON."""
+"""Returns further measurements of a configuration's engine, as JSON."""
 
 
-def quality(
-    study: Study,
-    at: At,
-    configs: Sequence[str],
-    results: Results,
-    count: int,
-    cost: Cost,
-    each: bool = False,
-) -> None:
-    """Measure the images of all configurations that are not in the results yet.
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of one model, each in the results as soon as it is known.
 
-    Args:
+    Attributes:
         study: The model.
-        at: Where its results are.
-        configs: What to measure.
-        results: Where the measurements go.
-        count: How many images.
+        results: Where measurements are kept.
+        keys: The path of the model's results.
         cost: What a configuration costs.
-        each: Keep the distance of each image as well.
+        each: Keep the distance of every image as well as their mean.
     """
-    configs = left(results, at, configs, "quality")
-    if not configs:
-        return
-    clock = Clock(f"{study.name}, images of the reference", 2)
-    reference, other = (
-        study.images(
-            REFERENCE,
-            count,
-            first,
-            within(clock.tell, index, 2),
+
+    study: Study
+    results: Results
+    keys: Keys
+    cost: Cost = Study.cost
+    each: bool = False
+
+    def rows(self) -> dict[str, Any]:
+        """Return what is known, by configuration."""
+        rows: dict[str, Any] = self.results.get(*self.keys, "configs") or {}
+        return rows
+
+    def remaining(self, configs: Iterable[str], phase: str) -> list[str]:
+        """Return the configurations that a phase has not measured yet."""
+        rows = self.rows()
+        return [c for c in configs if not {phase, "left out"} & rows.get(c, {}).keys()]
+
+    def forget(self, configs: Iterable[str], phases: Sequence[str]) -> None:
+        """Remove the results of some phases; those of "quality" with the programs and images."""
+        for config in configs:
+            row = self.rows().get(config, {})
+            removed = {*phases, "left out", "failed"}
+            row = {key: value for key, value in row.items() if key not in removed}
+            self._put(row, config)
+            if "quality" in phases:
+                self.study.forget(config)
+
+    def quality(self, configs: Sequence[str], count: int) -> None:
+        """Measure `count` images of each configuration that has no quality yet."""
+        study, configs = self.study, self.remaining(configs, "quality")
+        if not configs:
+            return
+        clock = Clock(f"{study.name}, images of the reference", 2)
+        reference, other = (
+            study.images(REFERENCE, count, first, within(clock.tell, index, 2))
+            for index, first in enumerate((0, OTHER_SEEDS))
         )
-        for index, first in enumerate((0, OTHER_SEEDS))
-    )
-    x, y = study.features(REFERENCE, reference, 0), study.features(REFERENCE, other, OTHER_SEEDS)
-    held = held_out(study.folder.parent)
-    if results.get(*at, "floors") is None:
-        floors = {
-            "pipeline": study.pipeline_error(reference),
-            "other seeds": compare(reference, x, other, y)["distance"],
-            **({"real": kid(train(study.folder.parent, count), held)} if held is not None else {}),
-        }
-        results.put(floors, *at, "floors")
-    clock = Clock(f"{study.name}, images", len(configs))
-    for index, config in enumerate(configs):
-        if not left(results, at, [config], "quality"):
-            continue  # another process has measured it meanwhile
-        clock.tell(config, index / len(configs))
-        own_cost = cost_of(study, at, config, results, cost)
-        if own_cost is None:
-            continue
-        made = study.images(
-            config,
-            count,
-            0,
-            within(clock.tell, index, len(configs), f"{config}, "),
-        )
-        own = study.features(config, made, 0)
-        found = compare(made, own, reference, x)
-        if each:
-            distances = image_metrics.feature_distance(own, x).tolist()
-            found["distances"] = [round(distance, 5) for distance in distances]
-        found["kid other seeds"] = kid(own, y)
-        if held is not None:
-            found["kid held-out"] = kid(own, held)
-            found["kid above reference"] = list(
-                image_metrics.kid_difference(own, x, held, subset_size=_half(own, held))
-            )
-        results.put(own_cost, *at, "configs", config, "cost")
-        results.put(found, *at, "configs", config, "quality")
+        x = study.features(REFERENCE, reference, 0)
+        y = study.features(REFERENCE, other, OTHER_SEEDS)
+        held = held_out(study.folder.parent)
+        if self.results.get(*self.keys, "floors") is None:
+            floors = {
+                "pipeline": study.pipeline_error(reference),
+                "other seeds": compare(reference, x, other, y)["distance"],
+            }
+            if held is not None:
+                floors["real"] = kid(train(study.folder.parent, count), held)
+            self.results.put(floors, *self.keys, "floors")
+        clock = Clock(f"{study.name}, images", len(configs))
+        for index, config in enumerate(configs):
+            if not self.remaining([config], "quality"):
+                continue  # another process has measured it meanwhile
+            clock.tell(config, index / len(configs))
+            cost = self._cost(config)
+            if cost is None:
+                continue
+            progress = within(clock.tell, index, len(configs), f"{config}, ")
+            samples = study.images(config, count, 0, progress)
+            features = study.features(config, samples, 0)
+            row = compare(samples, features, reference, x)
+            if self.each:
+                distances = image_metrics.feature_distance(features, x).tolist()
+                row["distances"] = [round(distance, 5) for distance in distances]
+            row["kid other seeds"] = kid(features, y)
+            if held is not None:
+                row["kid held-out"] = kid(features, held)
+                size = _half(features, held)
+                difference = image_metrics.kid_difference(features, x, held, subset_size=size)
+                row["kid above reference"] = list(difference)
+            self._put(cost, config, "cost")
+            self._put(row, config, "quality")
 
+    def times(
+        self,
+        configs: Sequence[str],
+        rounds: int,
+        target: str,
+        beside: Sequence[str] = (REFERENCE,),
+        look: Look = lambda config, engine: {},
+    ) -> None:
+        """Time the engines of all configurations that have no times yet.
 
-def times(
-    study: Study,
-    at: At,
-    configs: Sequence[str],
-    results: Results,
-    rounds: int,
-    target: str,
-    cost: Cost,
-    beside: Sequence[str] = (REFERENCE,),
-    look: Look = lambda config, engine: {},
-) -> None:
-    """Time the engines of all configurations that are not in the results yet.
+        Args:
+            configs: What to time.
+            rounds: How often each engine runs.
+            target: The target of the engines.
+            beside: Configurations whose engines take turns with those of every group.
+            look: Returns further measurements of an engine.
+        """
+        study = self.study
+        configs = [c for c in self.remaining(configs, "time") if c not in beside]
+        clock = Clock(f"{study.name}, times", len(configs))
+        with tempfile.TemporaryDirectory() as folder:
+            for start in range(0, len(configs), GROUP):
+                group = (*beside, *configs[start : start + GROUP])
+                costs = {c: cost for c in group if (cost := self._cost(c)) is not None}
+                engines = {}
+                for config in costs:
+                    clock.tell(f"building {config}", start / len(configs))
+                    path = Path(folder) / study.path(config, ".engine").name
+                    with refusals(self.results, self.keys, config):
+                        engines[config] = diffopt.build(study.program(config), target, path)
+                clock.tell("timing", start / len(configs))
+                contenders = {c: images_of(study, engine) for c, engine in engines.items()}
+                timings = timing.measure(contenders, REFERENCE, rounds=rounds)
+                for config, engine in engines.items():
+                    row = {
+                        "target": target,
+                        "load": os.getloadavg()[0],
+                        "seconds": timings[config].seconds,
+                        **{other: timings[other].seconds for other in beside},
+                        **look(config, engine),
+                    }
+                    self._put(costs[config], config, "cost")
+                    self._put(row, config, "time")
 
-    Args:
-        study: The model.
-        at: Where its results are.
-        configs: What to time.
-        results: Where the times go.
-        rounds: How often each engine runs.
-        target: Of the engines.
-        cost: What a configuration costs.
-        beside: Whose engines take turns with those of every group of configurations.
-        look: Returns what else is to be known of an engine.
-    """
-    configs = [c for c in left(results, at, configs, "time") if c not in beside]
-    clock = Clock(f"{study.name}, times", len(configs))
-    with tempfile.TemporaryDirectory() as name:
-        for start in range(0, len(configs), GROUP):
-            group = (*beside, *configs[start : start + GROUP])
-            found_costs = {c: cost_of(study, at, c, results, cost) for c in group}
-            costs = {c: own for c, own in found_costs.items() if own is not None}
-            engines = {}
-            for config in costs:
-                clock.tell(f"building {config}", start / len(configs))
-                path = Path(name) / study.path(config, ".engine").name
-                with refusals(at, config, results):
-                    engines[config] = diffopt.build(study.program(config), target, path)
-            clock.tell("timing", start / len(configs))
-            contenders = {c: images_of(study, engine) for c, engine in engines.items()}
-            found = timing.measure(contenders, REFERENCE, rounds=rounds)
-            for config, engine in engines.items():
-                taken = {
-                    "target": target,
-                    "load": os.getloadavg()[0],
-                    "seconds": found[config].seconds,
-                    **{other: found[other].seconds for other in beside},
-                    **look(config, engine),
-                }
-                results.put(costs[config], *at, "configs", config, "cost")
-                results.put(taken, *at, "configs", config, "time")
+    def _cost(self, config: str) -> dict[str, Any] | None:
+        """Return what a configuration costs; None if it does not fit the model."""
+        with refusals(self.results, self.keys, config):
+            return self.cost(self.study, config)
+        return None
+
+    def _put(self, value: Any, *path: str) -> None:
+        self.results.put(value, *self.keys, "configs", *path)
 
 
 @contextlib.contextmanager
-def refusals(at: At, config: str, results: Results) -> Iterator[None]:
-    """Record why a configuration cannot be had, instead of stopping."""
+def refusals(results: Results, keys: Keys, config: str) -> Iterator[None]:
+    """Record why a configuration cannot be measured, instead of stopping."""
     try:
         yield
     except DiffoptError as error:
-        # A subclass says that the result is wrong, and not that the model is another.
+        # A subclass says that the result is wrong, not that the model is unsuitable.
         what = "left out" if type(error) is DiffoptError else "failed"
-        report(f"{', '.join(at[1:])}: {what} {config}: {error}")
-        results.put(str(error), *at, "configs", config, what)
-    except Exception as error:  # one that cannot be measured must not stop the others
+        report(f"{', '.join(keys[1:])}: {what} {config}: {error}")
+        results.put(str(error), *keys, "configs", config, what)
+    except Exception as error:  # one failure must not stop the others
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        results.put(text, *at, "configs", config, "failed")
+        results.put(text, *keys, "configs", config, "failed")
 
 
-def left(results: Results, at: At, configs: Sequence[str], phase: str) -> list[str]:
-    """Return which configurations a phase has yet to measure."""
-    done = results.get(*at, "configs") or {}
-    return [c for c in configs if not {phase, "left out"} & done.get(c, {}).keys()]
-
-
-def cost_of(
-    study: Study, at: At, config: str, results: Results, cost: Cost
-) -> dict[str, Any] | None:
-    """Return what a configuration costs; None if it does not fit."""
-    with refusals(at, config, results):
-        return cost(study, config)
-    return None
-
-
-def compare(made: Tensor, own: Tensor, reference: Tensor, x: Tensor) -> dict[str, Any]:
-    """Return how far images are from the reference's of the same seeds, each mean with its error.
+def compare(samples: Tensor, features: Tensor, reference: Tensor, x: Tensor) -> dict[str, Any]:
+    """Return the distances of images from the reference's of the same seeds: means and errors.
 
     Args:
-        made: The images.
-        own: Their features.
+        samples: The images, [count, 1, height, width].
+        features: Their features.
         reference: The reference's images.
         x: Their features.
     """
     norm = torch.linalg.vector_norm
-    pixels = norm((made - reference).flatten(1), dim=1) / norm(reference.flatten(1), dim=1)
-    return {
-        "distance": mean(image_metrics.feature_distance(own, x)),
-        "pixels": mean(pixels),
-    }
+    pixels = norm((samples - reference).flatten(1), dim=1) / norm(reference.flatten(1), dim=1)
+    return {"distance": mean(image_metrics.feature_distance(features, x)), "pixels": mean(pixels)}
 
 
 def mean(values: Tensor) -> list[float]:

@@ -11,11 +11,9 @@ in --work. What `--again` names is built anew; after a change of the lowering it
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from diffopt.storage import disk_cache
 from examples.benchmarks import report
-from examples.study.command import finish, known, run
+from examples.study.command import base_parser, finish, known, run
 from examples.study.results import Results
 from examples.targets import measure
 from examples.targets.document import DEVICES, DOCUMENT, section
@@ -24,14 +22,9 @@ from examples.targets.programs import FORMATS, MODELS, formats, make
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    about = __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m examples.targets", description=about)
-    parser.add_argument("--only", choices=MODELS, nargs="+", default=[*MODELS])
+    parser = base_parser("examples.targets", __doc__, MODELS, DOCUMENT)
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=[*FORMATS])
     parser.add_argument("--minutes", type=float, help="start nothing later than this")
-    parser.add_argument("--again", action="store_true", help="build what is known once more")
-    parser.add_argument("--work", type=Path, default=disk_cache.folder() / "targets")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
     return parser.parse_args(words)
 
 
@@ -41,15 +34,15 @@ def build(options: argparse.Namespace, results: Results, until: float) -> None:
         for number in formats(model):
             if number not in options.formats:
                 continue
-            at = "models", model, number
-            known = results.get(*at) or {}
-            if "components" in known and not options.again:
-                continue  # all of them are there
+            keys = "models", model, number
+            row = results.get(*keys) or {}
+            if "components" in row and not options.again:
+                continue
             if time.monotonic() > until:
                 return
             program = make(model, number, options.work)
             refused = measure.refused(program, DEVICES)
-            done = {} if options.again else dict(known.get("done", {}))
+            done = {} if options.again else dict(row.get("done", {}))
             for name, gm in program.components.items():
                 if name not in done:
                     if time.monotonic() > until:
@@ -57,8 +50,8 @@ def build(options: argparse.Namespace, results: Results, until: float) -> None:
                     report(f"{model}, {number}: {name}")
                     devices = [device for device in DEVICES if device not in refused]
                     done[name] = measure.component(name, gm, devices)
-                    results.put(done, *at, "done")
-            results.put({"refused": refused, "components": done}, *at)
+                    results.put(done, *keys, "done")
+            results.put({"refused": refused, "components": done}, *keys)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -149,10 +149,11 @@ def test_two_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
             return 0.0
 
     configs = ["fora,interval=2", "fora,interval=3", "fora,interval=4"]
-    at = "models", "a"
-    measure.quality(cast(Study, Fake()), at, configs, results, 2, lambda study, config: {})
+    keys = "models", "a"
+    model = measure.Measurements(cast(Study, Fake()), results, keys, lambda study, config: {})
+    model.quality(configs, 2)
     assert made == ["reference", "reference", "fora,interval=2", "fora,interval=4"]
-    assert measure.left(results, at, configs, "quality") == []
+    assert model.remaining(configs, "quality") == []
 
 
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,10 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from examples.benchmarks import machine, report
+from examples.benchmarks import known, report
 from examples.caching.peers.document import document, put
 from examples.caching.peers.measure import compare
 from examples.caching.peers.pairs import PEERS
@@ -43,11 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     raw = options.out.with_suffix(".json")
-    data: dict[str, Any] = json.loads(raw.read_text()) if raw.exists() else {"rows": {}}
-    now = machine(options.threads)
-    if data.get("machine", now) != now:
-        parser.error(f"{raw} has numbers of another machine or version: give another --out")
-    data["machine"] = now
+    data = {"rows": {}, **known(parser, raw, options.threads)}
     with tempfile.TemporaryDirectory() as name:
         for key in options.only:
             if PEERS[key].version is None:

@@ -13,6 +13,7 @@ from examples.caching.peers.measure import (
     UNCACHED,
     UNCACHED_COMPILED,
 )
+from examples.study.document import rewrite
 from examples.study.models import GUIDANCE
 
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
@@ -106,7 +107,6 @@ def put(text: str, path: Path) -> None:
     """Write the section between its marks, at the end of a document that has none."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     if BEGIN not in old:
-        old += f"\n## Next to the peers' own packages\n\n{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+        new = f"\n## Next to the peers' own packages\n\n{BEGIN}\n{END}\n"
+        path.write_text(old + new, encoding="utf-8")
+    rewrite(path, f"\n{text}", (BEGIN, END))
