@@ -1,8 +1,9 @@
 """Compiles every component for an NVIDIA GPU with AOTInductor.
 
-What needs no GPU is done anywhere, the rest on the GPU (see `deferred`). Convolutions' weights are
-laid out channels last. Components share their weights, which are stored once, and are on the GPU
-once. A whole run, all steps of the sampling loop, is replayed as one CUDA graph.
+What needs no GPU is done anywhere, the rest on the GPU (see `device_compilation`). Weights of
+convolutions have the channels-last layout. Components share their weights, which are stored once,
+and loaded to the GPU once. A whole run, all steps of the sampling loop, is replayed as one CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ class Cuda(Deferred):
     )
 
     def strides(self, gm: fx.GraphModule) -> dict[str, list[int]]:
-        """Let convolutions read weights whose last axis are the channels."""
+        """Return channels-last strides for the weights of convolutions."""
         return _channels_last(gm) if self.channels_last else {}
 
     def package(self, gm: fx.GraphModule, sizes: Bounds) -> Package:
-        """Compile a component, which gets its weights when it is loaded."""
+        """Compile a component without its weights, which are set when it is loaded."""
         with _attention(self.attention):
             return Package(aoti.compile_package(gm, self._inductor(), sizes, cuda_runtime.DEVICE))
 
     def settings(self) -> dict[str, Any]:
-        """Return the configuration of the compiler, and whose kernels it is to prefer."""
+        """Return the configuration of Inductor, and the preferred attention kernels."""
         return {"attention": self.attention, "inductor": self._inductor()}
 
     def _inductor(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Cuda(Deferred):
             "layout_optimization": self.channels_last,
             "force_layout_optimization": self.channels_last,
             "max_autotune": self.max_autotune,
-            # Some products would be tuned all the same, in 8 bits for minutes.
+            # By default Inductor tunes some products even so, those of 8 bits for minutes.
             **({} if self.max_autotune else {"max_autotune_gemm_backends": "ATEN"}),
             "coordinate_descent_tuning": self.max_autotune,
             "max_autotune_report_choices_stats": False,
@@ -68,19 +69,19 @@ class Cuda(Deferred):
 
 
 def _channels_last(gm: fx.GraphModule) -> dict[str, list[int]]:
-    """Return the strides of the weights that convolutions read, with channels as the last axis."""
+    """Return channels-last strides of the stored weights that convolutions read."""
     strides = {}
     for layer in qdq.layers(gm):
         value = layer.weight.meta["val"]
         if layer.convolution and layer.weight.op == "get_attr" and value.dim() in _CHANNELS_LAST:
-            turned = value.contiguous(memory_format=_CHANNELS_LAST[value.dim()])
-            strides[str(layer.weight.target)] = list(turned.stride())
+            channels_last = value.contiguous(memory_format=_CHANNELS_LAST[value.dim()])
+            strides[str(layer.weight.target)] = list(channels_last.stride())
     return strides
 
 
 @contextmanager
 def _attention(kernels: str) -> Iterator[None]:
-    """Let the compiler prefer some kernels for attention to others."""
+    """Set the preferred backend of scaled_dot_product_attention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     order = {

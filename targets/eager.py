@@ -1,8 +1,8 @@
 """Runs an engine's graphs operator by operator, without compiling anything.
 
-It is the reference that other targets are compared with, and the place to look when one of them
-differs. It runs wherever torch does, and it can also open an engine that was built for another
-target, unless that target keeps the weights to itself: `diffopt.load(path, target="eager")`.
+It is the reference that other targets are compared with. It runs wherever torch does, and can open
+engines of other targets, unless their kernels contain the weights:
+`diffopt.load(path, target="eager")`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Eager(Target):
     """Run the graphs as they are, for debugging and as the reference."""
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
-        """Return nothing: the engine's graphs and weights are all that is needed."""
+        """Compile nothing: the engine's graphs and weights are enough."""
         return Lowered()
 
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:

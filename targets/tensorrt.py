@@ -1,11 +1,11 @@
 """Builds a TensorRT plan of every component, through ONNX.
 
-What builds and runs the plans is TensorRT for RTX or the full TensorRT, whichever is installed and
-knows the device: their Python API is the same. The one for RTX builds without a GPU. Types are
-those of the graph, and quantized layers get what TensorRT has kernels for (see `trt.scales`).
+Plans are built and run by TensorRT for RTX or by TensorRT, whichever is installed and supports the
+device. TensorRT for RTX builds without a GPU. Types are those of the graph, and quantized layers
+are rewritten to what TensorRT has kernels for (see `qdq_legalize`).
 
-A plan holds its weights. Plans are kept in a cache under the hash of the component's graph and
-weights, and of all else that they depend on.
+A plan contains its weights. Plans are cached under the hash of the component's graph and weights,
+and of everything else that they depend on.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Tensorrt(Target):
         Settings(self.level, self.workspace)  # says what cannot be
 
     def refuses(self, program: Program) -> str | None:
-        """Refuse devices that no builder here knows, and types that TensorRT lacks."""
+        """Refuse devices that no installed builder supports, and types that TensorRT lacks."""
         try:
             optional.check(*NEEDS, extra="onnx")
             chosen = self._library()
@@ -102,7 +102,7 @@ class Tensorrt(Target):
         return None
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
-        """Take the plans from the cache, or build them one after another."""
+        """Read the plans from the cache, or build them one after another."""
         chosen = self._library()
         free = dynamic_bounds(program)
         members: dict[str, bytes] = {}
@@ -110,20 +110,20 @@ class Tensorrt(Target):
         about: dict[str, dict[str, Any]] = {}
         count = len(program.components)
         for index, (name, gm) in enumerate(program.components.items()):
-            told = within(progress, index, count, f"{name}: ")
+            step_progress = within(progress, index, count, f"{name}: ")
             key = disk_cache.key(self._key(gm, free.get(name), chosen))
             entry = disk_cache.get(key)
             if entry is None:
                 started = time.perf_counter()
-                entry = self._build(name, gm, free.get(name), chosen, told)
+                entry = self._build(name, gm, free.get(name), chosen, step_progress)
                 disk_cache.put(key, entry)
-                told(f"built in {time.perf_counter() - started:.1f} s", 1.0)
+                step_progress(f"built in {time.perf_counter() - started:.1f} s", 1.0)
             else:
-                told("from the cache", 1.0)
+                step_progress("from the cache", 1.0)
             members[f"{name}.plan"] = entry["plan"]
-            own = json.loads(entry["json"])
-            names[name] = own["names"]
-            about[name] = {"kernel": f"{name}.plan", **own["about"]}
+            row = json.loads(entry["json"])
+            names[name] = row["names"]
+            about[name] = {"kernel": f"{name}.plan", **row["about"]}
         members[_BUILD] = json.dumps({"builder": chosen.name, "names": names}).encode()
         return Lowered(
             members=members,
@@ -148,8 +148,8 @@ class Tensorrt(Target):
         }
         ranges = _ranges(gm, names["inputs"], sizes)
         progress("building", 0.5)
-        told = within(progress, 1, 2)
-        plan = build(name, model, chosen, self._settings(gm), ranges, told)
+        second_half = within(progress, 1, 2)
+        plan = build(name, model, chosen, self._settings(gm), ranges, second_half)
         for warning in plan.warnings:
             log.info("%s: %s", name, warning)
         text = json.dumps({"names": names, "about": plan.about})
@@ -175,19 +175,19 @@ class Tensorrt(Target):
         }
 
     def _key(self, gm: fx.GraphModule, sizes: Bounds | None, chosen: Library) -> dict[str, Any]:
-        """Return all that a plan depends on, as JSON."""
+        """Return everything that a plan depends on, as JSON."""
         return {
             **component_key(gm, sizes, by_value=True),
             "settings": asdict(self._settings(gm)),
             "requires": {**self._requires(chosen), "device": None},
-            # Kernels that were timed are the fastest on one kind of GPU.
+            # TensorRT has timed kernels on this kind of GPU.
             "gpu": torch.cuda.get_device_name() if chosen.name == "tensorrt" else None,
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "lowering": _source(),
         }
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
-        """Compare the GPU, its platform and the installed TensorRT with what the plans need."""
+        """Compare the GPU, the platform and the installed TensorRT with what the plans need."""
         if (reason := cuda_runtime.unfit(requires, "plans")) is not None:
             return reason
         name = requires["builder"]
@@ -198,15 +198,15 @@ class Tensorrt(Target):
         return None
 
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
-        """Give the plans to the TensorRT that has built them."""
-        made = json.loads(bytes(engine.members[_BUILD]))
-        chosen = library.load_library(made["builder"])
+        """Load the plans with the TensorRT that has built them."""
+        build_info = json.loads(bytes(engine.members[_BUILD]))
+        chosen = library.load_library(build_info["builder"])
         return {
             name: plan_runtime.PlanFunction(
                 name,
                 chosen,
                 engine.members[f"{name}.plan"],
-                **made["names"][name],
+                **build_info["names"][name],
                 stream_weights=self.stream_weights,
                 eager=self.cuda_graph,
             )
@@ -216,14 +216,14 @@ class Tensorrt(Target):
     def executor(
         self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction]
     ) -> cuda_runtime.CudaExecutor:
-        """Run what is between the components on the GPU too."""
+        """Run the operators between the components on the GPU too."""
         return cuda_runtime.CudaExecutor(
             SlotExecutor(root, bodies, cuda_runtime.DEVICE), self.cuda_graph
         )
 
 
 def _refused(node: fx.Node, chosen: Library) -> str | None:
-    """Say why TensorRT cannot take a node."""
+    """Return why TensorRT cannot run a node, None if it can."""
     if (
         node.op == "placeholder"
         and (kind := node.meta["val"].dtype) not in plan_runtime.DTYPES.values()
@@ -235,20 +235,20 @@ def _refused(node: fx.Node, chosen: Library) -> str | None:
 
 
 def _ranges(gm: fx.GraphModule, names: list[str], sizes: Bounds | None) -> Ranges:
-    """Return the smallest and the largest shape of each argument that has several."""
+    """Return the smallest and the largest shape of each argument with dynamic sizes."""
     ranges = {}
     for index, node in enumerate(g.placeholders(gm)):
         if axes := (sizes or {}).get(index):
-            both = [list(node.meta["val"].shape), list(node.meta["val"].shape)]
-            for axis, limits in axes.items():
-                both[0][axis], both[1][axis] = limits
-            ranges[names[index]] = tuple(both[0]), tuple(both[1])
+            low, high = list(node.meta["val"].shape), list(node.meta["val"].shape)
+            for axis, bounds in axes.items():
+                low[axis], high[axis] = bounds
+            ranges[names[index]] = tuple(low), tuple(high)
     return ranges
 
 
 @cache
 def _source() -> str:
-    """Return the hash of what turns a component into a plan."""
+    """Return the hash of the sources that turn a component into a plan."""
     folders = (
         Path(str(package.__file__)).parent
         for package in (diffopt.lowering.onnx, diffopt.lowering.trt)

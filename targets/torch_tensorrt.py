@@ -1,11 +1,11 @@
-"""Compiles components with Torch-TensorRT: plans of TensorRT, and torch where that has no operator.
+"""Compiles components with Torch-TensorRT: TensorRT plans, and torch for unsupported operators.
 
-Torch-TensorRT cuts a component up: operators in a row that TensorRT has become a plan, and
-AOTInductor compiles what lies between. Both are in one package, with the weights that they read. A
-component that TensorRT has nothing of is compiled by AOTInductor alone.
+Torch-TensorRT partitions a component: runs of supported operators become a plan each, and
+AOTInductor compiles the rest. Both are in one package, with their weights. A component without any
+plan is compiled by AOTInductor alone.
 
-What needs no GPU is done anywhere, the rest on the GPU (see `deferred`), where the package
-torch-tensorrt has to be: it needs CUDA to be imported. Types are those of the graph.
+What needs no GPU is done anywhere, the rest on the GPU (see `device_compilation`), where the
+package torch-tensorrt has to be installed: importing it needs CUDA. Types are those of the graph.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from diffopt.lowering.trt.builder import Settings
 from diffopt.transforms.sparsity_2_4 import sparse_layers
 
 _REPORTS = "torch_tensorrt.dynamo._DryRunTracker"
-"""The logger of what Torch-TensorRT says about how it cut a graph up."""
+"""The logger of Torch-TensorRT's reports about partitions."""
 _OPERATORS = re.compile(r"Number of Operators in Engine: (\d+)")
 _PLAN = "_run_on_acc"
-"""What the names of parts begin with that are plans."""
+"""The prefix of the names of submodules that are plans."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class TorchTensorrt(Deferred):
             raise DiffoptError(f"min-block={self.min_block}: wants 1 or more")
 
     def refuses(self, program: Program) -> str | None:
-        """Refuse what was not traced on the CPU, and float64 unless it may be truncated."""
+        """Refuse programs that are not on the CPU, and float64 unless it may be truncated."""
         reason = super().refuses(program)
         return reason or (None if self.truncate_double else _double(program))
 
     def package(self, gm: fx.GraphModule, sizes: Bounds) -> Package:
-        """Compile a component, whose weights become part of the package."""
+        """Compile a component with its weights."""
         library = _library()
         values = [node.meta["val"] for node in g.placeholders(gm)]
         arguments = tuple(example_tensor(value, cuda_runtime.DEVICE) for value in values)
@@ -83,18 +83,18 @@ class TorchTensorrt(Deferred):
             exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
             with _reports() as reports:
                 # Types are the graph's: by default up to 2.12, and always from 2.13 on.
-                cut = library.dynamo.compile(
+                partitioned = library.dynamo.compile(
                     exported,
                     arg_inputs=inputs,
                     sparse_weights=any(True for _ in sparse_layers(gm)),
                     **self.settings(),
                 )
-            about = _about(cut, "".join(reports))
+            about = _about(partitioned, "".join(reports))
             if not about["tensorrt"]["plans"]:
                 return Package(aoti.compile_package(gm, {}, sizes, cuda_runtime.DEVICE), about)
             path = Path(folder, "body.pt2")
             library.save(
-                cut,
+                partitioned,
                 str(path),
                 output_format="aot_inductor",
                 arg_inputs=list(arguments),
@@ -104,7 +104,7 @@ class TorchTensorrt(Deferred):
             return Package(path.read_bytes(), about)
 
     def settings(self) -> dict[str, Any]:
-        """Return what Torch-TensorRT is called with."""
+        """Return the options of Torch-TensorRT."""
         return {
             "min_block_size": self.min_block,
             "optimization_level": self.level,
@@ -115,16 +115,16 @@ class TorchTensorrt(Deferred):
         }
 
     def compiler(self) -> dict[str, Any]:
-        """Return what plans can be used with, which is one version of TensorRT."""
+        """Return the versions that plans can be used with: those of TensorRT too."""
         versions = {
-            "torch-tensorrt": _library().__version__,  # brings the module of its TensorRT along
+            "torch-tensorrt": _library().__version__,  # it imports its TensorRT
             "tensorrt": importlib.import_module("tensorrt").__version__,
         }
         return {**super().compiler(), **versions}
 
 
 def _double(program: Program) -> str | None:
-    """Say which value of a component is in float64."""
+    """Return which value of a component is in float64, None if none is."""
     for name, gm in program.components.items():
         for node in gm.graph.nodes:
             value = node.meta.get("val")
@@ -149,7 +149,7 @@ def _library() -> Any:
 
 
 def _input(library: Any, value: Tensor, axes: Mapping[int, tuple[int, int]]) -> Any:
-    """Return what Torch-TensorRT is to know about an argument."""
+    """Return the description of an argument for Torch-TensorRT."""
     shape = tuple(value.shape)
     if not axes:
         return library.Input(shape=shape, dtype=value.dtype)
@@ -157,13 +157,13 @@ def _input(library: Any, value: Tensor, axes: Mapping[int, tuple[int, int]]) -> 
         tuple(axes[axis][end] if axis in axes else size for axis, size in enumerate(shape))
         for end in (0, 1)
     )
-    # It takes kernels for the sizes that the example is exported with.
+    # Kernels are tuned for the sizes of the example.
     return library.Input(min_shape=low, opt_shape=shape, max_shape=high, dtype=value.dtype)
 
 
 @contextmanager
 def _reports() -> Iterator[list[str]]:
-    """Collect what Torch-TensorRT reports, which it otherwise does not show."""
+    """Collect Torch-TensorRT's reports, which it does not show by default."""
     texts: list[str] = []
     logger = logging.getLogger(_REPORTS)
     handler = logging.Handler()
@@ -180,18 +180,18 @@ def _reports() -> Iterator[list[str]]:
         logger.propagate = before[1]
 
 
-def _about(cut: fx.GraphModule, report: str) -> dict[str, Any]:
-    """Return how many operators became plans, and which ones torch runs how often."""
-    parts = dict(cut.named_children())
+def _about(partitioned: fx.GraphModule, report: str) -> dict[str, Any]:
+    """Return the number of plans and of operators in them, and the operators that torch runs."""
+    parts = dict(partitioned.named_children())
     plans = [name for name in parts if name.startswith(_PLAN)]
     counts = [int(count) for count in _OPERATORS.findall(report)]
-    inside = [part for part in parts.values() if isinstance(part, fx.GraphModule)]
-    ran = Counter(
+    in_torch = [part for part in parts.values() if isinstance(part, fx.GraphModule)]
+    operators = Counter(
         target_name(node)
-        for graph in [cut, *inside]
+        for graph in [partitioned, *in_torch]
         for node in graph.graph.nodes
         if node.op == "call_function" and node.target is not operator.getitem
     )
-    # Each plan is reported; were that to change, no number is better than a wrong one.
-    taken = sum(counts) if len(counts) == len(plans) else None
-    return {"tensorrt": {"plans": len(plans), "operators": taken}, "torch": dict(ran)}
+    # Every plan is reported; should that change, no number is better than a wrong one.
+    in_plans = sum(counts) if len(counts) == len(plans) else None
+    return {"tensorrt": {"plans": len(plans), "operators": in_plans}, "torch": dict(operators)}

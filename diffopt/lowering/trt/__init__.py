@@ -1,1 +1,1 @@
-"""TensorRT: building plans from ONNX models, saying what is in them, and running them."""
+"""TensorRT: building plans from ONNX models, reporting their contents, running them."""

@@ -23,20 +23,20 @@ Ranges = Mapping[str, tuple[Shape, Shape]]
 """The smallest and the largest shape of inputs that have more than one."""
 
 
-# A weight of this many bytes is handed to the parser where it lies: a model file that holds all of
-# them may have 2 GiB at most.
-_LARGE = 1 << 10
+# Weights of this many bytes are passed to the parser by address: a serialized model that contained
+# all of them could have 2 GiB at most.
+_LARGE_WEIGHT = 1 << 10
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to build, in TensorRT's own terms.
+    """The builder's configuration.
 
     Attributes:
-        level: How much to search for faster kernels, from 0 to 5; None: TensorRT's default.
-        workspace: The memory that kernels may use besides, in MiB; 0: all there is.
-        streaming: Whether weights may stay in the host's memory when the plan runs.
-        sparse: Whether to take kernels for 2:4 sparse weights where the weights are that.
+        level: The builder optimization level, from 0 to 5; None: TensorRT's default.
+        workspace: The limit of the workspace memory pool, in MiB; 0: all memory.
+        streaming: Whether to allow weight streaming from host memory.
+        sparse: Whether to allow kernels for 2:4 sparse weights.
     """
 
     level: int | None = None
@@ -56,9 +56,9 @@ class Plan:
     """A built plan.
 
     Attributes:
-        content: What TensorRT reads.
-        about: What the manifest says about it: its steps by kind, and bytes.
-        warnings: What the builder warned of.
+        content: The serialized engine.
+        about: Its entry in the manifest: the number of steps by kind, and bytes of memory.
+        warnings: The builder's warnings.
     """
 
     content: bytes
@@ -77,12 +77,15 @@ def build(
     """Build the plan of one component.
 
     Args:
-        name: The component's, for messages.
-        model: Keeps its types: fp16 stays fp16.
-        library: What to build with, and for what.
-        settings: How.
-        ranges: Of inputs without a fixed shape.
+        name: The component's name, for messages.
+        model: The network, which is strongly typed: fp16 is computed in fp16.
+        library: The TensorRT to build with, and the compute capability to build for.
+        settings: The builder's configuration.
+        ranges: The shapes of inputs with dynamic sizes.
         progress: Called with what is being done and the fraction done.
+
+    Raises:
+        DiffoptError: TensorRT cannot start, parse the model or build the plan.
     """
     trt = library.trt
     log = logger(trt)
@@ -91,17 +94,17 @@ def build(
         raise DiffoptError(f"{name}: {library.name} cannot start: {_reason(log.lines)}")
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    kept = _parse(name, model, parser)
+    buffers = _parse(name, model, parser)
     config = _config(builder, network, library, settings, ranges)
     with _monitor(trt, progress) as monitor:
         config.progress_monitor = monitor
-        made = builder.build_serialized_network(network, config)
+        serialized = builder.build_serialized_network(network, config)
         if monitor.error is not None:
             raise monitor.error
-    del network, parser, kept  # in this order: until then they may read the weights
-    if made is None:
+    del network, parser, buffers  # in this order: the network and the parser read the buffers
+    if serialized is None:
         raise DiffoptError(f"{name}: {library.name} cannot build it: {_reason(log.lines)}")
-    content = bytes(made)
+    content = bytes(serialized)
     about = {
         "steps": plan_report.kernels(content),
         "bytes": len(content),
@@ -111,44 +114,43 @@ def build(
 
 
 def _parse(name: str, model: onnx.ModelProto, parser: Any) -> Any:
-    """Hand the model to the parser; return what has to stay in memory until the plan is built."""
-    text, weights = detach(model)
-    kept = [text]
-    is_fine = parser.load_model_proto(text)
+    """Parse the model; return the buffers that must not be freed before the plan is built."""
+    text, weights = detach_weights(model)
+    buffers = [text]
+    is_loaded = parser.load_model_proto(text)
     for weight, content in weights.items():
-        if is_fine:
-            buffer = ctypes.c_char_p(content)
-            address = ctypes.cast(buffer, ctypes.c_void_p).value
-            is_fine = parser.load_initializer(weight, address, len(content))
-            kept.append(content)
-    if is_fine and parser.parse_model_proto():
-        return kept
+        if is_loaded:
+            pointer = ctypes.cast(ctypes.c_char_p(content), ctypes.c_void_p).value
+            is_loaded = parser.load_initializer(weight, pointer, len(content))
+            buffers.append(content)
+    if is_loaded and parser.parse_model_proto():
+        return buffers
     raise DiffoptError(f"{name}: {_parser_reason(parser)}")
 
 
-def detach(model: onnx.ModelProto) -> tuple[bytes, dict[str, bytes]]:
-    """Return a model without its large weights, and these by name."""
+def detach_weights(model: onnx.ModelProto) -> tuple[bytes, dict[str, bytes]]:
+    """Return a serialized model with its large weights as external data, and these by name."""
     import onnx
 
     small, weights = onnx.ModelProto(), dict[str, bytes]()
-    _copy(model, small, "graph")
-    _copy(model.graph, small.graph, "initializer")
+    _copy_fields(model, small, "graph")
+    _copy_fields(model.graph, small.graph, "initializer")
     for tensor in model.graph.initializer:
-        own = small.graph.initializer.add()
-        if len(tensor.raw_data) < _LARGE:
-            own.CopyFrom(tensor)
+        copy = small.graph.initializer.add()
+        if len(tensor.raw_data) < _LARGE_WEIGHT:
+            copy.CopyFrom(tensor)
             continue
-        _copy(tensor, own, "raw_data")
-        own.data_location = onnx.TensorProto.EXTERNAL
-        own.external_data.add(key="location", value=tensor.name)
+        _copy_fields(tensor, copy, "raw_data")
+        copy.data_location = onnx.TensorProto.EXTERNAL
+        copy.external_data.add(key="location", value=tensor.name)
         weights[tensor.name] = tensor.raw_data
     return small.SerializeToString(deterministic=True), weights
 
 
-def _copy(source: Any, target: Any, but: str) -> None:
-    """Copy the fields of a message, except one."""
+def _copy_fields(source: Any, target: Any, exclude: str) -> None:
+    """Copy the fields of a protobuf message, except one."""
     for field_, value in source.ListFields():
-        if field_.name == but:
+        if field_.name == exclude:
             continue
         if hasattr(value, "MergeFrom"):
             getattr(target, field_.name).MergeFrom(value)
@@ -157,7 +159,7 @@ def _copy(source: Any, target: Any, but: str) -> None:
 
 
 def _parser_reason(parser: Any) -> str:
-    """Return the parser's first error in one line: the operator, its name, and what is wrong."""
+    """Return the parser's first error in one line: operator, node name, description."""
     if parser.num_errors == 0:
         return "the ONNX parser refuses the model and gives no reason"
     error = parser.get_error(0)
@@ -183,7 +185,7 @@ def _config(
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if settings.sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    # What the inspector says on a GPU; it does not change the kernels.
+    # For the engine inspector; kernels are the same.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if ranges:
         profile = builder.create_optimization_profile()
@@ -197,20 +199,20 @@ def _config(
 
 
 def _reason(lines: list[tuple[str, str]]) -> str:
-    """Return what the builder gave as its reason, in one line."""
+    """Return the builder's first error, in one line."""
     errors = complaints(lines, "INTERNAL_ERROR", "ERROR")
     return next(errors, "it gives no reason")
 
 
 @contextmanager
 def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
-    """Give a progress monitor that ends the build when the user interrupts it."""
+    """Return a progress monitor that ends the build when the user interrupts it."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.error: BaseException | None = None
-            self.most = 0.0
+            self.fraction = 0.0
             self.phases: dict[str, tuple[str | None, int, int]] = {}
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
@@ -219,10 +221,10 @@ def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
         def step_complete(self, phase: str, step: int) -> bool:
             parent, steps, _ = self.phases[phase]
             self.phases[phase] = parent, steps, step + 1
-            try:  # an exception cannot pass through the builder
+            try:  # exceptions do not propagate through the builder
                 now = max(self.done(name) for name, p in self.phases.items() if not p[0])
-                self.most = max(self.most, now)  # phases come up while others are done
-                progress("building", self.most)
+                self.fraction = max(self.fraction, now)  # `now` falls when a phase begins
+                progress("building", self.fraction)
             except BaseException as error:
                 self.error = error
             return self.error is None
@@ -231,9 +233,9 @@ def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
             del self.phases[phase]
 
         def done(self, phase: str) -> float:
-            _, steps, own = self.phases[phase]
+            _, steps, completed = self.phases[phase]
             inner = (self.done(name) for name, p in self.phases.items() if p[0] == phase)
-            return min(1.0, (own + max(inner, default=0.0)) / max(steps, 1))
+            return min(1.0, (completed + max(inner, default=0.0)) / max(steps, 1))
 
     monitor = Monitor()
     if threading.current_thread() is not threading.main_thread():

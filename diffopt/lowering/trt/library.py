@@ -1,7 +1,7 @@
-"""Which TensorRT to use: the full one, or TensorRT for RTX; both have the same Python API.
+"""TensorRT and TensorRT for RTX, which have the same Python API.
 
-The full one times kernels, so it builds for the GPU at hand and for no other. The one for RTX needs
-no GPU to build, and leaves choosing kernels to the first run; it knows some compute capabilities.
+TensorRT times kernels, so it builds only for the GPU of this machine. TensorRT for RTX builds
+without a GPU, for some compute capabilities, and chooses kernels in the first run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffopt.lowering import cuda_runtime
 from diffopt.lowering.cuda_runtime import Capability
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""The module of each builder; the names are those of the packages, too."""
+"""The module of each builder, by the name of its package."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Library:
     Attributes:
         name: "tensorrt" or "tensorrt-rtx".
         trt: Its module.
-        capability: What to build for; None: the GPU at hand.
+        capability: The compute capability to build for; None: that of this machine's GPU.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Library:
 
     @property
     def version(self) -> str:
-        """The version of the module, as the manifest says it."""
+        """The version of the module, as in the manifest."""
         return str(self.trt.__version__)
 
     def lacks(self, number: str) -> str | None:
-        """Say why it has no matrix products in a format that the GPU has; None: it has."""
+        """Return why it has no matrix products in a format that the GPU has; None if it has."""
         if self.name == "tensorrt-rtx" and number == "fp32" and "SM75" in str(self.capability):
             return f"{self.name} has no matrix products in fp32 for SM75; add the pass cast(fp16)"
         return None
@@ -51,18 +51,21 @@ def find_library(builder: str, device: str, capability: Capability) -> Library:
     Args:
         builder: "tensorrt", "tensorrt-rtx", or "auto" for the first of these that can.
         device: The device's name, for messages.
-        capability: Its compute capability.
+        capability: The device's compute capability.
+
+    Raises:
+        DiffoptError: No such TensorRT is installed, or none builds for the device.
     """
     reasons = []
     for name in MODULES if builder == "auto" else [builder]:
-        found = _choose(name, device, capability)
-        if isinstance(found, Library):
-            return found
-        reasons.append(found)
+        library = _library_or_reason(name, device, capability)
+        if isinstance(library, Library):
+            return library
+        reasons.append(library)
     raise DiffoptError("; ".join(reasons))
 
 
-def _choose(name: str, device: str, capability: Capability) -> Library | str:
+def _library_or_reason(name: str, device: str, capability: Capability) -> Library | str:
     """Return the library if it can build for the device, or why it cannot."""
     if not is_installed(name):
         return f"{name} is not installed (pip install {name})"
@@ -87,7 +90,7 @@ def _choose(name: str, device: str, capability: Capability) -> Library | str:
 
 
 def load_library(name: str) -> Library:
-    """Return the library that runs the plans of a builder."""
+    """Return the library that runs a builder's plans; it has to be installed."""
     if not is_installed(name):
         raise DiffoptError(f"its plans need the package {name}: pip install {name}")
     return Library(name, load(name))
@@ -111,7 +114,7 @@ def _dotted(capability: Capability) -> str:
 
 
 def logger(trt: Any) -> Any:
-    """Return a logger that keeps what TensorRT says: `lines` of (severity, text)."""
+    """Return a logger that collects TensorRT's messages: `lines` of (severity, text)."""
 
     class Lines(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -125,10 +128,6 @@ def logger(trt: Any) -> Any:
 
 
 def complaints(lines: list[tuple[str, str]], *severities: str) -> Iterator[str]:
-    """Yield what was said with one of these severities, each once, without the name of the call."""
-    told = set()
-    for severity, text in lines:
-        text = " ".join(text.split())
-        if severity in severities and text not in told:
-            told.add(text)
-            yield text
+    """Yield the messages of some severities, each once."""
+    unique = dict.fromkeys(" ".join(t.split()) for severity, t in lines if severity in severities)
+    yield from unique

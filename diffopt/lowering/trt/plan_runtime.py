@@ -1,4 +1,4 @@
-"""Runs plans over torch's CUDA tensors: no copies, on the stream that is current."""
+"""Runs plans on torch's CUDA tensors: without copies, on the current stream."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ DTYPES = {
     "INT64": torch.int64,
     "BOOL": torch.bool,
 }
-"""Of the types that an argument or a result of a plan may have."""
+"""The types that inputs and outputs of a plan may have, by TensorRT's name."""
 
 
 @dataclass(frozen=True)
-class Slot:
+class Binding:
     """An input or an output of a plan.
 
     Attributes:
-        name: As the plan calls it.
-        shape: Of an output, if it is always the same.
-        dtype: What the plan reads or writes.
-        free: Whether its shape may change.
+        name: Its name in the plan.
+        shape: Its shape, with -1 for dynamic sizes.
+        dtype: Its type.
+        is_dynamic: Whether a size is dynamic.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    free: bool
+    is_dynamic: bool
 
 
 class PlanFunction:
@@ -63,13 +63,13 @@ class PlanFunction:
         """Load a plan.
 
         Args:
-            name: The component's, for messages.
-            library: What runs it.
-            plan: What was built.
-            inputs: The plan's names of the component's arguments.
-            outputs: And of its results.
-            stream_weights: Leave in the host's memory the weights that do not fit.
-            eager: Have all kernels compiled before they run, so that runs can be captured.
+            name: The component's name, for messages.
+            library: The TensorRT that runs the plan.
+            plan: The serialized engine.
+            inputs: The names of the component's arguments in the plan.
+            outputs: The names of its results.
+            stream_weights: Stream the weights that do not fit from host memory.
+            eager: Compile all kernels before they run, so that runs can be captured.
         """
         trt = library.trt
         self._name = name
@@ -83,10 +83,10 @@ class PlanFunction:
             self._engine.weight_streaming_budget_v2 = budget
         self._cache = _KernelCache(library, plan) if library.name == "tensorrt-rtx" else None
         self._context = self._new_context(trt, eager)
-        own = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
-        # The builder leaves out an input that nothing reads.
-        self._inputs = [self._slot(n) if n in own else None for n in inputs]
-        self._outputs = [self._slot(n) for n in outputs]
+        names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
+        # The builder removes inputs that nothing reads.
+        self._inputs = [self._binding(n) if n in names else None for n in inputs]
+        self._outputs = [self._binding(n) for n in outputs]
 
     def _new_context(self, trt: Any, eager: bool) -> Any:
         if self._cache is None:
@@ -98,32 +98,33 @@ class PlanFunction:
         self._cache.attach(config)
         return self._engine.create_execution_context(config)
 
-    def _slot(self, name: str) -> Slot:
+    def _binding(self, name: str) -> Binding:
         shape = tuple(self._engine.get_tensor_shape(name))
         dtype = DTYPES[self._engine.get_tensor_dtype(name).name]
-        return Slot(name, shape, dtype, -1 in shape)
+        return Binding(name, shape, dtype, -1 in shape)
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run the component on the current stream; nothing waits for it."""
+        """Run the component asynchronously on the current stream."""
         context = self._context
-        held = []  # until the kernels are in the stream: memory that is freed goes to later work
+        # Held until the kernels are in the stream, behind which freed memory may be used again.
+        held = []
         for slot, tensor in zip(self._inputs, tensors, strict=True):
             if slot is None:
                 continue
             tensor = tensor.to(slot.dtype).contiguous()
             held.append(tensor)
-            if slot.free:
+            if slot.is_dynamic:
                 context.set_input_shape(slot.name, tuple(tensor.shape))
             context.set_tensor_address(slot.name, tensor.data_ptr())
         results = []
         for slot in self._outputs:
-            shape = tuple(context.get_tensor_shape(slot.name)) if slot.free else slot.shape
+            shape = tuple(context.get_tensor_shape(slot.name)) if slot.is_dynamic else slot.shape
             results.append(torch.empty(shape, dtype=slot.dtype, device=DEVICE))
             context.set_tensor_address(slot.name, results[-1].data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise DiffoptError(f"{self._name}: its plan does not run: {self._reason()}")
         if self._cache is not None:
-            self._cache.keep()
+            self._cache.save()
         return results
 
     def _reason(self) -> str:
@@ -132,10 +133,10 @@ class PlanFunction:
 
 
 class _KernelCache:
-    """The kernels that TensorRT for RTX compiles when a plan first runs, kept for later loads."""
+    """The runtime cache of TensorRT for RTX: kernels that it compiles when a plan first runs."""
 
     def __init__(self, library: Library, plan: memoryview) -> None:
-        # What else they depend on is in them, and checked when they are read.
+        # TensorRT checks what else the kernels depend on when it reads the cache.
         parts = {
             "plan": hashlib.sha256(plan).hexdigest(),
             "version": library.version,
@@ -146,14 +147,14 @@ class _KernelCache:
         self._is_new = False
 
     def attach(self, config: Any) -> None:
-        """Let contexts of a configuration use it."""
+        """Set the cache in a configuration, with the kernels of earlier loads."""
         self._cache = config.create_runtime_cache()
-        found = disk_cache.get(self._key, "runtime")
-        self._is_new = found is None or not self._cache.deserialize(found["cache"])
+        entry = disk_cache.get(self._key, "runtime")
+        self._is_new = entry is None or not self._cache.deserialize(entry["cache"])
         config.set_runtime_cache(self._cache)
 
-    def keep(self) -> None:
-        """Write it down after the first run."""
+    def save(self) -> None:
+        """Save the kernels after the first run."""
         if self._is_new:
             self._is_new = False
             disk_cache.put(self._key, {"cache": bytes(self._cache.serialize())}, "runtime")
