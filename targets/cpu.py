@@ -1,13 +1,13 @@
 """Compiles every component ahead of time for this machine's CPU, with AOTInductor.
 
-A component becomes a shared library that takes its weights from the engine file, where they are
-stored once: components share them, and one changed in place is changed for all. With `pack` those
-of layers are packed for the matrix library when the engine is loaded. With `freeze` the libraries
-hold the weights instead, packed; what else is constant is folded. Quantized weights are always
-stored once as they are, and packed on loading (see `onednn`).
+A component becomes a shared library that reads its weights from the engine file, where they are
+stored once: components share them, and a change in place is a change for all. With `pack` the
+weights of layers are packed for oneDNN when the engine is loaded. With `freeze` the libraries
+contain the packed weights instead, and constants are folded. Quantized weights are always stored
+once and packed on loading (see `onednn`).
 
-The libraries use what this CPU has, so an engine says which instructions it needs. They are kept in
-a cache under the hash of the component's graph and of all else that they depend on.
+The libraries use all instructions of this CPU, so an engine says which it needs. They are cached
+under the hash of the component's graph and of everything else that they depend on.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from diffopt.lowering.hardware import Hardware, hardware
 from diffopt.lowering.target import EngineContents, Lowered, Target, option
 from diffopt.storage import disk_cache
 
-# What a compiler told to use all of this CPU may emit instructions of.
+# Instruction sets that -march=native may use.
 _ISA = ("avx", "amx", "fma", "bmi", "sse4", "f16c", "sha", "vaes", "gfni", "sve", "asimd", "i8mm")
 
-# These multiply 8-bit integers into 32 bits; without, sums of two products saturate in 16.
+# They accumulate products of 8-bit integers in 32 bits; others saturate in 16.
 _INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 _SETUP = "(setup).json"
@@ -78,11 +78,11 @@ class Cpu(Target):
 
     @property
     def hardware(self) -> Hardware | None:
-        """The CPU, or as much of it as the threads have."""
+        """The CPU, scaled to the number of threads."""
         return (super().hardware or hardware("cpu")).with_cores(self.threads)
 
     def refuses(self, program: Program) -> str | None:
-        """Refuse what is not on the CPU, and machines without a C++ compiler."""
+        """Refuse programs that are not on the CPU, and machines without a C++ compiler."""
         if (reason := not_on_cpu(program)) is not None:
             return reason
         if _compiler() is None:
@@ -102,7 +102,7 @@ class Cpu(Target):
         return None
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
-        """Take the components from the cache, or compile as many at once as there are cores."""
+        """Read the components from the cache, or compile them in a process for each core."""
         lowered = onednn.lower(program.components, self.pack, _lack())
         bodies = lowered.bodies
         if not (self.pack or self.freeze) and (count := _narrow_convolutions(bodies)):
@@ -122,10 +122,10 @@ class Cpu(Target):
 
         missing = {}
         for name, gm in bodies.items():
-            if (found := disk_cache.get(keys[name])) is None:
+            if (entry := disk_cache.get(keys[name])) is None:
                 missing[name] = gm
             else:
-                report(name, found, "from the cache")
+                report(name, entry, "from the cache")
         if missing:
             progress(f"compiling {', '.join(missing)}", len(done) / len(bodies))
         for name, members, seconds in self._compile(missing, free):
@@ -148,34 +148,36 @@ class Cpu(Target):
     def _compile(
         self, bodies: Mapping[str, fx.GraphModule], sizes: Mapping[str, Bounds]
     ) -> Iterator[tuple[str, dict[str, bytes], float]]:
-        # Timings that choose a kernel must not be disturbed by another process.
+        # Autotuning takes times, which other processes would disturb.
         processes = 1 if self.max_autotune else len(os.sched_getaffinity(0))
         return aoti.compile_bodies(
             bodies, self._settings(), processes, with_weights=self.freeze, sizes=sizes
         )
 
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
-        """Map the libraries into this process and give them their weights."""
+        """Load the libraries, and set their weights."""
         if self.threads:
             torch.set_num_threads(self.threads)  # for the operators that call back into torch
-        further: dict[str, list[Tensor]] = {}
+        constants: dict[str, list[Tensor]] = {}
         if _SETUP in engine.members:
             data = json.loads(bytes(engine.members[_SETUP]))
-            further = load_time_graph.run_setup(data, partial(_weight, engine))
-        return {name: self._load(name, engine, further.get(name, [])) for name in engine.graphs}
+            constants = load_time_graph.run_setup(data, partial(_weight, engine))
+        return {name: self._load(name, engine, constants.get(name, [])) for name in engine.graphs}
 
-    def _load(self, name: str, engine: EngineContents, further: list[Tensor]) -> ComponentFunction:
+    def _load(
+        self, name: str, engine: EngineContents, constants: list[Tensor]
+    ) -> ComponentFunction:
         graph = engine.graphs[name]
         kinds = {kind: f"{name}.{kind}" for kind in ("so", "json")}
         members = {k: engine.members[file] for k, file in kinds.items() if file in engine.members}
         weights = None if self.freeze else _Weights(graph["tensors"], engine.tensors)
-        return aoti.component_function(aoti.open_library(members, weights), graph, further)
+        return aoti.component_function(aoti.open_library(members, weights), graph, constants)
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
 
     def _key(self, gm: fx.GraphModule, sizes: Bounds | None = None) -> dict[str, Any]:
-        """Return all that a library depends on, as JSON."""
+        """Return everything that a library depends on, as JSON."""
         return {
             **component_key(gm, sizes, by_value=self.freeze),
             "settings": self._settings(),
@@ -192,12 +194,12 @@ class Cpu(Target):
             # A small weight written into the code could not be changed without compiling again.
             "always_keep_tensor_constants": not self.freeze,
             "freezing": self.freeze,
-            # Channels last would turn every weight around anew in every call.
+            # The channels-last layout would transpose every weight in every call.
             "layout_optimization": self.freeze,
             "max_autotune": self.max_autotune,
             "max_autotune_report_choices_stats": False,
-            # Named threads: left to itself, the compiler sizes buffers for as many as there are
-            # here and then uses as many as there are where the engine runs.
+            # By default Inductor sizes buffers for the threads of this machine, and uses as many
+            # as there are where the engine runs.
             "cpp.threads": self._threads(),
             "aot_inductor.enable_line_tables": False,
             "aot_inductor.enable_frame_pointer": False,
@@ -205,7 +207,7 @@ class Cpu(Target):
 
 
 class _Weights:
-    """A component's weights by name: the engine's, in the memory layout of the trace."""
+    """A component's weights by name, with the strides of the trace."""
 
     def __init__(self, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._table = table
@@ -227,7 +229,7 @@ def _narrow_convolutions(bodies: Mapping[str, fx.GraphModule]) -> int:
 
 
 def _requires() -> dict[str, Any]:
-    """Return what a library built here needs of the machine that is to run it."""
+    """Return what a library that is built here requires of a machine, as JSON."""
     flags: set[str] = set()
     if os.path.exists("/proc/cpuinfo"):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -242,7 +244,7 @@ def _requires() -> dict[str, Any]:
 
 
 def _lack() -> str | None:
-    """Say why nothing can run on integers here."""
+    """Return why integer products cannot run on this machine, None if they can."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch has no oneDNN"
     if not set(_INTEGERS).intersection(_requires()["isa"]):
@@ -251,7 +253,7 @@ def _lack() -> str | None:
 
 
 def _compiler() -> str | None:
-    """Return the C++ compiler's name and version; None where there is none."""
+    """Return the command and version of the C++ compiler, None if there is none."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
@@ -264,6 +266,6 @@ def _compiler() -> str | None:
 
 @cache
 def _source() -> str:
-    """Return the hash of the lowering, which decides what comes out of the compiler."""
+    """Return the hash of the sources of the lowering."""
     modules = aoti, compile_inputs, load_time_graph, onednn, strides
     return source_hash(str(module.__file__) for module in modules)

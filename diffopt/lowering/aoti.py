@@ -1,6 +1,6 @@
-"""AOTInductor: components as shared libraries, made in several processes at once.
+"""AOTInductor: compiles components in several processes, and loads what it has compiled.
 
-For a CPU that is one library; for a GPU it is a package, a library with its GPU kernels beside it.
+For a CPU the result is a shared library; for a GPU a package, a library with its GPU kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from diffopt.lowering.executor import ComponentFunction
 from diffopt.storage import container
 
 Settings = Mapping[str, Any]
-"""Inductor's configuration, without where the files go."""
+"""Inductor's configuration, without the output path."""
 
 KIND = "application/x-diffopt-job"
 _WORK = "import sys; from diffopt.lowering import aoti; aoti.run_job(sys.argv[1], sys.argv[2])"
@@ -42,9 +42,9 @@ _WORK = "import sys; from diffopt.lowering import aoti; aoti.run_job(sys.argv[1]
 def compile_body(
     gm: fx.GraphModule, settings: Settings, sizes: Bounds | None = None
 ) -> dict[str, bytes]:
-    """Compile a component; return the library as "so".
+    """Compile a component for the CPU; return the library as "so".
 
-    Where the library calls operators that it has no entry point for, "json" says which.
+    If it calls operators through the dispatcher, "json" lists these.
     """
     with (
         tempfile.TemporaryDirectory(prefix="diffopt-") as folder,
@@ -52,38 +52,38 @@ def compile_body(
         onednn.kernels(),
     ):
         _compile(gm, settings, sizes, "cpu", folder)
-        files = {p.suffix[1:]: p for p in Path(folder).rglob("*") if _is_product(p)}
+        files = {p.suffix[1:]: p for p in Path(folder).rglob("*") if _is_output(p)}
         return {kind: path.read_bytes() for kind, path in sorted(files.items())}
 
 
 def compile_package(
     gm: fx.GraphModule, settings: Settings, sizes: Bounds | None = None, device: str = "cuda"
 ) -> bytes:
-    """Compile a component whose tensors are on `device` for that; return the package."""
+    """Compile a component whose tensors are on `device`; return the package."""
     from torch._inductor.package.package import package_aoti
 
     with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet_inductor():
         files = _compile(gm, settings, sizes, device, folder)
-        needed: list[Any] = [
+        packaged: list[Any] = [
             str(file) for file in files if str(file).endswith((".so", ".json", ".cubin"))
         ]
         path = Path(folder, "body.pt2")
-        package_aoti(str(path), needed)
+        package_aoti(str(path), packaged)
         return path.read_bytes()
 
 
 def _compile(
     gm: fx.GraphModule, settings: Settings, sizes: Bounds | None, device: str, folder: str
 ) -> Any:
-    """Let AOTInductor write into a folder; return the names of what belongs to the result."""
+    """Compile into a folder; return the names of the resulting files."""
     arguments = tuple(example_tensor(n.meta["val"], device) for n in g.placeholders(gm))
     known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
     options = {key: value for key, value in settings.items() if key in known}
     options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
     module: Any = g.clone(gm)
     for node, argument in zip(g.placeholders(module), arguments, strict=True):
-        node.meta["val"] = g.fake(argument)  # the compiler refuses those of another device
-    if sizes:  # without them the graph is what an export would give
+        node.meta["val"] = g.fake(argument)  # Inductor refuses fake tensors of another device
+    if sizes:  # without dynamic sizes, exporting would change nothing
         shapes = dynamic_shapes(len(arguments), sizes)
         exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
         module = exported.module()
@@ -104,23 +104,23 @@ def compile_bodies(
         settings: Inductor's configuration.
         processes: How many to compile at once; 1 compiles in this process.
         with_weights: Whether the library depends on the weights' values.
-        sizes: The sizes that may change, of components that have some.
+        sizes: The dynamic sizes of components that have some.
     """
-    left = dict(bodies)
-    if min(processes, len(left)) > 1:
+    remaining = dict(bodies)
+    if min(processes, len(remaining)) > 1:
         with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
             jobs = {}
-            for name, gm in left.items():
+            for name, gm in remaining.items():
                 jobs[name] = str(Path(folder, f"{name}.job")), str(Path(folder, f"{name}.done"))
                 _write_job(jobs[name][0], gm, settings, with_weights, sizes.get(name))
             for name, seconds in _run_jobs(jobs, processes):
                 done = Path(jobs[name][1])
-                if done.exists():  # else the process failed: compile here, and let the error show
-                    del left[name]
+                if done.exists():  # else the process failed: compiling here shows the error
+                    del remaining[name]
                     result = container.Archive(done, KIND, "a result", "")
                     table = result.manifest["members"]
                     yield name, {member: bytes(result.read(member)) for member in table}, seconds
-    for name, gm in left.items():
+    for name, gm in remaining.items():
         started = time.perf_counter()
         members = compile_body(gm, settings, sizes.get(name))
         yield name, members, time.perf_counter() - started
@@ -150,10 +150,10 @@ def _write_job(
 
 
 def run_job(job: str, result: str) -> None:
-    """Do a job of `compile_bodies` in a process of its own."""
-    given = container.Archive(job, KIND, "a job", "")
-    body = json.loads(bytes(given.read("body")))
-    weights = given.tensors("weights")
+    """Run a job of `compile_bodies`, in a process of its own; both arguments are paths."""
+    archive = container.Archive(job, KIND, "a job", "")
+    body = json.loads(bytes(archive.read("body")))
+    weights = archive.tensors("weights")
     tensors: dict[str, Tensor] = {}
     for name, (value, parameter) in body["tensors"].items():
         fake = serialize.decode_value(value)
@@ -168,8 +168,11 @@ def run_job(job: str, result: str) -> None:
 
 
 def _run_jobs(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[tuple[str, float]]:
-    """Run jobs, so many at once; yield each name and its seconds. An interruption ends all."""
-    # The children find this package where this process did.
+    """Run jobs in so many processes at once; yield the name and seconds of each that is done.
+
+    An interruption ends all processes.
+    """
+    # So that the children import the same package.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
     waiting = list(jobs.items())
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
@@ -208,16 +211,16 @@ class Weights(Protocol):
         """Return a weight in the memory layout of the trace."""
 
 
-# How to run it; and its weights, to be freed with it: a library keeps its references to them.
+# The function of a library; and its weights, of which the library holds references for ever.
 _Library = tuple[Callable[[list[Tensor]], list[Tensor]], list[Tensor]]
 
 
 def open_library(members: Mapping[str, bytes | memoryview], weights: Weights | None) -> _Library:
-    """Map a library into this process.
+    """Load a library.
 
     Args:
-        members: What `compile_body` returned.
-        weights: The component's weights by name; None if the library holds them.
+        members: The result of `compile_body`.
+        weights: The component's weights by name; None if the library contains them.
     """
     with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
         for kind, content in members.items():
@@ -226,40 +229,40 @@ def open_library(members: Mapping[str, bytes | memoryview], weights: Weights | N
     if weights is None:
         return runner.run, []
     names = runner.get_constant_names_to_original_fqns()
-    table = {name: _shared(weights[original]) for name, original in names.items()}
+    table = {name: _alias(weights[original]) for name, original in names.items()}
     runner.update_constant_buffer(table, False, True, True)
     return runner.run, list(table.values())
 
 
 def open_package(content: bytes | memoryview, weights: Weights | None) -> _Library:
-    """Map a package into this process.
+    """Load a package.
 
     Args:
-        content: What `compile_package` returned.
-        weights: The component's weights by name, on the device; None if the package holds them.
+        content: The result of `compile_package`.
+        weights: The component's weights by name, on the device; None if the package contains them.
     """
     with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
         path = Path(folder, "body.pt2")
         path.write_bytes(content)
-        # One thread, one run at a time: else it asks the GPU whether the last run is done, which
-        # is not allowed while a CUDA graph is captured.
+        # Single-threaded: else it queries an event of the last run, which is not allowed while a
+        # CUDA graph is captured.
         runner = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     if weights is None:
         return runner.run, []
-    table = {name: _shared(weights[name]) for name in runner.get_constant_fqns()}
+    table = {name: _alias(weights[name]) for name in runner.get_constant_fqns()}
     runner.load_constants(table, False, True, True)
     return runner.run, list(table.values())
 
 
 @torch.no_grad()
-def _shared(tensor: Tensor) -> Tensor:
-    """Return another tensor in the same memory, which can be let go of while the tensor lives."""
-    form = tensor.storage_offset(), tensor.shape, tensor.stride()
-    memory = tensor.untyped_storage()
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, *form)
+def _alias(tensor: Tensor) -> Tensor:
+    """Return another tensor of the same storage, which can be released alone."""
+    layout = tensor.storage_offset(), tensor.shape, tensor.stride()
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, *layout)
 
 
-def _let_go(tensors: list[Tensor]) -> None:
+def _release(tensors: list[Tensor]) -> None:
     for tensor in tensors:
         tensor.set_()  # type: ignore[call-overload]
 
@@ -271,52 +274,52 @@ class LibraryFunction:
         self,
         library: _Library,
         strides: list[tuple[int, ...] | None],
-        further: Sequence[Tensor] = (),
+        constants: Sequence[Tensor] = (),
     ) -> None:
         """Make a function of a library.
 
         Args:
-            library: What `open_library` or `open_package` returned.
-            strides: The memory layout that each argument was compiled for; None: contiguous.
-            further: Arguments behind those of a call, the same for all (see `Setup`).
+            library: The result of `open_library` or `open_package`.
+            strides: The strides that each argument was compiled for; None: contiguous.
+            constants: Further arguments, the same in every call (see `load_time_graph`).
         """
         self._strides = strides
-        self._further = list(further)
+        self._constants = list(constants)
         self._run, weights = library
-        weakref.finalize(self, _let_go, weights).atexit = False
+        weakref.finalize(self, _release, weights).atexit = False
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run the component; `tensors` is used up."""
+        """Run the component; the list `tensors` is changed."""
         for index, stride in enumerate(self._strides):
             if stride is None:
                 tensors[index] = tensors[index].contiguous()
             elif tensors[index].stride() != stride:
                 tensors[index] = with_strides(tensors[index], stride)
-        return self._run(tensors + self._further)
+        return self._run(tensors + self._constants)
 
 
 def component_function(
-    library: _Library, graph: Mapping[str, Any], further: Sequence[Tensor] = ()
+    library: _Library, graph: Mapping[str, Any], constants: Sequence[Tensor] = ()
 ) -> ComponentFunction:
-    """Return a library as a function; `graph` is the component's, as JSON."""
+    """Return a library as a function; `graph` is the component's graph as JSON."""
     values = [
         serialize.decode_value(row["val"]) for row in graph["nodes"] if row["op"] == "placeholder"
     ]
-    # Of a contiguous argument some size may be another than at compilation.
+    # Strides of contiguous arguments vary with dynamic sizes.
     strides = [None if value.is_contiguous() else value.stride() for value in values]
-    return LibraryFunction(library, strides, further)
+    return LibraryFunction(library, strides, constants)
 
 
-def _is_product(path: Path) -> bool:
-    """Tell the library and the list of operators it calls back for from the steps to them."""
+def _is_output(path: Path) -> bool:
+    """Tell whether a file is the library or its list of operators, not an intermediate one."""
     return path.name.endswith((".wrapper.so", ".wrapper.json"))
 
 
 @contextmanager
 def quiet_inductor(folder: str | None = None) -> Iterator[None]:
-    """Keep what the compiler says from the terminal, and its temporary files in `folder`.
+    """Silence Inductor, and set the folder of its temporary files.
 
-    There is none for GPU kernels: the processes that compile these outlive it, and go on using it.
+    No folder for GPU kernels: the processes that compile these outlive the context.
     """
     from torch._inductor import select_algorithm
 

@@ -1,4 +1,4 @@
-"""What targets that compile components have in common: the sizes left open, and the cache's key."""
+"""Inputs of compilers: dynamic sizes, example arguments, and the keys of the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffopt.storage import container
 
 
 def dynamic_bounds(program: Program) -> dict[str, Bounds]:
-    """Return the sizes that may change, of requests or tokens, of components that have some."""
+    """Return the bounds of dynamic sizes, of requests or tokens, of components that have some."""
     if program.lengths:
         return bounds(program.root, program.lengths)
     low, high = program.batch or (1, 1)
@@ -28,14 +28,14 @@ def dynamic_bounds(program: Program) -> dict[str, Bounds]:
         return {}
     axes = batching.batch_axes(program.root, high)
     return {
-        name: {index: {axis: (low, high)} for index, axis in own.items()}
-        for name, own in axes.items()
-        if own
+        name: {index: {axis: (low, high)} for index, axis in arguments.items()}
+        for name, arguments in axes.items()
+        if arguments
     }
 
 
 def not_on_cpu(program: Program) -> str | None:
-    """Say which value of a program is not on the CPU."""
+    """Return which value of a program is not on the CPU, None if all are."""
     for name, gm in {"the program": program.root, **program.components}.items():
         for node in gm.graph.nodes:
             value = node.meta.get("val")
@@ -45,18 +45,21 @@ def not_on_cpu(program: Program) -> str | None:
 
 
 def platform_tag() -> str:
-    """Return the operating system and the kind of processor, which libraries are made for."""
+    """Return operating system and architecture, such as `linux-x86_64`."""
     return f"{platform.system().lower()}-{platform.machine()}"
 
 
 def example_tensor(value: Tensor, device: str = "cpu") -> Tensor:
     """Return a tensor of zeros like a value, to compile or export with."""
-    # Made there, since a copy to another device has another memory layout where there are gaps.
+    # `.to(device)` would drop gaps between the elements.
     return empty_like(value, device).zero_()
 
 
 def dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:
-    """Return what `torch.export` is to leave open; it finds out itself which sizes are related."""
+    """Return the `dynamic_shapes` of `torch.export` for `count` arguments.
+
+    Dimensions are unnamed: `torch.export` infers which are equal.
+    """
     return tuple(
         {
             axis: torch.export.Dim.DYNAMIC(min=low, max=high)
@@ -67,12 +70,12 @@ def dynamic_shapes(count: int, sizes: Bounds) -> tuple[dict[int, Any], ...]:
 
 
 def component_key(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> dict[str, Any]:
-    """Return, as JSON, all of a component that what is compiled from it depends on.
+    """Return the part of a cache key that identifies a component, as JSON.
 
     Args:
         gm: The component.
-        sizes: Those that may change.
-        by_value: Whether that holds the weights, or gets them when it runs.
+        sizes: Its dynamic sizes.
+        by_value: Whether compiled code contains the weights, so that their values count.
     """
     rows = serialize.graph_to_json(gm)
     for row in rows:
@@ -88,13 +91,13 @@ def component_key(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> d
 
 
 def source_hash(files: Iterable[str | Path]) -> str:
-    """Return the hash of a lowering's source files, which decide what comes out of it."""
+    """Return the hash of source files: part of the key of everything that they produce."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def tensor_key(tensor: Tensor, by_value: bool) -> Any:
-    """Return, as JSON, what of a tensor something depends on that is compiled."""
-    what = [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
+    """Return the part of a cache key that identifies a tensor, as JSON."""
+    key = [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
     if by_value:
-        what.append(hashlib.sha256(container.raw(tensor)).hexdigest())
-    return what
+        key.append(hashlib.sha256(container.raw(tensor)).hexdigest())
+    return key

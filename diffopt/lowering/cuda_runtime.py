@@ -1,4 +1,4 @@
-"""Runs a program's outer graph on a GPU: its own stream, and the whole run as one CUDA graph."""
+"""Runs a program's outer graph on a GPU: on its own stream, or as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Capability = tuple[int, int]
 
 
 def capability() -> Capability | None:
-    """Return the compute capability of the GPU at hand; None where there is none."""
+    """Return the compute capability of this machine's GPU, None if it has none."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def requires(device: Hardware) -> dict[str, Any]:
-    """Return what compiled code for a device needs of the machine that is to run it."""
+    """Return what code compiled for a device requires of a machine, as JSON."""
     return {
         "device": device.name,
         "capability": list(device.capability or ()),
@@ -34,14 +34,14 @@ def requires(device: Hardware) -> dict[str, Any]:
 
 
 def unfit(requires: Mapping[str, Any], code: str) -> str | None:
-    """Say what this machine lacks of what `requires` has returned; `code` is what needs it."""
+    """Return what this machine lacks of `requires`, None if nothing; `code` names what needs it."""
     wanted = ".".join(map(str, requires["capability"]))
     needs = f"its {code} need a GPU of compute capability {wanted} ({requires['device']})"
-    at_hand = capability()
-    if at_hand is None:
+    local = capability()
+    if local is None:
         return f"{needs}, and torch finds none here"
-    if list(at_hand) != requires["capability"]:
-        return f"{needs}, and the one here has {'.'.join(map(str, at_hand))}"
+    if list(local) != requires["capability"]:
+        return f"{needs}, and the one here has {'.'.join(map(str, local))}"
     if requires["platform"] != platform_tag():
         return f"it was built for {requires['platform']}, this is {platform_tag()}"
     return None
@@ -52,7 +52,7 @@ _Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 @dataclass
 class _Recorded:
-    """A run that was captured: where it reads, where it writes, and how to start it."""
+    """A captured CUDA graph, with the tensors that it reads and writes."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -60,45 +60,45 @@ class _Recorded:
 
 
 class CudaExecutor:
-    """A plan on the GPU, for inputs that are anywhere.
+    """Runs an executor on the GPU, for inputs on any device.
 
-    All of a run is on one stream, which is not the default one: work on that one makes TensorRT
-    wait for the whole device. With `record`, the second run with inputs of the same shapes is
-    captured as one CUDA graph, and the runs after it replay that: a launch for the whole loop.
+    A run is on a stream other than the default one, on which TensorRT would synchronize the whole
+    device. With `record`, the second run with inputs of the same shapes is captured as one CUDA
+    graph, which later runs replay: one launch for the whole loop.
     """
 
-    def __init__(self, plan: SlotExecutor, record: bool = False) -> None:
-        self._plan = plan
+    def __init__(self, executor: SlotExecutor, record: bool = False) -> None:
+        self._executor = executor
         self._record = record
         self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._seen: dict[_Key, _Recorded | None] = {}
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs for flat inputs: on the GPU if all of these are there."""
+        """Return the outputs for flat inputs: on the GPU if all inputs are, else on the CPU."""
         caller = torch.cuda.current_stream()
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream), torch.no_grad():
-            given = [tensor.to(DEVICE, non_blocking=True) for tensor in tensors]
-            results = self._run(given)
+            inputs = [tensor.to(DEVICE, non_blocking=True) for tensor in tensors]
+            results = self._run(inputs)
         caller.wait_stream(self._stream)
         for tensor in results:
-            tensor.record_stream(caller)  # its memory is another's only after the caller's use
+            tensor.record_stream(caller)  # not to be freed before the caller's stream has read it
         if tensors and all(tensor.device.type == DEVICE for tensor in tensors):
             return results
         return [tensor.cpu() for tensor in results]
 
     def _run(self, tensors: list[Tensor]) -> list[Tensor]:
         if not self._record:
-            return self._plan.run(tensors)
+            return self._executor.run(tensors)
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-        if key not in self._seen:  # what kernels prepare in their first run cannot be captured
+        if key not in self._seen:  # kernels may allocate or tune in their first run
             self._seen[key] = None
-            return self._plan.run(tensors)
+            return self._executor.run(tensors)
         recorded = self._seen[key]
         if recorded is None:
             recorded = self._seen[key] = self._capture(tensors)
-        for place, tensor in zip(recorded.inputs, tensors, strict=True):
-            place.copy_(tensor)
+        for static, tensor in zip(recorded.inputs, tensors, strict=True):
+            static.copy_(tensor)
         recorded.graph.replay()
         return [tensor.clone() for tensor in recorded.outputs]
 
@@ -107,7 +107,7 @@ class CudaExecutor:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
-                outputs = self._plan.run(inputs)
+                outputs = self._executor.run(inputs)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise DiffoptError(

@@ -1,9 +1,9 @@
-"""Lowerings that compile on the GPU: what is done without it, what is left to do there, loading.
+"""Lowerings that compile on the GPU, after what can be done without it.
 
-What needs no GPU is done anywhere: quantized layers become CUDA's matrix products of 8 and 4 bits
-(see `gemm`). The engine holds these graphs beside its weights, which are stored once. The rest
-needs the GPU, so `diffopt finish FILE` does it there and keeps the result; where it was not done,
-what loads the engine does it, and keeps the result in the cache of that machine:
+Without a GPU, quantized layers become CUDA's matrix products of 8 and 4 bits (see `cuda_gemm`). The
+engine contains these graphs, and its weights once. `diffopt finish FILE` compiles them on the GPU
+and keeps the result in the file. For an engine that is not finished, loading it does the same, and
+keeps the result in the machine's cache:
 
     written anywhere    NAME.json, (setup).json
     finished on a GPU   NAME.pt2, (made).json
@@ -37,7 +37,7 @@ from diffopt.progress import Progress, silent
 from diffopt.storage import disk_cache
 
 _SETUP = "(setup).json"
-_MADE = "(made).json"
+_COMPILER = "(made).json"
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -47,11 +47,11 @@ log = logging.getLogger("diffopt")
 
 @dataclass(frozen=True)
 class Package:
-    """A component that is compiled.
+    """A compiled component.
 
     Attributes:
-        content: What AOTInductor can load.
-        about: What the manifest says about it, as JSON.
+        content: A package of AOTInductor.
+        about: Its entry in the manifest, as JSON.
     """
 
     content: bytes
@@ -59,12 +59,12 @@ class Package:
 
 
 class Deferred(Target):
-    """Lower components as far as that goes without the GPU, and compile them on it.
+    """Lower components as far as possible without the GPU, and compile them on it.
 
-    A subclass is a dataclass. It has the option `cuda_graph`, to replay a run as one CUDA graph.
+    A subclass is a dataclass with the option `cuda_graph`, to replay a run as one CUDA graph.
 
     Attributes:
-        by_value: Packages hold the weights that they need; else they get the engine's on loading.
+        embeds_weights: Whether packages contain weights, instead of sharing the engine's.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("cuda",)
@@ -73,7 +73,7 @@ class Deferred(Target):
     cuda_graph: bool
 
     def package(self, gm: fx.GraphModule, sizes: Bounds) -> Package:
-        """Compile a component on the GPU, where its tensors are; they are empty unless `by_value`.
+        """Compile a component on the GPU; without `embeds_weights` its weights have no values.
 
         Args:
             gm: The component.
@@ -86,22 +86,22 @@ class Deferred(Target):
         raise NotImplementedError
 
     def compiler(self) -> dict[str, Any]:
-        """Return, as JSON, what a package can be used with: it is compiled again for another."""
+        """Return, as JSON, the versions and GPU that a package runs with; others recompile it."""
         return {
             "torch": ".".join(torch.__version__.split(".")[:2]),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         }
 
     def strides(self, gm: fx.GraphModule) -> dict[str, list[int]]:
-        """Return the memory layouts of those weights that are to be read in another one."""
+        """Return the strides of weights whose layout is changed on loading."""
         return {}
 
     def refuses(self, program: Program) -> str | None:
-        """Refuse what was not traced on the CPU."""
+        """Refuse programs that are not on the CPU."""
         return not_on_cpu(program)
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
-        """Lower every component as far as it can be done without the GPU."""
+        """Lower every component as far as possible without the GPU."""
         progress("lowering", None)
         free = dynamic_bounds(program)
         lowered = cuda_gemm.lower(program.components, self._device(), free)
@@ -123,46 +123,48 @@ class Deferred(Target):
         )
 
     def is_finished(self, engine: EngineContents) -> bool:
-        """Tell whether what is compiled fits this GPU and torch."""
-        made = engine.members.get(_MADE)
-        return made is not None and json.loads(bytes(made)) == self.compiler()
+        """Tell whether the packages were compiled for this GPU and torch."""
+        compiler = engine.members.get(_COMPILER)
+        return compiler is not None and json.loads(bytes(compiler)) == self.compiler()
 
     def finish(self, engine: EngineContents, progress: Progress) -> Finished:
-        """Compile the components for the GPU at hand, or take them from the cache."""
-        done = Finished({_MADE: json.dumps(self.compiler()).encode()})
+        """Compile the components for this machine's GPU, or read them from the cache."""
+        finished = Finished({_COMPILER: json.dumps(self.compiler()).encode()})
         for index, name in enumerate(engine.graphs):
             progress(f"compiling {name}", index / len(engine.graphs))
-            made = self._made(name, engine)
-            done.members[f"{name}.pt2"] = made["pt2"]
-            done.bodies[name] = json.loads(made["json"])
-        return done
+            entry = self._package(name, engine)
+            finished.members[f"{name}.pt2"] = entry["pt2"]
+            finished.bodies[name] = json.loads(entry["json"])
+        return finished
 
-    def _made(self, name: str, engine: EngineContents) -> dict[str, bytes]:
-        """Return a component's package as an entry of the cache, from there or made now."""
+    def _package(self, name: str, engine: EngineContents) -> dict[str, bytes]:
+        """Return a component's package as an entry of the cache, compiled if it has none."""
         started = time.perf_counter()
         body = json.loads(bytes(engine.members[f"{name}.json"]))
-        weights = _Weights(engine.graphs[name]["tensors"], body["strides"], _OnGpu(engine.tensors))
-        used = sorted({row["target"] for row in body["nodes"] if row["op"] == "get_attr"})
-        key = disk_cache.key(self._key(body, used, weights))
-        if (found := disk_cache.get(key)) is not None:
+        weights = _Weights(
+            engine.graphs[name]["tensors"], body["strides"], _GpuTensors(engine.tensors)
+        )
+        names = sorted({row["target"] for row in body["nodes"] if row["op"] == "get_attr"})
+        key = disk_cache.key(self._key(body, names, weights))
+        if (entry := disk_cache.get(key)) is not None:
             log.info("%s: from the cache", name)
-            return found
+            return entry
         tensors = {
-            part: weights[part] if self.embeds_weights else weights.empty(part) for part in used
+            part: weights[part] if self.embeds_weights else weights.empty(part) for part in names
         }
         gm = serialize.graph_from_json(body["nodes"], name, tensors, {})
         move_to_device(gm, cuda_runtime.DEVICE)
         package = self.package(gm, bounds_from_json(body["sizes"]))
-        made = {"pt2": package.content, "json": json.dumps(package.about).encode()}
-        disk_cache.put(key, made)
+        entry = {"pt2": package.content, "json": json.dumps(package.about).encode()}
+        disk_cache.put(key, entry)
         log.info("%s: compiled in %.1f s", name, time.perf_counter() - started)
-        return made
+        return entry
 
-    def _key(self, body: Any, used: Iterable[str], weights: _Weights) -> dict[str, Any]:
-        """Return all that a package depends on, as JSON."""
+    def _key(self, body: Any, names: Iterable[str], weights: _Weights) -> dict[str, Any]:
+        """Return everything that a package depends on, as JSON."""
         return {
             "body": body,
-            "tensors": {part: weights.identity(part, self.embeds_weights) for part in used},
+            "tensors": {part: weights.identity(part, self.embeds_weights) for part in names},
             "settings": self.settings(),
             "compiler": self.compiler(),
             "torch": torch.__version__,
@@ -170,20 +172,20 @@ class Deferred(Target):
         }
 
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
-        """Map the packages into this process; what they read of the weights is on the GPU once."""
+        """Load the packages, and their weights to the GPU, each once."""
         members: Mapping[str, bytes | memoryview] = engine.members
         if not self.is_finished(engine):
             log.warning("compiling for this GPU and torch; `diffopt finish FILE` does it for good")
             members = {**members, **self.finish(engine, silent).members}
-        tensors = _OnGpu(engine.tensors)
-        further: dict[str, list[Tensor]] = {}
+        tensors = _GpuTensors(engine.tensors)
+        constants: dict[str, list[Tensor]] = {}
         if _SETUP in members:
             data = json.loads(bytes(members[_SETUP]))
-            further = load_time_graph.run_setup(
+            constants = load_time_graph.run_setup(
                 data, partial(_attribute, engine, tensors), cuda_runtime.DEVICE
             )
         return {
-            name: self._load(name, engine, members, tensors, further.get(name, []))
+            name: self._load(name, engine, members, tensors, constants.get(name, []))
             for name in engine.graphs
         }
 
@@ -192,24 +194,24 @@ class Deferred(Target):
         name: str,
         engine: EngineContents,
         members: Mapping[str, bytes | memoryview],
-        tensors: _OnGpu,
-        further: list[Tensor],
+        tensors: _GpuTensors,
+        constants: list[Tensor],
     ) -> ComponentFunction:
         weights = None
         if not self.embeds_weights:
             strides = json.loads(bytes(members[f"{name}.json"]))["strides"]
             weights = _Weights(engine.graphs[name]["tensors"], strides, tensors)
         library = aoti.open_package(members[f"{name}.pt2"], weights)
-        return aoti.component_function(library, engine.graphs[name], further)
+        return aoti.component_function(library, engine.graphs[name], constants)
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
-        """Compare the GPU and its platform with what the kernels need."""
+        """Compare the GPU and the platform with what the kernels need."""
         return cuda_runtime.unfit(requires, "kernels")
 
     def executor(
         self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction]
     ) -> cuda_runtime.CudaExecutor:
-        """Run what is between the components on the GPU too."""
+        """Run the operators between the components on the GPU too."""
         return cuda_runtime.CudaExecutor(
             SlotExecutor(root, bodies, cuda_runtime.DEVICE), self.cuda_graph
         )
@@ -221,55 +223,57 @@ class Deferred(Target):
 
 
 @dataclass
-class _OnGpu:
-    """An engine's tensors on the GPU: each once in every memory layout that it is read in."""
+class _GpuTensors:
+    """An engine's tensors on the GPU: each once for all strides with which it is read."""
 
     tensors: Mapping[str, Tensor]
-    made: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    copies: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     def get(self, key: str, stride: tuple[int, ...]) -> Tensor:
-        if (key, stride) not in self.made:
-            self.made[key, stride] = with_strides(self.tensors[key].to(cuda_runtime.DEVICE), stride)
-        return self.made[key, stride]
+        if (key, stride) not in self.copies:
+            self.copies[key, stride] = with_strides(
+                self.tensors[key].to(cuda_runtime.DEVICE), stride
+            )
+        return self.copies[key, stride]
 
 
 @dataclass
 class _Weights:
-    """A component's weights by name, in the memory layout that it is compiled for."""
+    """A component's weights by name, with the strides for which it is compiled."""
 
     table: Mapping[str, Any]
     strides: Mapping[str, list[int]]
-    tensors: _OnGpu
+    tensors: _GpuTensors
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors.get(*self._where(name))
+        return self.tensors.get(*self._key_and_stride(name))
 
     def empty(self, name: str) -> Tensor:
-        """Return a tensor on the GPU like a weight, with any values."""
-        key, stride = self._where(name)
+        """Return an uninitialized tensor like a weight, on the GPU."""
+        key, stride = self._key_and_stride(name)
         stored = self.tensors.tensors[key]
         return torch.empty_strided(
             stored.shape, stride, dtype=stored.dtype, device=cuda_runtime.DEVICE
         )
 
     def identity(self, name: str, by_value: bool) -> Any:
-        """Return, as JSON, what of a weight a package depends on."""
-        key, stride = self._where(name)
+        """Return the part of a cache key that identifies a weight, as JSON."""
+        key, stride = self._key_and_stride(name)
         return [stride, compile_inputs.tensor_key(self.tensors.tensors[key], by_value)]
 
-    def _where(self, name: str) -> tuple[str, tuple[int, ...]]:
+    def _key_and_stride(self, name: str) -> tuple[str, tuple[int, ...]]:
         key, stride, _ = self.table[name]
         return key, tuple(self.strides.get(name, stride))
 
 
-def _attribute(engine: EngineContents, tensors: _OnGpu, component: str, name: str) -> Tensor:
+def _attribute(engine: EngineContents, tensors: _GpuTensors, component: str, name: str) -> Tensor:
     return _Weights(engine.graphs[component]["tensors"], {}, tensors)[name]
 
 
 def move_to_device(gm: fx.GraphModule, device: str) -> None:
-    """Let a graph compute on a device, with its tensors there, and return values laid out as here.
+    """Move a graph to a device, on which its tensors are; its results keep their strides.
 
-    Kernels there, and weights in other memory layouts, lay out values in other ways.
+    The device's kernels, and weights with other strides, change the strides of values.
     """
     set_device(gm, device)
     before = [node.meta["val"] for node in g.outputs(gm)]
@@ -279,7 +283,7 @@ def move_to_device(gm: fx.GraphModule, device: str) -> None:
         elif node.op == "get_attr":
             node.meta["val"] = g.fake(g.attribute(gm, str(node.target)))
         elif node.op == "call_function":
-            if node.target in _VIEWS:  # of what may be laid out otherwise
+            if node.target in _VIEWS:  # strides may have changed
                 node.target = aten.reshape.default
             node.meta["val"] = g.infer_value(node)
     restore_outputs(gm, before)
@@ -288,7 +292,7 @@ def move_to_device(gm: fx.GraphModule, device: str) -> None:
 
 @cache
 def _source(target: str) -> str:
-    """Return the hash of a lowering, which decides what comes out of the compiler."""
+    """Return the hash of the sources of a lowering."""
     shared = (
         aoti.__file__,
         compile_inputs.__file__,

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from diffopt.ir import graph as g
 
 ComponentFunction = Callable[[list[Tensor]], Sequence[Tensor]]
-"""Runs one lowered component on its flat arguments."""
+"""Computes the results of one lowered component from its flat arguments."""
 
 
 class Executor(Protocol):
@@ -23,14 +23,14 @@ class Executor(Protocol):
         """Return the outputs for flat inputs."""
 
 
-# (what to call, where its arguments are, where its results go, what nobody reads afterwards)
+# (function, slots of its arguments, slots of its results, slots to free afterwards)
 _Step = tuple[Callable[[list[Any]], Any], tuple[int, ...], int | tuple[int, ...], tuple[int, ...]]
 
 
 class SlotExecutor:
-    """The outer graph with every value in a numbered slot, so that a run is one plain loop.
+    """Runs the outer graph as one loop over calls, with every value in a numbered slot.
 
-    What it computes itself it computes on `device`, where inputs have to be.
+    Its own operators run on `device`, where inputs have to be.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class SlotExecutor:
         self._inputs = len(g.placeholders(root))
         self._constants: list[Any] = [None] * self._size
         self._outputs = tuple(slots[n] for n in g.outputs(root))
-        kept = set(self._outputs)
+        never_freed = set(self._outputs)
         steps: list[_Step] = []
         for node in root.graph.nodes:
             if node.op == "get_attr":
                 self._constants[slots[node]] = g.attribute(root, str(node.target)).to(self._device)
-                kept.add(slots[node])
+                never_freed.add(slots[node])
             elif node.op in ("call_function", "call_module") and not _is_item(node):
                 steps.append(self._step(node, slots, bodies))
-        self._steps = _with_frees(steps, kept)
+        self._steps = _with_frees(steps, never_freed)
 
     def _step(
         self, node: fx.Node, slots: Mapping[fx.Node, int], bodies: Mapping[str, ComponentFunction]
@@ -62,9 +62,9 @@ class SlotExecutor:
             call, arguments = _bind(node, self._device)
         results: int | tuple[int, ...] = slots[node]
         if isinstance(node.meta["val"], (tuple, list)):
-            spare = self._size - 1
-            places = {u.args[1]: slots[u] for u in node.users if _is_item(u)}
-            results = tuple(places.get(i, spare) for i in range(len(node.meta["val"])))
+            unused = self._size - 1
+            items = {u.args[1]: slots[u] for u in node.users if _is_item(u)}
+            results = tuple(items.get(i, unused) for i in range(len(node.meta["val"])))
         return call, tuple(slots[n] for n in arguments), results, ()
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -89,9 +89,9 @@ def _is_item(node: fx.Node) -> bool:
 
 
 def _slots(graph: fx.Graph) -> tuple[dict[fx.Node, int], int]:
-    """Number the values, inputs first; a component's n-th result is in one slot however often read.
+    """Number the values, inputs first; all reads of a component's n-th result share a slot.
 
-    The last slot takes the results that nobody reads.
+    The last slot is for results that nothing reads.
     """
     slots: dict[fx.Node, int] = {}
     results: dict[tuple[fx.Node, int], int] = {}
@@ -104,27 +104,27 @@ def _slots(graph: fx.Graph) -> tuple[dict[fx.Node, int], int]:
     return slots, count + 1
 
 
-def _with_frees(steps: list[_Step], kept: set[int]) -> list[_Step]:
-    """Add to every step the slots that are read for the last time there."""
-    seen = set(kept)
-    result: list[_Step] = []
+def _with_frees(steps: list[_Step], never_freed: set[int]) -> list[_Step]:
+    """Add to every step the slots that no later step reads."""
+    live = set(never_freed)
+    reverse: list[_Step] = []
     for call, arguments, results, _ in reversed(steps):
-        made = (results,) if isinstance(results, int) else results
-        dead = tuple({i for i in (*arguments, *made) if i not in seen})
-        seen.update(dead)
-        result.append((call, arguments, results, dead))
-    return result[::-1]
+        written = (results,) if isinstance(results, int) else results
+        dead = tuple({i for i in (*arguments, *written) if i not in live})
+        live.update(dead)
+        reverse.append((call, arguments, results, dead))
+    return reverse[::-1]
 
 
 def _bind(node: fx.Node, device: torch.device) -> tuple[Callable[[list[Any]], Any], list[fx.Node]]:
-    """Return a call of an operator on a list of the values it takes, and the nodes of these."""
+    """Return an operator as a function of a list of values, and the nodes of these values."""
     operator_ = node.target
-    args, kwargs = _placed(node, device)
+    args, kwargs = _arguments_on(node, device)
     assert callable(operator_)
     leading = list(itertools.takewhile(lambda argument: isinstance(argument, fx.Node), args))
     rest = args[len(leading) :]
     nodes: list[Any] = leading
-    if not g.nodes_in((rest, kwargs)):  # the usual case: tensors first, then constants
+    if not g.nodes_in((rest, kwargs)):  # usual: tensors first, then constants
         if kwargs:
             return lambda values: operator_(*values, *rest, **kwargs), nodes
         if rest:
@@ -139,24 +139,24 @@ def _bind(node: fx.Node, device: torch.device) -> tuple[Callable[[list[Any]], An
     return general, nodes
 
 
-def _placed(node: fx.Node, device: torch.device) -> tuple[Any, Any]:
-    """Return a node's arguments with `device` for the one that it was captured on."""
+def _arguments_on(node: fx.Node, device: torch.device) -> tuple[Any, Any]:
+    """Return a node's arguments, with `device` in place of the one that it was captured on."""
 
-    def place(value: Any) -> Any:
+    def replace(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value
 
-    args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), place)
+    args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), replace)
     schema = getattr(node.target, "_schema", None)
-    if schema is not None and not node.all_input_nodes:  # then no tensor says where it computes
-        behind = [argument.name for argument in schema.arguments[len(args) :]]
-        if "device" in behind and kwargs.get("device") is None:
+    if schema is not None and not node.all_input_nodes:  # no input determines the device
+        remaining = [argument.name for argument in schema.arguments[len(args) :]]
+        if "device" in remaining and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": device}
     return args, kwargs
 
 
 def set_device(gm: fx.GraphModule, device: str) -> None:
-    """Let a graph compute on `device` what it was captured to compute on another."""
+    """Replace the device in the arguments of a graph's operators."""
     for node in gm.graph.nodes:
         if node.op == "call_function":
-            node.args, node.kwargs = _placed(node, torch.device(device))
+            node.args, node.kwargs = _arguments_on(node, torch.device(device))
     gm.recompile()

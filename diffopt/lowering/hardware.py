@@ -1,4 +1,4 @@
-"""Hardware: what a device has, how fast it is at most, and which formats of numbers it lacks.
+"""Hardware: the memory of a device, its peak rates, and the formats of numbers that it supports.
 
 Devices are described in `targets/devices.toml`. A package adds one with an entry point of the group
 `diffopt.devices`, whose value is a `Hardware`.
@@ -25,7 +25,7 @@ FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp4")
 SPARSE = "2:4"
 """Weights of which two in every four are zero."""
 
-# The compute capabilities with products of a format: from, and up to but not with.
+# The compute capabilities with products of a format: from (inclusive), to (exclusive).
 _CAPABILITIES = {
     "tf32": ((8, 0), None),
     "fp16": ((7, 0), None),
@@ -43,18 +43,17 @@ class Hardware:
     """One device.
 
     Attributes:
-        name: What targets call it: `h100`.
-        title: What its vendor calls it.
-        kind: What it is programmed with; the lowering that is its default has the same name.
+        name: Its name in targets: `h100`.
+        title: Its vendor's name.
+        kind: How it is programmed; its default lowering has the same name.
         memory: In bytes.
         bandwidth: Of that memory, in bytes a second.
-        peak: Operations a second by format of numbers, dense; formats that are not here it has no
-            products of.
-        capability: Of CUDA devices, what their instructions are.
-        stored: Formats that weights may have without there being products in them.
-        sparsity: Whether there are products of 2:4 sparse weights.
-        cores: Of a CPU, the cores that the figures are of.
-        sources: The documents that the figures are from.
+        peak: Dense operations a second by format; it has no products in other formats.
+        capability: The compute capability of a CUDA device.
+        stored: Formats in which weights may be stored, though it has no products in them.
+        sparsity: Whether it has products of 2:4 sparse weights.
+        cores: The number of a CPU's cores, to which the figures apply.
+        sources: The documents from which the figures are.
     """
 
     name: str
@@ -70,7 +69,7 @@ class Hardware:
     sources: tuple[str, ...] = ()
 
     def lacks(self, what: str) -> str | None:
-        """Say why there are no products in a format, or of "2:4" sparse weights; None: there are.
+        """Return why there are no products in a format, or of "2:4" sparse weights, or None.
 
         >>> hardware("h100").lacks("fp8")
         >>> hardware("a100").lacks("fp8")
@@ -90,16 +89,18 @@ class Hardware:
         needs = ".".join(map(str, since))
         if self.capability is None:
             return f"{products}: they need a GPU of compute capability {needs}"
-        own = ".".join(map(str, self.capability))
+        capability = ".".join(map(str, self.capability))
         if self.capability < since:
-            return f"{products}: they need compute capability {needs}, and it has {own}"
+            return f"{products}: they need compute capability {needs}, and it has {capability}"
         if until is not None and self.capability >= until:
             end = ".".join(map(str, until))
-            return f"{products}: GPUs lost them with compute capability {end}, and it has {own}"
+            return (
+                f"{products}: GPUs lost them with compute capability {end}, and it has {capability}"
+            )
         return f"{products}: {self.sources[0]} names none" if self.sources else products
 
     def rate(self, number: str) -> float:
-        """Return operations a second in a format; what it has no products in is widened to fp32."""
+        """Return operations a second in a format; without products in it, those of fp32."""
         return self.peak.get(number, self.peak["fp32"])
 
     def can_store(self, number: str) -> bool:
@@ -107,12 +108,12 @@ class Hardware:
         return number in self.peak or number in self.stored
 
     def with_cores(self, cores: int) -> Hardware:
-        """Return a CPU of which only some cores compute, with as much of its rates."""
+        """Return a CPU with fewer cores, its rates scaled in proportion."""
         if not self.cores or not 0 < cores < self.cores:
             return self
-        part = cores / self.cores
-        peak = {number: part * rate for number, rate in self.peak.items()}
-        return dataclasses.replace(self, cores=cores, peak=peak, bandwidth=part * self.bandwidth)
+        ratio = cores / self.cores
+        peak = {number: ratio * rate for number, rate in self.peak.items()}
+        return dataclasses.replace(self, cores=cores, peak=peak, bandwidth=ratio * self.bandwidth)
 
     def to_json(self) -> dict[str, Any]:
         """Return the description as JSON."""
@@ -128,23 +129,23 @@ def hardware(name: str) -> Hardware:
     """Return the device called `name`."""
     if name not in _sources():
         raise DiffoptError(f"there is no device '{name}'{suggest(name, hardware_names())}")
-    if name in _described():
-        return _described()[name]
-    found = plugins.load(_sources()[name])
-    if not isinstance(found, Hardware) or found.name != name:
+    if name in _descriptions():
+        return _descriptions()[name]
+    device = plugins.load(_sources()[name])
+    if not isinstance(device, Hardware) or device.name != name:
         raise DiffoptError(f"{_sources()[name]} is not a Hardware named '{name}'")
-    return found
+    return device
 
 
 @cache
 def _sources() -> dict[str, str]:
-    """Map the name of each device to where it is described."""
-    own = dict.fromkeys(_described(), "targets/devices.toml")
-    return plugins.add_entries(own, "diffopt.devices", "devices")
+    """Map the name of each device to the place of its description."""
+    builtin = dict.fromkeys(_descriptions(), "targets/devices.toml")
+    return plugins.add_entries(builtin, "diffopt.devices", "devices")
 
 
 @cache
-def _described() -> dict[str, Hardware]:
+def _descriptions() -> dict[str, Hardware]:
     text = resources.files("diffopt.targets").joinpath("devices.toml").read_text("utf-8")
     return {name: _read(name, row) for name, row in tomllib.loads(text).items()}
 

@@ -1,4 +1,4 @@
-"""What numbers programs compute with and store, and what a device lacks of that."""
+"""Formats of numbers in which programs multiply and store, and what a device lacks of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffopt.lowering.hardware import SPARSE, Hardware
 from diffopt.transforms import sparsity_2_4
 
 _NAMES = {
-    torch.float64: "fp32",  # no device is described in it; a program has a few numbers at most
+    torch.float64: "fp32",  # devices are not described for it; programs have only a few values
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -27,15 +27,15 @@ def product_format(node: fx.Node) -> str:
     if layer is not None and (x := low_precision_input(layer)) is not None:
         return x.number
     values = (source.meta["val"] for source in node.all_input_nodes)
-    found = (_NAMES.get(v.dtype) for v in values if isinstance(v, Tensor))
-    return next((name for name in found if name is not None), "fp32")
+    formats = (_NAMES.get(v.dtype) for v in values if isinstance(v, Tensor))
+    return next((name for name in formats if name is not None), "fp32")
 
 
 def low_precision_input(layer: qdq.Layer) -> qdq.Activation | None:
-    """Return a layer's input if its products are in what that is quantized to.
+    """Return a layer's quantized input if its products are in that format.
 
-    Otherwise they are in floats: weights alone are quantized, or in another format than the inputs,
-    or with a scale for each group of inputs, over which a sum of integers would have to be cut up.
+    Otherwise they are in floats, and the result is None: weights alone are quantized, or in another
+    format than the input, or with a scale for each group of inputs, which would split integer sums.
     """
     x, weight = qdq.activation(layer.x), qdq.weight(layer.weight)
     if x is None or weight is None or weight.group is not None:
@@ -44,23 +44,23 @@ def low_precision_input(layer: qdq.Layer) -> qdq.Activation | None:
 
 
 def unsupported(program: Program, hardware: Hardware) -> str | None:
-    """Say which format, or sparsity, of a program a device lacks; None: it has all."""
+    """Return which format or sparsity of a program a device lacks, None if it has all."""
     bodies = {name or "the program": gm for name, gm in program.graphs.items()}
     for name, gm in bodies.items():
         for layer in qdq.layers(gm):
-            if (reason := _refused_input(layer, hardware)) is not None:
+            if (reason := _unsupported_input(layer, hardware)) is not None:
                 return f"in {name} {reason}"
     for name, gm in bodies.items():
         for node in gm.graph.nodes:
-            number = _stored(node)
+            number = _value_format(node)
             if number is not None and not hardware.can_store(number):
                 reason = f"{node.name} is in {number}, and {hardware.lacks(number)}"
                 return f"in {name} {reason}; {_instead(number, hardware)}"
     if (lacking := hardware.lacks(SPARSE)) is not None:
         for name, gm in bodies.items():
-            found = next(sparsity_2_4.sparse_layers(gm), None)
-            if found is not None:
-                sparse = f"the weight of {found.node.name} is {SPARSE} sparse, and {lacking}"
+            sparse_layer = next(sparsity_2_4.sparse_layers(gm), None)
+            if sparse_layer is not None:
+                sparse = f"the weight of {sparse_layer.node.name} is {SPARSE} sparse, and {lacking}"
                 return f"in {name} {sparse}; prune to another pattern, or take the target eager"
     return None
 
@@ -71,7 +71,7 @@ def _instead(number: str, hardware: Hardware) -> str:
     return "quantize to " + " or ".join(n for n in ("int8", "int4", "fp8") if hardware.can_store(n))
 
 
-def _refused_input(layer: qdq.Layer, hardware: Hardware) -> str | None:
+def _unsupported_input(layer: qdq.Layer, hardware: Hardware) -> str | None:
     x = qdq.activation(layer.x)
     if x is None or (reason := hardware.lacks(x.number)) is None:
         return None
@@ -82,8 +82,8 @@ def _refused_input(layer: qdq.Layer, hardware: Hardware) -> str | None:
     )
 
 
-def _stored(node: fx.Node) -> str | None:
-    """Return the format of a node's value, where devices differ in what they have."""
+def _value_format(node: fx.Node) -> str | None:
+    """Return the format of a node's value; None for types that every device has."""
     if is_call(node, torch.ops.diffopt.unpack_int4.default):
         return "int4"
     value = node.meta.get("val")

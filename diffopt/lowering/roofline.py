@@ -1,8 +1,8 @@
-"""The roofline: what a program's steps cost on a device at best, found without the device.
+"""The roofline model: the least time of a program's steps on a device, without the device.
 
-A kernel takes as long as its products at the device's peak rate, or as moving what it reads and
-writes at the memory's, whichever is longer; kernels follow each other. What is one kernel decides
-what is moved. Three models of that bracket a run:
+A kernel takes as long as its products at the device's peak rate, or as its reads and writes at the
+memory's bandwidth, whichever is longer; kernels run one after another (Samuel Williams et al.,
+2009). What is one kernel decides what is moved. Three models of that bracket a run:
 
 - `most`: every operator is a kernel of its own, which reads its arguments and writes its results.
 - `bytes`: operators that multiply (matrix products, convolutions, attention) are kernels of their
@@ -41,7 +41,7 @@ aten = torch.ops.aten
 
 Bound = Literal["compute", "memory"]
 
-# They read the rows of their first argument that the others name.
+# They read only some rows of their first argument.
 _GATHERS = (
     aten.embedding.default,
     aten.index.Tensor,
@@ -52,12 +52,12 @@ _GATHERS = (
 
 @dataclass
 class Kernel:
-    """What runs without memory in between.
+    """Operators that are computed without memory traffic between them.
 
     Attributes:
         number: The format of its products.
-        flops: How many operations these are.
-        bytes: What it reads and writes.
+        flops: The number of operations.
+        bytes: The bytes that it reads and writes.
     """
 
     number: str = "fp32"
@@ -65,7 +65,7 @@ class Kernel:
     bytes: int = 0
 
     def seconds(self, hardware: Hardware) -> tuple[float, Bound]:
-        """Return how long it takes, and what that is bound by."""
+        """Return the time that it takes, and what bounds that."""
         compute = self.flops / hardware.rate(self.number)
         memory = self.bytes / hardware.bandwidth
         return (compute, "compute") if compute > memory else (memory, "memory")
@@ -73,7 +73,7 @@ class Kernel:
 
 @dataclass
 class Work:
-    """What one call of a component has to do, on whatever device; see the module for `most`."""
+    """The kernels of one call of a component, on any device; see the module for `most`, `least`."""
 
     kernels: list[Kernel] = field(default_factory=list)
     most: int = 0
@@ -81,17 +81,17 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """What all kernels move."""
+        """The bytes that all kernels read and write."""
         return sum(kernel.bytes for kernel in self.kernels)
 
     @property
     def flops(self) -> dict[str, int]:
         """Operations by format of numbers."""
-        found: dict[str, int] = {}
+        flops: dict[str, int] = {}
         for kernel in self.kernels:
             if kernel.flops:
-                found[kernel.number] = found.get(kernel.number, 0) + kernel.flops
-        return found
+                flops[kernel.number] = flops.get(kernel.number, 0) + kernel.flops
+        return flops
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ class Row:
     """A component on a device.
 
     Attributes:
-        component: Its name; `program` for what is between the calls.
-        calls: How many calls a run makes.
-        steps: Which steps make them.
+        component: Its name; `program` for the operators between the calls.
+        calls: The number of calls in a run.
+        steps: The steps with calls.
         flops: Operations of a call, by format.
-        bytes: What a call moves between kernels; see the module for this and the next two.
-        most: What it would move with every operator a kernel of its own.
-        least: What it moves at least.
-        bound: Where most of the time goes.
-        seconds: What a call is predicted to take.
-        limit: What it takes at least.
+        bytes: Bytes that a call moves; see the module for this and the next two.
+        most: Bytes if every operator were a kernel of its own.
+        least: The least bytes.
+        bound: What bounds most of the time.
+        seconds: The predicted time of a call.
+        limit: The least time of a call.
     """
 
     component: str
@@ -129,8 +129,8 @@ class Roofline:
 
     Attributes:
         hardware: The device.
-        rows: Components in the order in which they are called first.
-        weights: What all weights take, in bytes.
+        rows: Components in the order of their first calls.
+        weights: Bytes of all weights.
     """
 
     hardware: Hardware
@@ -139,12 +139,12 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """What a run is predicted to take."""
+        """The predicted time of a run."""
         return sum(row.calls * row.seconds for row in self.rows)
 
     @property
     def limit(self) -> float:
-        """What a run takes at least."""
+        """The least time of a run."""
         return sum(row.calls * row.limit for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
@@ -159,7 +159,11 @@ class Roofline:
 
 
 def roofline(program: Program, hardware: Hardware) -> Roofline:
-    """Return what a program costs on a device, which has to have the formats of its numbers."""
+    """Return the roofline of a program on a device.
+
+    Raises:
+        DiffoptError: The device lacks a format of the program.
+    """
     if reason := legality.unsupported(program, hardware):
         raise DiffoptError(f"{hardware.name} cannot run this program: {reason}")
     steps: dict[str, set[int]] = {}
@@ -177,52 +181,52 @@ def roofline(program: Program, hardware: Hardware) -> Roofline:
     return Roofline(hardware, rows, g.tensor_bytes(program.weights().values()))
 
 
-def _row(name: str, calls: int, steps: Iterable[int], own: Work, hardware: Hardware) -> Row:
+def _row(name: str, calls: int, steps: Iterable[int], work: Work, hardware: Hardware) -> Row:
     spent: dict[Bound, float] = {"compute": 0.0, "memory": 0.0}
-    for kernel in own.kernels:
+    for kernel in work.kernels:
         seconds, bound = kernel.seconds(hardware)
         spent[bound] += seconds
-    flops = own.flops
+    flops = work.flops
     compute = sum(count / hardware.rate(number) for number, count in flops.items())
     return Row(
         component=name,
         calls=calls,
         steps=tuple(sorted(steps)),
         flops=flops,
-        bytes=own.bytes,
-        most=own.most,
-        least=own.least,
+        bytes=work.bytes,
+        most=work.most,
+        least=work.least,
         bound="compute" if spent["compute"] > spent["memory"] else "memory",
         seconds=sum(spent.values()),
-        limit=max(compute, own.least / hardware.bandwidth),
+        limit=max(compute, work.least / hardware.bandwidth),
     )
 
 
 def work(gm: fx.GraphModule) -> Work:
-    """Return what one run of a graph has to do, without the components that it calls."""
-    return _Graph(gm).work()
+    """Return the work of one run of a graph, without the components that it calls."""
+    return _KernelGraph(gm).work()
 
 
-# What they divide by is known only after all of a group was read, which no kernel can hold.
-_TWICE = (aten.group_norm.default, aten.native_group_norm.default)
+# Mean and variance need all of a group, which no kernel can hold: the input is read again.
+_TWO_PASS = (aten.group_norm.default, aten.native_group_norm.default)
 
-# By kernel, what it reads: by who wrote that, which parts of it.
+# Bytes that are read: by the node that wrote them, and by view of its value.
 _Reads = dict[fx.Node, dict[fx.Node, int]]
 
 
-class _Graph:
-    """A graph cut into kernels.
+class _KernelGraph:
+    """A graph partitioned into kernels.
 
-    Only kernels of nodes in one stage are joined: a stage is how many products a value waits for,
-    one after the other, so that no kernel would have to wait for a product of its own result.
+    Only nodes of one stage are fused. The stage of a value is the largest number of products on a
+    path to it, so no kernel depends on a product that depends on it.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._constant: dict[fx.Node, list[fx.Node]] = {}  # the stored tensors that it is made of
+        self._constant: dict[fx.Node, list[fx.Node]] = {}  # by constant node: its weights
         self._flops: dict[fx.Node, int] = {}
         self._stage: dict[fx.Node, int] = {}
-        self._joined: dict[fx.Node, fx.Node] = {}  # union-find: the next node of the same kernel
+        self._parent: dict[fx.Node, fx.Node] = {}  # union-find
         for node in gm.graph.nodes:
             if node.op in ("call_function", "call_module", "get_attr"):
                 self._place(node)
@@ -240,18 +244,18 @@ class _Graph:
         self._stage[node] = alone + max((self._stage.get(n, 0) for n in sources), default=0)
         if alone or free:
             return
-        for source in map(_base, sources if not is_call(node, *_TWICE) else ()):
+        for source in map(_base, sources if not is_call(node, *_TWO_PASS) else ()):
             if self._flops.get(source) == 0 and self._stage[source] == self._stage[node]:
-                self._join(source, node)
+                self._union(source, node)
 
-    def _join(self, one: fx.Node, other: fx.Node) -> None:
+    def _union(self, one: fx.Node, other: fx.Node) -> None:
         if self._kernel(one) is not self._kernel(other):
-            self._joined[self._kernel(one)] = self._kernel(other)
+            self._parent[self._kernel(one)] = self._kernel(other)
 
     def _kernel(self, node: fx.Node) -> fx.Node:
-        """Return the node that stands for the kernel of a node."""
-        while node in self._joined:
-            node = self._joined[node]
+        """Return the representative of a node's kernel."""
+        while node in self._parent:
+            node = self._parent[node]
         return node
 
     def work(self) -> Work:
@@ -261,68 +265,70 @@ class _Graph:
         written = {_base(node) for node in g.outputs(self._gm)}
         most = 0
         for node, flops in self._flops.items():
-            own = self._kernel(node)
-            kernel = kernels.setdefault(own, Kernel())
+            representative = self._kernel(node)
+            kernel = kernels.setdefault(representative, Kernel())
             if flops:
                 kernel.number, kernel.flops = legality.product_format(node), flops
-            taken = self._reads(node)
+            node_reads = self._reads(node)
             again = (
-                g.value_bytes(node.all_input_nodes[0].meta["val"]) if is_call(node, *_TWICE) else 0
+                g.value_bytes(node.all_input_nodes[0].meta["val"])
+                if is_call(node, *_TWO_PASS)
+                else 0
             )
-            most += _total(taken) + again + g.value_bytes(node.meta["val"])
-            # The first time that is part of what computes it elementwise.
+            most += _total(node_reads) + again + g.value_bytes(node.meta["val"])
+            # The first pass is fused with elementwise operators that compute the input.
             kernel.bytes += again if self._flops.get(_base(node.all_input_nodes[0])) != 0 else 0
-            for source, parts in taken.items():
-                if source not in self._flops or self._kernel(source) is not own:
-                    reads.setdefault(own, {}).setdefault(source, {}).update(parts)
+            for source, views in node_reads.items():
+                if source not in self._flops or self._kernel(source) is not representative:
+                    reads.setdefault(representative, {}).setdefault(source, {}).update(views)
                     written.add(source)
         for node in self._gm.graph.find_nodes(op="call_module"):
             written.update(self._reads(node))
-        for own, taken in reads.items():
-            kernels[own].bytes += _total(taken)
+        for representative, kernel_reads in reads.items():
+            kernels[representative].bytes += _total(kernel_reads)
         for node in written & self._flops.keys():
             kernels[self._kernel(node)].bytes += g.value_bytes(node.meta["val"])
         return Work(list(kernels.values()), most, self._least(reads.values()))
 
     def _reads(self, node: fx.Node) -> _Reads:
-        """Return what a node reads of stored tensors and of what others have written."""
+        """Return what a node reads of weights and of other nodes' values."""
         layer = qdq.layer(node)
         narrow = None if layer is None else legality.low_precision_input(layer)
-        found: _Reads = {}
+        reads: _Reads = {}
         for position, source in enumerate(node.all_input_nodes):
             if narrow is not None and source is narrow.node:
                 source = narrow.quantized
-            base, part = _base(source), source.meta["val"]
+            base, view = _base(source), source.meta["val"]
             if position == 0 and is_call(node, *_GATHERS):
-                part = node.meta["val"]
+                view = node.meta["val"]
             if base.op != "get_attr" and base in self._constant:
                 for leaf in self._constant[base]:
-                    found[leaf] = {leaf: min(g.value_bytes(leaf.meta["val"]), g.value_bytes(part))}
+                    reads[leaf] = {leaf: min(g.value_bytes(leaf.meta["val"]), g.value_bytes(view))}
             else:
-                found.setdefault(base, {})[source] = g.value_bytes(part)
-        return found
+                reads.setdefault(base, {})[source] = g.value_bytes(view)
+        return reads
 
     def _least(self, reads: Iterable[_Reads]) -> int:
         """Return the bytes of the weights and inputs that are read, and of the outputs."""
-        outside: _Reads = {}
-        for taken in reads:
-            for source, parts in taken.items():
+        external: _Reads = {}
+        for kernel_reads in reads:
+            for source, views in kernel_reads.items():
                 if source not in self._flops:
-                    outside.setdefault(source, {}).update(parts)
-        ends = {_base(node) for node in g.outputs(self._gm)} & self._flops.keys()
-        return _total(outside) + sum(g.value_bytes(node.meta["val"]) for node in ends)
+                    external.setdefault(source, {}).update(views)
+        outputs = {_base(node) for node in g.outputs(self._gm)} & self._flops.keys()
+        return _total(external) + sum(g.value_bytes(node.meta["val"]) for node in outputs)
 
 
 def _total(reads: _Reads) -> int:
-    """Return the bytes that are read: of each value its parts, together at most the whole."""
+    """Return the bytes that are read: the views of each value, at most the whole value."""
     return sum(
-        min(sum(parts.values()), g.value_bytes(source.meta["val"]))
-        for source, parts in reads.items()
+        min(sum(views.values()), g.value_bytes(source.meta["val"]))
+        for source, views in reads.items()
     )
 
 
 def _is_free(node: fx.Node) -> bool:
-    """Tell whether a node only says how another one's memory is read, or picks a result."""
+    """Tell whether a node is a view, or selects one of several results."""
     if node.op != "call_function":
         return False
     viewing = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
@@ -330,7 +336,7 @@ def _is_free(node: fx.Node) -> bool:
 
 
 def _base(node: fx.Node) -> fx.Node:
-    """Return the node whose memory a value is in."""
+    """Return the node that allocates the memory of a value."""
     while _is_free(node):
         node = node.all_input_nodes[0]
     return node

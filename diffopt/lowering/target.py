@@ -1,9 +1,9 @@
-"""Targets: where a program is to run, and how its components are lowered for it.
+"""Targets: the device that a program is built for, and how its components are lowered.
 
     target = [DEVICE [":" LOWERING] | LOWERING] ["(" options ")"]
 
 A device (`h100`) has a description, `Hardware`; a lowering (`tensorrt`) is a subclass of `Target`.
-A device alone stands for the lowering that is called as what it is programmed with: `cuda`, `cpu`.
+A device alone stands for the lowering with the name of its kind: `cuda`, `cpu`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ __all__ = [
 
 @dataclass
 class Lowered:
-    """What a target makes of a program.
+    """A lowered program.
 
     Attributes:
-        members: Files to keep in the engine under `kernels/`, by name.
-        requires: JSON that `Target.unfit` compares with the machine that is to run the engine.
-        bodies: JSON about each component: how long it took, whether it came from the cache.
-        holds_weights: The kernels hold the components' weights, so the engine need not.
+        members: Files of the engine under `kernels/`, by name.
+        requires: JSON that `Target.unfit` compares with the machine that loads the engine.
+        bodies: JSON about each component, for the engine's manifest.
+        holds_weights: Whether the kernels contain the components' weights, so that the engine
+            need not.
         load_time_weights: Weights, as (component, name), that the engine has to hold even so:
             what is computed from them on loading is not in the kernels.
-        finished: Nothing is left to do on the device, see `Target.finish`.
+        finished: Whether nothing is left to compile on the device, see `Target.finish`.
     """
 
     members: dict[str, bytes] = field(default_factory=dict)
@@ -63,11 +64,11 @@ class Lowered:
 
 @dataclass
 class Finished:
-    """What a target has compiled on the device.
+    """What `Target.finish` adds to an engine.
 
     Attributes:
-        members: More files to keep in the engine under `kernels/`, by name.
-        bodies: More JSON about each component.
+        members: Further files of the engine under `kernels/`, by name.
+        bodies: Further JSON about each component.
     """
 
     members: dict[str, bytes] = field(default_factory=dict)
@@ -76,13 +77,13 @@ class Finished:
 
 @dataclass
 class EngineContents:
-    """What an engine file gives to the target that is to run it.
+    """The parts of an engine file that a target runs.
 
     Attributes:
-        members: The files that `Target.compile` made.
-        graphs: JSON of each component: its nodes and its table of tensors.
+        members: The files of `Lowered.members`, and of `Finished.members` if it is finished.
+        graphs: JSON of each component: its nodes, and (key, strides, …) of its tensors by name.
         tensors: Weights by key, shared by all components.
-        program: Rebuilds the whole program, graphs and all.
+        program: Returns the program of the engine.
     """
 
     members: Mapping[str, memoryview]
@@ -98,8 +99,8 @@ class Target:
     A subclass is a frozen dataclass whose fields, made with `option`, are its options.
 
     Attributes:
-        kinds: Of the devices that it takes. It can do without one if a CPU is among them.
-        device: What to build for; empty where none was named.
+        kinds: The kinds of devices that it supports; no device has to be named for a CPU.
+        device: The device to build for; empty where none was named.
     """
 
     name: ClassVar[str] = "target"
@@ -112,36 +113,36 @@ class Target:
             cls.name = cls.__module__.rpartition(".")[2].replace("_", "-")
 
     def refuses(self, program: Program) -> str | None:
-        """Say why this target cannot take `program`, before anything is compiled."""
+        """Return why this target cannot compile `program`, None if it can."""
         return None
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
-        """Lower every component of `program`, as far as it can be done without the device."""
+        """Lower every component of `program`, as far as that is possible without the device."""
         raise NotImplementedError
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
-        """Say what this machine lacks of what an engine requires."""
+        """Return what an engine requires and this machine lacks, None if nothing."""
         return None
 
     def is_finished(self, engine: EngineContents) -> bool:
-        """Tell whether nothing of an engine is left to compile on this machine."""
+        """Tell whether everything in an engine is compiled for this machine."""
         return True
 
     def finish(self, engine: EngineContents, progress: Progress) -> Finished:
-        """Compile what `compile` has left for the device to do."""
+        """Compile on the device what `compile` could not without it."""
         raise NotImplementedError
 
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
-        """Return something to call for every component of an engine."""
+        """Return a function for every component of an engine."""
         raise NotImplementedError
 
     def executor(self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction]) -> Executor:
-        """Return what runs the graph that calls the components."""
+        """Return the executor of the outer graph, which calls the components."""
         return SlotExecutor(root, bodies)
 
     @property
     def hardware(self) -> Hardware | None:
-        """The device, whose formats a program is held to; None where none was named."""
+        """The device, which has to support the program's formats; None where none was named."""
         return hardware(self.device) if self.device else None
 
     def __str__(self) -> str:
@@ -159,17 +160,17 @@ def target_names() -> list[str]:
 
 def find_target(name: str) -> type[Target]:
     """Return the lowering called `name`."""
-    found: type[Target] = plugins.find(name, _sources(), Target, "target")
-    return found
+    target: type[Target] = plugins.find(name, _sources(), Target, "target")
+    return target
 
 
 def devices(cls: type[Target]) -> list[str]:
-    """Return the names of the devices that a lowering takes."""
+    """Return the names of the devices that a lowering supports."""
     return [name for name in hardware_names() if hardware(name).kind in cls.kinds]
 
 
 def lowerings(device: Hardware) -> list[str]:
-    """Return the names of the lowerings that take a device."""
+    """Return the names of the lowerings that support a device."""
     return [name for name in target_names() if device.kind in find_target(name).kinds]
 
 
@@ -182,21 +183,21 @@ def parse_target(text: str) -> Target:
     device, colon, lowering = call.name.partition(":")
     start, end = call.span
     if not colon:
-        with _pointing(text, call.span):
-            cls, device = _alone(call.name)
+        with _error_span(text, call.span):
+            cls, device = _single_name(call.name)
         return spec.bind(call, cls, text, device=device)
     if not (device and lowering):
         raise DiffoptError(f"wants DEVICE:LOWERING, got '{call.name}'", text=text, span=call.span)
-    with _pointing(text, (start, start + len(device))):
-        own = hardware(device)
-    with _pointing(text, (end - len(lowering), end)):
-        cls = _taking(own, lowering)
-    # A lowering alone means what it is called as, if that is a device: `cpu` is `cpu:cpu`.
+    with _error_span(text, (start, start + len(device))):
+        description = hardware(device)
+    with _error_span(text, (end - len(lowering), end)):
+        cls = _lowering_for(description, lowering)
+    # `cpu:cpu` is `cpu`, the lowering alone.
     return spec.bind(call, cls, text, device="" if device == cls.name else device)
 
 
 def parse_hardware(text: str) -> Hardware:
-    """Return the device that a text of a target names, with or without a lowering for it."""
+    """Return the device that the text of a target names, with or without a lowering."""
     if text in hardware_names():
         return hardware(text)
     target = parse_target(text)
@@ -207,8 +208,8 @@ def parse_hardware(text: str) -> Hardware:
     return target.hardware
 
 
-def _alone(name: str) -> tuple[type[Target], str]:
-    """Return the lowering and the device that one name stands for."""
+def _single_name(name: str) -> tuple[type[Target], str]:
+    """Return the lowering and the device of a target written as one name."""
     if name in _sources():
         cls = find_target(name)
         if "cpu" in cls.kinds:
@@ -218,25 +219,25 @@ def _alone(name: str) -> tuple[type[Target], str]:
     if name not in hardware_names():
         known = {*target_names(), *hardware_names()}
         raise DiffoptError(f"there is no target '{name}'{spec.suggest(name, known)}")
-    own = hardware(name)
-    if own.kind in _sources():
-        return _taking(own, own.kind), name
-    ways = " or ".join(f"{name}:{each}" for each in lowerings(own))
+    device = hardware(name)
+    if device.kind in _sources():
+        return _lowering_for(device, device.kind), name
+    ways = " or ".join(f"{name}:{each}" for each in lowerings(device))
     raise DiffoptError(f"{name} needs a lowering: {ways or 'none here takes it'}")
 
 
-def _taking(device: Hardware, name: str) -> type[Target]:
-    """Return the lowering called `name`, which has to take a device."""
+def _lowering_for(device: Hardware, name: str) -> type[Target]:
+    """Return the lowering called `name`, which has to support a device."""
     cls: type[Target] = plugins.find(name, _sources(), Target, "lowering")
     if device.kind not in cls.kinds:
-        takes = ", ".join(devices(cls)) or "none that is described"
-        raise DiffoptError(f"{name} does not take {device.name}; it takes {takes}")
+        supported = ", ".join(devices(cls)) or "none that is described"
+        raise DiffoptError(f"{name} does not take {device.name}; it takes {supported}")
     return cls
 
 
 @contextmanager
-def _pointing(text: str, span: spec.Span) -> Iterator[None]:
-    """Say of every error which part of `text` it is about."""
+def _error_span(text: str, span: spec.Span) -> Iterator[None]:
+    """Add to errors the part of `text` that they are about."""
     try:
         yield
     except DiffoptError as error:
@@ -245,5 +246,5 @@ def _pointing(text: str, span: spec.Span) -> Iterator[None]:
 
 @cache
 def _sources() -> dict[str, str]:
-    """Map the name of each lowering to where it is, as "module:class"."""
+    """Map the name of each lowering to its class, as "module:class"."""
     return plugins.sources("diffopt.targets", "targets")
