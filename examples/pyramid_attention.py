@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 import diffopt
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import Part, Policy, branch_values, hold, merge, option
+from diffopt.caching.policy import Policy, Requirement, branch_values, hold, merge, option
 from diffopt.core import Context
 from diffopt.passes.cache import Cache
 
@@ -30,20 +30,20 @@ from diffopt.passes.cache import Cache
 class PyramidAttention(Policy):
     """Take each kind of attention from an earlier step, at an interval of its own."""
 
-    needs: ClassVar[Part] = "branches"
+    needs: ClassVar[Requirement] = "branches"
 
     own: int = option(2, "compute self-attention every so many steps")
     cross: int = option(6, "compute cross-attention every so many steps")
     start: float = option(0.2, "fraction of the steps at the beginning that compute everything")
     end: float = option(0.1, "fraction of the steps at the end that compute everything")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
         """Take the outputs of both kinds, each by its own schedule."""
         first, last = loop.steps * self.start, loop.steps * (1 - self.end)
         always = {i for i in range(loop.steps) if not first <= i < last}
         kinds = {"attention": self.own, "cross-attention": self.cross}
         return merge(
-            hold(branch_values(parts, [kind]), {*always, *range(0, loop.steps, n)}, loop.steps)
+            hold(branch_values(structure, [kind]), {*always, *range(0, loop.steps, n)}, loop.steps)
             for kind, n in kinds.items()
         )
 

@@ -49,43 +49,43 @@ class Cache(Pass):
             raise DiffoptError("cache wants max-cache-mb >= 0 and budget >= 0")
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Let the policy choose, and rewrite the loop."""
+        """Make the policy's plan, and rewrite the loop."""
         if self.policy is None:
             raise DiffoptError(
                 "cache wants a policy, as in cache(deepcache,interval=3); there are "
                 f"{', '.join(policy_names())}"
             )
         loop = apply_plan.find_loop(program)
-        parts = analyze_denoiser(loop.body, loop.loop_variant)
-        check_fits(self.policy, loop.name, parts)
-        plan = {i: taken for i, taken in self.policy.plan(loop, parts, ctx).items() if taken}
+        structure = analyze_denoiser(loop.body, loop.loop_variant)
+        check_fits(self.policy, loop.name, structure)
+        plan = {i: reuses for i, reuses in self.policy.plan(loop, structure, ctx).items() if reuses}
         if not plan:
             ctx.skip(loop.name, f"{self.policy.name} computes everything in every step")
             return
-        steps = reuse_plan.schedule(loop, plan)
-        promised = step_map.predicted(loop, steps)
+        steps = reuse_plan.resolve(loop, plan)
+        predicted = step_map.predicted_flops(loop, steps)
         applied = apply_plan.apply(program, loop, plan)
-        works = step_map.works(program, loop)
+        work = step_map.work_by_call(program, loop)
         self.policy.finish(loop, ctx)
         program.refresh()
-        kept = applied.peak_cache_bytes
-        if self.max_cache_mb is not None and kept > self.max_cache_mb * 2**20:
+        peak = applied.peak_cache_bytes
+        if self.max_cache_mb is not None and peak > self.max_cache_mb * 2**20:
             raise DiffoptError(
-                f"{self} keeps up to {kept / 2**20:.3g} MB of values for later steps, over "
+                f"{self} keeps up to {peak / 2**20:.3g} MB of values for later steps, over "
                 f"max-cache-mb={self.max_cache_mb:g}"
             )
-        works = step_map.finished(program, loop, works)
+        work = step_map.remaining_work(program, loop, work)
         ctx.note(
             loop.name,
             {
-                "map": step_map.step_map(loop, steps, works),
+                "map": step_map.step_map(loop, steps, work),
                 "legend": step_map.LEGEND,
                 "flops": {
                     "before": applied.flops_before,
-                    "predicted": promised,
-                    "measured": step_map.measured(program, loop),
+                    "predicted": predicted,
+                    "measured": step_map.measured_flops(program, loop),
                 },
-                "bodies": len({str(call.target) for call in step_map.calls(program, loop)}),
-                "peak cache bytes": kept,
+                "bodies": len({str(call.target) for call in step_map.loop_calls(program, loop)}),
+                "peak cache bytes": peak,
             },
         )

@@ -1,17 +1,17 @@
-"""Which values of a body to take from an earlier step, as a minimum cut.
+"""Choose the values of a body to reuse from an earlier step, as a minimum cut.
 
 Every operator is computed or not. A computed one costs its FLOPs. A value that is not computed, but
-read by a computed operator, is taken from an earlier step and costs its error times a price. With
+read by a computed operator, is reused from an earlier step and costs its error times a price. With
 the price fixed, the cheapest choice is a minimum cut of a graph with two vertices a value:
 x (computed if on the side of the source) and y (read if on the side of the source).
 
     x → sink      FLOPs of the operator
-    x → y of each value that it reads     infinite: who is computed reads
-    y → x         price · error of the value; infinite where it cannot be taken
+    x → y of each value that it reads     infinite: a computed operator reads its inputs
+    y → x         price · error of the value; infinite where it cannot be reused
     source → y of each result             infinite: results are read
 
-It is the closure problem of J.-C. Picard, "Maximal closure of a graph" (1976); to place caches with
-it is our own idea.
+It is the closure problem of J.-C. Picard, "Maximal closure of a graph" (1976); its use to place
+caches is new here.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def minimum_cut(
     errors: Mapping[fx.Node, float],
     price: float,
 ) -> list[fx.Node]:
-    """Return the values to take from an earlier step, in the order of `nodes`; empty for none.
+    """Return the values to reuse from an earlier step, in the order of `nodes`; empty for none.
 
     Args:
-        nodes: The operators that may be left out; others, such as arguments, are there anyway.
+        nodes: The operators that may be left out; others, such as arguments, are free.
         results: Values that are read from outside.
         costs: FLOPs by operator; none where it is missing.
-        errors: By value that can be taken: what that adds to the error. Errors are taken to add up.
+        errors: By reusable value, the error that its reuse adds; errors are assumed to add up.
         price: FLOPs that one unit of error is worth.
     """
     nodes = list(nodes)
-    own = set(nodes)
+    inner = set(nodes)
     graph = nx.DiGraph()
     graph.add_nodes_from((_SOURCE, _SINK))
     for node in nodes:
@@ -51,10 +51,10 @@ def minimum_cut(
         else:
             graph.add_edge(("y", node), ("x", node))
         for source in node.all_input_nodes:
-            if source in own:
+            if source in inner:
                 graph.add_edge(("x", node), ("y", source))
     for node in results:
-        if node in own:
+        if node in inner:
             graph.add_edge(_SOURCE, ("y", node))
     _, (side, _) = nx.minimum_cut(graph, _SOURCE, _SINK)
     return [n for n in nodes if ("y", n) in side and ("x", n) not in side]
@@ -67,17 +67,17 @@ def cuts(
     errors: Mapping[fx.Node, float],
     count: int = 12,
 ) -> list[list[fx.Node]]:
-    """Return the different cuts for a range of prices, from nothing taken to the cheapest.
+    """Return the distinct cuts for a range of prices, from nothing reused to the cheapest.
 
-    Prices are spaced evenly in their logarithm between those at which any error is too dear and at
+    Prices are spaced evenly in their logarithm, from one at which every error is too dear to one at
     which none is.
     """
     total = sum(costs.values())
     smallest = min((e for e in errors.values() if e > 0), default=1.0)
     largest = max(errors.values(), default=1.0) or 1.0
     low, high = total * 1e-3 / largest, total * 1e1 / smallest
-    found: dict[tuple[fx.Node, ...], None] = {}
+    distinct: dict[tuple[fx.Node, ...], None] = {}
     for index in range(count):
         price = high * (low / high) ** (index / max(1, count - 1))
-        found.setdefault(tuple(minimum_cut(nodes, results, costs, errors, price)))
-    return [list(cut) for cut in found]
+        distinct.setdefault(tuple(minimum_cut(nodes, results, costs, errors, price)))
+    return [list(cut) for cut in distinct]

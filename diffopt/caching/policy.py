@@ -1,7 +1,7 @@
-"""Policies of the `cache` pass: which values of the denoiser a step takes from earlier steps.
+"""Policies of the `cache` pass: which values of the denoiser a step reuses from earlier steps.
 
 A policy is one file of `diffopt/caching/policies`, or an entry point of the group
-`diffopt.policies`. It chooses; `diffopt.caching.apply_plan` carries out.
+`diffopt.policies`. It makes a plan; `diffopt.caching.apply_plan` rewrites the program.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Policy", "find_policy", "hold", "merge", "option", "policy_names"]
 
-Part = Literal["skips", "blocks", "branches", "cross-attention"]
-Value = tuple[fx.Node, fx.Node | None]
+Requirement = Literal["skips", "blocks", "branches", "cross-attention"]
+ReusedValue = tuple[fx.Node, fx.Node | None]
 
 ATTENTION_AND_MLP = ("attention", "cross-attention", "mlp")
 
-_PARTS: dict[Part, str] = {
+_REQUIREMENTS: dict[Requirement, str] = {
     "skips": "skip connections",
     "blocks": "transformer blocks",
     "branches": "attention or MLP branches",
@@ -40,13 +40,13 @@ _PARTS: dict[Part, str] = {
 
 @dataclass(frozen=True)
 class Policy(spec.Choice):
-    """Choose what each step reuses; a frozen dataclass whose fields, made with `option`, it reads.
+    """Choose what each step reuses; a frozen dataclass whose fields are its options.
 
-    `needs` says what a denoiser must have for the policy to mean anything.
+    `needs` is what a denoiser must have for the policy to apply.
     """
 
     name: ClassVar[str] = "policy"
-    needs: ClassVar[Part | None] = None
+    needs: ClassVar[Requirement | None] = None
 
     def __init_subclass__(cls) -> None:
         if "name" not in cls.__dict__:
@@ -62,16 +62,16 @@ class Policy(spec.Choice):
         """Return the names of all policies."""
         return policy_names()
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Return what each step takes from which earlier steps."""
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Return which values each step reuses from which earlier steps."""
         raise NotImplementedError
 
     def finish(self, loop: Loop, ctx: Context) -> None:
-        """Rewrite what is around the denoiser's calls, once the plan has been carried out."""
+        """Rewrite the pipeline around the denoiser's calls after the plan has been applied."""
 
 
-def hold(values: Iterable[Value], computed: Collection[int], steps: int) -> Plan:
-    """Return the plan that takes the values, each with its base, from the last computed step."""
+def hold(values: Iterable[ReusedValue], computed: Collection[int], steps: int) -> Plan:
+    """Return the plan that reuses values, each with its base, from the last computed step."""
     values, plan, last = list(values), dict[int, list[Reuse]](), 0
     for step in range(steps):
         if step == 0 or step in computed:
@@ -82,7 +82,7 @@ def hold(values: Iterable[Value], computed: Collection[int], steps: int) -> Plan
 
 
 def merge(plans: Iterable[Plan]) -> Plan:
-    """Return one plan of several that are about different values or steps."""
+    """Merge plans of different values or steps."""
     merged: dict[int, list[Reuse]] = {}
     for plan in plans:
         for step, reuses in plan.items():
@@ -90,24 +90,24 @@ def merge(plans: Iterable[Plan]) -> Plan:
     return merged
 
 
-def branch_values(parts: DenoiserStructure, kinds: Collection[str]) -> list[Value]:
-    """Return what the branches of these kinds add to their streams, before any gate."""
-    values = (branch.ungated for branch in parts.branches if branch.kind in kinds)
+def branch_values(structure: DenoiserStructure, kinds: Collection[str]) -> list[ReusedValue]:
+    """Return the results of residual branches of these kinds, in front of any gate."""
+    values = (branch.ungated for branch in structure.branches if branch.kind in kinds)
     return [(value, None) for value in dict.fromkeys(values)]
 
 
-def stack(parts: DenoiserStructure) -> Sequence[Block]:
+def transformer_blocks(structure: DenoiserStructure) -> Sequence[Block]:
     """Return the blocks of a transformer, from the first to the last with an attention.
 
-    Blocks across which long skips go are none: what they pass on is read from outside as well.
+    None with long skips: these read values from between the blocks, which must not be skipped.
     """
-    kept = [block for block in parts.blocks if _keeps_types(block)]
-    places = [i for i, block in enumerate(kept) if any(b.attentions for b in block.branches)]
-    return kept[places[0] : places[-1] + 1] if places and not parts.skips else []
+    blocks = [block for block in structure.blocks if _keeps_types(block)]
+    places = [i for i, block in enumerate(blocks) if any(b.attentions for b in block.branches)]
+    return blocks[places[0] : places[-1] + 1] if places and not structure.skips else []
 
 
-def residuals(blocks: Sequence[Block]) -> list[Value]:
-    """Return what each stream is after the blocks, with what it was before them as its base."""
+def block_residuals(blocks: Sequence[Block]) -> list[ReusedValue]:
+    """Return each stream's value after the blocks, with its value before them as base."""
     before: dict[fx.Node, fx.Node] = {}
     for block in blocks:
         for source, result in zip(block.stream_in, block.stream_out, strict=True):
@@ -120,28 +120,28 @@ def _keeps_types(block: Block) -> bool:
     return all(format_type(a.meta["val"]) == format_type(b.meta["val"]) for a, b in pairs)
 
 
-def has(parts: DenoiserStructure) -> Mapping[Part, int]:
-    """Count what policies are about."""
-    kinds = [branch.kind for branch in parts.branches]
+def count_structures(structure: DenoiserStructure) -> Mapping[Requirement, int]:
+    """Count the structures that policies may need."""
+    kinds = [branch.kind for branch in structure.branches]
     return {
-        "skips": len(parts.skips),
-        "blocks": len(stack(parts)),
+        "skips": len(structure.skips),
+        "blocks": len(transformer_blocks(structure)),
         "branches": sum(kind in ATTENTION_AND_MLP for kind in kinds),
         "cross-attention": kinds.count("cross-attention"),
     }
 
 
-def check_fits(policy: Policy, name: str, parts: DenoiserStructure) -> None:
-    """Raise where the policy has no meaning on the denoiser called `name`."""
-    found = has(parts)
-    if policy.needs is None or found[policy.needs]:
+def check_fits(policy: Policy, name: str, structure: DenoiserStructure) -> None:
+    """Raise DiffoptError where the denoiser called `name` lacks what the policy needs."""
+    counts = count_structures(structure)
+    if policy.needs is None or counts[policy.needs]:
         return
-    there = [f"{count} {_PARTS[part]}" for part, count in found.items() if count]
+    present = [f"{count} {_REQUIREMENTS[need]}" for need, count in counts.items() if count]
     others = {word: find_policy(word) for word in policy_names()}
-    fitting = [word for word, cls in others.items() if cls.needs is None or found[cls.needs]]
+    fitting = [word for word, cls in others.items() if cls.needs is None or counts[cls.needs]]
     raise DiffoptError(
-        f"{policy.name} needs {_PARTS[policy.needs]}, and {name} has none; it has "
-        f"{_listed(there) or 'nothing that a policy knows'}: use {_listed(fitting, 'or')}"
+        f"{policy.name} needs {_REQUIREMENTS[policy.needs]}, and {name} has none; it has "
+        f"{_listed(present) or 'nothing that a policy knows'}: use {_listed(fitting, 'or')}"
     )
 
 
@@ -156,8 +156,8 @@ def policy_names() -> list[str]:
 
 def find_policy(name: str) -> type[Policy]:
     """Return the policy called `name`."""
-    found: type[Policy] = plugins.find(name, _sources(), Policy, "cache policy")
-    return found
+    cls: type[Policy] = plugins.find(name, _sources(), Policy, "cache policy")
+    return cls
 
 
 @cache

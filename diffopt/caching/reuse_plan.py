@@ -1,4 +1,4 @@
-"""What each step of the sampling loop takes from which earlier steps, and what it hands over."""
+"""Reuse plans: which values each step of the sampling loop reuses from which earlier steps."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Reuse:
-    """Take a value of the loop's body from earlier steps in place of computing it.
+    """Replace a value of the loop's body by a weighted sum of its values at earlier steps.
 
     Attributes:
-        value: What is not computed: a tensor of the body.
-        terms: What stands for it.
-        base: A value that `value` is taken relative to: of the same shape and type, and before it
-            in the body.
+        value: A tensor of the body, which is not computed.
+        terms: The terms of the sum.
+        base: If set, the sum is of `value - base` and is added to `base`, a value of the same shape
+            and type before it in the body.
     """
 
     value: fx.Node
@@ -43,15 +43,15 @@ class Reuse:
 
 
 Plan = Mapping[int, Sequence[Reuse]]
-"""What each step takes; it goes for the step's calls of all branches."""
+"""The reuses of each step, in its calls of all branches."""
 
-Kept = tuple[fx.Node, fx.Node | None]
-"""What an earlier step hands over: a value, or what it adds to a base."""
+Export = tuple[fx.Node, fx.Node | None]
+"""A value that a step exports to later ones, or with a base the difference to it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
-    """A reuse whose terms name only steps that have the value themselves."""
+class ResolvedReuse:
+    """A reuse whose terms name only steps that compute the value; `weights` are by step."""
 
     value: fx.Node
     base: fx.Node | None
@@ -59,21 +59,21 @@ class Taken:
 
     @property
     def is_sum(self) -> bool:
-        """Tell whether it takes more than one value as it was."""
+        """Tell whether it is more than a plain copy of one step's value."""
         return list(self.weights.values()) != [1.0]
 
     @property
-    def form(self) -> tuple[Any, ...]:
-        """What is equal where a body can be the same."""
+    def signature(self) -> tuple[Any, ...]:
+        """The key of reuses that can share a body."""
         return self.value, self.base, len(self.weights), self.is_sum
 
     @property
-    def kept(self) -> Kept:
-        """What an earlier step has to hand over."""
+    def export(self) -> Export:
+        """What the source steps have to export."""
         return self.value, self.base
 
-    def handed_over(self) -> Tensor:
-        """Return the type of what an earlier step hands over."""
+    def exported_type(self) -> Tensor:
+        """Return the exported value as a fake tensor."""
         if self.base is None:
             value: Tensor = self.value.meta["val"]
             return value
@@ -81,22 +81,32 @@ class Taken:
         return added
 
     def weight_dtype(self) -> torch.dtype:
-        """Return the type of the weights of a sum."""
+        """Return the dtype of a sum's weights."""
         # A number of 32 bits does not make a value of 16 bits wider, and is the more exact weight.
         is_double = self.value.meta["val"].dtype == torch.float64
         return torch.float64 if is_double else torch.float32
 
 
 @dataclass(eq=False)
-class Step:
-    """What one step takes, and what it hands over to which steps."""
+class StepPlan:
+    """The reuses of one step, and its exports with the steps that read them."""
 
-    taken: list[Taken]
-    kept: dict[Kept, list[int]]
+    reuses: list[ResolvedReuse]
+    exports: dict[Export, list[int]]
+
+    @property
+    def exported_nodes(self) -> list[fx.Node]:
+        """The nodes that exports are computed from."""
+        return [node for export in self.exports for node in export if node is not None]
+
+    def flops(self, loop: Loop) -> int:
+        """Return the FLOPs of one call of this step."""
+        reused = {item.value: item.base for item in self.reuses}
+        return loop.cost(loop.live_nodes(reused, self.exported_nodes) - reused.keys())
 
 
-def check(loop: Loop, plan: Plan) -> None:
-    """Refuse a plan that means nothing."""
+def check_plan(loop: Loop, plan: Plan) -> None:
+    """Raise DiffoptError where a plan names unknown steps or values that cannot be reused."""
     for step, reuses in plan.items():
         if step not in range(loop.steps):
             raise DiffoptError(
@@ -132,9 +142,9 @@ def _check_value(loop: Loop, where: str, reuse: Reuse) -> None:
         raise DiffoptError(
             f"{where} is taken relative to {base}, which does not come before it in the body"
         )
-    if format_type(base.meta["val"]) != (own := format_type(tensor)):
+    if format_type(base.meta["val"]) != (described := format_type(tensor)):
         raise DiffoptError(
-            f"{where} is {own}, and {base}, which it is taken relative to, is "
+            f"{where} is {described}, and {base}, which it is taken relative to, is "
             f"{format_type(base.meta['val'])}"
         )
 
@@ -151,33 +161,33 @@ def _check_terms(where: str, step: int, reuse: Reuse) -> None:
             raise DiffoptError(f"{where} has the weight {term.weight}: give a finite one")
 
 
-def schedule(loop: Loop, plan: Plan) -> list[Step]:
-    """Return what each step takes and hands over, without what no result depends on."""
-    resolved: list[dict[fx.Node, Taken]] = []
+def resolve(loop: Loop, plan: Plan) -> list[StepPlan]:
+    """Return the reuses and exports of each step, without those that no result depends on."""
+    resolved: list[dict[fx.Node, ResolvedReuse]] = []
     for index in range(loop.steps):
-        own = sorted(plan.get(index, ()), key=lambda reuse: loop.positions[reuse.value])
-        resolved.append({reuse.value: _resolve(reuse, resolved) for reuse in own})
-    steps = [Step([], {}) for _ in resolved]
-    for index in reversed(range(loop.steps)):  # by then it is known what later steps take
-        step, own_items = steps[index], resolved[index]
-        more = [node for kept in step.kept for node in kept if node is not None]
-        live = loop.live_nodes({value: item.base for value, item in own_items.items()}, more)
-        step.taken = [item for value, item in own_items.items() if value in live]
-        for item in step.taken:
+        reuses = sorted(plan.get(index, ()), key=lambda reuse: loop.positions[reuse.value])
+        resolved.append({reuse.value: _compose(reuse, resolved) for reuse in reuses})
+    steps = [StepPlan([], {}) for _ in resolved]
+    for index in reversed(range(loop.steps)):  # later steps first: they determine the exports
+        step, by_value = steps[index], resolved[index]
+        bases = {value: item.base for value, item in by_value.items()}
+        live = loop.live_nodes(bases, step.exported_nodes)
+        step.reuses = [item for value, item in by_value.items() if value in live]
+        for item in step.reuses:
             for source in item.weights:
-                steps[source].kept.setdefault(item.kept, []).append(index)
+                steps[source].exports.setdefault(item.export, []).append(index)
     return steps
 
 
-def _resolve(reuse: Reuse, earlier: Sequence[Mapping[fx.Node, Taken]]) -> Taken:
-    """Replace steps that took the value themselves by the steps that they took it from."""
+def _compose(reuse: Reuse, earlier: Sequence[Mapping[fx.Node, ResolvedReuse]]) -> ResolvedReuse:
+    """Replace terms of steps that reuse the value themselves by their own source steps."""
     weights: dict[int, float] = {}
     for term in reuse.terms:
         other = earlier[term.step].get(reuse.value)
-        # What was taken in another form has to be computed in that step, and is a source itself.
+        # Reused relative to another base, the value is computed there from it: that step exports.
         composes = other is not None and other.base is reuse.base
         sources = other.weights if other is not None and composes else {term.step: 1.0}
         for step, weight in sources.items():
             weights[step] = weights.get(step, 0.0) + term.weight * weight
     counted = {step: weights[step] for step in sorted(weights) if weights[step]}
-    return Taken(reuse.value, reuse.base, counted or weights)
+    return ResolvedReuse(reuse.value, reuse.base, counted or weights)

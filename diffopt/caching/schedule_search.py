@@ -1,10 +1,9 @@
-"""Which steps compute and which take values of earlier ones: a shortest path over the steps.
+"""Choose the steps that compute and the steps that reuse: a shortest path over the steps.
 
-A step that takes values takes them from the last two steps that computed everything, with weights
-fitted to that distance. So what it costs and how far it goes astray depends on itself and on these
-two, and the cheapest schedule for a fixed price of error is a shortest path, whose vertices are
-pairs of computed steps that follow one another. One schedule for each price makes a Pareto front,
-as with Lagrange multipliers.
+A step reuses values of the last two steps that computed everything, with weights fitted to that
+distance. So its cost and its error depend on itself and on these two, and the schedule that
+minimises cost + price · error is a shortest path whose vertices are pairs of successive computed
+steps. The price is a Lagrange multiplier: one schedule for each price makes a Pareto front.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A way of a step to take values.
+class ReuseMode:
+    """A set of values that a step may reuse.
 
     Attributes:
-        cost: Of such a step, where one that computes everything costs 1.
-        errors: What such a step adds to the error of the result, by the step and the two computed
-            steps before it; where it is missing, the step must not be of this kind.
+        cost: Of such a step, relative to one that computes everything.
+        errors: Its share of the result's error, by (step, last computed step, the one before);
+            a missing key forbids the mode in that step.
     """
 
     cost: float
@@ -33,43 +32,47 @@ class Kind:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What each step does.
+    """The reuse mode of each step.
 
     Attributes:
-        kinds: By step: which kind it is of, or None where it computes everything.
+        modes: By step: the index of its mode, or None where it computes everything.
         cost: The mean over the steps.
         error: The sum over the steps.
     """
 
-    kinds: tuple[int | None, ...]
+    modes: tuple[int | None, ...]
     cost: float
     error: float
 
     @property
     def computed(self) -> list[int]:
         """The steps that compute everything."""
-        return [step for step, kind in enumerate(self.kinds) if kind is None]
+        return [step for step, mode in enumerate(self.modes) if mode is None]
 
 
-def evaluate(kinds: Sequence[Kind], choice: Sequence[int | None]) -> Schedule | None:
-    """Return a choice of kinds with its cost and error; None where a step must not be of its."""
+def evaluate(modes: Sequence[ReuseMode], choice: Sequence[int | None]) -> Schedule | None:
+    """Return the schedule with these modes; None where a step's mode is forbidden."""
     cost = error = 0.0
     last: list[int] = []
-    for step, kind in enumerate(choice):
-        if kind is None:
+    for step, mode in enumerate(choice):
+        if mode is None:
             last.append(step)
             cost += 1.0
             continue
         key = (step, last[-1], last[-2]) if len(last) > 1 else None
-        if key is None or key not in kinds[kind].errors:
+        if key is None or key not in modes[mode].errors:
             return None
-        cost += kinds[kind].cost
-        error += kinds[kind].errors[key]
+        cost += modes[mode].cost
+        error += modes[mode].errors[key]
     return Schedule(tuple(choice), cost / len(choice), error)
 
 
-def cheapest(kinds: Sequence[Kind], steps: int, price: float) -> Schedule:
-    """Return the schedule with the least cost + price · error; the first two steps compute."""
+def cheapest(modes: Sequence[ReuseMode], steps: int, price: float) -> Schedule:
+    """Return the schedule of least cost + price · error; the first two steps compute.
+
+    best[i, j] = least cost of a path whose last two computed steps are i and j, by dynamic
+    programming over j: best[j, k] = min over i of best[i, j] + reuse(j+1 … k-1) + 1.
+    """
     if steps < 3:
         return Schedule((None,) * steps, 1.0, 0.0)
     best: dict[Pair, tuple[float, Pair | None, tuple[int | None, ...]]] = {(0, 1): (2.0, None, ())}
@@ -78,48 +81,48 @@ def cheapest(kinds: Sequence[Kind], steps: int, price: float) -> Schedule:
         for before in range(last):
             if (before, last) not in best:
                 continue
-            total, between = best[before, last][0], list[int | None]()
+            total, reused = best[before, last][0], list[int | None]()
             for step in range(last + 1, steps + 1):
                 if step == steps:
                     if total < final[0]:
-                        final = (total, (before, last), tuple(between))
+                        final = (total, (before, last), tuple(reused))
                     break
                 if total + 1.0 < best.get((last, step), (math.inf,))[0]:
-                    best[last, step] = (total + 1.0, (before, last), tuple(between))
-                found = _best_kind(kinds, (step, last, before), price)
-                if found is None:
+                    best[last, step] = (total + 1.0, (before, last), tuple(reused))
+                reuse = _best_mode(modes, (step, last, before), price)
+                if reuse is None:
                     break
-                total += found[0]
-                between.append(found[1])
+                total += reuse[0]
+                reused.append(reuse[1])
     _, pair, tail = final
     choice: list[int | None] = []
     while pair is not None:
         choice = [None, *tail, *choice]
         _, pair, tail = best[pair]
-    result = evaluate(kinds, [None, *choice])  # the path has the second step of each pair
+    result = evaluate(modes, [None, *choice])  # the path has the second step of each pair
     assert result is not None
     return result
 
 
-def _best_kind(
-    kinds: Sequence[Kind], key: tuple[int, int, int], price: float
+def _best_mode(
+    modes: Sequence[ReuseMode], key: tuple[int, int, int], price: float
 ) -> tuple[float, int] | None:
     costs = [
-        (kind.cost + price * kind.errors[key], index)
-        for index, kind in enumerate(kinds)
-        if key in kind.errors
+        (mode.cost + price * mode.errors[key], index)
+        for index, mode in enumerate(modes)
+        if key in mode.errors
     ]
     return min(costs, default=None)
 
 
-def front(kinds: Sequence[Kind], steps: int, count: int = 40) -> list[Schedule]:
-    """Return schedules for a range of prices, from the dearest to the cheapest, without doubles."""
-    errors = sorted(e for kind in kinds for e in kind.errors.values() if e > 0)
+def pareto_front(modes: Sequence[ReuseMode], steps: int, count: int = 40) -> list[Schedule]:
+    """Return the distinct schedules for a range of prices, from the dearest to the cheapest."""
+    errors = sorted(e for mode in modes for e in mode.errors.values() if e > 0)
     if not errors:
-        return [cheapest(kinds, steps, 1.0)]
+        return [cheapest(modes, steps, 1.0)]
     low, high = 1e-2 / errors[-1], 1e2 / errors[0]
-    found: dict[tuple[int | None, ...], Schedule] = {}
+    schedules: dict[tuple[int | None, ...], Schedule] = {}
     for index in range(count):
-        schedule = cheapest(kinds, steps, high * (low / high) ** (index / max(1, count - 1)))
-        found.setdefault(schedule.kinds, schedule)
-    return list(found.values())
+        schedule = cheapest(modes, steps, high * (low / high) ** (index / max(1, count - 1)))
+        schedules.setdefault(schedule.modes, schedule)
+    return list(schedules.values())

@@ -1,7 +1,7 @@
-"""Which parts of the sampling loop's body each step computes: what the `cache` pass reports.
+"""The step map of the `cache` pass: which layers of the loop's body each step computes.
 
-The map has a row for each part (see `rows`), in the order of execution, and in it a sign for each
-step. It is about all calls of a step, as they are once the pass is done.
+The map has a row for each group of layers (see `layer_groups`), in the order of execution, with a
+sign for each step. A sign stands for all calls of a step, as the pass has rewritten them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from diffopt.caching.layer_groups import rows
-from diffopt.caching.reuse_plan import Step
+from diffopt.caching.layer_groups import layer_groups
+from diffopt.caching.reuse_plan import StepPlan
 from diffopt.core import Record
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
@@ -35,12 +35,12 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one call computes.
+    """The computation of one call.
 
     Attributes:
-        names: The nodes of the loop's body; bodies that are made of it keep their names.
-        flops: What it costs.
-        is_whole: Whether it is for all rows of a batch.
+        names: Names of the loop body's nodes; bodies that are copied from it keep their names.
+        flops: Its cost.
+        is_whole: Whether all rows of a batch are computed.
     """
 
     names: frozenset[str]
@@ -51,12 +51,12 @@ class Work:
 NOTHING = Work(frozenset(), 0)
 
 
-def works(program: Program, loop: Loop) -> dict[CallKey, Work]:
-    """Return what each call computes."""
-    there = set(calls(program, loop))
-    names = {str(call.target) for call in there}
-    known = {name: _work(program.components[name]) for name in names}
-    return {k: known[str(c.target)] if c in there else NOTHING for k, c in loop.calls.items()}
+def work_by_call(program: Program, loop: Loop) -> dict[CallKey, Work]:
+    """Return the computation of each call."""
+    left = set(loop_calls(program, loop))
+    names = {str(call.target) for call in left}
+    by_body = {name: _work(program.components[name]) for name in names}
+    return {k: by_body[str(c.target)] if c in left else NOTHING for k, c in loop.calls.items()}
 
 
 def _work(body: fx.GraphModule) -> Work:
@@ -64,36 +64,37 @@ def _work(body: fx.GraphModule) -> Work:
     return Work(frozenset(names), graph_flops(body))
 
 
-def calls(program: Program, loop: Loop) -> list[fx.Node]:
-    """Return the calls that do the loop's work now: those with the tags of its calls."""
-    own = {call_tags.tag(call) for call in loop.calls.values()}
-    return [call for call in program.calls() if call_tags.tag(call) in own]
+def loop_calls(program: Program, loop: Loop) -> list[fx.Node]:
+    """Return the calls that have the tags of the loop's calls, in the program as it is now."""
+    tags = {call_tags.tag(call) for call in loop.calls.values()}
+    return [call for call in program.calls() if call_tags.tag(call) in tags]
 
 
-def finished(program: Program, loop: Loop, before: Mapping[CallKey, Work]) -> dict[CallKey, Work]:
-    """Return what is left of the calls' work once a policy has rewritten what is around them.
+def remaining_work(
+    program: Program, loop: Loop, before: Mapping[CallKey, Work]
+) -> dict[CallKey, Work]:
+    """Return what is left of the calls' work after `Policy.finish`.
 
-    A call that has been replaced by a cheaper one is done for a part of its batch. One that is gone
-    is done by an earlier call of its branch, if that has been replaced by a dearer one; else it was
-    left out.
+    A call that a cheaper one replaces is computed for a part of its batch. A removed call is
+    computed by an earlier call of its branch, if a dearer one replaces that; else it is skipped.
     """
-    now = {call_tags.tag(call): call for call in calls(program, loop)}
+    now = {call_tags.tag(call): call for call in loop_calls(program, loop)}
     names = {str(call.target) for call in now.values()}
     costs = {name: graph_flops(program.components[name]) for name in names}
     merges: dict[int, bool] = {}  # by branch: whether the last call that is left does more than one
-    left: dict[CallKey, Work] = {}
+    remaining: dict[CallKey, Work] = {}
     for (step, branch), call in loop.calls.items():
         work = before[step, branch]
-        found = now.get(call_tags.tag(call))
-        if found is not None:
-            cost = costs[str(found.target)]
+        replacement = now.get(call_tags.tag(call))
+        if replacement is not None:
+            cost = costs[str(replacement.target)]
             merges[branch] = cost > work.flops
-            work = replace(work, is_whole=found is call or cost >= work.flops)
-        left[step, branch] = work if found is not None or merges.get(branch) else NOTHING
-    return left
+            work = replace(work, is_whole=replacement is call or cost >= work.flops)
+        remaining[step, branch] = work if replacement is not None or merges.get(branch) else NOTHING
+    return remaining
 
 
-def step_map(loop: Loop, steps: Sequence[Step], done: Mapping[CallKey, Work]) -> dict[str, str]:
+def step_map(loop: Loop, steps: Sequence[StepPlan], done: Mapping[CallKey, Work]) -> dict[str, str]:
     """Return for each row a sign for each step: see LEGEND."""
     by_step: dict[int, list[Work]] = {}
     for (step, _), work in done.items():
@@ -104,23 +105,23 @@ def step_map(loop: Loop, steps: Sequence[Step], done: Mapping[CallKey, Work]) ->
             _sign({node.name for node in nodes}, by_step[index], sums.has(label, nodes, step))
             for index, step in enumerate(steps)
         )
-        for label, nodes in rows(loop).items()
+        for label, nodes in layer_groups(loop).items()
     }
 
 
 class _Sums:
-    """Tells where what a step takes in place of a row is a sum; steps alike are looked at once."""
+    """Find rows that a step replaces by weighted sums; equal steps are analysed once."""
 
     def __init__(self) -> None:
         self._known: dict[Any, bool] = {}
 
-    def has(self, label: str, nodes: Sequence[fx.Node], step: Step) -> bool:
-        """Tell whether the first values after some nodes that the step takes have a sum."""
-        taken = {item.value: item.is_sum for item in step.taken}
-        key = label, frozenset(taken.items())
+    def has(self, label: str, nodes: Sequence[fx.Node], step: StepPlan) -> bool:
+        """Tell whether a first reused value after some nodes is a weighted sum."""
+        sums = {item.value: item.is_sum for item in step.reuses}
+        key = label, frozenset(sums.items())
         if key not in self._known:
-            after = g.reachable(nodes, lambda n: () if n in taken else n.users)
-            self._known[key] = any(taken.get(node, False) for node in after)
+            after = g.reachable(nodes, lambda n: () if n in sums else n.users)
+            self._known[key] = any(sums.get(node, False) for node in after)
         return self._known[key]
 
 
@@ -135,30 +136,26 @@ def _sign(layers: set[str], done: Sequence[Work], is_sum: bool) -> str:
 # Costs
 
 
-def predicted(loop: Loop, steps: Sequence[Step]) -> int:
-    """Return the FLOPs of what is left of the loop's body in each call, by the plan alone.
+def predicted_flops(loop: Loop, steps: Sequence[StepPlan]) -> int:
+    """Return the FLOPs of all calls that the plan alone predicts.
 
-    The sums of extrapolated values add none: only products of matrices are counted, as in torch.
+    Weighted sums add none: only matrix products are counted, as in torch.
     """
-    costs = []
-    for step in steps:
-        taken = {item.value: item.base for item in step.taken}
-        more = [node for kept in step.kept for node in kept if node is not None]
-        costs.append(loop.cost(loop.live_nodes(taken, more) - taken.keys()))
+    costs = [step.flops(loop) for step in steps]
     return sum(costs[step] for step, _ in loop.calls)
 
 
-def measured(program: Program, loop: Loop) -> int:
-    """Return the FLOPs that torch's counter sees while the loop's calls run, on fake values."""
+def measured_flops(program: Program, loop: Loop) -> int:
+    """Return the FLOPs that torch's counter counts while the loop's calls run on fake tensors."""
     known: dict[str, int] = {}
     total = 0
-    for call in calls(program, loop):
+    for call in loop_calls(program, loop):
         name = str(call.target)
         if name not in known:
-            given = fx.map_arg(call.args, lambda n: n.meta["val"])
+            values = fx.map_arg(call.args, lambda n: n.meta["val"])
             counter = flop_counter()
             with g.FAKE_MODE, torch.no_grad(), counter:
-                program.components[name](*given)
+                program.components[name](*values)
             known[name] = int(counter.get_total_flops())
         total += known[name]
     return total
@@ -168,14 +165,14 @@ def measured(program: Program, loop: Loop) -> int:
 
 
 @dataclass(frozen=True)
-class Report:
-    """The map that a pass noted down for one component.
+class StepMapReport:
+    """The step map of one component in a pass's record.
 
     Attributes:
         text: The pass as pipeline text.
-        component: Whose loop it is.
+        component: The loop's component.
         relative: The error that the pass added to the outputs; None where they were not compared.
-        note: What the pass noted: `map`, `legend`, `flops`, `bodies`, `peak cache bytes`.
+        note: The pass's note: `map`, `legend`, `flops`, `bodies`, `peak cache bytes`.
     """
 
     text: str
@@ -193,20 +190,20 @@ class Report:
         return COLOURS.get(self.note["legend"].get(sign, ""), "#999999")
 
     @property
-    def fewer(self) -> float:
-        """Say how many times fewer FLOPs the loop takes."""
+    def flops_ratio(self) -> float:
+        """The factor by which the loop's FLOPs fell."""
         flops = self.note["flops"]
         return float(flops["before"] / max(1, flops["measured"]))
 
 
-def reports(records: Iterable[Record]) -> Iterator[Report]:
-    """Yield the maps that passes noted down."""
+def step_map_reports(records: Iterable[Record]) -> Iterator[StepMapReport]:
+    """Yield the step maps in the records of passes."""
     for record in records:
         for component, note in record.notes.items():
             if is_map(note):
-                yield Report(record.text, component, record.relative, note)
+                yield StepMapReport(record.text, component, record.relative, note)
 
 
 def is_map(note: object) -> bool:
-    """Tell whether what a pass noted down is a map with its numbers."""
+    """Tell whether a note is a step map with its numbers."""
     return isinstance(note, Mapping) and bool(note.get("map"))

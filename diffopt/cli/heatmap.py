@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffopt.caching.step_map import Report, reports
+from diffopt.caching.step_map import StepMapReport, step_map_reports
 from diffopt.cli.output import count
 from diffopt.core import Record
 from diffopt.errors import DiffoptError
@@ -29,7 +29,7 @@ def draw(made: Program | Record) -> Image.Image:
     Where several did, their maps are one below the other.
     """
     records = [made] if isinstance(made, Record) else map(Record.from_json, made.history)
-    pictures = [_picture(report) for report in reports(records)]
+    pictures = [_picture(report) for report in step_map_reports(records)]
     if not pictures:
         raise DiffoptError(
             "no pass has made a step take values of earlier steps, so there is no map to draw: "
@@ -49,7 +49,7 @@ def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _picture(report: Report) -> Image.Image:
+def _picture(report: StepMapReport) -> Image.Image:
     legend = {meaning: report.colour(sign) for sign, meaning in report.note["legend"].items()}
     rows = {
         label: [report.colour(sign) for sign in signs]
@@ -92,7 +92,7 @@ def cells(
     return sheet
 
 
-def _facts(report: Report) -> list[str]:
+def _facts(report: StepMapReport) -> list[str]:
     """Return what the pass saves and what it costs, in signs that every font has."""
     note = report.note
     before, promised, after = (
@@ -101,7 +101,7 @@ def _facts(report: Report) -> list[str]:
     bodies = "1 body" if note["bodies"] == 1 else f"{note['bodies']} bodies"
     return [
         f"{report.component}: {before} FLOPs before, {promised} predicted, {after} measured: "
-        f"{report.fewer:.3g} times fewer",
+        f"{report.flops_ratio:.3g} times fewer",
         f"{bodies}, at most {note['peak cache bytes'] / 2**20:.3g} MB kept for later steps, "
         f"relative error of the output {report.relative:.3g}",
     ]

@@ -145,10 +145,10 @@ def _number(value: object) -> str:
 
 def step_maps(records: Sequence[Record]) -> None:
     """Print what passes made the steps of a loop take from earlier ones, and what that saves."""
-    for report in step_map.reports(records):
+    for report in step_map.step_map_reports(records):
         flops = report.note["flops"]
         numbers = [flops["before"], flops["predicted"], flops["measured"]]
-        row = [report.component, *map(count, numbers), f"{report.fewer:.3g}×"]
+        row = [report.component, *map(count, numbers), f"{report.flops_ratio:.3g}×"]
         row += [str(report.note["bodies"]), f"{report.note['peak cache bytes'] / 2**20:.3g}"]
         columns = ["loop", "FLOPs before", "predicted", "measured", "fewer", "bodies"]
         columns += ["peak cache MB", "relative error"]
@@ -156,7 +156,7 @@ def step_maps(records: Sequence[Record]) -> None:
         _print_map(report)
 
 
-def _print_map(report: step_map.Report) -> None:
+def _print_map(report: step_map.StepMapReport) -> None:
     legend = Text("   ").join(
         Text.assemble(_cell(report, sign), f" {meaning}")
         for sign, meaning in report.note["legend"].items()
@@ -171,7 +171,7 @@ def _print_map(report: step_map.Report) -> None:
     console.print(grid)
 
 
-def _cell(report: step_map.Report, sign: str) -> Text:
+def _cell(report: step_map.StepMapReport, sign: str) -> Text:
     return Text(sign, style=f"black on {report.colour(sign)}")
 
 

@@ -33,7 +33,7 @@ def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
 
 def _denoiser_flops(program: Program, unrolled: Program) -> int:
     """Return the FLOPs of all calls of the loop's body, and of what a cache made of them."""
-    calls = step_map.calls(program, find_loop(unrolled))
+    calls = step_map.loop_calls(program, find_loop(unrolled))
     return sum(graph_flops(program.components[str(call.target)]) for call in calls)
 
 

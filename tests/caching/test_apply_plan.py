@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 import diffopt
 from diffopt.caching.apply_plan import (
-    Applied,
     Loop,
     Plan,
+    PlanCost,
     Reuse,
     Term,
     apply,
@@ -77,7 +77,7 @@ def made(name: str, passes: str = "unroll,hoist", steps: int = 5, alone: int = 0
 Planner = Callable[[Loop], Plan]
 
 
-def reused(name: str | Program, plan: Planner, **how: Any) -> tuple[Program, Applied]:
+def reused(name: str | Program, plan: Planner, **how: Any) -> tuple[Program, PlanCost]:
     """Return a program after a plan for its loop, verified."""
     changed = (made(name, **how) if isinstance(name, str) else name).clone()
     loop = find_loop(changed)
@@ -135,7 +135,7 @@ def test_an_empty_plan_changes_nothing(name: str) -> None:
     assert str(changed) == str(made(name))
     loop = find_loop(changed)
     total = len(loop.calls) * graph_flops(loop.body)
-    assert applied == Applied(1, total, total, 0)
+    assert applied == PlanCost(1, total, total, 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -377,7 +377,7 @@ def test_a_step_with_nothing_to_compute_has_no_call() -> None:
     changed, applied = reused("batched", whole)
     assert_same(changed, expected("batched", whole))
     loop = find_loop(made("batched"))
-    assert applied == Applied(1, 5 * loop.flops(), 2 * loop.flops(), 2 * 3 * 8 * 4)
+    assert applied == PlanCost(1, 5 * loop.flops(), 2 * loop.flops(), 2 * 3 * 8 * 4)
     own = [own for call in changed.calls() if (own := call_tags.tag(call))]
     assert [own.step for own in own] == [0, 3]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffopt.caching import apply_plan
-from diffopt.caching.error_model import Lab
+from diffopt.caching.error_model import ErrorModel
 from diffopt.core import Pipeline
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
@@ -32,23 +32,23 @@ def program(request: pytest.FixtureRequest) -> Program:
 
 
 @pytest.fixture(scope="module")
-def lab(program: Program) -> Lab:
+def model(program: Program) -> ErrorModel:
     inputs = trajectories.requests(program, (), 2, 0)
-    return Lab(apply_plan.find_loop(program), inputs, silent)
+    return ErrorModel(apply_plan.find_loop(program), inputs, silent)
 
 
-def relative_error(new: Program, old: Program, lab: Lab) -> float:
+def relative_error(new: Program, old: Program, model: ErrorModel) -> float:
     """Return the error over all calls at once, as the search measures it."""
-    pairs = [(new.run(tensors), old.run(tensors)) for tensors in lab.inputs]
+    pairs = [(new.run(tensors), old.run(tensors)) for tensors in model.inputs]
     got = [t for outputs, _ in pairs for t in outputs]
     return difference(got, [t for _, outputs in pairs for t in outputs])[1]
 
 
-def test_an_evaluation_of_a_part_is_what_the_whole_gives(lab: Lab) -> None:
-    evaluator, arguments = Evaluator(lab.loop.body), lab._arguments[0][2, 0]
+def test_an_evaluation_of_a_part_is_what_the_whole_gives(model: ErrorModel) -> None:
+    evaluator, arguments = Evaluator(model.loop.body), model._arguments[0][2, 0]
     known = evaluator.everything(arguments)
-    expected = lab.loop.body(*arguments)
-    for value in lab.candidates[:: len(lab.candidates) // 8]:
+    expected = model.loop.body(*arguments)
+    for value in model.candidates[:: len(model.candidates) // 8]:
         other = {value: known[value] + 1}
         whole = evaluator.run(arguments, other)
         part = evaluator.run(arguments, other, known=known)
@@ -58,18 +58,20 @@ def test_an_evaluation_of_a_part_is_what_the_whole_gives(lab: Lab) -> None:
             assert torch.equal(same[result], expected[index])
 
 
-def test_nothing_taken_is_no_error(lab: Lab) -> None:
-    assert lab.error({}) == 0.0
+def test_nothing_taken_is_no_error(model: ErrorModel) -> None:
+    assert model.plan_error({}) == 0.0
 
 
-def test_the_error_of_a_plan_is_that_of_the_program_it_makes(program: Program, lab: Lab) -> None:
-    cut = lab.candidates[len(lab.candidates) // 2 :][:3]
-    lab.study(cut)
-    plan = {s: lab.reuses(cut, s, [1, 0]) for s in (2, 3)}
-    expected = lab.error(plan)
+def test_the_error_of_a_plan_is_that_of_the_program_it_makes(
+    program: Program, model: ErrorModel
+) -> None:
+    cut = model.candidates[len(model.candidates) // 2 :][:3]
+    model.fit(cut)
+    plan = {s: model.reuses(cut, s, [1, 0]) for s in (2, 3)}
+    expected = model.plan_error(plan)
     made = program.clone()
     loop = apply_plan.find_loop(made)
-    place = {old: new for old, new in zip(lab.loop.positions, loop.positions, strict=True)}
+    place = {old: new for old, new in zip(model.loop.positions, loop.positions, strict=True)}
     apply_plan.apply(
         made,
         loop,
@@ -77,28 +79,28 @@ def test_the_error_of_a_plan_is_that_of_the_program_it_makes(program: Program, l
     )
     made.refresh()
     assert expected > 0
-    assert relative_error(made, program, lab) == pytest.approx(expected, rel=1e-3)
-    assert lab.error(plan, limit=expected * 1.01) == pytest.approx(expected)
-    assert lab.error(plan, limit=expected / 10) == math.inf
+    assert relative_error(made, program, model) == pytest.approx(expected, rel=1e-3)
+    assert model.plan_error(plan, limit=expected * 1.01) == pytest.approx(expected)
+    assert model.plan_error(plan, limit=expected / 10) == math.inf
 
 
 @pytest.mark.parametrize("sources", [[3], [3, 2], [4, 2, 0]])
 def test_no_other_weights_are_better_than_those_of_least_squares(
-    lab: Lab, sources: list[int]
+    model: ErrorModel, sources: list[int]
 ) -> None:
     step = 5
-    for value in lab.candidates[-3:]:
-        lab.study([value])
+    for value in model.candidates[-3:]:
+        model.fit([value])
         rows = [
             torch.cat(
                 [
-                    lab.body.run(given[at, 0], keep=[value])[value].flatten()
-                    for given in lab._arguments
+                    model.body.run(given[at, 0], keep=[value])[value].flatten()
+                    for given in model._arguments
                 ]
             ).double()
             for at in (step, *sources)
         ]
-        weights = torch.tensor(lab.weights(value, step, sources)).double()
+        weights = torch.tensor(model.weights(value, step, sources)).double()
 
         def error(weights: torch.Tensor, rows: list[torch.Tensor] = rows) -> float:
             return float((weights @ torch.stack(rows[1:]) - rows[0]).square().sum())
@@ -110,10 +112,10 @@ def test_no_other_weights_are_better_than_those_of_least_squares(
                 assert error(weights) < error(other)
 
 
-def test_the_error_of_a_cut_is_what_taking_it_changes(lab: Lab) -> None:
-    results = list(dict.fromkeys(lab.body.results))
-    lab.study(results)
-    errors = lab.errors(results, 2)
+def test_the_error_of_a_cut_is_what_taking_it_changes(model: ErrorModel) -> None:
+    results = list(dict.fromkeys(model.body.results))
+    model.fit(results)
+    errors = model.cut_errors(results, 2)
     assert set(errors) == {
         (step, last, before)
         for step in range(2, STEPS)
@@ -122,25 +124,25 @@ def test_the_error_of_a_cut_is_what_taking_it_changes(lab: Lab) -> None:
     }
     step, last, before = 5, 4, 2  # every step is probed in so short a loop
     expected = 0.0
-    for given in lab._arguments:
-        values = {at: lab.body.run(given[at, 0]) for at in (step, last, before)}
+    for given in model._arguments:
+        values = {at: model.body.run(given[at, 0]) for at in (step, last, before)}
         for value in results:
-            a, b = lab.weights(value, step, [last, before])
+            a, b = model.weights(value, step, [last, before])
             taken = a * values[last][value] + b * values[before][value]
             expected += float((taken - values[step][value]).double().square().sum())
     assert errors[step, last, before] == pytest.approx((expected / 2) ** 0.5, rel=1e-4)
 
 
 def test_large_values_are_studied_by_some_of_their_elements(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    model: ErrorModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    value = max(lab.candidates, key=lambda n: n.meta["val"].numel())
-    lab.study([value])
-    whole = lab._products.pop(value)
+    value = max(model.candidates, key=lambda n: n.meta["val"].numel())
+    model.fit([value])
+    whole = model._products.pop(value)
     count = value.meta["val"].numel()
     monkeypatch.setattr("diffopt.caching.error_model._SAMPLE", count // 4)
-    lab.study([value])
-    part = lab._products.pop(value)
+    model.fit([value])
+    part = model._products.pop(value)
     assert not torch.equal(part, whole)
     assert torch.allclose(part * 4, whole, rtol=0.5, atol=0.2 * float(whole.abs().max()))
 
@@ -162,7 +164,7 @@ def test_the_policy_meets_a_speedup_and_keeps_few_bodies(
     assert again.history[-1]["notes"] == notes, "seeded"
 
     monkeypatch.setenv("DIFFOPT_CACHE", str(tmp_path / "kept"))
-    monkeypatch.delattr("diffopt.caching.policies.auto.Lab")
+    monkeypatch.delattr("diffopt.caching.policies.auto.ErrorModel")
     known = Pipeline.parse(text).run(program)
     assert known.history[-1]["notes"] == notes, "measured before, with a cache"
     inputs = program.sample_inputs()

@@ -16,7 +16,7 @@ from torch import fx
 
 import diffopt
 from diffopt.caching import step_map
-from diffopt.caching.layer_groups import LIMIT, rows
+from diffopt.caching.layer_groups import LIMIT, layer_groups
 from diffopt.cli import heatmap, output
 from diffopt.core import Pipeline, Record, Size
 from diffopt.engine.engine import build
@@ -46,7 +46,7 @@ def loop(*paths: str) -> Loop:
 
 def labels(*paths: str) -> dict[str, int]:
     """Return the rows of such a loop, with the number of their layers."""
-    return {label: len(nodes) for label, nodes in rows(loop(*paths)).items()}
+    return {label: len(nodes) for label, nodes in layer_groups(loop(*paths)).items()}
 
 
 # Rows

@@ -15,7 +15,7 @@ from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.caching import reuse_plan, step_map
 from diffopt.caching.apply_plan import Reuse, Term, apply, find_loop
 from diffopt.caching.policies import magcache
-from diffopt.caching.policy import policy_names, residuals, stack
+from diffopt.caching.policy import block_residuals, policy_names, transformer_blocks
 from diffopt.core import Pipeline, Record
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
@@ -46,7 +46,7 @@ def cached(name: str, text: str, before: str = "unroll,hoist") -> tuple[Program,
 
 
 def note(record: Record) -> dict[str, Any]:
-    (report,) = step_map.reports([record])
+    (report,) = step_map.step_map_reports([record])
     return dict(report.note)
 
 
@@ -293,7 +293,7 @@ def test_smoothcache_and_magcache_measure_for_themselves() -> None:
     assert not none.changed
     program = unrolled("dit")
     loop = find_loop(program)
-    values = residuals(stack(analyze_denoiser(loop.body, loop.loop_variant)))
+    values = block_residuals(transformer_blocks(analyze_denoiser(loop.body, loop.loop_variant)))
     inputs = trajectories.requests(program, (), 2, 0)
     ratios = magcache.measure(loop, values, inputs).tolist()
     assert ratios[0] == 1.0
@@ -395,9 +395,9 @@ def test_a_map_says_what_stands_for_a_block_that_is_not_computed() -> None:
     terms = {2: (Term(1),), 3: (Term(0, -1.0), Term(1, 2.0)), 4: (Term(2),), 5: (Term(3),)}
     plan = {step: [Reuse(deep, which)] for step, which in terms.items()}
     plan[2].append(Reuse(parts.branches[-1].value, (Term(0, 0.5), Term(1, 0.5))))
-    steps = reuse_plan.schedule(loop, plan)
+    steps = reuse_plan.resolve(loop, plan)
     apply(program, loop, plan)
-    table = step_map.step_map(loop, steps, step_map.works(program, loop))
+    table = step_map.step_map(loop, steps, step_map.work_by_call(program, loop))
     # A step that takes a value from one that took it as a sum takes that sum.
     assert table["mid_block.attentions.0"] == table["mid_block.resnets.1"] == "##-~-~"
     assert table["down_blocks.0"] == "######", "skip connections read it"

@@ -1,17 +1,17 @@
 """Choose what to reuse, where and when, by optimization on the traced graph.
 
-1. Each value of the denoiser is taken from the step before, alone, on some calibration calls: that
-   gives an error a value. Minimum cuts of FLOPs against these errors, at several prices, give the
-   sets of values that are worth taking together (`mincut`); no knowledge of modules goes in. The
+1. Each value of the denoiser is reused from the step before, alone, on some calibration calls: that
+   is the error of the value. Minimum cuts of FLOPs against these errors, at several prices, are the
+   sets of values that are worth reusing together (`mincut`); no knowledge of modules is used. The
    denoiser's results are such a set too: then a step computes nothing, as in a multistep solver
-   whose weights are those of this model.
-2. A value that is taken is a weighted sum of what it was in the last few computed steps, with the
-   weights of least squares over the calibration calls. For each cut, and steps with two computed
-   steps near before them, the error of the denoiser's results is measured; how much an error of
-   each step shows in the output is measured too.
-3. A shortest path over the steps gives the best schedules for all budgets (`schedule`). Errors do
-   not simply add up: the best few are run, and the true error of the output decides; then computed
-   steps are moved about as long as that helps.
+   whose weights are fitted to this model.
+2. A reused value is a weighted sum of its values in the last few computed steps, with the weights
+   of least squares over the calibration calls. For each cut, and steps with two computed steps
+   close before them, the error of the denoiser's results is measured; so is the sensitivity of the
+   output to an error at each step (`error_model`).
+3. A shortest path over the steps finds the best schedules for all budgets (`schedule_search`).
+   Errors do not simply add up: the best few are run, and the true error of the output decides; then
+   computed steps are moved by local search as long as that helps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -28,9 +28,9 @@ from diffopt import spec
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching import mincut, schedule_search
 from diffopt.caching.apply_plan import Plan, Reuse, Term
-from diffopt.caching.error_model import Lab
+from diffopt.caching.error_model import ErrorModel
 from diffopt.caching.policy import Policy, option
-from diffopt.caching.schedule_search import Kind, Schedule
+from diffopt.caching.schedule_search import ReuseMode, Schedule
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
@@ -55,8 +55,8 @@ class Auto(Policy):
         if min(self.calls, self.reach, self.trials) < 1 or min(self.terms, self.max_bodies) < 2:
             raise DiffoptError("auto wants calls, reach, trials >= 1 and terms, max-bodies >= 2")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Measure, choose, check."""
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Measure errors, search schedules, and verify the best ones on whole runs."""
         budget = ctx.budget
         if (self.speedup is None) == (budget is None):
             raise DiffoptError("auto wants either speedup, as in speedup=2, or a budget of error")
@@ -71,36 +71,36 @@ class Auto(Policy):
             "options": spec.unparse("auto", self),
             "budget": budget,
         }
-        found = trajectories.cached(key, lambda: self._search(loop, inputs, ctx))
-        if len(found["plan"]):
-            error, predicted, cost = found["result"].tolist()
+        best = trajectories.cached(key, lambda: self._search(loop, inputs, ctx))
+        if len(best["plan"]):
+            error, predicted, cost = best["result"].tolist()
             ctx.note("calibration", {"error": error, "predicted": predicted, "FLOPs": cost})
-        return _plan(loop, found["plan"])
+        return _as_plan(loop, best["plan"])
 
     def _search(
         self, loop: Loop, inputs: Sequence[Sequence[Tensor]], ctx: Context
     ) -> dict[str, Tensor]:
-        """Return the best plan as a table, and its error, the predicted one and its FLOPs."""
-        lab = Lab(loop, inputs, ctx.progress)
-        cuts = self._cuts(loop, lab)
+        """Return the best plan as a table, and [measured error, predicted error, FLOPs]."""
+        model = ErrorModel(loop, inputs, ctx.progress)
+        cuts = self._cuts(loop, model)
         if not cuts:
-            return _found(loop, {})
-        lab.study(v for cut in cuts for v in cut)
-        effects, full = lab.effects(), loop.flops()
-        kinds = [
-            Kind(
+            return _as_tensors(loop, {})
+        model.fit(v for cut in cuts for v in cut)
+        sensitivity, full = model.output_sensitivity(), loop.flops()
+        modes = [
+            ReuseMode(
                 loop.flops(cut) / full,
                 {
-                    (step, last, before): (effects[step] * error) ** 2
-                    for (step, last, before), error in lab.errors(cut, self.reach).items()
-                    # So that the first steps leave as many computed ones as there are terms.
+                    (step, last, before): (sensitivity[step] * error) ** 2
+                    for (step, last, before), error in model.cut_errors(cut, self.reach).items()
+                    # Before the first reuse there are as many computed steps as terms.
                     if before >= self.terms - 2
                 },
             )
             for cut in cuts
         ]
-        schedules = sorted(self._schedules(kinds, loop.steps), key=lambda s: (s.cost, s.error))
-        search = _Search(lab, cuts, kinds, self.terms, self.trials)
+        schedules = sorted(self._schedules(modes, loop.steps), key=lambda s: (s.cost, s.error))
+        search = _ScheduleSearch(model, cuts, modes, self.terms, self.trials)
         if self.speedup is not None:
             goal = f"speedup={self.speedup:g}"
             best = search.best(schedules, 1 / self.speedup)
@@ -114,110 +114,103 @@ class Auto(Policy):
                 f"auto cannot meet {goal}: with reach={self.reach} the denoiser's FLOPs"
                 f" can be cut to {least:.3g} of what they are"
             )
-        return _found(loop, search.plan(best), search.error(best), best.error**0.5, best.cost)
+        return _as_tensors(loop, search.plan(best), search.error(best), best.error**0.5, best.cost)
 
-    def _cuts(self, loop: Loop, lab: Lab) -> list[list[fx.Node]]:
-        """Return the sets of values that are worth taking together."""
+    def _cuts(self, loop: Loop, model: ErrorModel) -> list[list[fx.Node]]:
+        """Return the sets of values that are worth reusing together."""
         nodes = [n for n in loop.body.graph.nodes if n.op == "call_function"]
         costs = {n: float(loop.cost([n])) for n in nodes}
-        found = mincut.cuts(nodes, lab.body.results, costs, lab.value_errors(), 16)
-        # Of cuts that save about the same the last, which takes the fewest values, stands for all.
-        full, results = loop.flops(), list(dict.fromkeys(lab.body.results))
-        kept = {round(20 * loop.flops(cut) / full): cut for cut in found if cut}
+        cuts = mincut.cuts(nodes, model.body.results, costs, model.value_errors(), 16)
+        # Of cuts that save about the same only the last is kept, which reuses the fewest values.
+        full, results = loop.flops(), list(dict.fromkeys(model.body.results))
+        by_saving = {round(20 * loop.flops(cut) / full): cut for cut in cuts if cut}
         if all(n.op == "call_function" and n.meta["val"].is_floating_point() for n in results):
-            kept[0] = results
-        return [cut for part, cut in kept.items() if part < 19]
+            by_saving[0] = results
+        return [cut for twentieths, cut in by_saving.items() if twentieths < 19]
 
-    def _schedules(self, kinds: Sequence[Kind], steps: int) -> Iterator[Schedule]:
-        """Yield good schedules of few kinds, with the numbers of the kinds in `kinds`."""
-        few = min(self.max_bodies - 1, len(kinds))
-        for chosen in itertools.combinations(range(len(kinds)), few):
-            for found in schedule_search.front([kinds[k] for k in chosen], steps):
-                own = tuple(None if k is None else chosen[k] for k in found.kinds)
-                yield Schedule(own, found.cost, found.error)
+    def _schedules(self, modes: Sequence[ReuseMode], steps: int) -> Iterator[Schedule]:
+        """Yield Pareto-optimal schedules of few modes, by their indices in `modes`."""
+        few = min(self.max_bodies - 1, len(modes))
+        for chosen in itertools.combinations(range(len(modes)), few):
+            for schedule in schedule_search.pareto_front([modes[k] for k in chosen], steps):
+                numbered = tuple(None if k is None else chosen[k] for k in schedule.modes)
+                yield Schedule(numbered, schedule.cost, schedule.error)
 
 
-def _found(loop: Loop, plan: Plan, *result: float) -> dict[str, Tensor]:
-    """Return a plan as tensors, to be kept on disk: a row for each term."""
+def _as_tensors(loop: Loop, plan: Plan, *result: float) -> dict[str, Tensor]:
+    """Return a plan as a table [terms, 4] to be cached: step, value, source step, weight."""
     rows = [
         [step, loop.positions[reuse.value], term.step, term.weight]
-        for step, own in plan.items()
-        for reuse in own
+        for step, reuses in plan.items()
+        for reuse in reuses
         for term in reuse.terms
     ]
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
     return {"plan": table, "result": torch.tensor(result, dtype=torch.float64)}
 
 
-def _plan(loop: Loop, table: Tensor) -> dict[int, list[Reuse]]:
-    """Return the plan in a table."""
+def _as_plan(loop: Loop, table: Tensor) -> dict[int, list[Reuse]]:
+    """Return the plan of a table."""
     nodes = list(loop.body.graph.nodes)
     terms: dict[int, dict[fx.Node, list[Term]]] = {}
-    for step, place, source, weight in table.tolist():
-        own = terms.setdefault(int(step), {})
-        own.setdefault(nodes[int(place)], []).append(Term(int(source), weight))
+    for step, index, source, weight in table.tolist():
+        of_value = terms.setdefault(int(step), {})
+        of_value.setdefault(nodes[int(index)], []).append(Term(int(source), weight))
     return {
-        step: [Reuse(value, tuple(parts)) for value, parts in own.items()]
-        for step, own in terms.items()
+        step: [Reuse(value, tuple(parts)) for value, parts in of_value.items()]
+        for step, of_value in terms.items()
     }
 
 
-class _Search:
-    """Schedules with their true errors, each measured once."""
+@dataclass(eq=False)
+class _ScheduleSearch:
+    """Search schedules by their true errors, each measured once; `cuts` are those of `modes`."""
 
-    def __init__(
-        self,
-        lab: Lab,
-        cuts: Sequence[Sequence[fx.Node]],
-        kinds: Sequence[Kind],
-        terms: int,
-        trials: int,
-    ) -> None:
-        self.lab = lab
-        self.cuts = cuts
-        self.kinds = kinds
-        self.terms = terms
-        self.trials = trials
-        self._errors: dict[Schedule, float] = {}
+    model: ErrorModel
+    cuts: Sequence[Sequence[fx.Node]]
+    modes: Sequence[ReuseMode]
+    terms: int
+    trials: int
+    _errors: dict[Schedule, float] = field(default_factory=dict)
 
     def plan(self, chosen: Schedule) -> dict[int, list[Reuse]]:
-        """Return what each step takes."""
+        """Return the reuses of each step."""
         plan: dict[int, list[Reuse]] = {}
-        for step, kind in enumerate(chosen.kinds):
-            if kind is not None:
+        for step, mode in enumerate(chosen.modes):
+            if mode is not None:
                 sources = [s for s in chosen.computed if s < step][: -self.terms - 1 : -1]
-                plan[step] = self.lab.reuses(self.cuts[kind], step, sources)
+                plan[step] = self.model.reuses(self.cuts[mode], step, sources)
         return plan
 
     def error(self, chosen: Schedule, limit: float = math.inf) -> float:
-        """Return the true error of the output; infinity if that is known to be above a limit."""
+        """Return the measured error of the output; infinity if it is above a limit."""
         if chosen not in self._errors:
             done = len(self._errors)
-            self.lab.progress("checking schedules", min(1.0, done / self.trials))
-            self._errors[chosen] = self.lab.error(self.plan(chosen), limit)
+            self.model.progress("checking schedules", min(1.0, done / self.trials))
+            self._errors[chosen] = self.model.plan_error(self.plan(chosen), limit)
         return self._errors[chosen]
 
     def _best(self, schedules: Iterable[Schedule]) -> Schedule | None:
-        """Return the schedule of the least true error."""
+        """Return the schedule of least measured error."""
         best, least = None, math.inf
         for chosen in schedules:
             if (error := self.error(chosen, least)) < least:
                 best, least = chosen, error
         return best
 
-    def best(self, found: Sequence[Schedule], cost: float) -> Schedule | None:
-        """Return the schedule of the least true error whose cost is at most `cost`."""
-        filled = {self._fill(s, cost) for s in found if s.cost <= cost}
+    def best(self, schedules: Sequence[Schedule], cost: float) -> Schedule | None:
+        """Return the schedule of least measured error whose cost is at most `cost`."""
+        filled = {self._fill(s, cost) for s in schedules if s.cost <= cost}
         best = self._best([*self._likely(filled, 4), *self._even(cost)])
         return None if best is None else self._move(best, cost)
 
-    def cheapest(self, found: Sequence[Schedule], budget: float) -> Schedule | None:
-        """Return the cheapest schedule whose true error is within the budget."""
-        low, high = min(s.cost for s in found), 1.0
+    def cheapest(self, schedules: Sequence[Schedule], budget: float) -> Schedule | None:
+        """Return the cheapest schedule whose measured error is within the budget, by bisection."""
+        low, high = min(s.cost for s in schedules), 1.0
         best: Schedule | None = None
-        for _ in range(6):  # halving the range of costs
+        for _ in range(6):
             middle = (low + high) / 2
-            filled = {self._fill(s, middle) for s in found if s.cost <= middle}
+            filled = {self._fill(s, middle) for s in schedules if s.cost <= middle}
             tried = self._best([*self._likely(filled, 12), *self._even(middle)])
             if tried is not None and self.error(tried) <= budget:
                 best, high = tried, middle
@@ -226,29 +219,28 @@ class _Search:
         return best
 
     def _likely(self, schedules: Iterable[Schedule], part: int) -> list[Schedule]:
-        """Return those of the least predicted error, as many as a part of all trials."""
+        """Return the schedules of least predicted error, as many as `trials / part`."""
         return sorted(schedules, key=lambda s: s.error)[: max(1, self.trials // part)]
 
     def _even(self, cost: float) -> Iterator[Schedule]:
-        """Yield for each kind the schedule that computes evenly spaced steps at this cost.
+        """Yield for each mode the schedule that computes evenly spaced steps at this cost.
 
-        What is measured on few calls may mislead; nothing can about this one.
+        It depends on no measurement, so that errors measured on few calls cannot mislead it.
         """
-        steps = self.lab.loop.steps
-        for index, kind in enumerate(self.kinds):
-            count = int((cost - kind.cost) * steps / (1.0 - kind.cost))  # computed steps
+        steps = self.model.loop.steps
+        for index, mode in enumerate(self.modes):
+            count = int((cost - mode.cost) * steps / (1.0 - mode.cost))  # computed steps
             if count <= self.terms:
                 continue
             apart = (steps - self.terms) / (count - self.terms)
             late = {round(steps - 1 - k * apart) for k in range(count - self.terms)}
             choice = [None if s < self.terms or s in late else index for s in range(steps)]
-            if (
-                made := schedule_search.evaluate(self.kinds, choice)
-            ) is not None and made.cost <= cost:
-                yield made
+            even = schedule_search.evaluate(self.modes, choice)
+            if even is not None and even.cost <= cost:
+                yield even
 
     def _fill(self, chosen: Schedule, cost: float) -> Schedule:
-        """Compute more of a schedule, what helps most first, as long as the cost allows it."""
+        """Turn reused steps into computed ones, those that help most first, within the cost."""
         while True:
             more = [s for s in self._neighbours(chosen, (None,)) if s.cost <= cost]
             better = min(more, key=lambda s: s.error, default=chosen)
@@ -257,13 +249,13 @@ class _Search:
             chosen = better
 
     def _move(self, chosen: Schedule, cost: float) -> Schedule:
-        """Change two steps at a time as long as the true error falls and trials are left."""
+        """Change two steps at a time while the measured error falls and trials are left."""
         improved = True
         while improved and len(self._errors) < self.trials:
             improved = False
             near = {
                 two
-                for one in self._neighbours(chosen, (None, *range(len(self.kinds))))
+                for one in self._neighbours(chosen, (None, *range(len(self.modes))))
                 for two in self._swaps(chosen, one)
                 if two.cost <= cost and two not in self._errors
             }
@@ -276,25 +268,25 @@ class _Search:
         return chosen
 
     def _swaps(self, chosen: Schedule, one: Schedule) -> Iterator[Schedule]:
-        """Yield `one`, and what it becomes when a neighbouring step takes what its change gave."""
+        """Yield `one`, and the schedules in which its changed step swapped with a neighbour."""
         yield one
         (step,) = [
-            i for i, (a, b) in enumerate(zip(chosen.kinds, one.kinds, strict=True)) if a != b
+            i for i, (a, b) in enumerate(zip(chosen.modes, one.modes, strict=True)) if a != b
         ]
         for other in (step - 1, step + 1):
-            if 2 <= other < len(one.kinds):
-                kinds = list(one.kinds)
-                kinds[other] = chosen.kinds[step]
-                if (made := schedule_search.evaluate(self.kinds, kinds)) is not None:
-                    yield made
+            if 2 <= other < len(one.modes):
+                modes = list(one.modes)
+                modes[other] = chosen.modes[step]
+                if (schedule := schedule_search.evaluate(self.modes, modes)) is not None:
+                    yield schedule
 
-    def _neighbours(self, chosen: Schedule, kinds: Sequence[int | None]) -> Iterator[Schedule]:
-        """Yield what a schedule becomes when one step is of another kind."""
-        used = {None, *chosen.kinds}
-        for step in range(2, len(chosen.kinds)):
-            for kind in kinds:
-                if kind != chosen.kinds[step] and kind in used:
-                    own = list(chosen.kinds)
-                    own[step] = kind
-                    if (made := schedule_search.evaluate(self.kinds, own)) is not None:
-                        yield made
+    def _neighbours(self, chosen: Schedule, modes: Sequence[int | None]) -> Iterator[Schedule]:
+        """Yield the schedules that differ in one step, which has one of `modes`."""
+        used = {None, *chosen.modes}
+        for step in range(2, len(chosen.modes)):
+            for mode in modes:
+                if mode != chosen.modes[step] and mode in used:
+                    modes_of_steps = [*chosen.modes[:step], mode, *chosen.modes[step + 1 :]]
+                    schedule = schedule_search.evaluate(self.modes, modes_of_steps)
+                    if schedule is not None:
+                        yield schedule

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import Part, Policy, hold, option
+from diffopt.caching.policy import Policy, Requirement, hold, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 
@@ -20,7 +20,7 @@ from diffopt.errors import DiffoptError
 class Deepcache(Policy):
     """Compute the outermost levels of a UNet on deep features of an earlier step."""
 
-    needs: ClassVar[Part] = "skips"
+    needs: ClassVar[Requirement] = "skips"
 
     interval: int = option(3, "compute everything every N steps")
     branch: int = option(0, "the skip connection to start from, counted from the output")
@@ -32,14 +32,14 @@ class Deepcache(Policy):
         if self.interval < 1 or self.branch < 0 or self.center < 0 or self.pow <= 1:
             raise DiffoptError("deepcache wants interval >= 1, branch >= 0, center >= 0, pow > 1")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Take what comes from below at the chosen skip connection."""
-        if self.branch >= len(parts.skips):
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Reuse the deep operand of the chosen skip connection."""
+        if self.branch >= len(structure.skips):
             raise DiffoptError(
-                f"branch={self.branch}: {loop.name} has {len(parts.skips)} skip connections,"
-                f" 0 to {len(parts.skips) - 1}"
+                f"branch={self.branch}: {loop.name} has {len(structure.skips)} skip connections,"
+                f" 0 to {len(structure.skips) - 1}"
             )
-        deep = parts.skips[self.branch].deep
+        deep = structure.skips[self.branch].deep
         return hold([(deep, None)], self.schedule(loop.steps), loop.steps)
 
     def schedule(self, steps: int) -> list[int]:
@@ -54,8 +54,8 @@ def nonuniform(steps: int, interval: int, center: int, power: float) -> list[int
     count = math.ceil(steps / interval)
     used = power
     while used > 1:
-        # Roots of what is left of the center are complex: the points are on a line between the
-        # roots of both ends, and the real part of their powers counts, as in the authors' code.
+        # Roots of negative numbers are complex: the points are on a line between the roots of both
+        # ends, and the real part of their powers counts, as in the authors' code.
         points = np.linspace((-center) ** (1 / used), (steps - center) ** (1 / used), count + 1)
         inner = sorted({int(place) for place in (points**used).real})[1:-1]
         if len(inner) == count - 1:

@@ -1,6 +1,6 @@
 """Delta-DiT: skip the rear blocks in early steps and the front blocks in late ones.
 
-What a run of blocks adds to its input is taken from the last full step.
+The difference that a run of blocks makes to its input is reused from the last full step.
 
 Pengtao Chen et al., Delta-DiT: A Training-Free Acceleration Method Tailored for Diffusion
 Transformers, 2024 (2406.01125).
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, Reuse, Term
-from diffopt.caching.policy import Part, Policy, option, residuals, stack
+from diffopt.caching.policy import Policy, Requirement, block_residuals, option, transformer_blocks
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 
@@ -20,7 +20,7 @@ from diffopt.errors import DiffoptError
 class DeltaDit(Policy):
     """Skip the rear blocks in early steps and the front blocks in late ones."""
 
-    needs: ClassVar[Part] = "blocks"
+    needs: ClassVar[Requirement] = "blocks"
 
     interval: int = option(2, "compute everything every N steps")
     bound: int | None = option(None, "first late step (b); none: half of the steps")
@@ -34,9 +34,9 @@ class DeltaDit(Policy):
         ):
             raise DiffoptError("delta-dit wants interval >= 1, bound >= 0 and range >= 1")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Take what the skipped blocks add to their streams."""
-        blocks = stack(parts)
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Reuse the differences that the skipped blocks make to their streams."""
+        blocks = transformer_blocks(structure)
         count = len(blocks)
         size = max(1, count * 3 // 4) if self.range is None else self.range
         if size > count:
@@ -47,7 +47,7 @@ class DeltaDit(Policy):
             if side != "all":
                 first = count - size if side == "front" else 0
                 last = (Term(step - step % self.interval),)
-                values = residuals(blocks[first : first + size])
+                values = block_residuals(blocks[first : first + size])
                 plan[step] = [Reuse(value, last, base) for value, base in values]
         return plan
 

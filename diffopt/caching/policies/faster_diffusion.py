@@ -14,7 +14,7 @@ from torch import fx
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, merge_calls
-from diffopt.caching.policy import Part, Policy, hold, option
+from diffopt.caching.policy import Policy, Requirement, hold, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
@@ -29,7 +29,7 @@ KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)  # of 50 steps
 class FasterDiffusion(Policy):
     """Run a UNet's encoder at key steps only, and the decoders in between at once."""
 
-    needs: ClassVar[Part] = "skips"
+    needs: ClassVar[Requirement] = "skips"
 
     key_steps: tuple[int, ...] | None = option(
         None, f"steps that run the encoder; none: {KEYS} of 50 steps, scaled to the loop's"
@@ -46,33 +46,36 @@ class FasterDiffusion(Policy):
         if keys is not None and (not keys or keys[0] != 0 or list(keys) != sorted(set(keys))):
             raise DiffoptError("faster-diffusion wants key-steps that go up and begin with 0")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Take the encoder's outputs: the middle, and what skip connections bring over."""
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Reuse the encoder's outputs: the middle block's and the skip connections'."""
         keys = key_steps(loop.steps) if self.key_steps is None else self.key_steps
         if keys[-1] >= loop.steps:
             raise DiffoptError(
                 f"key-steps has {keys[-1]}: the loop has {loop.steps} steps, 0 to {loop.steps - 1}"
             )
-        values = dict.fromkeys([parts.middle, *(skip.shallow for skip in parts.skips)])
+        values = dict.fromkeys([structure.middle, *(skip.shallow for skip in structure.skips)])
         plan = hold([(value, None) for value in values if value], keys, loop.steps)
         if plan and self.prior_noise:
-            # Now: a decoder's call takes no latents, which is how they are found.
+            # Before the plan is applied: a decoder's call reads no latents by which to find them.
             add_prior_noise(loop, self.prior_noise, ctx)
         return plan
 
     def finish(self, loop: Loop, ctx: Context) -> None:
-        """Run the decoders of the steps between two key steps as one batch: no latents in them."""
+        """Run the decoders of the steps between two key steps as one batch."""
         saved = 0
         for branch in range(loop.branches):
-            calls = [call for (_, own), call in loop.calls.items() if own == branch]
+            calls = [
+                call for (_, branch_of_call), call in loop.calls.items() if branch_of_call == branch
+            ]
             saved += merge_calls(loop.program, calls)
         ctx.note("calls saved by batching decoders", saved)
 
 
 def add_prior_noise(loop: Loop, factor: float, ctx: Context) -> None:
-    """Let the scheduler read latents with some of the initial ones, in the second half of steps.
+    """Add `factor` times the initial latents to those that the scheduler reads, in late steps.
 
-    A captured program has no timesteps any more; those below 500 of 1000 are the second half.
+    The paper's late steps are those with timesteps below 500 of 1000. A captured program has no
+    timesteps any more: they are the second half.
     """
     try:
         late = {step: latents(loop, step) for step in range(loop.steps // 2, loop.steps)}
@@ -95,26 +98,26 @@ def add_prior_noise(loop: Loop, factor: float, ctx: Context) -> None:
 
 
 class NoLatents(Exception):
-    """Why a step's latents can't be told."""
+    """A step's latents can't be identified; the message says why."""
 
 
 def latents(loop: Loop, step: int) -> fx.Node:
-    """Return what a step's call is given, before any scaling, and the scheduler reads as well."""
+    """Return the argument of a step's call, before any scaling, that the scheduler reads too."""
     call = loop.calls[step, 0]
-    before, found = g.ancestors([call]), dict[fx.Node, None]()
-    for take, given in zip(g.placeholders(loop.body), call.args, strict=True):
-        for node in _trail(given) if take in loop.loop_variant else ():
+    before, shared = g.ancestors([call]), dict[fx.Node, None]()
+    for parameter, argument in zip(g.placeholders(loop.body), call.args, strict=True):
+        for node in _trail(argument) if parameter in loop.loop_variant else ():
             if any(user not in before for user in node.users):
-                found[node] = None
-    if len(found) != 1:
+                shared[node] = None
+    if len(shared) != 1:
         raise NoLatents(
-            f"step {step} has {len(found)} values that the denoiser and the scheduler both read"
+            f"step {step} has {len(shared)} values that the denoiser and the scheduler both read"
         )
-    return next(iter(found))
+    return next(iter(shared))
 
 
 def _trail(value: object) -> Iterator[fx.Node]:
-    """Yield a value and what it is another scale, type or repetition of."""
+    """Yield a value and the chain of values that it scales, casts or repeats."""
     while isinstance(value, fx.Node):
         yield value
         sources = {n for n in value.all_input_nodes if n.op != "get_attr"}
@@ -130,5 +133,5 @@ def _check_is_noise(first: fx.Node, others: Sequence[fx.Node]) -> None:
 
 
 def key_steps(steps: int) -> Sequence[int]:
-    """Return the paper's key steps for 50 steps, or as early ones of another number."""
+    """Return the paper's key steps for 50 steps, scaled to another number of steps."""
     return sorted({key * steps // 50 for key in KEYS})

@@ -1,4 +1,4 @@
-"""FORA: take every attention's and MLP's output from the last computed step.
+"""FORA: reuse every attention's and MLP's output of the last computed step.
 
 Pratheba Selvaraju et al., FORA: Fast-Forward Caching in Diffusion Transformer Acceleration, 2024
 (2407.01425).
@@ -9,7 +9,14 @@ from typing import ClassVar
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import ATTENTION_AND_MLP, Part, Policy, branch_values, hold, option
+from diffopt.caching.policy import (
+    ATTENTION_AND_MLP,
+    Policy,
+    Requirement,
+    branch_values,
+    hold,
+    option,
+)
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 
@@ -18,7 +25,7 @@ from diffopt.errors import DiffoptError
 class Fora(Policy):
     """Take every attention's and MLP's output from the last computed step."""
 
-    needs: ClassVar[Part] = "branches"
+    needs: ClassVar[Requirement] = "branches"
 
     interval: int = option(3, "compute every N steps")
     start: int = option(0, "compute this many steps at the beginning as well")
@@ -27,9 +34,9 @@ class Fora(Policy):
         if self.interval < 1 or self.start < 0:
             raise DiffoptError("fora wants interval >= 1 and start >= 0")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Take the branches' outputs as they are before the gate."""
-        values = branch_values(parts, ATTENTION_AND_MLP)
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Reuse the branches' outputs in front of their gates."""
+        values = branch_values(structure, ATTENTION_AND_MLP)
         return hold(values, computed(loop.steps, self.interval, self.start), loop.steps)
 
 

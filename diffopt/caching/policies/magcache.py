@@ -1,4 +1,4 @@
-"""MagCache: skip all blocks while what they add keeps its magnitude.
+"""MagCache: skip all blocks while the difference that they make keeps its magnitude.
 
 Zehong Ma et al., MagCache: Fast Video Generation with Magnitude-Aware Cache, NeurIPS 2025
 (2506.09045).
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import Part, Policy, Value, hold, option, residuals, stack
+from diffopt.caching.policy import (
+    Policy,
+    Requirement,
+    ReusedValue,
+    block_residuals,
+    hold,
+    option,
+    transformer_blocks,
+)
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
@@ -24,7 +32,7 @@ from diffopt.execution.calibration_inputs import representative
 class Magcache(Policy):
     """Skip all blocks while what they add keeps its magnitude."""
 
-    needs: ClassVar[Part] = "blocks"
+    needs: ClassVar[Requirement] = "blocks"
 
     threshold: float = option(0.06, "largest error, added up since the last computed step")
     max_skip: int = option(3, "most steps in a row that skip (K)")
@@ -40,9 +48,9 @@ class Magcache(Policy):
                 "magcache wants threshold >= 0, max-skip >= 0, retain in 0…1 and calls >= 1"
             )
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Take what all blocks together add to their streams."""
-        values = residuals(stack(parts))
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Reuse the difference that all blocks together make to their streams."""
+        values = block_residuals(transformer_blocks(structure))
         if self.ratios:
             ratios = nearest(self.ratios, loop.steps)
         else:
@@ -54,16 +62,19 @@ class Magcache(Policy):
                 **trajectories.loop_identity(loop.program, loop.calls, inputs),
                 "values": [loop.positions[node] for node in values[0] if node is not None],
             }
-            found = trajectories.cached(key, lambda: {"ratios": measure(loop, values, inputs)})
-            ratios = found["ratios"].tolist()
+            measured = trajectories.cached(key, lambda: {"ratios": measure(loop, values, inputs)})
+            ratios = measured["ratios"].tolist()
         computed = schedule(ratios, self.threshold, self.max_skip, self.retain)
         return hold(values, computed, loop.steps)
 
 
-def measure(loop: Loop, values: Sequence[Value], inputs: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the mean ratios of the norms, over the last dimension, of what the blocks add.
+def measure(
+    loop: Loop, values: Sequence[ReusedValue], inputs: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Return, by step, the mean ratio |r@i| / |r@(i-1)| of r, the difference that blocks make.
 
-    As in the authors' calibration, of the first stream and over tokens; also over calls.
+    As in the authors' calibration it is that of the first stream; norms are over the last
+    dimension, the mean over tokens and calls.
     """
     value, base = values[0]
     assert base is not None
@@ -80,12 +91,16 @@ def measure(loop: Loop, values: Sequence[Value], inputs: Sequence[Sequence[Tenso
 
 
 def schedule(ratios: Sequence[float], threshold: float, max_skip: int, retain: float) -> list[int]:
-    """Return the steps that compute, of as many steps as there are ratios."""
+    """Return the steps that compute, of as many steps as there are ratios.
+
+    A step is skipped while the sum over skipped steps of |1 - product of their ratios| is at most
+    the threshold.
+    """
     computed: list[int] = []
-    kept = int(retain * len(ratios) + 0.5)
+    retained = int(retain * len(ratios) + 0.5)
     magnitude, error, skipped = 1.0, 0.0, 0
     for step, ratio in enumerate(ratios):
-        if step >= kept:
+        if step >= retained:
             magnitude, skipped = magnitude * ratio, skipped + 1
             error += abs(1 - magnitude)
             if computed and error <= threshold and skipped <= max_skip:
@@ -96,7 +111,7 @@ def schedule(ratios: Sequence[float], threshold: float, max_skip: int, retain: f
 
 
 def nearest(ratios: Sequence[float], steps: int) -> list[float]:
-    """Return the ratios for another number of steps: each step takes the nearest one."""
+    """Resample ratios to another number of steps: each step has that of the nearest one."""
     if steps == 1:
         return [ratios[-1]]
     scale = (len(ratios) - 1) / (steps - 1)

@@ -1,4 +1,4 @@
-"""A mask of steps, written out: 1 computes, 0 takes the values of the last computed step.
+"""Static mask: a step with digit 1 computes, with 0 reuses values of the last computed step.
 
 As in cache-dit's steps_computation_mask with its policy "static".
 """
@@ -11,12 +11,12 @@ from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import (
     ATTENTION_AND_MLP,
     Policy,
-    Value,
+    ReusedValue,
+    block_residuals,
     branch_values,
     hold,
     option,
-    residuals,
-    stack,
+    transformer_blocks,
 )
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
@@ -37,25 +37,25 @@ class Mask(Policy):
         if self.steps.strip("01") or self.steps.startswith("0"):
             raise DiffoptError("mask wants digits 0 and 1, the first a 1: cache(mask,1100101)")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Take the values in every step whose digit is 0."""
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Reuse the values in every step whose digit is 0."""
         if len(self.steps) != loop.steps:
             raise DiffoptError(
                 f"the mask has {len(self.steps)} digits, and the loop has {loop.steps} steps"
             )
         computed = [step for step, digit in enumerate(self.steps) if digit == "1"]
-        return hold(self._chosen(loop, parts), computed, loop.steps)
+        return hold(self._chosen(loop, structure), computed, loop.steps)
 
-    def _chosen(self, loop: Loop, parts: DenoiserStructure) -> list[Value]:
-        found: dict[str, list[Value]] = {
-            "deep": [(skip.deep, None) for skip in parts.skips[:1]],
-            "blocks": residuals(stack(parts)),
-            "branches": branch_values(parts, ATTENTION_AND_MLP),
+    def _chosen(self, loop: Loop, structure: DenoiserStructure) -> list[ReusedValue]:
+        values: dict[str, list[ReusedValue]] = {
+            "deep": [(skip.deep, None) for skip in structure.skips[:1]],
+            "blocks": block_residuals(transformer_blocks(structure)),
+            "branches": branch_values(structure, ATTENTION_AND_MLP),
         }
-        there = [name for name, values in found.items() if values]
-        if not there or (self.values and self.values not in there):
+        present = [name for name, values in values.items() if values]
+        if not present or (self.values and self.values not in present):
             raise DiffoptError(
                 f"{loop.name} has no values={self.values or 'deep, blocks or branches'}; "
-                f"it has {', '.join(there) or 'none of those that mask knows'}"
+                f"it has {', '.join(present) or 'none of those that mask knows'}"
             )
-        return found[self.values or there[0]]
+        return values[self.values or present[0]]

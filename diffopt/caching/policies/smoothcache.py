@@ -1,4 +1,4 @@
-"""SmoothCache: take each kind of layer's outputs as far as their measured error stays small.
+"""SmoothCache: reuse each kind of layer's outputs while their measured error is small.
 
 Joseph Liu et al., SmoothCache: A Universal Inference Acceleration Technique for Diffusion
 Transformers, 2024 (2411.10510).
@@ -14,8 +14,8 @@ from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import (
     ATTENTION_AND_MLP,
-    Part,
     Policy,
+    Requirement,
     branch_values,
     hold,
     merge,
@@ -33,7 +33,7 @@ Rows = Sequence[Sequence[float]]
 class Smoothcache(Policy):
     """Take each kind of layer's outputs as far as their measured error stays small."""
 
-    needs: ClassVar[Part] = "branches"
+    needs: ClassVar[Requirement] = "branches"
 
     alpha: float = option(0.18, "largest relative error of a value that is taken")
     max_interval: int = option(3, "most steps in a row that take it (k)")
@@ -46,24 +46,24 @@ class Smoothcache(Policy):
         if self.alpha < 0 or self.max_interval < 1 or self.calls < 1:
             raise DiffoptError("smoothcache wants alpha >= 0, max-interval >= 1 and calls >= 1")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Take the outputs of each kind of branch by its own schedule."""
-        there = {branch.kind for branch in parts.branches}
-        kinds = [kind for kind in ATTENTION_AND_MLP if kind in there]
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Reuse the outputs of each kind of branch by its own schedule."""
+        present = {branch.kind for branch in structure.branches}
+        kinds = [kind for kind in ATTENTION_AND_MLP if kind in present]
         if self.errors:
-            errors = read(self.errors, kinds, loop.steps)
+            errors = read_errors(self.errors, kinds, loop.steps)
         else:
-            errors = self._measure(loop, parts, kinds, ctx)
+            errors = self._measure(loop, structure, kinds, ctx)
         schedules = {k: schedule(errors[k], self.alpha, self.max_interval) for k in kinds}
         return merge(
-            hold(branch_values(parts, [kind]), computed, loop.steps)
+            hold(branch_values(structure, [kind]), computed, loop.steps)
             for kind, computed in schedules.items()
         )
 
     def _measure(
-        self, loop: Loop, parts: DenoiserStructure, kinds: Sequence[str], ctx: Context
+        self, loop: Loop, structure: DenoiserStructure, kinds: Sequence[str], ctx: Context
     ) -> Mapping[str, Rows]:
-        groups = {kind: [value for value, _ in branch_values(parts, [kind])] for kind in kinds}
+        groups = {kind: [value for value, _ in branch_values(structure, [kind])] for kind in kinds}
         inputs = representative(
             f"cache({self.name})", loop.program, ctx.prompts, self.calls, ctx.seed
         )
@@ -88,7 +88,7 @@ def schedule(rows: Rows, alpha: float, max_interval: int) -> list[int]:
     return sorted({*computed, steps - 1})
 
 
-def read(path: str, kinds: Sequence[str], steps: int) -> Mapping[str, Rows]:
+def read_errors(path: str, kinds: Sequence[str], steps: int) -> Mapping[str, Rows]:
     """Return the measured errors in a file, one table of rows for each kind of layer."""
     try:
         tables = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""T-GATE: after a gate step, take every cross-attention's output from that step.
+"""T-GATE: after a gate step, reuse every cross-attention's output of that step.
 
 Haozhe Liu et al., Faster Diffusion via Temporal Attention Decomposition, 2024 (2404.02747).
 """
@@ -12,7 +12,7 @@ from torch import fx
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import Part, Policy, branch_values, hold, merge, option
+from diffopt.caching.policy import Policy, Requirement, branch_values, hold, merge, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
@@ -23,7 +23,7 @@ from diffopt.transforms import batch_slice, drop_guidance
 class TGate(Policy):
     """Take every cross-attention's output from the step before a gate."""
 
-    needs: ClassVar[Part] = "cross-attention"
+    needs: ClassVar[Requirement] = "cross-attention"
 
     gate: int = option(10, "the first step that takes cross-attention from before (m)")
     warm_up: int = option(2, "steps before this one compute self-attention")
@@ -36,20 +36,20 @@ class TGate(Policy):
                 "t-gate wants gate >= 1, sp-interval >= 1, fi-interval >= 1 and warm-up >= 0"
             )
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Take cross-attention after the gate, and self-attention between its intervals."""
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Reuse cross-attention after the gate, and self-attention between its intervals."""
         if self.gate >= loop.steps:
             raise DiffoptError(
                 f"gate={self.gate}: the loop has {loop.steps} steps, so no step is after the gate"
             )
-        own = self_attention(
+        computed = self_attention(
             loop.steps, self.gate, self.warm_up, self.sp_interval, self.fi_interval
         )
-        crossed = hold(branch_values(parts, ["cross-attention"]), range(self.gate), loop.steps)
-        return merge([crossed, hold(branch_values(parts, ["attention"]), own, loop.steps)])
+        crossed = hold(branch_values(structure, ["cross-attention"]), range(self.gate), loop.steps)
+        return merge([crossed, hold(branch_values(structure, ["attention"]), computed, loop.steps)])
 
     def finish(self, loop: Loop, ctx: Context) -> None:
-        """Leave out the unconditional branch after the gate."""
+        """Remove the unconditional branch after the gate."""
         after = [step for step in range(self.gate, loop.steps) if (step, 0) in loop.calls]
         if loop.branches == 1:
             _drop_halves(loop, after, ctx)
@@ -60,7 +60,7 @@ class TGate(Policy):
 
 
 def _drop_halves(loop: Loop, after: list[int], ctx: Context) -> None:
-    """Leave out the unconditional half of a batch of both branches."""
+    """Remove the unconditional half of a batch of both branches."""
     known: dict[object, tuple[str, batch_slice.Halved]] = {}
     reasons: dict[str, list[int]] = {}
     for step in reversed(after):
@@ -75,7 +75,7 @@ def _drop_halves(loop: Loop, after: list[int], ctx: Context) -> None:
 
 
 def _drop_calls(loop: Loop, after: list[int], ctx: Context) -> None:
-    """Leave out the calls of the unconditional branch."""
+    """Remove the calls of the unconditional branch."""
     for step in after:
         if (step, 1) not in loop.calls:
             continue
@@ -90,7 +90,7 @@ def _drop_calls(loop: Loop, after: list[int], ctx: Context) -> None:
 
 
 def conditional(a: fx.Node, b: fx.Node) -> fx.Node | None:
-    """Return the one of two calls whose results the other's are subtracted from."""
+    """Return the call of the conditional branch: the minuend of c - u; None if there is none."""
     below = {call: g.descendants([call]) for call in (a, b)}
     joins = [n for n in a.graph.nodes if n in below[a] and n in below[b]]
     if not joins or joins[0].target is not torch.ops.aten.sub.Tensor:

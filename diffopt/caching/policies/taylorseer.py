@@ -1,7 +1,7 @@
-"""TaylorSeer: continue every attention's and MLP's output as a Taylor series over the steps.
+"""TaylorSeer: extrapolate every attention's and MLP's output as a Taylor series over the steps.
 
 Derivatives are finite differences of computed steps, so that a value is a sum of earlier values
-with weights that are known when compiling.
+with weights that are known at compile time.
 
 Jiacheng Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers,
 ICCV 2025 (2503.06923).
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, Reuse, Term
-from diffopt.caching.policy import ATTENTION_AND_MLP, Part, Policy, branch_values, option
+from diffopt.caching.policy import ATTENTION_AND_MLP, Policy, Requirement, branch_values, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 
@@ -25,7 +25,7 @@ Weights = Mapping[int, float]
 class Taylorseer(Policy):
     """Continue every attention's and MLP's output as a Taylor series over the steps."""
 
-    needs: ClassVar[Part] = "branches"
+    needs: ClassVar[Requirement] = "branches"
 
     order: int = option(1, "highest derivative; 0 is plain reuse")
     interval: int = option(5, "compute every N steps")
@@ -35,14 +35,14 @@ class Taylorseer(Policy):
         if self.order < 0 or self.interval < 1 or self.warm_up < 1:
             raise DiffoptError("taylorseer wants order >= 0, interval >= 1 and warm-up >= 1")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
-        """Extrapolate the branches' outputs as they are before the gate."""
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
+        """Extrapolate the branches' outputs in front of their gates."""
         computed = schedule(loop.steps, self.interval, self.warm_up)
         plan: dict[int, list[Reuse]] = {}
         for step in sorted({*range(loop.steps)} - {*computed}):
             weights = extrapolate([c for c in computed if c < step], step, self.order)
             terms = tuple(Term(source, weight) for source, weight in weights.items())
-            values = branch_values(parts, ATTENTION_AND_MLP)
+            values = branch_values(structure, ATTENTION_AND_MLP)
             plan[step] = [Reuse(value, terms) for value, _ in values]
         return plan
 
@@ -53,7 +53,11 @@ def schedule(steps: int, interval: int, warm_up: int) -> list[int]:
 
 
 def extrapolate(computed: Sequence[int], step: int, order: int) -> Weights:
-    """Return the weights of the values at computed steps in the series about the last of them."""
+    """Return the weights of the values at computed steps in the series about the last of them.
+
+    v(t) = sum over k of v^(k)(c) (t - c)^k / k!, where c is the last computed step and
+    v^(k)(c_n) = (v^(k-1)(c_n) - v^(k-1)(c_(n-1))) / (c_n - c_(n-1)).
+    """
     factors: list[Weights] = []  # derivatives by order, each as weights of computed values
     for k, source in enumerate(computed):
         new: list[Weights] = [{source: 1.0}]

@@ -30,7 +30,14 @@ from diffopt.caching.policies.deepcache import Deepcache
 from diffopt.caching.policies.delta_dit import DeltaDit
 from diffopt.caching.policies.magcache import Magcache
 from diffopt.caching.policies.taylorseer import Taylorseer
-from diffopt.caching.policy import Part, Policy, hold, option, residuals, stack
+from diffopt.caching.policy import (
+    Policy,
+    Requirement,
+    block_residuals,
+    hold,
+    option,
+    transformer_blocks,
+)
 from diffopt.core import Context
 from diffopt.passes.cache import Cache
 from examples.caching.peers.pipelines import Begin, images_of
@@ -174,15 +181,16 @@ class DualBlock(Policy):
     """Compute the first blocks in each step, and the others where a mask of steps has a 1."""
 
     name: ClassVar[str] = "dual-block"
-    needs: ClassVar[Part] = "blocks"
+    needs: ClassVar[Requirement] = "blocks"
 
     steps: str = option("", "one digit a step: 1 computes all blocks")
     front: int = option(1, "how many blocks each step computes")
 
-    def plan(self, loop: Loop, parts: DenoiserStructure, ctx: Context) -> Plan:
+    def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
         """Take what the other blocks add to their streams."""
         computed = [step for step, digit in enumerate(self.steps) if digit == "1"]
-        return hold(residuals(stack(parts)[self.front :]), computed, loop.steps)
+        blocks = transformer_blocks(structure)[self.front :]
+        return hold(block_residuals(blocks), computed, loop.steps)
 
 
 def rear(interval: int, steps: int) -> Cache:
