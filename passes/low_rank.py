@@ -104,7 +104,7 @@ class LowRank(Pass):
         """Find layers, calibrate, choose ranks, and write two layers for each."""
         scope = choose_scope(program, self.components)
         for name in scope.calls:
-            layer_preparation.as_linears(program.components[name])
+            layer_preparation.restore_linears(program.components[name])
             g.prune_unused(program.components[name])  # what read weights before counts no more
         todo = self._layers(program, scope, ctx)
         moments = self._moments(program, scope, todo, ctx) if self.data else {}
@@ -112,7 +112,7 @@ class LowRank(Pass):
         before = after = 0
         for index, (key, uses) in enumerate(todo.items()):
             component, layer = uses[0]
-            path = f"{component}.{quantize_body.module(layer.node)}"
+            path = f"{component}.{quantize_body.module_path(layer.node)}"
             ctx.progress(f"low-rank: {path}", index / len(todo))
             weight = nodes.stored_tensor(program.components[component], layer.weight)
             assert weight is not None
@@ -171,7 +171,7 @@ class LowRank(Pass):
         for name in scope.calls:
             gm = program.components[name]
             for layer in qdq.layers(gm):
-                path = quantize_body.module(layer.node)
+                path = quantize_body.module_path(layer.node)
                 if not patterns.wants(name, path):
                     continue
                 weight = nodes.stored_tensor(gm, layer.weight)
@@ -184,7 +184,8 @@ class LowRank(Pass):
         for key in [key for key, own in found.items() if len(own) != uses[key]]:
             name, layer = found.pop(key)[0]
             ctx.skip(
-                f"{name}.{quantize_body.module(layer.node)}", "its weight is also used elsewhere"
+                f"{name}.{quantize_body.module_path(layer.node)}",
+                "its weight is also used elsewhere",
             )
         return found
 

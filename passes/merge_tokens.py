@@ -103,7 +103,7 @@ class MergeTokens(Pass):
             sizes = sorted({site.count for site in sites}, reverse=True)
             least = sizes[: self.levels or None][-1] if sizes else 0
             for number, site in enumerate(sites):
-                path = f"{name}.{quantize_body.module(site.attention)}"
+                path = f"{name}.{quantize_body.module_path(site.attention)}"
                 gone = token_merging.merged_count(site.grid, self.ratio)
                 if site.count < max(least, self.tokens) or not gone:
                     ctx.skip(path, f"it has {site.count} tokens, too few")
@@ -120,7 +120,7 @@ class MergeTokens(Pass):
         """Return the attentions to merge in, all of which are found before any is changed."""
         found = []
         for node in gm.graph.find_nodes(op="call_function", target=token_merging.ATTENTION):
-            path = quantize_body.module(node)
+            path = quantize_body.module_path(node)
             if not patterns.wants(name, path):
                 continue
             try:

@@ -37,7 +37,7 @@ Not rewritten when
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,12 +51,19 @@ from diffopt.execution.calibration_inputs import representative, requests
 from diffopt.ir import nodes, qdq
 from diffopt.ir.program import Program
 from diffopt.quantization import format_search, layer_preparation, quantize_body, ranges
-from diffopt.quantization.quantize_body import Activations, Format, Formats, Range, Store
+from diffopt.quantization.quantize_body import (
+    Activations,
+    Calibration,
+    Format,
+    Formats,
+    RangeOf,
+    WeightStore,
+)
 from diffopt.quantization.simulate import Simulator
-from diffopt.quantization.tensor_memo import Shared
+from diffopt.quantization.tensor_memo import TensorMemo
 
 HELD_SEED = 1 << 20
-"""How far the seeds of requests that formats are tried on are from those of calibration."""
+"""The offset of the seeds of held-out requests from those of calibration."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Quantize(Pass):
             )
         if self.format == "auto" and self.samples == 0:
             raise DiffoptError("auto measures what formats cost: ask for samples=1 or more")
-        format_search.columns(self.formats, self.activations)
+        format_search.formats_to_try(self.formats, self.activations)
         for text in self.keep:
             read_steps(text, 1 << 30)
 
@@ -124,14 +131,12 @@ class Quantize(Pass):
         """Choose layers, make them easier to quantize, calibrate, and write Q/DQ."""
         scope = choose_scope(program, self.components)
         for name in scope.calls:
-            layer_preparation.as_linears(program.components[name])
-        shared, store, progress = Shared(), Store(self.scale), ctx.progress
+            layer_preparation.restore_linears(program.components[name])
+        memo, store = TensorMemo(), WeightStore(self.scale)
         notes: dict[str, Any] = {}
         if self.split:
             bodies = [program.components[name] for name in scope.loop]
-            notes["layers split"] = sum(
-                layer_preparation.split_concats(gm, shared) for gm in bodies
-            )
+            notes["layers split"] = sum(layer_preparation.split_concats(gm, memo) for gm in bodies)
         scope = quantize_body.keep_steps(program, scope, self._kept(scope))
         formats = self._formats(program, scope, ctx)
         needs = self.activations == "static" or self.smooth or self.rounding != "nearest"
@@ -139,68 +144,58 @@ class Quantize(Pass):
         inputs: list[list[Tensor]] = []
         if needs:
             inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
+        job = Calibration(program, scope, formats, inputs, ctx.progress)
         if self.smooth:
-            notes["layers smoothed"] = layer_preparation.smooth_layers(
-                program, scope, formats, inputs, self.scale, shared, progress
-            )
+            notes["layers smoothed"] = layer_preparation.smooth_layers(job, self.scale, memo)
         if self.rank:
-            notes["branches"] = layer_preparation.branch_layers(
-                program, scope, formats, self.rank, self.scale, shared, progress
+            notes["branches"] = layer_preparation.add_low_rank_branches(
+                job, self.rank, self.scale, memo
             )
             if not notes["branches"]:
                 wanted = f"a branch of rank {self.rank} wants {4 * self.rank} inputs and outputs"
                 ctx.skip("rank", f"{wanted}, which no weight has")
-        found, groups = quantize_body.calibrated(
-            program, scope, formats, inputs, self.observer, self.groups, progress
-        )
+        range_of, groups = quantize_body.calibrate_ranges(job, self.observer, self.groups)
         if self.format == "auto":
-            formats, notes["auto"] = self._chosen(program, scope, formats, found, inputs, ctx)
+            formats, notes["auto"] = self._search_formats(job, range_of, ctx)
+            job = replace(job, formats=formats)
         if self.rounding == "adaround":
-            notes["rounding learned"] = quantize_body.learn_rounding(
-                program, scope, formats, found, inputs, store, ctx.seed, progress
-            )
+            notes["rounding learned"] = quantize_body.learn_rounding(job, range_of, store, ctx.seed)
         for name, own in formats.items():
-            at = scope.calls[name]
-            quantize_body.quantize_body(program, name, own, at, found.get(name), store)
-        read = self._tables(program, scope)
-        for name, node in read:
-            # A row is what it is: no sum over inputs averages the errors of 4 bits.
-            how = self._weights(is_beside=True)
-            quantize_body.quantize_table(program.components[name], node, how, store)
-        notes["tables"] = len(read)
+            calls = scope.calls[name]
+            quantize_body.quantize_body(program, name, own, calls, range_of.get(name), store)
+        lookups = self._tables(program, scope)
+        for name, node in lookups:
+            # 4 bits are too few: no sum over inputs averages the errors of a row.
+            fmt = self._weights(is_beside=True)
+            quantize_body.quantize_embedding(program.components[name], node, fmt, store)
+        notes["tables"] = len(lookups)
         notes["layers"] = {name: len(own) for name, own in formats.items()}
-        notes["groups of steps"] = {n: [len(group) for group in own] for n, own in groups.items()}
+        notes["groups of steps"] = {n: list(map(len, own)) for n, own in groups.items()}
         notes["weight bytes"] = {"before": store.before, "after": store.after}
         for what, value in notes.items():
             if value:
                 ctx.note(what, value)
 
-    def _chosen(
-        self,
-        program: Program,
-        scope: Scope,
-        formats: Formats,
-        found: Mapping[str, Range],
-        inputs: Sequence[Sequence[Tensor]],
-        ctx: Context,
+    def _search_formats(
+        self, job: Calibration, range_of: Mapping[str, RangeOf], ctx: Context
     ) -> tuple[Formats, dict[str, Any]]:
-        """Return the formats of layers within the budget, and what they were chosen by."""
-        store = Store(self.scale)
-        held = requests(program, ctx.prompts, format_search.HELD, ctx.seed + HELD_SEED)
-        return format_search.choose(
-            Simulator(program, scope, found, store),
-            {name: list(own) for name, own in formats.items()},
-            format_search.columns(self.formats, self.activations, self.group),
+        """Return the formats of layers within the budget, and notes on the choice."""
+        store, seed = WeightStore(self.scale), ctx.seed + HELD_SEED
+        held_out = requests(job.program, ctx.prompts, format_search.HELD_OUT_REQUESTS, seed)
+        return format_search.FormatSearch(
+            Simulator(job.program, job.scope, range_of, store),
+            {name: list(own) for name, own in job.formats.items()},
+            format_search.formats_to_try(self.formats, self.activations, self.group),
             self.goal,
             format_search.BUDGET if ctx.budget is None else ctx.budget,
-            inputs[: format_search.FEW],
-            [list(ctx.inputs), *held],
+            job.inputs[: format_search.SENSITIVITY_REQUESTS],
+            [list(ctx.inputs), *held_out],
             store,
             ctx.progress,
-        )
+        ).run()
 
     def _kept(self, scope: Scope) -> set[int]:
-        """Return the steps that stay as they are."""
+        """Return the steps that are not quantized."""
         steps = sorted({step for name in scope.loop for _, step in scope.calls[name]})
         kept = {steps[i] for text in self.keep for i in read_steps(text, len(steps))}
         if steps and kept == set(steps):
@@ -215,7 +210,7 @@ class Quantize(Pass):
         for name in scope.calls:
             body, own = program.components[name], dict[fx.Node, Format]()
             for layer in qdq.layers(body):
-                module = quantize_body.module(layer.node)
+                module = quantize_body.module_path(layer.node)
                 path = f"{name}.{module}"
                 if not patterns.wants(name, module):
                     continue
@@ -238,13 +233,13 @@ class Quantize(Pass):
         return formats
 
     def _tables(self, program: Program, scope: Scope) -> list[tuple[str, fx.Node]]:
-        """Return what reads tables that are to be quantized, with the component it is in."""
+        """Return the lookups of tables to quantize, each with its component."""
         patterns = Patterns(self.layers, self.skip)
         return [
             (name, node)
             for name in (scope.calls if self.tables else ())
-            for node in quantize_body.readers_of_tables(program.components[name])
-            if patterns.wants(name, quantize_body.module(node))
+            for node in quantize_body.embedding_lookups(program.components[name])
+            if patterns.wants(name, quantize_body.module_path(node))
         ]
 
     def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:
@@ -254,9 +249,9 @@ class Quantize(Pass):
         return how.for_layer(layer)
 
     def _weights(self, is_beside: bool) -> Format:
-        """Return the format of weights; with `auto`, what there is to choose from replaces it.
+        """Return the format of weights; with `auto`, a placeholder for the format chosen later.
 
-        Those beside the loop are read once: 4 bits would spare little and cost as much as in it.
+        Weights outside of the loop are read once: 4 bits would save little and cost accuracy.
         """
         if self.format == "auto" or (self.format == "int4" and is_beside):
             return Format("int8", "none")

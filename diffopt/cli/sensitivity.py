@@ -21,10 +21,10 @@ from diffopt.execution.calibration_inputs import requests
 from diffopt.ir import qdq
 from diffopt.ir.program import Program
 from diffopt.quantization import format_search, layer_preparation, quantize_body, sensitivity
-from diffopt.quantization.format_search import Item, label
+from diffopt.quantization.format_search import WeightChoice, format_label
 from diffopt.quantization.quantize_body import Format
 from diffopt.quantization.simulate import Simulator
-from diffopt.quantization.tensor_memo import Shared
+from diffopt.quantization.tensor_memo import TensorMemo
 
 ROWS = 48
 """How many layers a picture has at the most: those that cost most."""
@@ -47,7 +47,7 @@ class Report:
     """
 
     columns: Sequence[Format]
-    items: Sequence[Item]
+    items: Sequence[WeightChoice]
 
     def shares(self, column: int) -> Tensor:
         """Return which part of the squared error in a format each layer has."""
@@ -72,7 +72,7 @@ def parse(formats: str, activations: str, passes: str | None, model: str) -> Opt
         passes = "" if model.endswith(".program") else "unroll,hoist,simplify"
     pipeline = Pipeline.parse(passes) if passes else Pipeline()
     numbers = [text.strip() for text in formats.split(",") if text.strip()]
-    tried = format_search.columns(numbers, cast(quantize_body.Activations, activations))
+    tried = format_search.formats_to_try(numbers, cast(quantize_body.Activations, activations))
     return Options(tried, pipeline)
 
 
@@ -90,9 +90,9 @@ def measure(
     scope = choose_scope(program, ("loop",))
     if not scope.calls:
         raise DiffoptError("the program calls no component, so there is no layer to quantize")
-    shared, store = Shared(), quantize_body.Store("mse")
+    memo, store = TensorMemo(), quantize_body.WeightStore("mse")
     for name in scope.loop:
-        layer_preparation.split_concats(program.components[name], shared)
+        layer_preparation.split_concats(program.components[name], memo)
     bodies = {name: qdq.layers(program.components[name]) for name in scope.calls}
     nodes = {
         name: [layer.node for layer in own if layer.weight.op == "get_attr"]
@@ -105,31 +105,32 @@ def measure(
             " already, or their weights are computed"
         )
     inputs = requests(program, prompts, samples, seed)
-    plain = format_search.candidates(Simulator(program, scope, {}, store), nodes, tried)
+    plain = format_search.layer_candidates(Simulator(program, scope, {}, store), nodes, tried)
     first = {name: {n: own[0] for n, own in layers.items()} for name, layers in plain.items()}
-    found, _ = quantize_body.calibrated(program, scope, first, inputs, "minmax", 0, progress)
-    simulator = Simulator(program, scope, found, store)
+    job = quantize_body.Calibration(program, scope, first, inputs, progress)
+    range_of, _ = quantize_body.calibrate_ranges(job, "minmax", 0)
+    simulator = Simulator(program, scope, range_of, store)
     settings = {"scale": store.scale}
     measured = sensitivity.measure(
-        simulator, plain, inputs[: format_search.FEW], settings, progress
+        simulator, plain, inputs[: format_search.SENSITIVITY_REQUESTS], settings, progress
     )
-    return Report(tried, format_search.items(simulator, plain, measured, store))
+    return Report(tried, format_search.weight_choices(simulator, plain, measured, store))
 
 
 def print_report(found: Report, as_json: bool) -> None:
     """Print a table for each format: layers, those first that cost most."""
     if as_json:
-        show.print_json({label(c): _json(found, i) for i, c in enumerate(found.columns)})
+        show.print_json({format_label(c): _json(found, i) for i, c in enumerate(found.columns)})
         return
     for index, column in enumerate(found.columns):
         shares = found.shares(index)
         order = shares.argsort(descending=True).tolist()
         rows = [_row(found.items[at], index, float(shares[at])) for at in order]
         words = ["layer", "share", "error", "worst step", "bytes", "saved"]
-        show.table(f"{label(column)}: {_total(found, index)}", words, rows)
+        show.table(f"{format_label(column)}: {_total(found, index)}", words, rows)
 
 
-def _row(item: Item, column: int, share: float) -> list[str]:
+def _row(item: WeightChoice, column: int, share: float) -> list[str]:
     errors = item.errors[column]
     name = item.label if len(item.layers) == 1 else f"{item.label} ({len(item.layers)} calls)"
     saved = item.sizes[0] - item.sizes[column + 1]
@@ -193,7 +194,7 @@ def _picture(found: Report, column: int) -> Image.Image:
     less = len(found.items) - len(rows)
     notes = [_total(found, column), "colour: relative error of the outputs, at least"]
     notes += [f"{less} layers that cost less are left out"] if less else []
-    return heatmap.cells(label(found.columns[column]), notes, legend, rows)
+    return heatmap.cells(format_label(found.columns[column]), notes, legend, rows)
 
 
 def _colour(error: float) -> str:

@@ -1,8 +1,12 @@
-"""Picks a format for each layer: the least cost at which the predicted error is within a budget.
+"""Choose a format for each layer: the least cost with a predicted error within a budget.
 
-That is a knapsack with several choices for each item. Errors are squared and add up; they are
-counted in whole parts of the budget, rounded up, so that dynamic programming finds a choice that
-keeps the budget, and none that costs less would keep it with `PARTS` minus one part for each item.
+That is a multiple-choice knapsack. Errors are squared and add up; they are counted in integer parts
+of the budget, rounded up, so that dynamic programming
+
+    best[i][b] = min over choices c of item i of best[i-1][b - error(i, c)] + cost(i, c)
+
+finds a choice within the budget, and none that costs less would be within it with `PARTS` minus one
+part for each item.
 """
 
 from __future__ import annotations
@@ -16,35 +20,35 @@ from torch import Tensor
 PARTS = 1 << 14
 TRIES = 5
 NEAR = 0.9
-"""A measured error of this part of the budget is as good as all of it."""
+"""A measured error from this fraction of the budget on is close enough to it."""
 
 
-def choose(errors: Tensor, costs: Tensor, budget: float) -> list[int]:
-    """Return which choice each item takes; the first one of each has no error.
+def solve(errors: Tensor, costs: Tensor, budget: float) -> list[int]:
+    """Return the index of each item's choice; the first one of each has no error.
 
     Args:
         errors: Squared, [items, choices].
-        costs: What to make little of in total, [items, choices].
-        budget: What the errors may add up to at the most: not squared.
+        costs: Of which to minimise the sum, [items, choices].
+        budget: The largest root of the summed errors.
     """
     count, choices = errors.shape
     parts = torch.where(errors > 0, torch.inf, 0.0)
     if budget > 0:
         parts = (errors / budget**2 * PARTS).ceil()
     best = torch.zeros(PARTS + 1, dtype=torch.float64)  # by how many parts may be used
-    taken = torch.zeros(count, PARTS + 1, dtype=torch.int8)
+    backpointers = torch.zeros(count, PARTS + 1, dtype=torch.int8)
     for item in range(count):
-        rows = torch.full((choices, PARTS + 1), torch.inf, dtype=torch.float64)
-        for choice in range(choices):
-            if (used := float(parts[item, choice])) <= PARTS:
-                rows[choice, int(used) :] = best[: PARTS + 1 - int(used)] + costs[item, choice]
-        best, found = rows.min(0)
-        taken[item] = found.to(torch.int8)
-    made, left = [0] * count, PARTS
+        totals = torch.full((choices, PARTS + 1), torch.inf, dtype=torch.float64)
+        for c in range(choices):
+            if (used := float(parts[item, c])) <= PARTS:
+                totals[c, int(used) :] = best[: PARTS + 1 - int(used)] + costs[item, c]
+        best, chosen = totals.min(0)
+        backpointers[item] = chosen.to(torch.int8)
+    choice, left = [0] * count, PARTS
     for item in reversed(range(count)):
-        made[item] = int(taken[item, left])
-        left -= int(parts[item, made[item]])
-    return [_refined(errors[i], costs[i], c) for i, c in enumerate(made)]
+        choice[item] = int(backpointers[item, left])
+        left -= int(parts[item, choice[item]])
+    return [_refined(errors[i], costs[i], c) for i, c in enumerate(choice)]
 
 
 def _refined(errors: Tensor, costs: Tensor, choice: int) -> int:
@@ -53,14 +57,14 @@ def _refined(errors: Tensor, costs: Tensor, choice: int) -> int:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search chose.
+class Allocation:
+    """The choice of a search.
 
     Attributes:
-        choice: For each item.
-        predicted: Error by the sum.
-        measured: Error of the choice when it was tried.
-        tries: How many were.
+        choice: The index of each item's choice.
+        predicted: The root of the summed errors.
+        measured: The measured error.
+        tries: How many choices were measured.
     """
 
     choice: list[int]
@@ -69,41 +73,41 @@ class Found:
     tries: int
 
 
-def search(
+def search_within(
     errors: Tensor, costs: Tensor, budget: float, measure: Callable[[list[int]], float]
-) -> Found | None:
-    """Return a choice whose measured error is within the budget; None if none was found.
+) -> Allocation | None:
+    """Return a choice whose measured error is within the budget; None if there is none.
 
-    Where a choice is over the budget, the next one is made for less of it, and for more where a
-    choice is far below. After `TRIES` that is enough, unless none was within the budget.
+    After a choice over the budget the next one is solved for less of it, after one far below for
+    more. The search ends after `TRIES`, or as many again while no choice is within the budget.
 
     Args:
-        errors: Squared, as predicted: [items, choices]; the first choice of each has none.
-        costs: What to make little of.
-        budget: Of the measured error.
-        measure: Tries a choice.
+        errors: Squared predicted errors, [items, choices]; the first choice of each has none.
+        costs: Of which to minimise the sum, [items, choices].
+        budget: The largest measured error.
+        measure: Returns the error of a choice.
     """
     rows = torch.arange(len(errors))
     low, high, target = 0.0, torch.inf, budget
-    best: Found | None = None
+    best: Allocation | None = None
     failures = 0
     for number in range(1, 2 * TRIES + 1):
         if best is not None and number > TRIES:
             break
-        choice = choose(errors, costs, target)
+        choice = solve(errors, costs, target)
         predicted = float(errors[rows, torch.tensor(choice)].sum().sqrt())
         if not any(choice) or (best is not None and choice == best.choice):
             break
         measured = measure(choice)
         ratio = budget / max(measured, 1e-12)
         if measured <= budget:
-            best, low = Found(choice, predicted, measured, number), target
+            best, low = Allocation(choice, predicted, measured, number), target
             if measured >= NEAR * budget:
                 break
             target *= min(ratio, 4.0)
         else:
             high = predicted  # between that and the target the choice is the same
-            # Ever less, where errors do not shrink as predicted.
+            # Each failure shrinks it more, as errors may not shrink as predicted.
             target = high * max(ratio * 0.95 * 0.85**failures, 0.1)
             failures += 1
         if not low < target < high:

@@ -1,15 +1,15 @@
-"""Ranges of values along the whole trajectory: what static quantization is calibrated with.
+"""Calibrate ranges of values along the whole trajectory, for static quantization.
 
-The values that layers read are watched in every call of seeded requests: every step, both branches
-of guidance. A site has a range for each step, and steps whose ranges are alike form groups.
+Inputs of layers are observed in every call of seeded requests: every step, both branches of
+guidance. A value has a range for each step, and steps with similar ranges form groups.
 
-How a range is chosen from the values of a step:
+Observers, by the range that they choose for the values of a step:
 
-- minmax: all of them.
-- percentile: but for 0.005 % at either end.
-- mse: the one of least squared error (torchao's `HistogramObserver`).
-- entropy: the one of least Kullback-Leibler divergence between the values' distribution and that of
-  the quantized values (Migacz, "8-bit inference with TensorRT", 2017), found on the histogram.
+- minmax: of all values.
+- percentile: without 0.005 % at either end.
+- mse: of least squared error (torchao's `HistogramObserver`).
+- entropy: of least Kullback-Leibler divergence between the values' distribution and that of the
+  quantized values (Migacz, "8-bit inference with TensorRT", 2017), computed on the histogram.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from diffopt.progress import Progress, silent
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 
 TAIL = 5e-5
-"""Which fraction of the values "percentile" cuts off at either end."""
+"""The fraction of values that "percentile" cuts off at either end."""
 SPREAD = 0.1
-"""How much wider (as a mean log2 over all sites) a group's ranges may be than its steps' own."""
+"""How much wider, as mean log2 over all values, ranges of groups may be than those of steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """The ranges of a value by step: float64 [steps]; low > high where it was not seen."""
+    """The ranges of a value by step: float64 [steps]; low > high where it was not observed."""
 
     low: Tensor
     high: Tensor
@@ -60,16 +60,16 @@ def measure(
 
     Args:
         program: What to run.
-        calls: The calls to watch, by step and branch.
+        calls: The calls to observe, by step and branch.
         inputs: The flat inputs of each request.
-        sites: Nodes of the called bodies, with what to call them in messages.
+        sites: Nodes of the called bodies, with their names in messages.
         observer: How a range is chosen.
         progress: Called with what is being done and the fraction done.
     """
     if not inputs:
         raise DiffoptError("there is nothing to calibrate with: ask for one sample or more")
     steps = 1 + max(step for step, _ in calls)
-    seen: dict[tuple[fx.Node, int], Any] = {}
+    observers: dict[tuple[fx.Node, int], Any] = {}
     for index, tensors in enumerate(inputs):
         for done, visit in enumerate(trajectories.steps(program, calls, tensors, sites)):
             what = f"calibrating: request {index + 1} of {len(inputs)}, step {visit.step + 1}"
@@ -82,11 +82,11 @@ def measure(
                         f" layer out with skip=({sites[node]})"
                     )
                 key = node, visit.step
-                seen[key] = (seen.get(key) or _WATCH[observer]()).update(value)
+                observers[key] = (observers.get(key) or _OBSERVERS[observer]()).update(value)
     low = {n: torch.full((steps,), torch.inf, dtype=torch.float64) for n in sites}
     high = {n: torch.full((steps,), -torch.inf, dtype=torch.float64) for n in sites}
-    for (node, step), watch in seen.items():
-        low[node][step], high[node][step] = watch.range()
+    for (node, step), observed in observers.items():
+        low[node][step], high[node][step] = observed.range()
     return {node: Ranges(low[node], high[node]) for node in sites}
 
 
@@ -107,31 +107,31 @@ class _MinMax:
 
 
 class _Histogram:
-    """torchao's observer, which keeps a histogram whose range grows with the values."""
+    """torchao's observer, with a histogram whose range grows with the values."""
 
     def __init__(self) -> None:
         observers = optional.torchao("torchao.quantization.pt2e.observer")
-        self._watch = observers.HistogramObserver(
+        self._observer = observers.HistogramObserver(
             dtype=torch.int8, qscheme=torch.per_tensor_affine, quant_min=-128, quant_max=127
         )
 
     def update(self, value: Tensor) -> _Histogram:
-        self._watch(value.float())
+        self._observer(value.float())
         return self
 
     def range(self) -> tuple[float, float]:
-        low, high = float(self._watch.min_val), float(self._watch.max_val)
+        low, high = float(self._observer.min_val), float(self._observer.max_val)
         if low == high:
             return low, high
-        return self.choose(self._watch.histogram.double(), low, high)
+        return self.select_range(self._observer.histogram.double(), low, high)
 
-    def choose(self, counts: Tensor, low: float, high: float) -> tuple[float, float]:
-        found = self._watch._non_linear_param_search()
-        return float(found[0]), float(found[1])
+    def select_range(self, counts: Tensor, low: float, high: float) -> tuple[float, float]:
+        bounds = self._observer._non_linear_param_search()
+        return float(bounds[0]), float(bounds[1])
 
 
 class _Percentile(_Histogram):
-    def choose(self, counts: Tensor, low: float, high: float) -> tuple[float, float]:
+    def select_range(self, counts: Tensor, low: float, high: float) -> tuple[float, float]:
         below = counts.cumsum(0) / counts.sum()
         width = (high - low) / len(counts)
         first = int((below <= TAIL).sum())
@@ -140,7 +140,7 @@ class _Percentile(_Histogram):
 
 
 class _Entropy(_Histogram):
-    def choose(self, counts: Tensor, low: float, high: float) -> tuple[float, float]:
+    def select_range(self, counts: Tensor, low: float, high: float) -> tuple[float, float]:
         edges = torch.linspace(low, high, len(counts) + 1, dtype=torch.float64)
         middles = (edges[1:] + edges[:-1]) / 2
         most = max(-low, high)
@@ -150,19 +150,19 @@ class _Entropy(_Histogram):
 
 
 def _divergence(counts: Tensor, middles: Tensor, low: float, high: float) -> float:
-    """Return the KL divergence of a histogram, clipped to a range, from 256 levels of that range.
+    """Return KL(p || q) of a histogram p clipped to a range and its quantization q to 256 levels.
 
-    The count of a level is spread evenly over those of its bins that have any.
+    q spreads the count of a level evenly over those of its bins that are not empty.
     """
     inside = (middles >= low) & (middles <= high)
     if int(inside.sum()) < 2:
         return torch.inf
-    own = counts[inside]
+    inner = counts[inside]
     levels = ((middles[inside] - low) / (high - low) * 255).round().long()
-    spread = torch.zeros(256, dtype=torch.float64).index_add_(0, levels, own)
-    filled = torch.zeros(256, dtype=torch.float64).index_add_(0, levels, (own > 0).double())
-    model = torch.where(own > 0, spread[levels] / filled[levels].clamp_min(1), 0.0)
-    clipped = own.clone()  # what is cut off counts at the ends: it is what clipping changes
+    spread = torch.zeros(256, dtype=torch.float64).index_add_(0, levels, inner)
+    filled = torch.zeros(256, dtype=torch.float64).index_add_(0, levels, (inner > 0).double())
+    model = torch.where(inner > 0, spread[levels] / filled[levels].clamp_min(1), 0.0)
+    clipped = inner.clone()  # values outside of the range are clipped to its ends
     clipped[0] += counts[middles < low].sum()
     clipped[-1] += counts[middles > high].sum()
     p, q = clipped / clipped.sum(), model / model.sum().clamp_min(1e-12)
@@ -170,7 +170,7 @@ def _divergence(counts: Tensor, middles: Tensor, low: float, high: float) -> flo
     return float((p[has] * (p[has] / q[has].clamp_min(1e-12)).log()).sum())
 
 
-_WATCH: dict[Observer, Callable[[], Any]] = {
+_OBSERVERS: dict[Observer, Callable[[], Any]] = {
     "minmax": _MinMax,
     "percentile": _Percentile,
     "mse": _Histogram,
@@ -181,13 +181,15 @@ _WATCH: dict[Observer, Callable[[], Any]] = {
 
 
 def group_steps(ranges: Iterable[Ranges], steps: Sequence[int], count: int) -> list[list[int]]:
-    """Return groups of consecutive steps whose ranges are alike.
+    """Return groups of consecutive steps with similar ranges, by dynamic programming.
+
+    best[k][n] = min over m < n of best[k-1][m] + cost(m, n) is the least widening of n steps in k
+    groups, where cost(m, n) is that of steps m to n - 1 in one group.
 
     Args:
         ranges: Of all values.
-        steps: Which steps there are, in order.
-        count: How many groups; 0: as few as keep each group's ranges within `SPREAD` of those of
-            its steps, on the average.
+        steps: All steps, in order.
+        count: How many groups; 0: as few as keep the mean widening within `SPREAD`.
     """
     widths = _widths(ranges, steps)
     limit = min(count or len(steps), len(steps))
@@ -213,7 +215,7 @@ def group_steps(ranges: Iterable[Ranges], steps: Sequence[int], count: int) -> l
 
 
 def _widths(ranges: Iterable[Ranges], steps: Sequence[int]) -> Tensor:
-    """Return log2 of the widths, [values, steps], without values that some step lacks."""
+    """Return log2 of the ranges' widths, [values, steps], of values observed in every step."""
     rows = [torch.stack([r.low[list(steps)], r.high[list(steps)]]) for r in ranges]
     rows = [row for row in rows if bool(row.isfinite().all())]
     if not rows:
@@ -224,7 +226,7 @@ def _widths(ranges: Iterable[Ranges], steps: Sequence[int]) -> Tensor:
 
 
 def _costs(widths: Tensor) -> list[list[float]]:
-    """Return how much wider, summed over steps [start, end), ranges are in one group."""
+    """Return [start][end]: the widening, summed over steps [start, end), in one group."""
     count = widths.shape[1]
     costs = [[0.0] * (count + 1) for _ in range(count)]
     for start in range(count):
@@ -238,7 +240,7 @@ def _costs(widths: Tensor) -> list[list[float]]:
 
 
 def affine(low: float, high: float) -> tuple[float, int]:
-    """Return the scale and zero point of int8 for a range, which is widened to have 0 in it."""
+    """Return the int8 scale and zero point of a range, which is widened to contain 0."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / 255, 2.0**-24)
     return scale, max(-128, min(127, round(-128 - low / scale)))

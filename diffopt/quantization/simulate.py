@@ -18,7 +18,7 @@ from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.nodes import args, stored_tensor
 from diffopt.ir.program import Program
-from diffopt.quantization.quantize_body import Format, Range, Store, qparams
+from diffopt.quantization.quantize_body import Format, RangeOf, WeightStore, range_qparams
 
 ROOM = 1 << 30
 """How many bytes of widened weights of a component are kept between calls."""
@@ -27,10 +27,10 @@ ROOM = 1 << 30
 class Layers:
     """The layers of one component, to be computed as if they were quantized."""
 
-    def __init__(self, body: fx.GraphModule, found: Range | None, store: Store) -> None:
+    def __init__(self, body: fx.GraphModule, ranges: RangeOf | None, store: WeightStore) -> None:
         self.body = body
-        self.found = found
-        self.own = {layer.node: layer for layer in qdq.layers(body)}
+        self.ranges = ranges
+        self.by_node = {layer.node: layer for layer in qdq.layers(body)}
         self._store = store
         self._known: dict[tuple[fx.Node, Format], tuple[fx.GraphModule, list[fx.Node]]] = {}
         self._wide: dict[tuple[fx.Node, Format], Tensor] = {}
@@ -44,7 +44,7 @@ class Layers:
         read: Callable[[fx.Node], Tensor],
     ) -> Tensor:
         """Return what a layer would give in a format, of values that `read` returns."""
-        layer = self.own[node]
+        layer = self.by_node[node]
         if (node, how) not in self._known:
             self._known[node, how] = self._body(layer, how)
         body, takes = self._known[node, how]
@@ -53,8 +53,8 @@ class Layers:
             is_stored = n.op == "get_attr"
             given.append(g.attribute(self.body, str(n.target)) if is_stored else read(n))
         if how.activations == "static":
-            assert self.found is not None
-            scale, zero = qparams(how.input, *self.found(layer.x, step))
+            assert self.ranges is not None
+            scale, zero = range_qparams(how.input, *self.ranges(layer.x, step))
             given.append(torch.tensor(scale))
             given += [] if how.input == "fp8" else [torch.tensor(zero, dtype=torch.int32)]
         made: Tensor = body(*given)[0]
@@ -130,19 +130,19 @@ class Simulator:
     """
 
     def __init__(
-        self, program: Program, scope: Scope, found: Mapping[str, Range], store: Store
+        self, program: Program, scope: Scope, ranges: Mapping[str, RangeOf], store: WeightStore
     ) -> None:
         """Prepare to run a program.
 
         Args:
             program: Which.
             scope: The components, and their calls.
-            found: The ranges of inputs with static scales, by component.
+            ranges: The ranges of inputs with static scales, by component.
             store: Quantizes weights.
         """
         self.program, self.scope = program, scope
         bodies = program.components
-        self.layers = {n: Layers(bodies[n], found.get(n), store) for n in scope.calls}
+        self.layers = {n: Layers(bodies[n], ranges.get(n), store) for n in scope.calls}
         self.steps = {n: sorted({step for _, step in own}) for n, own in scope.calls.items()}
         self._site = {call: (name, step) for name, own in scope.calls.items() for call, step in own}
 

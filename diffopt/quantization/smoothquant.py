@@ -1,9 +1,9 @@
-"""Moves the range of activations into weights, channel by channel: SmoothQuant.
+"""Move the range of activations into weights, channel by channel: SmoothQuant.
 
     linear(x, w)  becomes  linear(x / s, w * s),  s = max|x|^a / max|w|^(1-a) of each input channel
 
-A large `a` makes activations easier to quantize and weights harder. `search` tries a grid of them
-on samples, and takes the one with which the quantized layer returns most nearly what it should.
+A large `a` makes activations easier to quantize and weights harder. `search_scales` tries a grid of
+them on samples and returns the scales of least error (Xiao et al. 2023, arXiv 2211.10438).
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from diffopt.quantization import weight_rounding
 aten = torch.ops.aten
 
 GRID = 20
-_LEAST, _MOST = 1e-4, 1e4  # of s: beyond, half precision has no room for both sides
+_MIN, _MAX = 1e-4, 1e4  # of s: beyond, half precision overflows or underflows
+_INT8 = weight_rounding.WeightFormat()
 
 
 @dataclass(frozen=True, eq=False)
 class Smoothing:
-    """What a search has found.
+    """The scales that a search has chosen.
 
     Attributes:
         scales: s of each input channel; None: no s is better than 1.
-        alpha: Where on the grid.
-        error: The relative squared error of what the quantized layer returns, weighted.
+        alpha: The exponent a.
+        error: The relative squared error of the quantized layer's results, see `search_scales`.
         plain: The same without smoothing.
     """
 
@@ -44,79 +45,73 @@ class Smoothing:
     plain: float
 
 
-def search(
+def search_scales(
     gm: fx.GraphModule,
     layer: qdq.Layer,
     samples: Sequence[Tensor],
     *,
-    number: qdq.Number = "int8",
-    group: int | None = None,
-    scale: weight_rounding.Scale = "max",
+    rounding: weight_rounding.WeightFormat = _INT8,
     scaling: qdq.Scaling | None = None,
     repeats: int = 1,
     grid: int = GRID,
 ) -> Smoothing:
-    """Return the best scales for a layer.
+    """Return the scales s of least error for a layer y = f(x, w).
+
+    error = repeats * |f(x / s, q(w s)) - y|^2 / |y|^2 + |f(q(x / s), w s) - y|^2 / |y|^2
 
     Args:
-        gm: Where the layer is.
+        gm: The graph of the layer.
         layer: Not quantized.
-        samples: What it reads.
-        number: Of the weight.
-        group: How many of the weights in a row share a scale; None: all of an output.
-        scale: How the ranges of the weight are chosen.
-        scaling: Of the activations, in int8; None: these are not quantized.
-        repeats: How often a loop calls the layer. What rounding the weight changes is the same
-            every time and adds up, while errors of activations are different ones each time.
+        samples: Its inputs.
+        rounding: How its weight is quantized.
+        scaling: How its inputs are quantized to int8; None: they are not.
+        repeats: How often a loop calls the layer: the error of a rounded weight is the same in
+            every call and adds up, while those of activations are independent.
         grid: How many values of `a` are tried.
     """
     weight = _weight(gm, layer)
-    wide = [x.detach().float() for x in samples]
-    exact = [_apply(layer, x, weight) for x in wide]
+    samples32 = [x.detach().float() for x in samples]
+    exact = [_apply(layer, x, weight) for x in samples32]
     power = sum(float(y.square().sum()) for y in exact) or 1.0
-    x_most, w_most = input_range(layer, wide), weight_range(layer, weight)
+    x_max, w_max = input_range(layer, samples32), weight_range(layer, weight)
 
     def error(s: Tensor) -> float:
         moved = weight * _of_weight(layer, weight, s)
-        rounded = weight_rounding.dequantized(
-            weight_rounding.quantize_weight(moved, number, group, scale)
-        )
-        given = [x / _of_input(layer, s) for x in wide]
-        read = _rounded(given, scaling)
-        wrong = repeats * distance(given, rounded)
+        rounded = weight_rounding.dequantized(rounding.quantize(moved))
+        smoothed = [x / _of_input(layer, s) for x in samples32]
+        total = repeats * distance(smoothed, rounded)
         if scaling is not None:
-            wrong += distance(read, moved)
-        return wrong / power
+            total += distance(_rounded(smoothed, scaling), moved)
+        return total / power
 
-    def distance(read: list[Tensor], by: Tensor) -> float:
-        made = (_apply(layer, x, by) for x in read)
-        return sum(float((m - y).square().sum()) for m, y in zip(made, exact, strict=True))
+    def distance(inputs: list[Tensor], by: Tensor) -> float:
+        results = (_apply(layer, x, by) for x in inputs)
+        return sum(float((r - y).square().sum()) for r, y in zip(results, exact, strict=True))
 
-    plain = error(torch.ones_like(x_most))
+    plain = error(torch.ones_like(x_max))
     best = Smoothing(None, 0.0, plain, plain)
     for i in range(grid):
         alpha = (i + 1) / grid
-        s = scales(x_most, w_most, alpha)
-        found = error(s)
-        if found < best.error:
-            best = Smoothing(s, alpha, found, plain)
+        s = smoothing_scales(x_max, w_max, alpha)
+        if (smoothed := error(s)) < best.error:
+            best = Smoothing(s, alpha, smoothed, plain)
     return best
 
 
-def scales(x_most: Tensor, w_most: Tensor, alpha: float) -> Tensor:
-    """Return s of each input channel, from the largest absolute values; 1 where one of them is 0.
+def smoothing_scales(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
+    """Return s of each input channel; 1 where one of the ranges is 0.
 
     Args:
-        x_most: Of the activations.
-        w_most: Of the weights.
-        alpha: The larger, the more of the activations' range moves.
+        x_max: The largest absolute activation of each channel.
+        w_max: The largest absolute weight of each channel.
+        alpha: The exponent; a larger one moves more of the activations' range.
     """
-    s = x_most.float() ** alpha / w_most.float() ** (1 - alpha)
-    return torch.where((x_most > 0) & (w_most > 0), s, 1.0).clamp(_LEAST, _MOST)
+    s = x_max.float() ** alpha / w_max.float() ** (1 - alpha)
+    return torch.where((x_max > 0) & (w_max > 0), s, 1.0).clamp(_MIN, _MAX)
 
 
 def input_range(layer: qdq.Layer, samples: Sequence[Tensor]) -> Tensor:
-    """Return the largest absolute value of each input channel in samples of what a layer reads."""
+    """Return the largest absolute value of each channel in samples of a layer's input."""
     axis = _axis(layer)
     each = [x.abs().movedim(axis, 0).flatten(1).amax(1) for x in samples]
     if not each:
@@ -130,7 +125,7 @@ def weight_range(layer: qdq.Layer, weight: Tensor) -> Tensor:
     return most.reshape(_groups(layer), -1, weight.shape[1]).amax(1).flatten()
 
 
-def scaled(layer: qdq.Layer, weight: Tensor, s: Tensor) -> torch.nn.Parameter:
+def smoothed_weight(layer: qdq.Layer, weight: Tensor, s: Tensor) -> torch.nn.Parameter:
     """Return the weight of a layer times `s`."""
     product = weight.detach().double() * _of_weight(layer, weight, s.double())
     return torch.nn.Parameter(product.to(weight.dtype), requires_grad=False)
@@ -139,18 +134,18 @@ def scaled(layer: qdq.Layer, weight: Tensor, s: Tensor) -> torch.nn.Parameter:
 def smooth_layer(
     gm: fx.GraphModule, layer: qdq.Layer, s: Tensor, new: Tensor | None = None
 ) -> qdq.Layer:
-    """Divide what a layer reads by `s`, and multiply its weight by it; return the layer.
+    """Divide the input of a layer by `s` and multiply its weight by it; return the layer.
 
-    `new` is that product, where it is at hand.
+    `new` is that product, if it is known.
     """
     weight = _weight(gm, layer)
     name, node = str(layer.weight.target), layer.node
-    wide = s.double()
-    new = scaled(layer, weight, s) if new is None else new
-    inverse = (1 / _of_input(layer, wide)).to(weight.dtype)
+    samples32 = s.double()
+    new = smoothed_weight(layer, weight, s) if new is None else new
+    inverse = (1 / _of_input(layer, samples32)).to(weight.dtype)
     with gm.graph.inserting_before(node):
         factor = g.get_attr(gm, f"{name}_inverse", inverse)
-        # Not of `layer.x`, which a branch beside the layer before has replaced.
+        # Not `layer.x`: the branch of a layer in front may have replaced it.
         x = g.call(gm.graph, aten.mul.Tensor, args(node)[0], factor, like=node)
         smoothed = g.get_attr(gm, f"{name}_smooth", new)
     node.update_arg(0, x)
@@ -166,7 +161,7 @@ def _weight(gm: fx.GraphModule, layer: qdq.Layer) -> Tensor:
 
 
 def _axis(layer: qdq.Layer) -> int:
-    """Return where the channels of what a layer reads are, from the end."""
+    """Return the channel axis of a layer's input, counted from the end."""
     return 1 - layer.weight.meta["val"].dim() if layer.convolution else -1
 
 
@@ -175,7 +170,7 @@ def _groups(layer: qdq.Layer) -> int:
 
 
 def _of_input(layer: qdq.Layer, s: Tensor) -> Tensor:
-    """Return s in a shape that broadcasts with what a layer reads."""
+    """Return s in a shape that broadcasts with a layer's input."""
     return s.reshape(-1, *[1] * (-1 - _axis(layer)))
 
 
@@ -187,13 +182,13 @@ def _of_weight(layer: qdq.Layer, weight: Tensor, s: Tensor) -> Tensor:
 
 
 def _apply(layer: qdq.Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """Return what a layer returns, but for its bias."""
+    """Return the result of a layer without its bias."""
     result: Tensor = layer.node.target(x, weight.float(), None, *args(layer.node)[3:])  # type: ignore[operator]
     return result
 
 
 def _rounded(samples: list[Tensor], scaling: qdq.Scaling | None) -> list[Tensor]:
-    """Return activations as they are after quantization."""
+    """Return activations quantized to int8 and back."""
     if scaling is None:
         return samples
     if scaling == "static":

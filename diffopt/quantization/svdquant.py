@@ -1,10 +1,10 @@
-"""Takes the largest singular values of a weight out before it is quantized: SVDQuant.
+"""Split the largest singular values off a weight before it is quantized: SVDQuant.
 
     linear(x, w, b)  becomes  linear(x, r, b) + linear(linear(x, down), up),  r = w - up down
 
-`r` is to be quantized, the branch has 16 bits; a convolution's branch is one to `rank` channels
-with the same kernel, and one of a single pixel. `r` has fewer outliers than `w`, above all after
-they were moved there from the activations (`smooth`).
+The residual `r` is quantized, the branch has 16 bits; a convolution's branch is one to `rank`
+channels with the same kernel, and one of a single pixel. `r` has fewer outliers than `w`, above all
+after SmoothQuant has moved them there from the activations (Li et al. 2024, arXiv 2411.05007).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def decompose(
     iterations: int = 100,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, qdq.Packed]:
-    """Return `down` [rank, in, …], `up` [out, rank] and the quantized rest of a weight.
+    """Return `down` [rank, in, …], `up` [out, rank] and the quantized residual of a weight.
 
-    What rounding the rest loses goes into the branch as far as it has room, and so on until that
-    makes it no better.
+    Alternates (up down)[k+1] = svd(w - q(r[k])) and r[k+1] = w - (up down)[k+1], so that the branch
+    compensates for the rounding, until |r - q(r)| falls no more.
 
     Args:
         weight: [out, in, …].
-        number: Of the rest.
+        number: The residual's number format.
         group: How many weights in a row of it share a scale; None: all of an output.
-        rank: Of the branch; less if the weight has less.
-        scale: How the ranges of the rest are chosen.
-        iterations: At most so many.
-        dtype: Of the branch. By default that of a weight of 16 bits, so that the rest makes up for
-            its rounding and kernels take it as it is; else float16.
+        rank: Of the branch; at most that of the weight.
+        scale: How the scales of the residual are chosen.
+        iterations: The most iterations.
+        dtype: Of the branch. By default that of a weight of 16 bits, so that the residual
+            compensates for its rounding and kernels read it without a cast; else float16.
     """
     dtype = dtype or (weight.dtype if weight.element_size() == 2 else torch.float16)
     exact = weight.detach().float()
@@ -70,7 +70,7 @@ def decompose(
 
 
 def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the [rank, in] and [out, rank] whose product is nearest to a matrix."""
+    """Return sqrt(S) V [rank, in] and U sqrt(S) [out, rank] of a matrix's truncated SVD."""
     if min(matrix.shape) <= _EXACT:
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         v = v.T
@@ -86,8 +86,8 @@ def _product(down: Tensor, up: Tensor) -> Tensor:
     return up.float() @ down.float().flatten(1)
 
 
-def rest(weight: Tensor, down: Tensor, up: Tensor) -> torch.nn.Parameter:
-    """Return what is left of a weight without its branch."""
+def residual_weight(weight: Tensor, down: Tensor, up: Tensor) -> torch.nn.Parameter:
+    """Return the residual of a weight without its branch."""
     left = weight.detach().float() - _product(down, up).reshape(weight.shape)
     return torch.nn.Parameter(left.to(weight.dtype), requires_grad=False)
 
@@ -95,12 +95,12 @@ def rest(weight: Tensor, down: Tensor, up: Tensor) -> torch.nn.Parameter:
 def place_lowrank(
     gm: fx.GraphModule, layer: qdq.Layer, down: Tensor, up: Tensor, left: Tensor | None = None
 ) -> qdq.Layer:
-    """Put a branch beside a layer, whose weight becomes the rest; return the layer.
+    """Add a branch to a layer, whose weight becomes the residual; return the layer.
 
-    The branch reads what the layer reads before it is quantized. `layer` must not be quantized
-    itself yet. `left` is the rest, where it is at hand.
+    The branch reads the input before it is quantized; the layer's weight must not be quantized yet.
+    `left` is the residual, if it is known.
     """
-    x = args(layer.node)[0]  # not `layer.x`, which a branch beside the layer before has replaced
+    x = args(layer.node)[0]  # not `layer.x`: the branch of a layer in front may have replaced it
     weight = stored_tensor(gm, layer.weight)
     groups = argument(layer.node, 6, "groups", 1) if layer.convolution else 1
     if weight is None:
@@ -108,7 +108,7 @@ def place_lowrank(
     if groups != 1:
         raise DiffoptError(f"{layer.node.name} has no branch: it is a convolution in groups")
     name = str(layer.weight.target)
-    left = rest(weight, down, up) if left is None else left
+    left = residual_weight(weight, down, up) if left is None else left
     read = qdq.activation(x)
     source = x if read is None else read.source
     graph, node, target = gm.graph, layer.node, layer.node.target

@@ -1,4 +1,4 @@
-"""What is made of weights, each thing once: bodies that share a weight share what replaces it."""
+"""Memoize what is computed from weights: bodies that share a weight share its replacement."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Shared:
-    """Remembers what was made of tensors."""
+class TensorMemo:
+    """Values computed from tensors, by the tensor's identity and a key."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, Hashable], tuple[Tensor, object]] = {}
 
     def get(self, tensor: Tensor, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` makes of a tensor, by a key that says what that is."""
-        at = id(tensor), key
-        if at not in self._known:
-            self._known[at] = tensor, make()  # the tensor is kept, so that its identity stays its
-        return self._known[at][1]  # type: ignore[return-value]
+        """Return the value of a tensor and key; `make` computes it the first time."""
+        entry = id(tensor), key
+        if entry not in self._known:
+            self._known[entry] = (
+                tensor,
+                make(),
+            )  # the tensor is kept, so that its identity stays its
+        return self._known[entry][1]  # type: ignore[return-value]

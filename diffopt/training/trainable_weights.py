@@ -56,7 +56,7 @@ class _Rounded:
     ) -> None:
         self._old, self._dtype, self._wide = packed, dtype, wide
         self._number = packed.number
-        self._mask = _mask(weight_rounding.numbers(packed).float(), where)
+        self._mask = _mask(weight_rounding.stored_numbers(packed).float(), where)
         self._begin = packed.scales.to(where)
         exact = weight_rounding.dequantized(packed).to(where)
         self.leaves = [exact.requires_grad_(), torch.zeros_like(self._begin.float())]
@@ -68,11 +68,11 @@ class _Rounded:
 
     def value(self) -> Tensor:
         """Return the weight with its gradient."""
-        scale = weight_rounding.spread(replace(self._old, scales=self._scales()))
+        scale = weight_rounding.broadcast_scales(replace(self._old, scales=self._scales()))
         exact = _masked(self.leaves[0], self._mask) / scale
         if self._number == "fp8":
             within = exact.clamp(-qdq.FP8_MAX, qdq.FP8_MAX)
-            numbers = within + (weight_rounding.rounded(exact, "fp8").float() - within).detach()
+            numbers = within + (weight_rounding.round_to(exact, "fp8").float() - within).detach()
         else:
             within = exact.clamp(*qdq.LIMITS[self._number])
             numbers = within + (within.round() - within).detach()
@@ -83,7 +83,7 @@ class _Rounded:
 
     def _again(self, weight: Tensor) -> Tensor:
         """Return a weight rounded once more, by the operators that the graph has for it."""
-        wide = weight_rounding.widened(self._packed()).wide
+        wide = weight_rounding.rounded_to_int8(self._packed()).wide
         assert wide is not None
         wide = wide.to(weight.device)
         limits = (0, *qdq.LIMITS["int8"], torch.int8)
@@ -94,9 +94,9 @@ class _Rounded:
 
     def _packed(self) -> qdq.Packed:
         scales = self._scales().detach().cpu()
-        spread = weight_rounding.spread(replace(self._old, scales=scales))
+        spread = weight_rounding.broadcast_scales(replace(self._old, scales=scales))
         exact = _masked(self.leaves[0].detach(), self._mask).cpu()
-        values = weight_rounding.rounded(exact / spread, self._number)
+        values = weight_rounding.round_to(exact / spread, self._number)
         return qdq.Packed.of(self._number, values, scales, self._old.group)
 
     def replaced(self) -> list[tuple[Tensor, Tensor]]:
@@ -104,7 +104,7 @@ class _Rounded:
         new = self._packed()
         pairs = [(self._old.values, new.values), (self._old.scales, new.scales)]
         if self._wide is not None:
-            wide = weight_rounding.widened(new).wide
+            wide = weight_rounding.rounded_to_int8(new).wide
             assert wide is not None
             pairs.append((self._wide, wide))
         return pairs
@@ -156,10 +156,13 @@ class Trained:
 
     def _add_rounded(self, gm: fx.GraphModule, name: str, kept: set[int]) -> None:
         for layer in qdq.layers(gm):
-            own = _finest(layer.weight)
+            own = weight_rounding.stored_weight(layer.weight)
             if own is None:
                 continue
-            values, scales = (_stored(gm, node) for node in (own.values, own.scales))
+            values, scales = (
+                g.attribute(gm, weight_rounding.stored_name(node))
+                for node in (own.values, own.scales)
+            )
             if id(values) in kept:
                 continue
             if id(values) not in self._weights:
@@ -226,7 +229,7 @@ def _kept(program: Program, names: Sequence[str], patterns: Sequence[str]) -> se
                 lambda n: n.all_input_nodes if _is_of_weights(n) else (),
             )
             tensors = [t for n in read if (t := stored_tensor(gm, n)) is not None]
-            if tensors and wanted.wants(name, quantize_body.module(node)):
+            if tensors and wanted.wants(name, quantize_body.module_path(node)):
                 kept |= {id(t) for t in tensors}
     wanted.check("module", names)
     return kept
@@ -249,18 +252,3 @@ def _read_by_layers(gm: fx.GraphModule) -> set[fx.Node]:
             if isinstance(source, fx.Node) and source.op == "get_attr":
                 found.add(source)
     return found
-
-
-def _finest(node: fx.Node) -> qdq.Weight | None:
-    """Return a quantized weight as it is stored: what is rounded again was finer before."""
-    own = qdq.weight(node)
-    if own is not None and is_call(own.values, qd.quantize_per_channel.default):
-        return qdq.weight(args(own.values)[0])
-    return own
-
-
-def _stored(gm: fx.GraphModule, node: fx.Node) -> Tensor:
-    while node.op != "get_attr":
-        node = node.all_input_nodes[0]
-    tensor: Tensor = g.attribute(gm, str(node.target))
-    return tensor

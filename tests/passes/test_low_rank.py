@@ -291,7 +291,8 @@ def test_all_layers_of_a_unet_and_of_a_transformer(name: str) -> None:
     assert record.after.flops < record.before.flops
     assert record.after.parameters < record.before.parameters
     before = {
-        quantize_body.module(la.node) for la in qdq.layers(unrolled(name).components[BODY[name]])
+        quantize_body.module_path(la.node)
+        for la in qdq.layers(unrolled(name).components[BODY[name]])
     }
     ranks = {path.partition(".")[2] for path in record.notes["ranks"]}
     assert len(before - ranks) == 2

@@ -16,7 +16,7 @@ from diffopt.ir.printing import format_graph
 from diffopt.ir.program import Program
 from diffopt.quantization import layer_preparation, quantize_body
 from diffopt.quantization.ranges import affine
-from diffopt.quantization.tensor_memo import Shared
+from diffopt.quantization.tensor_memo import TensorMemo
 from tests.passes import build
 from tests.zoo import CASES, traced
 
@@ -46,7 +46,7 @@ def layers(program: Program, component: str) -> dict[str, qdq.Layer]:
     """Return the layers of a component by module, with a number where a module has several."""
     found: dict[str, qdq.Layer] = {}
     for layer in qdq.layers(program.components[component]):
-        name = quantize_body.module(layer.node)
+        name = quantize_body.module_path(layer.node)
         found[name if name not in found else f"{name}/{len(found)}"] = layer
     return found
 
@@ -242,7 +242,7 @@ def test_products_with_a_stored_matrix_are_layers() -> None:
 
     body = build.body(make, x)
     expected = body(x)
-    layer_preparation.as_linears(body)
+    layer_preparation.restore_linears(body)
     body.recompile()
     assert len(qdq.layers(body)) == 2  # not the one that takes half of the bias
     for one, other in zip(body(x), expected, strict=True):
@@ -346,7 +346,7 @@ def test_splitting_is_exact() -> None:
 
     body = build.body(make, a, c)
     expected = body(a, c)[0]
-    assert layer_preparation.split_concats(body, Shared()) == 1
+    assert layer_preparation.split_concats(body, TensorMemo()) == 1
     g.prune_unused(body)
     body.recompile()
     assert torch.allclose(body(a, c)[0], expected, atol=1e-5)
@@ -366,7 +366,7 @@ def test_a_concatenation_along_another_axis_or_of_groups_stays() -> None:
 
     for make in (rows, groups):
         body = build.body(make, a, a)
-        assert layer_preparation.split_concats(body, Shared()) == 0
+        assert layer_preparation.split_concats(body, TensorMemo()) == 0
 
 
 # In combination with other passes

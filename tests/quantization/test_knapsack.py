@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffopt.quantization import knapsack
-from diffopt.quantization.knapsack import PARTS, choose, search
+from diffopt.quantization.knapsack import PARTS, search_within, solve
 
 
 def tables(seed: int, count: int, choices: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def least(errors: Tensor, costs: Tensor, budget: float) -> float:
 @pytest.mark.parametrize("budget", [0.01, 0.3, 1.0])
 def test_no_choice_within_the_budget_costs_less(seed: int, budget: float) -> None:
     errors, costs = tables(seed, 5, 4)
-    choice = choose(errors, costs, budget)
+    choice = solve(errors, costs, budget)
     assert total(errors, choice) <= budget**2
     sure = budget * (1 - 5 / PARTS) ** 0.5  # errors are rounded up
     assert total(costs, choice) <= least(errors, costs, sure) + 1e-12
@@ -45,13 +45,13 @@ def test_no_choice_within_the_budget_costs_less(seed: int, budget: float) -> Non
 def test_without_a_budget_only_what_has_no_error_is_chosen() -> None:
     errors = torch.tensor([[0.0, 1e-9, 0.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
     costs = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]], dtype=torch.float64)
-    assert choose(errors, costs, 0.0) == [2, 0]
+    assert solve(errors, costs, 0.0) == [2, 0]
 
 
 def test_of_equal_costs_the_least_error_is_chosen() -> None:
     errors = torch.tensor([[0.0, 0.5, 0.25]], dtype=torch.float64)
     costs = torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64)
-    assert choose(errors, costs, 1.0) == [2]
+    assert solve(errors, costs, 1.0) == [2]
 
 
 @pytest.mark.parametrize("factor", [0.02, 0.3, 1.0, 4.0, 30.0])
@@ -64,12 +64,12 @@ def test_the_measured_error_is_within_the_budget_and_near_it(factor: float) -> N
         tried.append(factor * math.sqrt(total(errors, choice)))
         return tried[-1]
 
-    found = search(errors, costs, budget, measure)
+    found = search_within(errors, costs, budget, measure)
     assert found is not None
     assert len(tried) <= knapsack.TRIES
     assert found.measured <= budget
     assert found.measured == pytest.approx(factor * found.predicted)
-    everything = factor * math.sqrt(total(errors, choose(errors, costs, 1e6)))
+    everything = factor * math.sqrt(total(errors, solve(errors, costs, 1e6)))
     assert found.measured >= min(0.8 * budget, everything)
 
 
@@ -79,7 +79,7 @@ def test_errors_that_shrink_less_than_predicted() -> None:
     def measure(choice: list[int]) -> float:
         return 0.08 * math.sqrt(total(errors, choice)) ** 0.1 if any(choice) else 0.0
 
-    found = search(errors, costs, 0.05, measure)
+    found = search_within(errors, costs, 0.05, measure)
     assert found is not None
     assert found.measured <= 0.05
 
@@ -93,7 +93,7 @@ def test_no_choice_is_tried_twice() -> None:
         tried.append(choice)
         return 100 * math.sqrt(total(errors, choice))
 
-    found = search(errors, costs, 10 * everything, measure)
+    found = search_within(errors, costs, 10 * everything, measure)
     assert found is not None
     assert 0 < found.measured <= 10 * everything
     assert all(tried.count(choice) == 1 for choice in tried)
@@ -101,5 +101,8 @@ def test_no_choice_is_tried_twice() -> None:
 
 def test_nothing_fits() -> None:
     errors, costs = tables(0, 4, 3)
-    assert search(errors, costs, 0.1, lambda choice: 1.0) is None
-    assert search(errors + torch.tensor([0.0, 1.0, 1.0]), costs, 0.1, lambda choice: 0.0) is None
+    assert search_within(errors, costs, 0.1, lambda choice: 1.0) is None
+    assert (
+        search_within(errors + torch.tensor([0.0, 1.0, 1.0]), costs, 0.1, lambda choice: 0.0)
+        is None
+    )

@@ -21,13 +21,13 @@ from diffopt.ir.nodes import stored_tensor
 from diffopt.ir.program import Program
 from diffopt.progress import silent
 from diffopt.quantization import format_search, quantize_body, sensitivity, weight_rounding
-from diffopt.quantization.quantize_body import Format, Store
+from diffopt.quantization.quantize_body import Format, WeightStore
 from diffopt.quantization.simulate import Simulator
 from tests import loops
 from tests.command import Run
 from tests.passes import build
 
-TRIED = format_search.columns(("int8", "int4"), "static")
+TRIED = format_search.formats_to_try(("int8", "int4"), "static")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,14 @@ def prepared(
     program: Program, tried: Sequence[Format] = TRIED
 ) -> tuple[Simulator, dict[str, dict[fx.Node, list[Format]]], Scope, dict[str, Any]]:
     """Return a simulator, the formats of layers, and what quantizing the program takes."""
-    scope, store = choose_scope(program, ("loop",)), Store("mse")
+    scope, store = choose_scope(program, ("loop",)), WeightStore("mse")
     nodes = {n: [x.node for x in qdq.layers(program.components[n])] for n in scope.calls}
     nodes = {n: own for n, own in nodes.items() if own}
-    formats = format_search.candidates(Simulator(program, scope, {}, store), nodes, tried)
+    formats = format_search.layer_candidates(Simulator(program, scope, {}, store), nodes, tried)
     first = {n: {x: own[0] for x, own in f.items()} for n, f in formats.items()}
     inputs = requests(program, None, 2)
-    found, _ = quantize_body.calibrated(program, scope, first, inputs, "minmax", 0, silent)
+    job = quantize_body.Calibration(program, scope, first, inputs, silent)
+    found, _ = quantize_body.calibrate_ranges(job, "minmax", 0)
     return Simulator(program, scope, found, store), formats, scope, dict(found)
 
 
@@ -68,14 +69,14 @@ def test_simulated_is_what_the_quantized_program_computes(
     program: Program, number: str, way: quantize_body.Activations
 ) -> None:
     made = program.clone()
-    tried = format_search.columns((number,), way, 4)[:1]
+    tried = format_search.formats_to_try((number,), way, 4)[:1]
     simulator, formats, scope, found = prepared(made, tried)
     chosen = {n: {x: own[0] for x, own in f.items()} for n, f in formats.items()}
     given = requests(made, None, 1, seed=5)[0]
     exact = made.run(given)
     simulated = simulator.run(given, chosen)
     for name, own in chosen.items():
-        args = name, own, scope.calls[name], found.get(name), Store("mse")
+        args = name, own, scope.calls[name], found.get(name), WeightStore("mse")
         quantize_body.quantize_body(made, *args)
     made.refresh()
     assert 1e-9 < squared_relative_error(simulated, exact) < 0.1
@@ -119,7 +120,7 @@ def test_a_layer_that_loses_nothing_and_the_effects_of_steps(program: Program) -
             return results
 
         outputs = squared_relative_error(trajectories.run_root(made, inputs[0], visit), exact)
-        assert float(found.effects[at]) == pytest.approx(outputs / changes[0], rel=1e-6)
+        assert float(found.output_sensitivity[at]) == pytest.approx(outputs / changes[0], rel=1e-6)
 
 
 def test_the_parts_of_all_layers_are_the_whole(program: Program) -> None:
@@ -131,7 +132,7 @@ def test_the_parts_of_all_layers_are_the_whole(program: Program) -> None:
         whole = [
             squared_relative_error(simulator.run(i, every), list(program.run(i))) for i in inputs
         ]
-        parts = sum(float(own.parts[:, column].sum()) for own in found.values())
+        parts = sum(float(own.output_errors[:, column].sum()) for own in found.values())
         assert parts == pytest.approx(sum(whole) / len(whole), rel=1e-6)
 
 
@@ -145,7 +146,7 @@ def test_measurements_are_kept_on_disk(program: Program, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(sensitivity._Bench, "measure", fail)
     again = sensitivity.measure(simulator, formats, inputs, {})
-    assert torch.equal(again["denoiser"].parts, first["denoiser"].parts)
+    assert torch.equal(again["denoiser"].output_errors, first["denoiser"].output_errors)
     with pytest.raises(AssertionError, match="measured again"):
         sensitivity.measure(simulator, formats, inputs, {"scale": "max"})
 
@@ -238,7 +239,7 @@ def test_the_command_prints_tables_and_draws(diffopt: Run, file: Path) -> None:
     assert (done.code, done.err) == (0, "wrote heat.png\n")
     assert "int8, weights alone: all " in done.out
     told = json.loads(diffopt("sensitivity", file, "--samples", 2, "--json").out)
-    assert list(told) == [format_search.label(column) for column in TRIED]
+    assert list(told) == [format_search.format_label(column) for column in TRIED]
     for column in told.values():
         assert sum(layer["share"] for layer in column["layers"]) == pytest.approx(1)
         squares = sum(layer["error"] ** 2 for layer in column["layers"])

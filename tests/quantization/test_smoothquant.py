@@ -64,9 +64,11 @@ def test_the_layer_returns_what_it_did(
 
 def test_scales_are_those_of_the_paper() -> None:
     x, w = torch.tensor([16.0, 1.0, 0.0, 4.0]), torch.tensor([4.0, 1.0, 3.0, 0.0])
-    found = smoothquant.scales(x, w, 0.75)
+    found = smoothquant.smoothing_scales(x, w, 0.75)
     torch.testing.assert_close(found, torch.tensor([16**0.75 / 4**0.25, 1.0, 1.0, 1.0]))
-    assert smoothquant.scales(torch.tensor([1e9]), torch.tensor([1e-9]), 0.5).tolist() == [1e4]
+    assert smoothquant.smoothing_scales(
+        torch.tensor([1e9]), torch.tensor([1e-9]), 0.5
+    ).tolist() == [1e4]
 
 
 @pytest.mark.parametrize(("target", "shape", "size", "more"), LAYERS)
@@ -97,7 +99,7 @@ def test_outliers_cost_less_by_as_much_as_was_found(
     ]
     gm, layer = layer_of(target, shape, samples[0], more)
     plain = g.clone(gm)
-    found = smoothquant.search(gm, layer, samples, scaling=scaling)
+    found = smoothquant.search_scales(gm, layer, samples, scaling=scaling)
     assert found.error < 0.5 * found.plain
     assert found.scales is not None
     assert int(found.scales.argmax()) == 3
@@ -115,8 +117,9 @@ def test_a_weight_that_is_read_in_many_steps_takes_less() -> None:
     """What rounding the weight changes is the same in every step, and adds up."""
     samples = [with_outliers(randn(2, 5, 8, seed=i), 0) for i in range(3)]
     gm, layer = layer_of(aten.linear.default, (6, 8), samples[0], ())
-    kinds: Any = {"number": "int8", "scaling": "static"}
-    few, many = (smoothquant.search(gm, layer, samples, repeats=n, **kinds) for n in (1, 100))
+    few, many = (
+        smoothquant.search_scales(gm, layer, samples, scaling="static", repeats=n) for n in (1, 100)
+    )
     assert 0 < many.alpha < few.alpha
 
 
@@ -145,15 +148,15 @@ def quantize(
 def test_nothing_is_smoothed_where_that_does_not_help() -> None:
     x = randn(4, 8)
     gm, layer = layer_of(aten.linear.default, (6, 8), x, ())
-    found = smoothquant.search(gm, layer, [x], grid=0)
+    found = smoothquant.search_scales(gm, layer, [x], grid=0)
     assert found.scales is None
     assert found.error == found.plain
-    zeros = smoothquant.search(gm, layer, [torch.zeros(4, 8)], scaling="dynamic")
+    zeros = smoothquant.search_scales(gm, layer, [torch.zeros(4, 8)], scaling="dynamic")
     assert zeros.scales is None
 
 
 def test_what_is_refused() -> None:
     gm, layer = layer_of(aten.linear.default, (6, 8), randn(4, 8), ())
     with pytest.raises(DiffoptError) as caught:
-        smoothquant.search(gm, layer, [])
+        smoothquant.search_scales(gm, layer, [])
     assert str(caught.value) == ("linear_default has no samples to smooth with: calibrate on some")

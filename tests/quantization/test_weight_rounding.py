@@ -24,7 +24,7 @@ def test_no_weight_is_further_off_than_half_a_step(number: Any, group: int | Non
     packed = weight_rounding.quantize_weight(W, number, group)
     off = (weight_rounding.dequantized(packed) - W).abs()
     # Scales of groups are rounded to half precision after the range is taken.
-    assert bool((off <= weight_rounding.spread(packed) * (0.5 + 0.01)).all())
+    assert bool((off <= weight_rounding.broadcast_scales(packed) * (0.5 + 0.01)).all())
     assert packed.scales.shape == ((6,) if group is None else (6, 48 // group))
     assert packed.scales.dtype == (torch.float32 if group is None else torch.float16)
     assert packed.shape == W.shape
@@ -41,13 +41,13 @@ def test_numbers_are_those_of_torchao() -> None:
         wanted = ao.quantize_affine(W, block, scale, zero, torch.int8, low, high)
         packed = weight_rounding.quantize_weight(W, number)
         assert torch.equal(packed.scales, scale.flatten())
-        assert torch.equal(weight_rounding.numbers(packed), wanted)
+        assert torch.equal(weight_rounding.stored_numbers(packed), wanted)
 
 
 def test_fp8_has_three_bits_behind_the_point() -> None:
     packed = weight_rounding.quantize_weight(W, "fp8")
     off = (weight_rounding.dequantized(packed) - W).abs()
-    least = weight_rounding.spread(packed) * 2.0**-10
+    least = weight_rounding.broadcast_scales(packed) * 2.0**-10
     assert bool((off <= W.abs() * 2.0**-4 + least).all())
     assert float(packed.values.float().abs().amax()) == qdq.FP8_MAX
 
