@@ -93,7 +93,7 @@ class Recover(Pass):
             raise DiffoptError(f"recover(checkpoint={self.checkpoint}): is a file, wants a folder")
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Train, and note what came of it."""
+        """Train, and note the result."""
         reference = self._reference(ctx)
         scope = choose_scope(program, self.components)
         names = scope.loop if self.components == ("loop",) else list(scope.calls)
@@ -101,10 +101,7 @@ class Recover(Pass):
         inputs = representative(str(self), program, ctx.prompts, samples, ctx.seed)
         began = time.perf_counter()
         outcome = distill.recover(
-            program,
-            reference,
-            inputs,
-            names,
+            distill.Task(program, reference, inputs, names, self.keep),
             distill.Settings(
                 self.steps,
                 self.lr,
@@ -115,11 +112,9 @@ class Recover(Pass):
                 self.own,
                 ctx.seed,
             ),
-            keep=self.keep,
-            checkpoint=Path(self.checkpoint) if self.checkpoint else None,
-            every=self.every,
-            workers=Workers(self.accelerate),
-            progress=ctx.progress,
+            distill.Checkpoints(Path(self.checkpoint) if self.checkpoint else None, self.every),
+            Workers(self.accelerate),
+            ctx.progress,
         )
         if outcome.stopped:
             ctx.skip(f"step {outcome.steps + 1}", f"{outcome.stopped}; try a smaller lr")

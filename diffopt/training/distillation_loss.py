@@ -11,8 +11,8 @@ from diffopt.execution.differentiable import FLOATS, Body, Calls
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
 from diffopt.training import call_pairs
-from diffopt.training.call_pairs import Pair, Tap
-from diffopt.training.trainable_weights import Trained
+from diffopt.training.call_pairs import CallPair, FeaturePair
+from diffopt.training.trainable_weights import TrainableWeights
 
 TOGETHER = 2**29
 """Bytes of values that calls which are run at once may have, but for the first."""
@@ -32,8 +32,8 @@ class Matching:
         self,
         program: Program,
         reference: Program,
-        pairs: Sequence[Pair],
-        trained: Trained,
+        pairs: Sequence[CallPair],
+        trained: TrainableWeights,
         features: float,
         where: torch.device,
     ) -> None:
@@ -56,27 +56,29 @@ class Matching:
         self._taps = found
         self.blocks = sum(map(len, found.values()))
         self._own = {
-            at: Calls(program.components[at[0]], trained.nodes[at[0]], [t.own for t in taps], where)
+            at: Calls(
+                program.components[at[0]], trained.nodes[at[0]], [t.node for t in taps], where
+            )
             for at, taps in found.items()
         }
         self._results = {at: g.outputs(program.components[at[0]]) for at in found}
         self._other = {
-            at: Calls(reference.components[at[1]], (), [t.other for t in taps], where)
+            at: Calls(reference.components[at[1]], (), [t.reference for t in taps], where)
             for at, taps in found.items()
             if taps
         }
         self._together = {at: _fitting(program.components[at[0]]) for at in found}
 
-    def chunks(self, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    def chunks(self, pairs: Sequence[CallPair]) -> Iterator[list[CallPair]]:
         """Yield calls that are run at once: of the same components, as many as fit."""
-        alike: dict[At, list[Pair]] = {}
+        alike: dict[At, list[CallPair]] = {}
         for pair in pairs:
             alike.setdefault(_at(pair), []).append(pair)
         for at, own in alike.items():
             size = self._together[at]
             yield from (own[start : start + size] for start in range(0, len(own), size))
 
-    def losses(self, chunk: Sequence[Pair]) -> Tensor:
+    def losses(self, chunk: Sequence[CallPair]) -> Tensor:
         """Return the loss of each call, with gradients to the weights.
 
         Args:
@@ -89,18 +91,18 @@ class Matching:
         if not taps:
             return loss
         with torch.no_grad():
-            wanted = self._other[at]([p.others for p in chunk], straight=False)
-        matched = [error(values[t.own], t.targets(wanted[t.other])) for t in taps]
+            wanted = self._other[at]([p.reference_arguments for p in chunk], straight=False)
+        matched = [error(values[t.node], t.targets(wanted[t.reference])) for t in taps]
         return loss + self._features * torch.stack(matched).mean(0)
 
     @torch.no_grad()
-    def errors(self, chunk: Sequence[Pair]) -> Tensor:
+    def errors(self, chunk: Sequence[CallPair]) -> Tensor:
         """Return the squared relative error of what each call returns."""
         at = _at(chunk[0])
         own = self._trained.values(at[0])
         return self._errors(chunk, self._own[at]([p.arguments for p in chunk], own, straight=False))
 
-    def _errors(self, chunk: Sequence[Pair], values: Mapping[fx.Node, Tensor]) -> Tensor:
+    def _errors(self, chunk: Sequence[CallPair], values: Mapping[fx.Node, Tensor]) -> Tensor:
         # The program may return more, for later steps.
         targets = [torch.stack(column) for column in zip(*(p.targets for p in chunk), strict=True)]
         pairs = zip(self._results[_at(chunk[0])], targets, strict=False)
@@ -114,21 +116,27 @@ def error(values: Tensor, targets: Tensor) -> Tensor:
     return (values.float().flatten(1) - wanted).square().mean(1) / size
 
 
-def _at(pair: Pair) -> At:
-    return pair.name, pair.other
+def _at(pair: CallPair) -> At:
+    return pair.name, pair.reference
 
 
-def _taps(program: Program, reference: Program, pair: Pair, where: torch.device) -> list[Tap]:
+def _taps(
+    program: Program, reference: Program, pair: CallPair, where: torch.device
+) -> list[FeaturePair]:
     """Return the blocks' results to match."""
-    body, other = program.components[pair.name], reference.components[pair.other]
-    taps = call_pairs.features(body, other)
+    body, other = program.components[pair.name], reference.components[pair.reference]
+    taps = call_pairs.matching_blocks(body, other)
     with torch.no_grad():
-        mine = Body(body, (), [t.own for t in taps], where)(pair.arguments, straight=False)
-        theirs = Body(other, (), [t.other for t in taps], where)(pair.others, straight=False)
-    taps = [t.aligned(mine[t.own], theirs[t.other]) for t in taps]
+        mine = Body(body, (), [t.node for t in taps], where)(pair.arguments, straight=False)
+        theirs = Body(other, (), [t.reference for t in taps], where)(
+            pair.reference_arguments, straight=False
+        )
+    taps = [t.aligned(mine[t.node], theirs[t.reference]) for t in taps]
     # What is called the same and is nothing like it is something else.
     return [
-        t for t in taps if float(error(mine[t.own][None], t.targets(theirs[t.other][None]))) < 1
+        t
+        for t in taps
+        if float(error(mine[t.node][None], t.targets(theirs[t.reference][None]))) < 1
     ]
 
 

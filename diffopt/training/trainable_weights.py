@@ -1,8 +1,8 @@
-"""Weights of a program while they are trained: as floats, also behind numbers of few bits.
+"""Weights of a program while they are trained, in float32, also those of few bits.
 
-A weight of few bits is w = s * clamp(round(u / s)), of which u and the logarithm of s are trained:
-the rounding lets the gradient straight through, and to s comes what that leaves over (LSQ). What
-is zero in a 2:4 sparse weight stays zero.
+A weight of few bits is w = s * clamp(round(u / s)), of which u and log(s) are trained: the rounding
+is straight-through, dw/du = 1 where it is not clipped, and dw/ds = round(u / s) - u / s (LSQ, Esser
+et al. 2020, arXiv 1902.08153). Zeros of a 2:4 sparse weight are masked and remain zero.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 
 
-class _Plain:
+class _FloatWeight:
     """A weight that is stored as floats."""
 
-    def __init__(self, tensor: Tensor, where: torch.device) -> None:
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self._tensor = tensor
-        self._mask = _mask(tensor, where)
-        self.leaves = [tensor.detach().clone().to(where, torch.float32).requires_grad_()]
+        self._mask = _mask(tensor, device)
+        self.leaves = [tensor.detach().clone().to(device, torch.float32).requires_grad_()]
 
     def value(self) -> Tensor:
         """Return the weight with its gradient."""
         return _masked(self.leaves[0], self._mask).to(self._tensor.dtype)
 
-    def replaced(self) -> list[tuple[Tensor, Tensor]]:
-        """Return what is stored now, and what is to be."""
+    def replacements(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (stored tensor, its replacement) pairs."""
         new = torch.empty_like(self._tensor).copy_(_masked(self.leaves[0].detach(), self._mask))
         if isinstance(self._tensor, torch.nn.Parameter):
             new = torch.nn.Parameter(new, requires_grad=False)
         return [(self._tensor, new)]
 
 
-class _Rounded:
+class _QuantizedWeight:
     """A weight that is stored as numbers of few bits and scales."""
 
     def __init__(
-        self, packed: qdq.Packed, dtype: torch.dtype, wide: Tensor | None, where: torch.device
+        self, packed: qdq.Packed, dtype: torch.dtype, wide: Tensor | None, device: torch.device
     ) -> None:
         self._old, self._dtype, self._wide = packed, dtype, wide
         self._number = packed.number
-        self._mask = _mask(weight_rounding.stored_numbers(packed).float(), where)
-        self._begin = packed.scales.to(where)
-        exact = weight_rounding.dequantized(packed).to(where)
+        self._mask = _mask(weight_rounding.stored_numbers(packed).float(), device)
+        self._begin = packed.scales.to(device)
+        exact = weight_rounding.dequantized(packed).to(device)
         self.leaves = [exact.requires_grad_(), torch.zeros_like(self._begin.float())]
         self.leaves[1].requires_grad_()
 
@@ -78,11 +78,11 @@ class _Rounded:
             numbers = within + (within.round() - within).detach()
         weight = numbers * scale
         if self._wide is not None:
-            weight = weight + (self._again(weight.detach()) - weight).detach()
+            weight = weight + (self._rounded_again(weight.detach()) - weight).detach()
         return weight.to(self._dtype)
 
-    def _again(self, weight: Tensor) -> Tensor:
-        """Return a weight rounded once more, by the operators that the graph has for it."""
+    def _rounded_again(self, weight: Tensor) -> Tensor:
+        """Return a weight rounded to int8 again, by the operators that the graph has for it."""
         wide = weight_rounding.rounded_to_int8(self._packed()).wide
         assert wide is not None
         wide = wide.to(weight.device)
@@ -99,8 +99,8 @@ class _Rounded:
         values = weight_rounding.round_to(exact / spread, self._number)
         return qdq.Packed.of(self._number, values, scales, self._old.group)
 
-    def replaced(self) -> list[tuple[Tensor, Tensor]]:
-        """Return what is stored now, and what is to be."""
+    def replacements(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (stored tensor, its replacement) pairs."""
         new = self._packed()
         pairs = [(self._old.values, new.values), (self._old.scales, new.scales)]
         if self._wide is not None:
@@ -110,12 +110,12 @@ class _Rounded:
         return pairs
 
 
-class Trained:
-    """The weights of some components that are trained.
+class TrainableWeights:
+    """The trainable weights of some components.
 
     Attributes:
-        leaves: What an optimizer changes.
-        nodes: The nodes of each component whose values these determine.
+        leaves: The tensors that an optimizer updates.
+        nodes: The nodes of each component that are computed from them.
     """
 
     def __init__(
@@ -123,66 +123,65 @@ class Trained:
         program: Program,
         names: Sequence[str],
         keep: Sequence[str] = (),
-        where: torch.device | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """Choose the weights.
+        """Create leaves for the weights.
 
         Args:
-            program: Where they are.
+            program: The program with the weights.
             names: The components.
-            keep: Patterns of modules whose weights stay as they are.
-            where: The device.
+            keep: Patterns of modules whose weights are frozen.
+            device: Of the leaves.
         """
-        self._where = where or torch.device("cpu")
-        self._weights: dict[int, _Plain | _Rounded] = {}
-        self._by_node: dict[str, dict[fx.Node, _Plain | _Rounded]] = {n: {} for n in names}
-        kept = _kept(program, names, keep)
+        self._device = device or torch.device("cpu")
+        self._weights: dict[int, _FloatWeight | _QuantizedWeight] = {}
+        self._by_node: dict[str, dict[fx.Node, _FloatWeight | _QuantizedWeight]] = {
+            n: {} for n in names
+        }
+        frozen = _frozen(program, names, keep)
         for name in names:
-            self._add_rounded(program.components[name], name, kept)
-            self._add_plain(program.components[name], name, kept)
+            self._add_quantized(program.components[name], name, frozen)
+            self._add_floats(program.components[name], name, frozen)
         self.leaves = [leaf for weight in self._weights.values() for leaf in weight.leaves]
-        self.nodes = {name: list(own) for name, own in self._by_node.items()}
+        self.nodes = {name: list(by_node) for name, by_node in self._by_node.items()}
 
-    def _add_plain(self, gm: fx.GraphModule, name: str, kept: set[int]) -> None:
+    def _add_floats(self, gm: fx.GraphModule, name: str, frozen: set[int]) -> None:
         read = _read_by_layers(gm)
         for node in gm.graph.find_nodes(op="get_attr"):
             tensor = g.attribute(gm, str(node.target))
             is_weight = isinstance(tensor, torch.nn.Parameter) or node in read
-            if not is_weight or tensor.dtype not in FLOATS or id(tensor) in kept:
+            if not is_weight or tensor.dtype not in FLOATS or id(tensor) in frozen:
                 continue
             if id(tensor) not in self._weights:
-                self._weights[id(tensor)] = _Plain(tensor, self._where)
+                self._weights[id(tensor)] = _FloatWeight(tensor, self._device)
             self._by_node[name][node] = self._weights[id(tensor)]
 
-    def _add_rounded(self, gm: fx.GraphModule, name: str, kept: set[int]) -> None:
+    def _add_quantized(self, gm: fx.GraphModule, name: str, frozen: set[int]) -> None:
         for layer in qdq.layers(gm):
             own = weight_rounding.stored_weight(layer.weight)
             if own is None:
                 continue
-            values, scales = (
-                g.attribute(gm, weight_rounding.stored_name(node))
-                for node in (own.values, own.scales)
-            )
-            if id(values) in kept:
+            value = layer.weight.meta["val"]
+            packed = weight_rounding.packed_weight(gm, own, value.shape)
+            key = id(packed.values)
+            if key in frozen:
                 continue
-            if id(values) not in self._weights:
+            if key not in self._weights:
                 is_wide = own.node is not layer.weight
                 wide = stored_tensor(gm, args(layer.weight)[1]) if is_wide else None
-                value = layer.weight.meta["val"]
-                packed = qdq.Packed(own.number, values, scales, tuple(value.shape), own.group)
-                self._weights[id(values)] = _Rounded(packed, value.dtype, wide, self._where)
-            self._by_node[name][layer.weight] = self._weights[id(values)]
+                self._weights[key] = _QuantizedWeight(packed, value.dtype, wide, self._device)
+            self._by_node[name][layer.weight] = self._weights[key]
 
     def values(self, name: str) -> dict[fx.Node, Tensor]:
         """Return the values of a component's weights, with gradients."""
-        made: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         for weight in self._by_node[name].values():
-            if id(weight) not in made:
-                made[id(weight)] = weight.value()
-        return {node: made[id(weight)] for node, weight in self._by_node[name].items()}
+            if id(weight) not in values:
+                values[id(weight)] = weight.value()
+        return {node: values[id(weight)] for node, weight in self._by_node[name].items()}
 
     def count(self) -> int:
-        """Count the numbers that are trained."""
+        """Return the number of trained parameters."""
         return sum(leaf.numel() for leaf in self.leaves)
 
     @torch.no_grad()
@@ -192,13 +191,13 @@ class Trained:
 
     @torch.no_grad()
     def restore(self, state: Sequence[Tensor]) -> None:
-        """Take over what `state` has returned."""
+        """Set the leaves to a state that `state` has returned."""
         for leaf, value in zip(self.leaves, state, strict=True):
             leaf.copy_(value)
 
     def store(self, program: Program) -> None:
-        """Put the weights into a program, wherever it reads the old ones."""
-        pairs = [pair for weight in self._weights.values() for pair in weight.replaced()]
+        """Replace the weights in all graphs of a program."""
+        pairs = [pair for weight in self._weights.values() for pair in weight.replacements()]
         new = {id(old): tensor for old, tensor in pairs}
         for gm in program.graphs.values():
             stores: list[dict[str, Any]] = [gm._parameters, gm._buffers]
@@ -206,43 +205,43 @@ class Trained:
                 store.update({k: new[id(t)] for k, t in store.items() if id(t) in new})
 
 
-def _mask(weight: Tensor, where: torch.device) -> Tensor | None:
-    """Return which of a 2:4 sparse weight's numbers may change; None: all of them."""
-    return (weight != 0).to(where) if sparsity_2_4.is_2_4(weight) else None
+def _mask(weight: Tensor, device: torch.device) -> Tensor | None:
+    """Return the mask of a 2:4 sparse weight's nonzeros; None for another weight."""
+    return (weight != 0).to(device) if sparsity_2_4.is_2_4(weight) else None
 
 
 def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
     return weight if mask is None else weight * mask
 
 
-def _kept(program: Program, names: Sequence[str], patterns: Sequence[str]) -> set[int]:
-    """Return the identities of the tensors of modules that match a pattern."""
-    kept: set[int] = set()
+def _frozen(program: Program, names: Sequence[str], patterns: Sequence[str]) -> set[int]:
+    """Return the ids of the tensors of modules that match a pattern."""
+    frozen: set[int] = set()
     if not patterns:
-        return kept
+        return frozen
     wanted = Patterns(patterns)
     for name in names:
         gm = program.components[name]
         for node in gm.graph.nodes:
             read = g.reachable(
                 [n for n in node.all_input_nodes if n.op in ("get_attr", "call_function")],
-                lambda n: n.all_input_nodes if _is_of_weights(n) else (),
+                lambda n: n.all_input_nodes if _computes_weight(n) else (),
             )
             tensors = [t for n in read if (t := stored_tensor(gm, n)) is not None]
             if tensors and wanted.wants(name, quantize_body.module_path(node)):
-                kept |= {id(t) for t in tensors}
+                frozen |= {id(t) for t in tensors}
     wanted.check("module", names)
-    return kept
+    return frozen
 
 
-def _is_of_weights(node: fx.Node) -> bool:
-    """Tell whether a node computes a weight from what is stored."""
+def _computes_weight(node: fx.Node) -> bool:
+    """Tell whether a node computes a weight from stored tensors."""
     return qdq.is_stored_small(node) or node.target in (aten._to_copy.default, aten.view.default)
 
 
 def _read_by_layers(gm: fx.GraphModule) -> set[fx.Node]:
-    """Return the stored tensors that layers read as weight or bias, in whichever type."""
-    found: set[fx.Node] = set()
+    """Return the stored tensors that layers read as weight or bias, possibly cast."""
+    sources: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if reachability.packet(node) not in reachability.LAYERS:
             continue
@@ -250,5 +249,5 @@ def _read_by_layers(gm: fx.GraphModule) -> set[fx.Node]:
             while is_call(source, aten._to_copy.default):
                 source = args(source)[0]
             if isinstance(source, fx.Node) and source.op == "get_attr":
-                found.add(source)
-    return found
+                sources.add(source)
+    return sources

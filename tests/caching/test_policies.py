@@ -172,14 +172,14 @@ def test_smoothcache_refuses_a_file_that_says_too_little(
         "the relative errors between steps i and i + k"
     )
     with pytest.raises(DiffoptError) as caught:
-        smoothcache.read(str(path), ["mlp"], 4)
+        smoothcache.read_errors(str(path), ["mlp"], 4)
     assert str(caught.value) == message.format(path=path, wants=wants)
 
 
 def test_smoothcache_reads_a_table_for_more_steps(tmp_path: Path) -> None:
     path = tmp_path / "errors.json"
     path.write_text('{"mlp": [[1, 2, 3, 4], [5, 6, 7]], "attention": []}')
-    assert smoothcache.read(str(path), ["mlp"], 4) == {"mlp": [[1, 2, 3], [5, 6]]}
+    assert smoothcache.read_errors(str(path), ["mlp"], 4) == {"mlp": [[1, 2, 3], [5, 6]]}
 
 
 # The text form

@@ -154,7 +154,7 @@ def test_sparse_weights_stay_sparse(then: str) -> None:
     damaged = Pipeline.parse(then).run(sparse) if then else sparse
     made = damaged.clone()
     given, settings = requests(before, (), 4), distill.Settings(steps=20, lr=1e-3)
-    outcome = distill.recover(made, before, given, ["denoiser"], settings)
+    outcome = distill.recover(distill.Task(made, before, given, ["denoiser"]), settings)
     assert outcome.after < 0.9 * outcome.before
     left, wanted = (
         [layer.node.name for layer in sparsity_2_4.sparse_layers(p.components["denoiser"])]
@@ -278,15 +278,15 @@ def test_it_never_ends_worse() -> None:
 
 def test_the_best_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the fifth step on all is spoiled."""
-    monkeypatch.setattr(distill, "_share", lambda step, steps: 1.0 if step < 5 else 1e4)
+    monkeypatch.setattr(distill, "_rate_factor", lambda step, steps: 1.0 if step < 5 else 1e4)
     before = prepared("loop")
     program = Pipeline((Halve(),)).run(before)
     given = requests(program, (), 4)
     settings = distill.Settings(steps=10)
-    outcome = distill.recover(program, before, given, ["denoiser"], settings)
+    outcome = distill.recover(distill.Task(program, before, given, ["denoiser"]), settings)
     assert 0 < outcome.best < 6
     assert outcome.after == min(outcome.errors.values()) < outcome.before
-    again = distill.recover(program, before, given, ["denoiser"], settings)
+    again = distill.recover(distill.Task(program, before, given, ["denoiser"]), settings)
     assert again.before == pytest.approx(outcome.after, rel=1e-6)
 
 
@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_ends_it() -> None:
     program = Pipeline((Halve(),)).run(before)
     settings = distill.Settings(steps=10, lr=1e30)
     given = requests(program, (), 8)
-    outcome = distill.recover(program, before, given, ["denoiser"], settings)
+    outcome = distill.recover(distill.Task(program, before, given, ["denoiser"]), settings)
     assert outcome.steps < 10
     assert outcome.stopped.startswith(f"the loss is not finite in step {outcome.steps + 1} (of re")
     assert "denoiser, step" in outcome.stopped

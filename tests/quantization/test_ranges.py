@@ -11,7 +11,7 @@ from diffopt.quantization.ranges import Ranges, affine, group_steps
 
 
 def watched(observer: ranges.Observer, *values: Tensor) -> tuple[float, float]:
-    watch = ranges._WATCH[observer]()
+    watch = ranges._OBSERVERS[observer]()
     for value in values:
         watch.update(value)
     found: tuple[float, float] = watch.range()

@@ -144,7 +144,7 @@ def test_measurements_are_kept_on_disk(program: Program, monkeypatch: pytest.Mon
     def fail(self: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(sensitivity._Bench, "measure", fail)
+    monkeypatch.setattr(sensitivity._Profiler, "measure", fail)
     again = sensitivity.measure(simulator, formats, inputs, {})
     assert torch.equal(again["denoiser"].output_errors, first["denoiser"].output_errors)
     with pytest.raises(AssertionError, match="measured again"):

@@ -21,7 +21,7 @@ from diffopt.training import call_pairs, distill
 from diffopt.training import distillation_loss as matching_module
 from diffopt.training.distillation_loss import Matching
 from diffopt.training.distributed import Workers
-from diffopt.training.trainable_weights import Trained
+from diffopt.training.trainable_weights import TrainableWeights
 from diffopt.transforms import request_dimension
 from tests import loops
 from tests.passes import build
@@ -106,7 +106,7 @@ def test_weights_begin_as_they_are_stored(how: str) -> None:
     """Also those that are rounded twice, and 16-bit branches."""
     made = program("dit", f"unroll,hoist,quantize({how})")
     (name,) = choose_scope(made, ("loop",)).loop
-    trained, gm = Trained(made, [name]), made.components[name]
+    trained, gm = TrainableWeights(made, [name]), made.components[name]
     stored = Body(gm, (), trained.nodes[name])(visits(made, name)[0], straight=False)
     values = trained.values(name)
     assert len(values) > 10
@@ -124,7 +124,7 @@ def test_weights_begin_as_they_are_stored(how: str) -> None:
 def test_what_is_stored_is_what_was_trained(how: str) -> None:
     made = program("dit", f"unroll,hoist,quantize({how})")
     (name,) = choose_scope(made, ("loop",)).loop
-    trained = Trained(made, [name])
+    trained = TrainableWeights(made, [name])
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for leaf in trained.leaves:
@@ -147,7 +147,7 @@ def test_rounded_weights_have_gradients() -> None:
     """The identity within the range, nothing where a weight is clipped; scales get the rest."""
     made = program("dit", "unroll,hoist,quantize(int4)")
     (name,) = choose_scope(made, ("loop",)).loop
-    trained = Trained(made, [name])
+    trained = TrainableWeights(made, [name])
     layer = next(x for x in qdq.layers(made.components[name]) if qdq.weight(x.weight))
     index = list(trained.nodes[name]).index(layer.weight)
     exact, growth = trained.leaves[2 * index], trained.leaves[2 * index + 1]
@@ -165,7 +165,9 @@ def test_rounded_weights_have_gradients() -> None:
 def test_tables_and_scales_of_activations_stay() -> None:
     made = program("dit", "unroll,hoist,quantize(int8)")
     (name,) = choose_scope(made, ("loop",)).loop
-    nodes = {str(n.target) for n in Trained(made, [name]).nodes[name] if n.op == "get_attr"}
+    nodes = {
+        str(n.target) for n in TrainableWeights(made, [name]).nodes[name] if n.op == "get_attr"
+    }
     assert nodes
     assert not any("scales" in key or "zeros" in key or "table" in key for key in nodes)
 
@@ -183,7 +185,7 @@ def test_weights_that_are_read_twice_are_one() -> None:
         return b.call("other", *b.call("body", x))
 
     made = build.program(root, randn(2, 4), body=body, other=other)
-    trained = Trained(made, ["body", "other"])
+    trained = TrainableWeights(made, ["body", "other"])
     assert len(trained.leaves) == 1
     with torch.no_grad():
         trained.leaves[0] += 1
@@ -199,17 +201,19 @@ def test_weights_that_are_read_twice_are_one() -> None:
 # Pairs
 
 
-def pairs_of(made: Program, reference: Program, own: bool = False) -> list[call_pairs.Pair]:
+def pairs_of(made: Program, reference: Program, own: bool = False) -> list[call_pairs.CallPair]:
     names = choose_scope(made, ("loop",)).loop
-    mine, other = call_pairs.match(made, names, reference, CPU)
-    return call_pairs.gather(mine, other, requests(made, (), 1)[0], 0, own=own)
+    mine, other = call_pairs.pair_programs(made, names, reference, CPU)
+    return call_pairs.gather_pairs(mine, other, requests(made, (), 1)[0], 0, program_leads=own)
 
 
 def test_a_program_beside_itself() -> None:
     made = program("sd")
     for own in (False, True):
         for pair, arguments in zip(pairs_of(made, made, own), visits(made, "unet"), strict=True):
-            for one, other, third in zip(pair.arguments, pair.others, arguments, strict=True):
+            for one, other, third in zip(
+                pair.arguments, pair.reference_arguments, arguments, strict=True
+            ):
                 assert torch.equal(one, other)
                 torch.testing.assert_close(one, third, rtol=1e-4, atol=1e-5)
 
@@ -218,7 +222,7 @@ def test_bodies_with_other_arguments() -> None:
     """The latents are the reference's; what `unroll` and `hoist` made of the rest is their own."""
     raw, hoisted = program("dit", "simplify"), program("dit")
     for pair in pairs_of(hoisted, raw):
-        assert len(pair.arguments) != len(pair.others)
+        assert len(pair.arguments) != len(pair.reference_arguments)
         (made,) = hoisted.components[pair.name](*pair.arguments)
         torch.testing.assert_close(made, pair.targets[0], rtol=1e-4, atol=1e-5)
 
@@ -231,19 +235,19 @@ def test_whose_latents_they_are(own: bool) -> None:
     for pair, expected in zip(pairs_of(made, reference, own), calls, strict=True):
         # One argument is the latents; others, such as rows of scales, are of one of them alone.
         mine = next(t for t in pair.arguments if t.dim() == 4)
-        other = next(t for t in pair.others if t.dim() == 4)
+        other = next(t for t in pair.reference_arguments if t.dim() == 4)
         torch.testing.assert_close(mine, other)
         torch.testing.assert_close(mine, next(t for t in expected if t.dim() == 4))
-        (target,) = reference.components["transformer"](*pair.others)
+        (target,) = reference.components["transformer"](*pair.reference_arguments)
         torch.testing.assert_close(pair.targets[0], target)
 
 
 def test_features_are_blocks_of_both() -> None:
     gm = program("sd").components["unet"]
-    found = call_pairs.features(gm, gm)
+    found = call_pairs.matching_blocks(gm, gm)
     assert len(found) > 5
-    assert all(tap.own is tap.other and tap.axis is None for tap in found)
-    assert not {tap.own for tap in found} & set(g.outputs(gm))
+    assert all(tap.node is tap.reference and tap.axis is None for tap in found)
+    assert not {tap.node for tap in found} & set(g.outputs(gm))
 
 
 def test_features_of_fewer_channels() -> None:
@@ -261,7 +265,7 @@ def test_features_of_fewer_channels() -> None:
         return make
 
     large, small = (build.body(block(n), randn(16, 4)) for n in (6, 4))
-    (tap,) = call_pairs.features(small, large)
+    (tap,) = call_pairs.matching_blocks(small, large)
     assert tap.axis == 1
     wanted = randn(16, 6, seed=9)
     left = torch.tensor([0, 2, 3, 5])
@@ -312,13 +316,13 @@ WEIGHT = parameter(4, 4, seed=3)
 
 
 def test_the_learning_rate() -> None:
-    shares = [distill._share(step, 100) for step in range(100)]
+    shares = [distill._rate_factor(step, 100) for step in range(100)]
     assert shares[0] == pytest.approx(0.1)
     assert max(shares) == pytest.approx(1.0)
     assert shares[:10] == sorted(shares[:10])
     assert shares[10:] == sorted(shares[10:], reverse=True)
     assert shares[-1] == pytest.approx(0.02, abs=0.01)
-    assert distill._share(0, 1) == pytest.approx(1.0)
+    assert distill._rate_factor(0, 1) == pytest.approx(1.0)
 
 
 def test_a_batch_for_all_processes() -> None:
@@ -330,10 +334,7 @@ def test_a_batch_for_all_processes() -> None:
     made = program("loop")
     with pytest.raises(DiffoptError) as error:
         distill.recover(
-            made,
-            made,
-            requests(made, (), 2),
-            ["denoiser"],
+            distill.Task(made, made, requests(made, (), 2), ["denoiser"]),
             distill.Settings(1, batch=1),
             workers=Two(),
         )
@@ -347,13 +348,15 @@ def test_a_batch_for_all_processes() -> None:
 
 def matching_of(
     made: Program, reference: Program
-) -> tuple[Matching, Trained, list[call_pairs.Pair]]:
+) -> tuple[Matching, TrainableWeights, list[call_pairs.CallPair]]:
     names = choose_scope(made, ("loop",)).loop
-    pairs, trained = pairs_of(made, reference), Trained(made, names)
+    pairs, trained = pairs_of(made, reference), TrainableWeights(made, names)
     return Matching(made, reference, pairs, trained, 1.0, CPU), trained, pairs
 
 
-def gradients_of(matching: Matching, trained: Trained, chunks: list[list[call_pairs.Pair]]) -> Any:
+def gradients_of(
+    matching: Matching, trained: TrainableWeights, chunks: list[list[call_pairs.CallPair]]
+) -> Any:
     for leaf in trained.leaves:
         leaf.grad = None
     losses = [matching.losses(chunk) for chunk in chunks]
