@@ -51,12 +51,11 @@ from diffopt.pruning.low_rank_factors import Spectrum
 from diffopt.quantization import layer_preparation, quantize_body
 
 ENERGY = 0.9
-"""What is kept where neither `rank` nor `energy` is given."""
+"""The share of energy that is kept where neither `rank` nor `energy` is given."""
 
 ENOUGH = 4
-"""How many inputs of a layer calibration has to see for each of their numbers: the directions that
-too few have happen to lie in say nothing of others, as with the timestep's and the prompt's layers.
-"""
+"""How many input rows calibration needs for each dimension of them: the directions of fewer do not
+generalize, as in layers of the timestep and the prompt."""
 
 Use = tuple[str, qdq.Layer]
 """A layer, and the component that it is in."""
@@ -105,7 +104,7 @@ class LowRank(Pass):
         scope = choose_scope(program, self.components)
         for name in scope.calls:
             layer_preparation.restore_linears(program.components[name])
-            g.prune_unused(program.components[name])  # what read weights before counts no more
+            g.prune_unused(program.components[name])  # dead readers of weights must not count
         todo = self._layers(program, scope, ctx)
         moments = self._moments(program, scope, todo, ctx) if self.data else {}
         ranks: dict[str, str] = {}
@@ -118,56 +117,56 @@ class LowRank(Pass):
             assert weight is not None
             if not bool(weight.isfinite().all()):
                 raise DiffoptError(f"the weight of {path} has values that are not finite")
-            found = self._spectrum(layer, weight, moments.get(key))
-            rank = self._rank(found, low_rank_factors.cost(layer, found.form))
-            most = min(low_rank_factors.cost(own, found.form).most for _, own in uses)
+            spectrum = self._spectrum(layer, weight, moments.get(key))
+            rank = self._rank(spectrum, low_rank_factors.cost(layer, spectrum.form))
+            most = min(low_rank_factors.cost(own, spectrum.form).most for _, own in uses)
             if rank > most:
                 ctx.skip(path, f"rank {rank} saves nothing: it has to be {most} or less")
                 continue
-            both = low_rank_factors.factors(found, rank, weight.dtype)
+            both = low_rank_factors.factorize(spectrum, rank, weight.dtype)
             for name, own in uses:
-                low_rank_factors.place(program.components[name], own, found.form, *both)
+                low_rank_factors.place_factors(program.components[name], own, spectrum.form, *both)
             before += weight.numel()
             after += sum(tensor.numel() for tensor in both)
             full = low_rank_factors.full_rank(weight)
-            form = f" ({found.form})" if layer.convolution else ""
-            ranks[path] = f"{rank} of {full}{form}, keeps {found.kept(rank):.1%}"
+            form = f" ({spectrum.form})" if layer.convolution else ""
+            ranks[path] = f"{rank} of {full}{form}, keeps {spectrum.kept(rank):.1%}"
         ctx.note("ranks", ranks)
         ctx.note("parameters of these", {"before": before, "after": after})
         why = collections.Counter(_kind(reason) for reason in ctx.skipped)
         ctx.note("left alone", dict(why.most_common()))
 
     def _spectrum(self, layer: qdq.Layer, weight: Tensor, moments: Tensor | None) -> Spectrum:
-        """Decompose a weight in the form that keeps most for its FLOPs, or costs least."""
+        """Decompose a weight in the form that keeps most energy for its FLOPs, or costs least."""
         allowed = [f for f in low_rank_factors.forms(layer) if self.form in ("auto", f)]
-        found = [
+        spectra = [
             low_rank_factors.spectrum(weight, form, moments) for form in allowed or ["channel"]
         ]
 
-        def merit(one: Spectrum) -> float:
-            cost = low_rank_factors.cost(layer, one.form)
-            rank = self._rank(one, cost)
-            return -rank * cost.flops if self.rank is None else one.kept(rank)
+        def merit(spectrum: Spectrum) -> float:
+            cost = low_rank_factors.cost(layer, spectrum.form)
+            rank = self._rank(spectrum, cost)
+            return -rank * cost.flops if self.rank is None else spectrum.kept(rank)
 
-        return max(found, key=merit)
+        return max(spectra, key=merit)
 
-    def _rank(self, found: Spectrum, cost: low_rank_factors.Cost) -> int:
+    def _rank(self, spectrum: Spectrum, cost: low_rank_factors.FormCost) -> int:
         """Return the rank of a weight in a form."""
-        full = min(found.shape[0], cost.whole_parameters // found.shape[0])
+        full = min(spectrum.shape[0], cost.whole_parameters // spectrum.shape[0])
         if self.rank is None:
-            rank = found.rank_for(ENERGY if self.energy is None else self.energy)
+            rank = spectrum.rank_for(ENERGY if self.energy is None else self.energy)
         elif self.rank >= 1:
-            return min(int(self.rank), len(found.energy))
+            return min(int(self.rank), len(spectrum.energy))
         else:
-            channel = found.shape[0] + cost.whole_parameters // found.shape[0]
+            channel = spectrum.shape[0] + cost.whole_parameters // spectrum.shape[0]
             rank = max(1, round(self.rank * full * channel / cost.parameters))
-        return min(-(-rank // self.multiple) * self.multiple, len(found.energy))
+        return min(-(-rank // self.multiple) * self.multiple, len(spectrum.energy))
 
     def _layers(self, program: Program, scope: Scope, ctx: Context) -> dict[int, list[Use]]:
-        """Return the layers to factor, by their weight's identity."""
+        """Return the layers to factor, by their weight's id."""
         ends = {id(t) for t in ([] if self.ends else boundary_weights(program, scope))}
         patterns = Patterns(self.layers, self.skip)
-        found: dict[int, list[Use]] = {}
+        by_weight: dict[int, list[Use]] = {}
         for name in scope.calls:
             gm = program.components[name]
             for layer in qdq.layers(gm):
@@ -178,16 +177,16 @@ class LowRank(Pass):
                 if reason := self._refused(layer, weight, ends):
                     ctx.skip(f"{name}.{path}", reason)
                 else:
-                    found.setdefault(id(weight), []).append((name, layer))
+                    by_weight.setdefault(id(weight), []).append((name, layer))
         patterns.check("layer", scope.calls)
         uses = nodes.weight_uses(program)
-        for key in [key for key, own in found.items() if len(own) != uses[key]]:
-            name, layer = found.pop(key)[0]
+        for key in [key for key, layers in by_weight.items() if len(layers) != uses[key]]:
+            name, layer = by_weight.pop(key)[0]
             ctx.skip(
                 f"{name}.{quantize_body.module_path(layer.node)}",
                 "its weight is also used elsewhere",
             )
-        return found
+        return by_weight
 
     def _refused(self, layer: qdq.Layer, weight: Tensor | None, ends: set[int]) -> str | None:
         if weight is None:
@@ -208,25 +207,25 @@ class LowRank(Pass):
         todo: Mapping[int, Sequence[Use]],
         ctx: Context,
     ) -> dict[int, Tensor]:
-        """Return the second moments of what layers read, by their weight's identity."""
+        """Return the second moments of layers' inputs, by their weight's id."""
         inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
         readers: dict[fx.Node, list[tuple[int, qdq.Layer]]] = {}
         for key, uses in todo.items():
             for _, layer in uses:
                 readers.setdefault(layer.x, []).append((key, layer))
-        every = [at for own in scope.calls.values() for at in own]
-        at = {(step, number): call for number, (call, step) in enumerate(every)}
-        found: dict[int, Tensor] = {}
+        every = [calls_by_step for own in scope.calls.values() for calls_by_step in own]
+        calls_by_step = {(step, number): call for number, (call, step) in enumerate(every)}
+        moments: dict[int, Tensor] = {}
         rows = collections.Counter[int]()
         for index, tensors in enumerate(inputs):
             ctx.progress("low-rank: calibrating", index / len(inputs))
-            for visit in trajectories.steps(program, at, tensors, readers):
+            for visit in trajectories.steps(program, calls_by_step, tensors, readers):
                 for node, value in visit.values.items():
                     for key, layer in readers[node]:
                         own, count = low_rank_factors.second_moments(layer, value)
-                        found[key] = found[key] + own if key in found else own
+                        moments[key] = moments[key] + own if key in moments else own
                         rows[key] += count
-        return {key: own for key, own in found.items() if rows[key] >= ENOUGH * len(own)}
+        return {key: own for key, own in moments.items() if rows[key] >= ENOUGH * len(own)}
 
 
 def _kind(skipped: str) -> str:

@@ -1,4 +1,4 @@
-"""Remove channels, heads and hidden units of layers that matter least: smaller dense weights.
+"""Remove the least important channels, heads and hidden units: smaller dense weights.
 
 Before:
 
@@ -12,24 +12,24 @@ After `prune(mlp,ratio=0.25)`:
     %2: float32[4,12] = aten.silu(%1)
     %3: float32[4,8] = aten.linear(%2, %down)
 
-What goes together is found in the graphs of all bodies at once (`coupling`): what residuals add,
-concatenations, norms, heads of attentions, the halves of gates. `mlp` is what only linears make and
-read, `heads` are those of attentions, `channels` all the rest: insides of convolution blocks, and
-the residual streams themselves. Group norms lose whole groups, so that the statistics of the others
-stay what they were. Attention keeps the scale that it had. `blocks` are whole residual blocks:
-x + f(x) becomes x. `2:4` removes nothing: two of every four weights along the inputs of layers
-become zero, for GPUs with sparse kernels (see `sparsity`).
+Coupled channels are found in the graphs of all bodies at once (`coupling`): through residual sums,
+concatenations, norms, heads of attentions, the halves of gates. `mlp` are units that only linears
+produce and read, `heads` are those of attentions, `channels` all others: inside of convolution
+blocks, and in the residual streams themselves. Of group norms whole groups are removed, so that the
+statistics of the others do not change. Attention keeps its scale. `blocks` are whole residual
+blocks: x + f(x) becomes x. `2:4` removes nothing: two of every four weights along the inputs of
+layers become zero, for GPUs with sparse kernels (see `sparsity_2_4`).
 
-With `scope=layer` every group loses the same share, with `global` the units that matter least of
-all, relative to the mean of their group. `ratios` gives groups shares of their own, the first
-pattern that matches a layer which makes the group: `ratios=*.ff.*:0.5,*attn*:0`.
+With `scope=layer` the same share of every group is removed, with `global` the least important units
+of all groups, relative to the mean of their group. `ratios` sets shares of groups, by the first
+pattern that matches a layer which produces the group: `ratios=*.ff.*:0.5,*attn*:0`.
 
-With `dims` heads stay, and of what is in them the same goes in all of an attention's heads: of
+With `dims` heads are kept, and the same dimensions are removed in all of an attention's heads: of
 queries and keys together, and of values.
 
-`prune(auto,flops=0.7)` takes channels, heads and hidden units, of each group as many as leaves at
-most 0.7 of the components' FLOPs and costs least: what a share of each does is measured (`shares`).
-With `(auto,dims)` it takes what is in heads instead of these.
+`prune(auto,flops=0.7)` removes channels, heads and hidden units such that at most 0.7 of the
+components' FLOPs are left, at the least error: that of a few shares of each group is measured
+(`ratio_search`). With `(auto,dims)` it removes dimensions of heads instead of heads.
 
 Not rewritten when
 - a layer's outputs are a result of its component, or an operator without a rule reads them;
@@ -56,20 +56,20 @@ from diffopt.pruning import block_removal, ratio_search, removal
 from diffopt.pruning.ablation import FEW, Ablation
 from diffopt.pruning.coupling import KINDS, Coupling, Group, Unit, couple
 from diffopt.pruning.importance import Method, importance
-from diffopt.pruning.selection import Scope, least, unit_scores
+from diffopt.pruning.selection import RatioScope, select_units, unit_scores
 from diffopt.transforms.sparsity_2_4 import sparsify
 
 What = Literal["channels", "heads", "dims", "mlp", "blocks", "all", "2:4", "auto"]
 
 RATIO = 0.3
-MOST = ratio_search.SHARES[-1]
+MOST = ratio_search.RATIOS[-1]
 SKIPPED = "layers and skip leave it alone"
 _PARTLY = "layers and skip leave some of the layers alone that go together"
 
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """Remove the channels, heads or hidden units that matter least."""
+    """Remove the least important channels, heads or hidden units."""
 
     exact = False
 
@@ -82,7 +82,7 @@ class Prune(Pass):
     importance: Method = option(  # noqa: RUF009 (a string)
         "magnitude", "how it is measured what matters: magnitude, taylor, diff-pruning, random"
     )
-    scope: Scope = option(  # noqa: RUF009 (a string)
+    scope: RatioScope = option(  # noqa: RUF009 (a string)
         "layer", "whether each group loses that share (layer), or all together (global)"
     )
     ratios: tuple[str, ...] = option((), "shares of groups of their own, as pattern:share")
@@ -130,17 +130,17 @@ class Prune(Pass):
             return "prune(auto) wants the part of the FLOPs to leave: write prune(auto,flops=0.7)"
         if not 0 < self.flops < 1:
             return f"prune has flops={self.flops:g}; write the part to leave, between 0 and 1"
-        if not ratio_search.SHARES[0] <= self.most < 1:
+        if not ratio_search.RATIOS[0] <= self.most < 1:
             return (
                 f"prune has most={self.most:g}; write the largest share that a group may lose,"
-                f" from {ratio_search.SHARES[0]:g} to below 1"
+                f" from {ratio_search.RATIOS[0]:g} to below 1"
             )
         if self.ratio != RATIO or self.ratios or self.scope != "layer":
             return "prune(auto) chooses the shares itself: leave ratio, ratios and scope out"
         return None
 
     def _without_use(self) -> str | None:
-        """Return which option says nothing of what is to go."""
+        """Return what is wrong with an option that does not apply, or None."""
         if not {*self.what} <= {"blocks", "2:4"}:
             return None
         what = " and ".join(self.what)
@@ -152,9 +152,9 @@ class Prune(Pass):
         return None
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Find what goes together, measure what matters, and remove the rest."""
+        """Find coupled units, measure their importance, and remove the least important ones."""
         _check_floats(program)
-        names = chosen(program, self.components)
+        names = component_names(program, self.components)
         before = Size.of(program)
         measured = self._importance(program, names, ctx)
         if "blocks" in self.what:
@@ -162,18 +162,18 @@ class Prune(Pass):
             program.refresh()
         if set(self.what) - {"blocks", "2:4"}:
             coupling = couple(program, in_heads="dims" in self.what)
-            groups, given = self._groups(coupling, names, ctx)
+            groups, ratios = self._groups(coupling, names, ctx)
             scores = [unit_scores(group, measured) for group in groups]
             if self.flops is None:
-                units = least(groups, scores, given, self.ratio, self.scope, self.round_to)
+                units = select_units(groups, scores, ratios, self.ratio, self.scope, self.round_to)
             else:
                 inputs = representative(str(self), program, ctx.prompts, FEW, ctx.seed)
-                bench = Ablation(program, coupling, names, inputs)
-                found = ratio_search.choose(
-                    bench, groups, scores, self.flops, self.most, self.round_to, ctx.progress
+                ablation = Ablation(program, coupling, names, inputs)
+                choice = ratio_search.search_ratios(
+                    ablation, groups, scores, self.flops, self.most, self.round_to, ctx.progress
                 )
-                units = found.units
-                ctx.notes.update(found.notes())
+                units = choice.units
+                ctx.notes.update(choice.notes())
             removal.remove(program, coupling, [unit for own in units for unit in own])
             self._report(groups, units, ctx)
             program.refresh()
@@ -186,11 +186,11 @@ class Prune(Pass):
     def _remove_blocks(
         self, program: Program, names: Sequence[str], measured: dict[int, Tensor], ctx: Context
     ) -> None:
-        """Remove that share of the residual blocks which matters least."""
+        """Remove the least important residual blocks."""
         patterns = Patterns(self.layers, self.skip)
-        found = block_removal.residual_blocks(program, names)
+        all_blocks = block_removal.residual_blocks(program, names)
         blocks = []
-        for block in found:
+        for block in all_blocks:
             if not patterns.wants(*_split(block.name)):
                 ctx.skip(block.name, SKIPPED)
             elif not block.fits:
@@ -208,7 +208,7 @@ class Prune(Pass):
             )
         blocks.sort(key=lambda block: block_removal.block_score(block, measured))
         block_removal.remove_blocks(blocks[:count])
-        ctx.note("blocks", {"of": len(found), "removed": [b.name for b in blocks[:count]]})
+        ctx.note("blocks", {"of": len(all_blocks), "removed": [b.name for b in blocks[:count]]})
 
     def _sparsify(self, program: Program, names: Sequence[str], ctx: Context) -> None:
         """Make the weights that are left 2:4 sparse, but for those of the first and last layers."""
@@ -228,19 +228,19 @@ class Prune(Pass):
     def _groups(
         self, coupling: Coupling, names: Sequence[str], ctx: Context
     ) -> tuple[list[Group], list[float | None]]:
-        """Return the groups to prune, each with its own share, if it has one."""
+        """Return the groups to prune, each with its ratio, if it has one of its own."""
         kinds = [k for k in KINDS if {k, "all", "auto"} & set(self.what)]
         patterns = Patterns(self.layers, self.skip)
-        rules = [(Patterns([p]), share) for p, share in map(read_ratio, self.ratios)]
-        groups, given = [], []
+        rules = [(Patterns([p]), ratio) for p, ratio in map(read_ratio, self.ratios)]
+        groups, ratios = [], []
         for group in coupling.groups:
-            inside = [layer.partition(".")[0] in names for layer in group.layers]
-            if not all(inside):
-                if any(inside):
+            is_inside = [layer.partition(".")[0] in names for layer in group.layers]
+            if not all(is_inside):
+                if any(is_inside):
                     ctx.skip(group.name, "a layer of another component goes with it")
                 continue
             wanted = [patterns.wants(*_split(layer)) for layer in group.layers]
-            share = _own_share(group, rules)
+            ratio = _own_ratio(group, rules)
             if group.kind not in kinds:
                 continue
             if not all(wanted):
@@ -249,7 +249,7 @@ class Prune(Pass):
                 ctx.skip(group.name, "its channels go together, so none can go")
             else:
                 groups.append(group)
-                given.append(share)
+                ratios.append(ratio)
         fixed = [(n, reason) for n, reason in coupling.fixed if n.partition(".")[0] in names]
         for name, reason in fixed:
             patterns.wants(*_split(name))
@@ -258,7 +258,7 @@ class Prune(Pass):
             own.check("layer", names)
         if not groups:
             raise _nothing(" or ".join(kinds), names, ctx)
-        return groups, given
+        return groups, ratios
 
     def _importance(
         self, program: Program, names: Sequence[str], ctx: Context
@@ -287,7 +287,7 @@ class Prune(Pass):
         ctx.note("left alone", dict(reasons.most_common()))
 
 
-def chosen(program: Program, wanted: Sequence[str]) -> list[str]:
+def component_names(program: Program, wanted: Sequence[str]) -> list[str]:
     """Return the names of the components to prune."""
     scope = choose_scope(program, wanted)
     return list(scope.loop if tuple(wanted) == ("loop",) else scope.calls)
@@ -308,18 +308,18 @@ def read_ratio(text: str) -> tuple[str, float]:
 
 
 def _nothing(what: str, names: Sequence[str], ctx: Context) -> DiffoptError:
-    """Return the error that nothing can be pruned, with what stood in the way most often."""
+    """Return the error that nothing can be pruned, with the most frequent reason."""
     reasons = collections.Counter(text.rpartition(": ")[2] for text in ctx.skipped)
-    # What the user has asked for tells more than why others could not go in any case.
+    # A reason that the user has asked for is more helpful than one that holds in any case.
     first = [reason for reason in (SKIPPED, _PARTLY) if reason in reasons]
     first += [reason for reason, _ in reasons.most_common(1)]
     why = f" ({first[0]})" if first else ""
     return DiffoptError(f"there are no {what} to prune in {', '.join(names)}{why}")
 
 
-def _own_share(group: Group, rules: Sequence[tuple[Patterns, float]]) -> float | None:
-    """Return the share of the first pattern that matches a layer of a group."""
-    matched = [any([own.wants(*_split(n)) for n in group.layers]) for own, _ in rules]
+def _own_ratio(group: Group, rules: Sequence[tuple[Patterns, float]]) -> float | None:
+    """Return the ratio of the first pattern that matches a layer of a group."""
+    matched = [any([patterns.wants(*_split(n)) for n in group.layers]) for patterns, _ in rules]
     return next((share for (_, share), is_it in zip(rules, matched, strict=True) if is_it), None)
 
 
@@ -329,7 +329,7 @@ def _split(layer: str) -> tuple[str, str]:
 
 
 def _check_floats(program: Program) -> None:
-    """Refuse a program with quantized weights: their scales belong to the channels there were."""
+    """Raise for a program with quantized weights: their scales are those of all channels."""
     for name, gm in program.components.items():
         for node in gm.graph.nodes:
             if node.op == "call_function" and "quantize" in str(node.target):

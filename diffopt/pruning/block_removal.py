@@ -1,8 +1,8 @@
-"""Takes whole residual blocks out of bodies: x + f(x) becomes x.
+"""Remove whole residual blocks from bodies: x + f(x) becomes x.
 
-A block is what `anatomy` calls one: a resnet, or the branches of a transformer block, in all of its
-streams. Where a stream goes through a layer beside the block, that layer stays. Bodies that share
-the weights of a block lose it alike.
+A block is one of `denoiser_structure`: a resnet, or the branches of a transformer block, in all of
+its streams. A layer on the shortcut is kept. A block is removed from all bodies that share its
+weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from diffopt.ir.program import Program
 
 
 @dataclass(frozen=True, eq=False)
-class Residual:
-    """A block of one or more bodies.
+class ResidualBlock:
+    """A residual block, in all bodies that share its weights.
 
     Attributes:
         name: The component and the module of the first of them.
-        weights: What is read inside the block, by identity.
+        weights: The ids of its weights.
         branches: Of all bodies.
     """
 
@@ -34,29 +34,31 @@ class Residual:
 
     @property
     def fits(self) -> bool:
-        """Whether the streams have the shapes and types of the sums that they would replace."""
+        """Whether each stream can replace the sum: its shape and dtype are equal."""
         streams = [(_stream(b).meta["val"], b.stream_out.meta["val"]) for b in self.branches]
         return all(a.shape == b.shape and a.dtype == b.dtype for a, b in streams)
 
 
-def residual_blocks(program: Program, names: Sequence[str]) -> list[Residual]:
+def residual_blocks(program: Program, names: Sequence[str]) -> list[ResidualBlock]:
     """Return the blocks of some components that have weights, in the graph's order."""
-    found: dict[frozenset[int], Residual] = {}
+    blocks: dict[frozenset[int], ResidualBlock] = {}
     for name in names:
         gm = program.components[name]
         for block in analyze_denoiser(gm, g.placeholders(gm)).blocks:
-            own = _weights(gm, block.branches)
-            if not own or any(b.stream_out in g.outputs(gm) for b in block.branches):
+            weights = _weights(gm, block.branches)
+            if not weights or any(b.stream_out in g.outputs(gm) for b in block.branches):
                 continue
             path = block.last.meta.get("module") or block.last.name
-            before = found.get(own)
-            branches = (*before.branches, *block.branches) if before else block.branches
-            found[own] = Residual(before.name if before else f"{name}.{path}", own, branches)
-    return list(found.values())
+            known = blocks.get(weights)
+            branches = (*known.branches, *block.branches) if known else block.branches
+            blocks[weights] = ResidualBlock(
+                known.name if known else f"{name}.{path}", weights, branches
+            )
+    return list(blocks.values())
 
 
 def _weights(gm: fx.GraphModule, branches: Sequence[Branch]) -> frozenset[int]:
-    """Return the identities of what the branches' own nodes read."""
+    """Return the ids of the stored tensors that the branches' nodes read."""
     inside: set[fx.Node] = set()
     for branch in branches:
         inside |= g.ancestors([branch.value]) & g.descendants([branch.source]) - {branch.source}
@@ -64,20 +66,20 @@ def _weights(gm: fx.GraphModule, branches: Sequence[Branch]) -> frozenset[int]:
     return frozenset(id(tensor) for tensor in tensors if tensor is not None)
 
 
-def block_score(block: Residual, importance: Mapping[int, Tensor]) -> float:
-    """Return what the weights of a block matter together."""
+def block_score(block: ResidualBlock, importance: Mapping[int, Tensor]) -> float:
+    """Return the importance of a block: the sum over its weights."""
     return sum(float(importance[key].sum()) for key in block.weights if key in importance)
 
 
-def remove_blocks(blocks: Sequence[Residual]) -> None:
-    """Let the streams pass by blocks."""
+def remove_blocks(blocks: Sequence[ResidualBlock]) -> None:
+    """Replace the results of blocks by their streams."""
     for block in blocks:
         for branch in block.branches:
             branch.stream_out.replace_all_uses_with(_stream(branch))
 
 
 def _stream(branch: Branch) -> fx.Node:
-    """Return what a branch's value is added to."""
+    """Return the operand to which a branch's value is added."""
     a, b = args(branch.stream_out)[:2]
     stream: fx.Node = b if a is branch.value else a
     return stream

@@ -1,21 +1,21 @@
-"""Measures how much each weight matters, element by element.
+"""Measure the importance (saliency) of weights, element by element.
 
 - `magnitude`: |w|.
-- `random`: a number drawn for each weight, as a floor to compare with.
+- `random`: a random number for each weight, as a baseline.
 - `taylor`: the sum over all calls of |w dL/dw|, with L = <y, u> for the call's result y, scaled to
-  a root mean square of 1, and u drawn with that of 1: to first order, by how much the result
-  changes if the weight becomes 0, in a random direction. No data is needed but requests.
+  a root mean square of 1, and a random u of the same: the first-order change of the result, in a
+  random direction, if the weight becomes 0 (Molchanov et al. 2019). It needs no data but requests.
 - `diff-pruning` (Fang et al. 2023, https://arxiv.org/abs/2305.10924): |w dL/dw| with L the sum over
-  steps of L_t = |prediction - target|^2 on noised results. Steps are visited from the least noisy
+  steps of L_t = |prediction - target|^2 on noised samples. Steps are visited from the least noisy
   one on, as long as L_t is at least `threshold` of the largest L_t so far.
 
-Diff-Pruning noises a data set by the scheduler. A program has neither, so x_0 is what it has
-sampled for the requests, the steps are those of its sampler, and x_t = a x_0 + b e with noise e
-that is drawn once for each request. The target is c x_0 + d e. Here a, c and d are, for each call,
-fitted to the program's own trajectories (least squares over what the call reads and returns, next
-to the first latents and the final ones), and b gives x_t the spread that it has there. So it is
-the same for what predicts noise, velocity or the sample, and for a body that is the whole step.
-All other arguments are those of the trajectory, and both branches of guidance have the same target.
+Diff-Pruning noises a data set by the scheduler. A program has neither, so x_0 is the sample that it
+generates for a request, the steps are those of its sampler, and x_t = a x_0 + b e with noise e that
+is drawn once for each request. The target is c x_0 + d e. For each call a, c and d are fitted to
+the program's own trajectories (least squares of the call's latents and results on the initial and
+the final latents), and b makes the variance of x_t that of the trajectory. So it is the same
+whether the model predicts noise, velocity or the sample, and for a body that is the whole step. All
+other arguments are those of the trajectory, and both branches of guidance have the same target.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def importance(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[int, Tensor]:
-    """Return how much each element of weights matters, by the identity of the tensor.
+    """Return the importance of each element of weights, by the id of the tensor.
 
     Args:
-        program: Where the weights are.
-        method: How they are measured; see above.
+        program: The program with the weights.
+        method: How importance is measured; see above.
         inputs: The flat inputs of requests (see `requests`); for methods that run the program.
-        components: Which weights: those that these read; by default those of the sampling loop. A
-            weight that several read is one, to which all their calls add.
+        components: Those whose weights are measured; by default those of the sampling loop. All
+            calls that read a shared weight add to its importance.
         threshold: Of `diff-pruning`.
-        seed: Of what is drawn.
+        seed: Of random numbers.
         progress: Called with what is being done and the fraction done.
     """
     names = list(choose_scope(program, ("loop",)).loop if components is None else components)
@@ -72,14 +72,14 @@ def importance(
         return {key: torch.rand(t.shape, generator=generator) for key, t in stored.items()}
     if not inputs:
         raise DiffoptError(f"importance={method} is measured: give it 1 request or more")
-    study = _Study(program, names, stored, generator, progress)
+    gradients = _Gradients(program, names, stored, generator, progress)
     if method == "taylor":
-        return study.taylor(inputs)
-    return study.diff_pruning(inputs, threshold)
+        return gradients.taylor(inputs)
+    return gradients.diff_pruning(inputs, threshold)
 
 
-class _Study:
-    """Gradients of what calls of some components return to the weights that they read."""
+class _Gradients:
+    """Gradients of calls' results with respect to the weights that they read."""
 
     def __init__(
         self,
@@ -106,14 +106,14 @@ class _Study:
     def taylor(self, inputs: Sequence[Sequence[Tensor]]) -> dict[int, Tensor]:
         """Return the sum over calls of |w dL/dw|."""
         total = {key: torch.zeros_like(leaf) for key, leaf in self._leaves.items()}
-        done = 0
+        count = 0
 
         def visit(call: fx.Node, arguments: Sequence[Tensor]) -> list[Tensor] | None:
-            nonlocal done
+            nonlocal count
             if call not in self._calls:
                 return None
-            self._progress("measuring importance", done / (len(inputs) * len(self._calls)))
-            done += 1
+            self._progress("measuring importance", count / (len(inputs) * len(self._calls)))
+            count += 1
             with torch.enable_grad():
                 results = self._run(call, arguments)
                 losses = [self._in_random_direction(t) for t in results if t.dtype in FLOATS]
@@ -135,10 +135,10 @@ class _Study:
         noising.fit(runs)
         noise = [torch.randn(run.final.shape, generator=self._generator) for run in runs]
         total = {key: torch.zeros_like(leaf) for key, leaf in self._leaves.items()}
-        most, steps = 0.0, sorted(noising.steps, reverse=True)
-        for done, step in enumerate(steps):
-            self._progress("measuring importance", 0.5 + 0.5 * done / len(steps))
-            made = {key: torch.zeros_like(leaf) for key, leaf in self._leaves.items()}
+        largest, steps = 0.0, sorted(noising.steps, reverse=True)
+        for index, step in enumerate(steps):
+            self._progress("measuring importance", 0.5 + 0.5 * index / len(steps))
+            of_step = {key: torch.zeros_like(leaf) for key, leaf in self._leaves.items()}
             losses = []
             for call in noising.steps[step]:
                 for run, drawn in zip(runs, noise, strict=True):
@@ -147,36 +147,36 @@ class _Study:
                     loss = (result.float() - target.to(self._where)).square().mean()
                     losses.append(float(loss.detach()))
                     for key, gradient in self._gradients(loss, call).items():
-                        made[key] += gradient
-            own = sum(losses) / len(losses)
-            if not math.isfinite(own):
+                        of_step[key] += gradient
+            loss_of_step = sum(losses) / len(losses)
+            if not math.isfinite(loss_of_step):
                 raise DiffoptError(f"the loss in step {step} is not finite: there is no importance")
-            most = max(most, own)
-            if own < threshold * most:
+            largest = max(largest, loss_of_step)
+            if loss_of_step < threshold * largest:
                 break
-            for key, gradient in made.items():
+            for key, gradient in of_step.items():
                 total[key] += gradient
         return {key: (self._leaves[key].detach() * t).abs().cpu() for key, t in total.items()}
 
     def _sample(
         self, tensors: Sequence[Tensor], noising: _Noising, index: int, count: int
-    ) -> _Sampled:
-        """Run a request, and keep what its calls read and return."""
+    ) -> _Trajectory:
+        """Run a request; record the arguments and results of its calls."""
         arguments: dict[fx.Node, list[Tensor]] = {}
         results: dict[fx.Node, list[Tensor]] = {}
         known: dict[fx.Node, Tensor] = {}
         self._progress("sampling", 0.5 * index / count)
 
-        def visit(call: fx.Node, given: Sequence[Tensor]) -> list[Tensor] | None:
+        def visit(call: fx.Node, actual: Sequence[Tensor]) -> list[Tensor] | None:
             if call not in self._calls:
                 return None
             with torch.no_grad():
-                made = [t.cpu() for t in self._run(call, given)]
-            arguments[call], results[call] = list(given), made
-            return made
+                results_of_call = [t.cpu() for t in self._run(call, actual)]
+            arguments[call], results[call] = list(actual), results_of_call
+            return results_of_call
 
         trajectories.run_root(self._program, tensors, visit, known)
-        return _Sampled(arguments, results, known[noising.final])
+        return _Trajectory(arguments, results, known[noising.final])
 
     def _run(self, call: fx.Node, arguments: Sequence[Tensor]) -> list[Tensor]:
         name = str(call.target)
@@ -186,7 +186,7 @@ class _Study:
         return [values[n] for n in body.results]
 
     def _in_random_direction(self, result: Tensor) -> Tensor:
-        """Return <y, u> with a root mean square of 1 for y and u."""
+        """Return <y, u> / sqrt(n) with y of root mean square 1 and u random normal."""
         wide = result.float()
         size = wide.detach().square().mean().sqrt().clamp_min(1e-12)
         drawn = torch.randn(wide.shape, generator=self._generator).to(self._where)
@@ -195,13 +195,13 @@ class _Study:
     def _gradients(self, loss: Tensor, call: fx.Node) -> dict[int, Tensor]:
         keys = list({id(t) for t in self._reads[str(call.target)].values()})
         leaves = [self._leaves[key] for key in keys]
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return {key: t for key, t in zip(keys, found, strict=True) if t is not None}
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return {key: t for key, t in zip(keys, gradients, strict=True) if t is not None}
 
 
 @dataclass(frozen=True, eq=False)
-class _Sampled:
-    """What calls of a request read and returned, and the final latents."""
+class _Trajectory:
+    """The arguments and results of a request's calls, and the final latents."""
 
     arguments: dict[fx.Node, list[Tensor]]
     results: dict[fx.Node, list[Tensor]]
@@ -209,47 +209,47 @@ class _Sampled:
 
 
 class _Noising:
-    """How final latents are noised for each call, and what is to be predicted then.
+    """Noised final latents and the prediction's target for each call.
 
     Attributes:
         steps: The calls of each step.
-        final: The node of the root graph that has the final latents.
+        final: The node of the final latents in the root graph.
     """
 
     def __init__(self, program: Program, calls: Sequence[fx.Node]) -> None:
         self.steps: dict[int, list[fx.Node]] = {}
         for call in calls:
-            if (own := call_tags.tag(call)) is not None:
-                self.steps.setdefault(own.step, []).append(call)
+            if (tag := call_tags.tag(call)) is not None:
+                self.steps.setdefault(tag.step, []).append(call)
         late = g.descendants(calls)
         self._places: dict[fx.Node, tuple[int, int]] = {}
         self._sizes: dict[fx.Node, tuple[int, ...]] = {}
-        for call in (c for own in self.steps.values() for c in own):
+        for call in (c for tag in self.steps.values() for c in tag):
             body = program.components[str(call.target)]
             same = program.calls(str(call.target))
-            takes = [
+            parameters = [
                 (i, n)
                 for i, n in enumerate(g.placeholders(body))
                 if any(c.args[i] in late for c in same) and not n.meta.get("reuse")
             ]
-            found = [
+            overlaps = [
                 (math.prod(sizes), i, j, sizes)
-                for i, taken in takes
-                for j, made in enumerate(g.outputs(body))
-                if (sizes := _overlap(taken.meta["val"], made.meta["val"])) is not None
+                for i, argument in parameters
+                for j, result in enumerate(g.outputs(body))
+                if (sizes := _overlap(argument.meta["val"], result.meta["val"])) is not None
             ]
-            if len(self.steps) < 2 or not found:
+            if len(self.steps) < 2 or not overlaps:
                 raise DiffoptError(
                     f"importance=diff-pruning noises what a sampling loop reads and returns, which"
                     f" {call.target} is not called in; write importance=taylor"
                 )
-            _, i, j, self._sizes[call] = max(found, key=lambda row: (row[0], -row[1], -row[2]))
+            _, i, j, self._sizes[call] = max(overlaps, key=lambda row: (row[0], -row[1], -row[2]))
             self._places[call] = i, j
         self.final = self._find_final(program)
         self._factors: dict[fx.Node, tuple[float, float, float, float]] = {}
 
     def _find_final(self, program: Program) -> fx.Node:
-        """Return the last value of the latents' size that the last step leads to."""
+        """Return the last value of the latents' shape that depends on the last step."""
         last = self.steps[max(self.steps)]
         sizes = self._sizes[last[0]]
         after = g.reachable(
@@ -257,40 +257,40 @@ class _Noising:
             lambda n: () if n.op == "call_module" else n.users,
         )
         rows = sizes[0]
-        found = [
+        candidates = [
             node
             for node in program.root.graph.nodes
             if node in after and node.op == "call_function" and _is_like(node.meta["val"], sizes)
         ]
         # A prediction for both branches of guidance has more rows than the latents have.
-        least = min((n.meta["val"].shape[0] for n in found), default=rows)
-        found = [node for node in found if node.meta["val"].shape[0] == least]
-        if not found:
+        least = min((n.meta["val"].shape[0] for n in candidates), default=rows)
+        candidates = [node for node in candidates if node.meta["val"].shape[0] == least]
+        if not candidates:
             raise DiffoptError(
                 "importance=diff-pruning finds no final latents behind the sampling loop; write"
                 " importance=taylor"
             )
-        final: fx.Node = found[-1]
+        final: fx.Node = candidates[-1]
         return final
 
-    def fit(self, runs: Sequence[_Sampled]) -> None:
-        """Find the factors a, b, c and d of each call."""
+    def fit(self, runs: Sequence[_Trajectory]) -> None:
+        """Fit the factors a, b, c and d of each call (see the module's docstring)."""
         first = {call: self._first(call) for call in self._places}
         for call in self._places:
             finals = torch.cat([self._rows(r.final, call).flatten() for r in runs])
-            begins = torch.cat([self._latents(first[call], r).flatten() for r in runs])
-            begins = begins / begins.square().mean().sqrt().clamp_min(1e-12)
-            basis = torch.stack([finals, begins], 1).double()
+            noises = torch.cat([self._latents(first[call], r).flatten() for r in runs])
+            noises = noises / noises.square().mean().sqrt().clamp_min(1e-12)
+            basis = torch.stack([finals, noises], 1).double()
             reads = torch.cat([self._latents(call, r).flatten() for r in runs])
-            makes = torch.cat([self.predicted(call, r.results[call]).flatten() for r in runs])
-            sides = torch.stack([reads, makes], 1).double()
+            results = torch.cat([self.predicted(call, r.results[call]).flatten() for r in runs])
+            sides = torch.stack([reads, results], 1).double()
             # At the first call x_t is the noise itself, which the fit then finds.
             (a, c), (_, d) = torch.linalg.lstsq(basis, sides).solution.tolist()
             rest = reads.double().square().mean() - a**2 * finals.double().square().mean()
             self._factors[call] = a, math.sqrt(max(float(rest), 0.0)), c, d
 
-    def noised(self, call: fx.Node, run: _Sampled, noise: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the arguments of a call on noised final latents, and what it should return."""
+    def noised(self, call: fx.Node, run: _Trajectory, noise: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the arguments of a call with noised latents, and the target of its result."""
         a, b, c, d = self._factors[call]
         final, drawn = self._rows(run.final, call), self._rows(noise, call)
         arguments = list(run.arguments[call])
@@ -300,7 +300,7 @@ class _Noising:
         return arguments, c * final + d * drawn
 
     def predicted(self, call: fx.Node, results: Sequence[Tensor]) -> Tensor:
-        """Return the part of the results that has a target: no predicted variance, say."""
+        """Return the part of the results that has a target: without a predicted variance."""
         return results[self._places[call][1]][self._slices(call)]
 
     def _first(self, call: fx.Node) -> fx.Node:
@@ -308,33 +308,33 @@ class _Noising:
         steps = (c for step in sorted(self.steps) for c in self.steps[step])
         return next(c for c in steps if self._sizes[c] == self._sizes[call])
 
-    def _latents(self, call: fx.Node, run: _Sampled) -> Tensor:
+    def _latents(self, call: fx.Node, run: _Trajectory) -> Tensor:
         return run.arguments[call][self._places[call][0]][self._slices(call)]
 
     def _slices(self, call: fx.Node) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in self._sizes[call])
 
     def _rows(self, latents: Tensor, call: fx.Node) -> Tensor:
-        """Return latents once for each branch that the call's batch has."""
+        """Repeat latents for each branch in the call's batch."""
         count = self._sizes[call][0] // len(latents)
         return torch.cat([latents.float()] * count)
 
 
 def _overlap(a: object, b: object) -> tuple[int, ...] | None:
-    """Return the sizes that two values have in common; None if they are not alike."""
+    """Return the common shape of latents and prediction; None if two values cannot be these."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dim() < 2 or a.dim() != b.dim():
         return None
     if a.dtype not in FLOATS or b.dtype not in FLOATS:
         return None
     differs = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n]
-    # More channels there or here: a mask beside the latents, a variance beside the prediction.
+    # One may have more channels: a mask beside the latents, a variance beside the prediction.
     if len(differs) > 1 or 0 in differs:
         return None
     return tuple(min(m, n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
 def _is_like(value: object, sizes: Sequence[int]) -> bool:
-    """Tell whether a value has the latents' size, once or for each branch of guidance."""
+    """Tell whether a value has the latents' shape, once or for each branch of guidance."""
     if not isinstance(value, Tensor) or value.dim() != len(sizes) or value.dtype not in FLOATS:
         return False
     return tuple(value.shape[1:]) == tuple(sizes[1:]) and sizes[0] % value.shape[0] == 0

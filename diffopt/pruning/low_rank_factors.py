@@ -1,13 +1,13 @@
-"""Factors the weight of a layer into two smaller ones: linears, and convolutions in two forms.
+"""Factorize the weight of a layer into two smaller ones: linears, and convolutions in two forms.
 
     channel:  linear(x, w, b) or conv(x, w, b)  becomes  layer(layer(x, down), up, b)
     spatial:  conv(x, w, b) with a kernel of kh x kw  becomes  conv(conv(x, down), up, b)
 
 The channel form's first layer has the kernel of the original and `rank` outputs, its second one a
 single pixel. The spatial form's kernels are kh x 1 and 1 x kw (Jaderberg et al. 2014). Either way
-the weight is a matrix, here called so, of which the product of the two is nearest for its rank: in
-the norm of the matrix, or in that of what the layer computes from inputs whose second moments are
-given (as SVD-LLM, Wang et al. 2024, by whitening).
+the weight is reshaped to a matrix W, and the product of the two is the nearest matrix of its rank:
+in the norm |W - UV|, or, with second moments M = E[x x^T] of the inputs, in that of the outputs,
+tr((W - UV) M (W - UV)^T) (by whitening, as SVD-LLM, Wang et al. 2024).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ aten = torch.ops.aten
 Form = Literal["channel", "spatial"]
 
 PATCH = 4096
-"""Of patches of up to so many numbers all second moments are taken; else those of channels."""
+"""The largest patch of which all second moments are computed; of larger ones those of channels."""
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What the layers of one form cost.
+class FormCost:
+    """The cost of the two layers of one form.
 
     Attributes:
-        flops: Multiply-adds of one run, for each of `rank`.
-        parameters: Numbers stored, for each of `rank`.
-        whole_flops: Of the layer as it is.
-        whole_parameters: Of the layer as it is.
+        flops: Multiply-adds of one run, for a rank of 1.
+        parameters: Stored numbers, for a rank of 1.
+        whole_flops: Of the original layer.
+        whole_parameters: Of the original layer.
     """
 
     flops: int
@@ -57,10 +57,10 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """A weight as a matrix, and what each direction of its outputs weighs.
+    """A weight as a matrix, and its singular values.
 
     Attributes:
-        form: How the weight is a matrix.
+        form: How the weight is reshaped to a matrix.
         shape: Of the weight.
         matrix: float64, [rows, columns].
         energy: The squared singular values, the largest first.
@@ -74,17 +74,17 @@ class Spectrum:
     basis: Tensor
 
     def kept(self, rank: int) -> float:
-        """Return the share of the energy that the largest `rank` directions have."""
+        """Return the fraction of the energy in the `rank` largest directions."""
         return float(self.energy[:rank].sum() / self.energy.sum().clamp_min(1e-300))
 
     def rank_for(self, share: float) -> int:
-        """Return the least rank that keeps a share of the energy."""
+        """Return the least rank that keeps a fraction of the energy."""
         shares = self.energy.cumsum(0) / self.energy.sum().clamp_min(1e-300)
         return min(int((shares < share - 1e-12).sum()) + 1, len(self.energy))
 
 
 def forms(layer: qdq.Layer) -> tuple[Form, ...]:
-    """Return the forms that a layer can have; none if it is a convolution in groups."""
+    """Return the forms that a layer supports; none if it is a grouped convolution."""
     if not layer.convolution:
         return ("channel",)
     if conv_geometry(layer.node)[-1] != 1:
@@ -98,17 +98,17 @@ def full_rank(weight: Tensor) -> int:
     return min(len(weight), weight[0].numel())
 
 
-def cost(layer: qdq.Layer, form: Form) -> Cost:
-    """Return what a layer costs in a form."""
-    weight, made = layer.weight.meta["val"], layer.node.meta["val"]
-    out, taken = len(weight), weight[0].numel()
-    places = made.numel() // out  # of which each is computed for every output
-    whole = out * taken * places, out * taken
+def cost(layer: qdq.Layer, form: Form) -> FormCost:
+    """Return the cost of a layer in a form."""
+    weight, output = layer.weight.meta["val"], layer.node.meta["val"]
+    out, inputs = len(weight), weight[0].numel()
+    positions = output.numel() // out  # of which each is computed for every output
+    whole = out * inputs * positions, out * inputs
     if form == "channel":
-        return Cost((taken + out) * places, taken + out, *whole)
+        return FormCost((inputs + out) * positions, inputs + out, *whole)
     down, up = weight.shape[1] * weight.shape[2], out * weight.shape[3]
-    wide = made.numel() // out // made.shape[-1] * layer.x.meta["val"].shape[-1]
-    return Cost(down * wide + up * places, down + up, *whole)
+    wide = output.numel() // out // output.shape[-1] * layer.x.meta["val"].shape[-1]
+    return FormCost(down * wide + up * positions, down + up, *whole)
 
 
 def spectrum(weight: Tensor, form: Form, moments: Tensor | None = None) -> Spectrum:
@@ -116,40 +116,42 @@ def spectrum(weight: Tensor, form: Form, moments: Tensor | None = None) -> Spect
 
     Args:
         weight: Of a linear or a convolution without groups.
-        form: How it is a matrix.
-        moments: Of what the layer reads; see `second_moments`.
+        form: How it is reshaped to a matrix.
+        moments: Of the layer's inputs; see `second_moments`.
     """
     matrix = _matrix(weight.detach().double(), form)
     if moments is not None:
-        moments = _fitting(moments.double(), weight.shape, form)
+        moments = _moments_of_columns(moments.double(), weight.shape, form)
     energy, basis = _directions(matrix, moments)
     return Spectrum(form, tuple(weight.shape), matrix, energy, basis)
 
 
-def factors(found: Spectrum, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def factorize(decomposed: Spectrum, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the weights of the two layers, the first [rank, in, …] and the second [out, rank, …].
 
-    The nearest product is the projection of the matrix onto the largest directions of the outputs.
+    U U^T W, with U the largest directions of the outputs, is the nearest matrix of this rank.
     """
-    basis = found.basis[:, :rank]
-    down = basis.T @ found.matrix
-    # Both layers have about the same range, so that none is hard to store in few bits.
+    basis = decomposed.basis[:, :rank]
+    down = basis.T @ decomposed.matrix
+    # Balance the ranges of both layers, so that both can be quantized.
     root = down.norm(dim=1).sqrt().clamp_min(1e-12)
     down, up = down / root[:, None], basis * root
-    out, taken, *kernel = found.shape
-    if found.form == "spatial":
-        first = down.reshape(rank, taken, kernel[0], 1)
+    out, inputs, *kernel = decomposed.shape
+    if decomposed.form == "spatial":
+        first = down.reshape(rank, inputs, kernel[0], 1)
         second = up.reshape(out, kernel[1], rank).transpose(1, 2).reshape(out, rank, 1, kernel[1])
     else:
-        first = down.reshape(rank, taken, *kernel)
+        first = down.reshape(rank, inputs, *kernel)
         second = up.reshape(out, rank, *[1] * len(kernel))
     return _parameter(first, dtype), _parameter(second, dtype)
 
 
-def place(gm: fx.GraphModule, layer: qdq.Layer, form: Form, first: Tensor, second: Tensor) -> None:
-    """Put two layers in the place of one."""
+def place_factors(
+    gm: fx.GraphModule, layer: qdq.Layer, form: Form, first: Tensor, second: Tensor
+) -> None:
+    """Replace a layer by two."""
     graph, node, name = gm.graph, layer.node, str(layer.weight.target)
-    x = args(node)[0]  # not `layer.x`, in whose place two layers may be by now
+    x = args(node)[0]  # not `layer.x`, which two layers may have replaced
     early, late = _geometries(layer, form)
     with graph.inserting_before(node):
         weights = [
@@ -182,16 +184,16 @@ def _parameter(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _matrix(weight: Tensor, form: Form) -> Tensor:
     if form == "channel":
         return weight.flatten(1)
-    out, taken, high, wide = weight.shape
-    return weight.permute(0, 3, 1, 2).reshape(out * wide, taken * high)
+    out, inputs, high, wide = weight.shape
+    return weight.permute(0, 3, 1, 2).reshape(out * wide, inputs * high)
 
 
 def _directions(matrix: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return squared singular values, the largest first, and the left singular vectors."""
     if moments is not None:
-        # A little of every direction, so that what calibration has not seen is not thrown away.
-        some = 1e-4 * moments.diagonal().mean()
-        moments = moments + some * torch.eye(len(moments), dtype=moments.dtype)
+        # Regularize, so that directions that calibration has not seen are not dropped.
+        ridge = 1e-4 * moments.diagonal().mean()
+        moments = moments + ridge * torch.eye(len(moments), dtype=moments.dtype)
     if len(matrix) <= matrix.shape[1]:
         gram = matrix @ matrix.T if moments is None else matrix @ moments @ matrix.T
         energy, basis = torch.linalg.eigh(gram)
@@ -200,18 +202,18 @@ def _directions(matrix: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]
     scaled = matrix if root is None else matrix @ root
     energy, right = torch.linalg.eigh(scaled.T @ scaled)
     energy = energy.flip(0).clamp_min(0)
-    made = scaled @ right.flip(1)
-    # Directions of no energy are turned to zero by it, whatever they are divided by.
-    return energy, torch.linalg.qr(made / made.norm(dim=0).clamp_min(1e-12))[0]
+    left = scaled @ right.flip(1)
+    # QR orthonormalizes directions of no energy, which the division cannot scale.
+    return energy, torch.linalg.qr(left / left.norm(dim=0).clamp_min(1e-12))[0]
 
 
-# Second moments of what layers read
+# Second moments of inputs
 
 
 def second_moments(layer: qdq.Layer, x: Tensor) -> tuple[Tensor, int]:
-    """Return the sum of the products of the n inputs of one output, [n, n], and of how many.
+    """Return the sum of x x^T over rows x [n] of a layer's input, [n, n], and how many rows.
 
-    For a convolution these are the numbers of a patch, or its channels where patches are large.
+    A convolution's rows are its patches, or the pixels' channels where patches are large.
     """
     weight = layer.weight.meta["val"]
     if not layer.convolution:
@@ -226,13 +228,13 @@ def second_moments(layer: qdq.Layer, x: Tensor) -> tuple[Tensor, int]:
     return rows.T @ rows, len(rows)
 
 
-def _fitting(moments: Tensor, shape: torch.Size, form: Form) -> Tensor:
-    """Return moments for the columns of a weight's matrix in a form."""
-    taken, kernel = shape[1], shape[2:]
-    if len(moments) == taken and math.prod(kernel) > 1:
+def _moments_of_columns(moments: Tensor, shape: torch.Size, form: Form) -> Tensor:
+    """Return the moments of the columns of a weight's matrix in a form."""
+    inputs, kernel = shape[1], shape[2:]
+    if len(moments) == inputs and math.prod(kernel) > 1:
         moments = torch.kron(moments, torch.eye(math.prod(kernel), dtype=moments.dtype))
     if form == "channel":
         return moments
     high, wide = kernel
-    each = moments.view(taken, high, wide, taken, high, wide).diagonal(dim1=2, dim2=5)
-    return each.sum(-1).reshape(taken * high, taken * high)
+    each = moments.view(inputs, high, wide, inputs, high, wide).diagonal(dim1=2, dim2=5)
+    return each.sum(-1).reshape(inputs * high, inputs * high)

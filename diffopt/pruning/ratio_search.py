@@ -1,11 +1,10 @@
-"""Chooses the share that each group of units loses, so that a part of the FLOPs is left.
+"""Choose a pruning ratio for each group of units, such that a fraction of the FLOPs is left.
 
-Each group alone loses the units that matter least, in a few shares, and some calls of the
-components run again on what they read in the whole program: what their results differ by is the
-error of that share. Groups then lose units step by step, each time where that adds least squared
-error for the FLOPs that it saves. How many steps it takes is found by counting FLOPs without all
-that they remove: what is saved does not add up, since a layer between two groups costs what is left
-of one times what is left of the other.
+Each group alone is pruned in a few ratios, and some calls of the components run again on their
+recorded arguments: the error of their results is the error of that ratio. Then groups are pruned
+greedily, step by step, where that adds the least squared error for the FLOPs that it saves. The
+number of steps is found by bisection, counting the FLOPs of the pruned program: savings do not add
+up, since the FLOPs of a layer between two groups are a product of the channels left of both.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from diffopt.pruning import selection
 from diffopt.pruning.ablation import Ablation
 from diffopt.pruning.coupling import Group, Unit
 
-SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
-"""What is tried of each group."""
+RATIOS = (0.125, 0.25, 0.375, 0.5, 0.75)
+"""The ratios to try of each group."""
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """What a share of one group costs.
+class RatioTrial:
+    """A pruning ratio of one group.
 
     Attributes:
-        units: That share.
-        error: Squared relative error of what calls return without it.
-        saved: FLOPs that a run of the components does not need then.
+        units: The units to remove.
+        error: Squared relative error of calls' results without them.
+        saved: FLOPs saved in a run of the components.
     """
 
     units: list[Unit]
@@ -47,20 +46,20 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What was chosen.
+class RatioChoice:
+    """The result of a search.
 
     Attributes:
-        groups: What there was to choose of.
+        groups: The prunable groups.
         trials: Of each group.
-        choice: The trial of each group; None: it stays whole.
+        choice: The index of each group's trial; None: it is not pruned.
         before: FLOPs of a run of the components.
-        after: The same without what was chosen.
-        measured: Squared relative error without all that was chosen.
+        after: The same of the pruned components.
+        measured: Squared relative error of the pruned components' results.
     """
 
     groups: Sequence[Group]
-    trials: list[list[Trial]]
+    trials: list[list[RatioTrial]]
     choice: list[int | None]
     before: int
     after: int
@@ -69,17 +68,17 @@ class Found:
     @property
     def units(self) -> list[list[Unit]]:
         """The units to remove of each group."""
-        return [own.units if own else [] for own in self._chosen()]
+        return [trial.units if trial else [] for trial in self._chosen()]
 
-    def _chosen(self) -> list[Trial | None]:
+    def _chosen(self) -> list[RatioTrial | None]:
         pairs = zip(self.trials, self.choice, strict=True)
-        return [None if at is None else own[at] for own, at in pairs]
+        return [None if at is None else trial[at] for trial, at in pairs]
 
     def notes(self) -> dict[str, Any]:
-        """Return what is worth knowing: of all, of each group, and of all that was tried."""
+        """Return the notes of the pass: totals, a row for each group, and one for each trial."""
         chosen = self._chosen()
-        predicted = sum(own.error for own in chosen if own)
-        whole = Trial([], 0.0, 0)
+        predicted = sum(trial.error for trial in chosen if trial)
+        whole = RatioTrial([], 0.0, 0)
         pairs = zip(self.groups, chosen, strict=True)
         return {
             "auto": {
@@ -87,15 +86,15 @@ class Found:
                 "predicted error": predicted**0.5,
                 "measured error": self.measured**0.5,
             },
-            "groups": [self._row(group, own or whole) for group, own in pairs],
+            "groups": [self._row(group, trial or whole) for group, trial in pairs],
             "sensitivity": [
-                self._row(group, own)
-                for group, tried in zip(self.groups, self.trials, strict=True)
-                for own in tried
+                self._row(group, trial)
+                for group, trials in zip(self.groups, self.trials, strict=True)
+                for trial in trials
             ],
         }
 
-    def _row(self, group: Group, trial: Trial) -> dict[str, Any]:
+    def _row(self, group: Group, trial: RatioTrial) -> dict[str, Any]:
         return {
             "group": group.name,
             "kind": group.kind,
@@ -106,117 +105,118 @@ class Found:
         }
 
 
-def choose(
-    bench: Ablation,
+def search_ratios(
+    ablation: Ablation,
     groups: Sequence[Group],
     scores: Sequence[Tensor],
-    part: float,
-    most: float,
+    flops: float,
+    max_ratio: float,
     round_to: int,
     progress: Progress = silent,
-) -> Found:
-    """Return what each group loses, so that at most a part of the FLOPs is left.
+) -> RatioChoice:
+    """Return the trial of each group, such that at most a fraction of the FLOPs is left.
 
     Args:
-        bench: Measures what components cost and return without units.
-        groups: What can go.
-        scores: What each unit of them matters: those go first that matter least.
-        part: Of the FLOPs of a run of the bench's components.
-        most: The largest share that one group may lose.
-        round_to: See `pruning.least`.
+        ablation: Measures components without some units.
+        groups: The prunable groups.
+        scores: The importance of each unit of them.
+        flops: The fraction of the FLOPs of a run of the components.
+        max_ratio: The largest ratio of a group.
+        round_to: See `select_units`.
         progress: Called with what is being done and the fraction done.
     """
-    tried = [own for own in SHARES if own <= most]
-    trials = _trials(bench, groups, scores, tried, round_to, progress)
-    order = ladder(trials)
-    before = bench.cost(bench.program)
+    ratios = [ratio for ratio in RATIOS if ratio <= max_ratio]
+    trials = _measure_trials(ablation, groups, scores, ratios, round_to, progress)
+    order = hull_steps(trials)
+    before = ablation.cost(ablation.program)
 
     def chosen(count: int) -> list[int | None]:
-        made: list[int | None] = [None] * len(groups)
+        choice: list[int | None] = [None] * len(groups)
         for number, at in order[:count]:
-            made[number] = at
-        return made
+            choice[number] = at
+        return choice
 
     def without(count: int) -> Program:
         pairs = zip(trials, chosen(count), strict=True)
-        return bench.without([u for own, at in pairs if at is not None for u in own[at].units])
+        return ablation.without(
+            [u for tried_of, at in pairs if at is not None for u in tried_of[at].units]
+        )
 
-    least = bench.cost(without(len(order)))
-    if least > part * before:
+    least = ablation.cost(without(len(order)))
+    if least > flops * before:
         raise DiffoptError(
-            f"flops={part:g} cannot be reached in {', '.join(bench.components)}: with up to"
-            f" {tried[-1]:g} of each group gone, {math.ceil(100 * least / before) / 100:g} of"
+            f"flops={flops:g} cannot be reached in {', '.join(ablation.components)}: with up to"
+            f" {ratios[-1]:g} of each group gone, {math.ceil(100 * least / before) / 100:g} of"
             " their FLOPs are left; ask for that or more"
         )
-    # Each step removes more, so a number of steps is enough where a smaller one is.
+    # Each step removes more, so the FLOPs fall monotonically: bisect.
     count = bisect.bisect_left(
-        range(len(order)), True, key=lambda n: bench.cost(without(n)) <= part * before
+        range(len(order)), True, key=lambda n: ablation.cost(without(n)) <= flops * before
     )
     smaller = without(count)
-    after, error = bench.cost(smaller), bench.error(smaller)
-    return Found(groups, trials, chosen(count), before, after, error)
+    after, error = ablation.cost(smaller), ablation.error(smaller)
+    return RatioChoice(groups, trials, chosen(count), before, after, error)
 
 
-def _trials(
-    bench: Ablation,
+def _measure_trials(
+    ablation: Ablation,
     groups: Sequence[Group],
     scores: Sequence[Tensor],
-    shares: Sequence[float],
+    ratios: Sequence[float],
     round_to: int,
     progress: Progress,
-) -> list[list[Trial]]:
-    """Return what each share of each group costs, by itself."""
+) -> list[list[RatioTrial]]:
+    """Measure each ratio of each group alone."""
     pairs = zip(groups, scores, strict=True)
-    tried = [_shares(group, own, shares, round_to) for group, own in pairs]
+    tried = [_units_by_ratio(group, own, ratios, round_to) for group, own in pairs]
     flat = [units for own in tried for units in own]
 
     def measure() -> dict[str, Tensor]:
-        rows, before = [], bench.cost(bench.program)
-        for done, units in enumerate(flat):
-            progress(f"trying shares, {done + 1} of {len(flat)}", done / len(flat))
-            smaller = bench.without(units)
-            rows.append((bench.error(smaller), before - bench.cost(smaller)))
+        rows, before = [], ablation.cost(ablation.program)
+        for index, units in enumerate(flat):
+            progress(f"trying shares, {index + 1} of {len(flat)}", index / len(flat))
+            smaller = ablation.without(units)
+            rows.append((ablation.error(smaller), before - ablation.cost(smaller)))
         return {"trials": torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)}
 
-    key = {**bench.key(), "units": [[unit.label for unit in units] for units in flat]}
+    key = {**ablation.key(), "units": [[unit.label for unit in units] for units in flat]}
     rows = iter(trajectories.cached(key, measure)["trials"].tolist())
-    made = []
+    trials = []
     for own in tried:
-        found = [(units, next(rows)) for units in own]
-        made.append([Trial(units, error, int(saved)) for units, (error, saved) in found])
-    return made
+        measured = [(units, next(rows)) for units in own]
+        trials.append([RatioTrial(units, error, int(saved)) for units, (error, saved) in measured])
+    return trials
 
 
-def _shares(
-    group: Group, scores: Tensor, shares: Sequence[float], round_to: int
+def _units_by_ratio(
+    group: Group, scores: Tensor, ratios: Sequence[float], round_to: int
 ) -> list[list[Unit]]:
-    """Return the units of a group that go in each share; none twice."""
-    found: list[list[Unit]] = []
-    for share in shares:
+    """Return the distinct selections of units of a group, by increasing ratio."""
+    selected: list[list[Unit]] = []
+    for ratio in ratios:
         try:
-            (units,) = selection.least([group], [scores], [share], share, "layer", round_to)
-        except DiffoptError:  # of a few units of unequal width nothing would be left
+            (units,) = selection.select_units([group], [scores], [ratio], ratio, "layer", round_to)
+        except DiffoptError:  # the ratio would remove the whole group
             break
-        if len(units) > (len(found[-1]) if found else 0):
-            found.append(units)
-    return found
+        if len(units) > (len(selected[-1]) if selected else 0):
+            selected.append(units)
+    return selected
 
 
-def ladder(trials: Sequence[Sequence[Trial]]) -> list[tuple[int, int]]:
-    """Return steps of single groups, as group and trial, those first that cost least.
+def hull_steps(trials: Sequence[Sequence[RatioTrial]]) -> list[tuple[int, int]]:
+    """Return greedy steps as (group, trial), in the order of added error per saved FLOP.
 
-    What a step costs is the error that it adds for each FLOP that it saves. In a group these are
-    the edges of the lower convex hull of its trials, so that each costs as much as the one before
-    or more.
+    In each group they are the edges of the lower convex hull of (saved, error) of its trials, so
+    that slopes increase and a group's steps remain in order.
     """
     steps = []
     for number, tried in enumerate(trials):
         error, saved = 0.0, 0
         while True:
             slopes = [
-                ((own.error - error) / (own.saved - saved), own.saved, at)
-                for at, own in enumerate(tried)
-                if own.saved > saved and math.isfinite(own.error)
+                ((trial.error - error) / (trial.saved - saved), trial.saved, at)
+                for at, trial in enumerate(tried)
+                if trial.saved > saved and math.isfinite(trial.error)
             ]
             if not slopes:
                 break

@@ -1,7 +1,7 @@
-"""Chooses the units of a program that matter least.
+"""Select the units of a program with the least importance.
 
-What a unit matters is the sum of what the elements of its members matter (`importance`). Within a
-group units are compared as they are; between groups they are divided by the group's mean.
+A unit's importance is the sum of that of the elements of its members (`importance`). Within a group
+units are compared as they are; between groups each is divided by its group's mean.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from diffopt.errors import DiffoptError
 from diffopt.pruning.coupling import Group, Unit
 
-Scope = Literal["layer", "global"]
+RatioScope = Literal["layer", "global"]
 
 ROUNDED_FROM = 8
-"""Groups that have fewer channels than this times `round_to` are not rounded: too much would go."""
+"""Groups with fewer channels than this times `round_to` are not rounded."""
 
 
 def unit_scores(group: Group, importance: Mapping[int, Tensor]) -> Tensor:
-    """Return what each unit of a group matters: the sum over all that it is made of."""
+    """Return the importance of each unit of a group: the sum over its members, [units]."""
     scores = torch.zeros(len(group.units))
     for key, axis in group.units[0].members:
         if key not in importance:
@@ -35,85 +35,88 @@ def unit_scores(group: Group, importance: Mapping[int, Tensor]) -> Tensor:
     return scores
 
 
-def least(
+def select_units(
     groups: Sequence[Group],
     scores: Sequence[Tensor],
     ratios: Sequence[float | None],
     ratio: float,
-    scope: Scope,
+    scope: RatioScope,
     round_to: int,
 ) -> list[list[Unit]]:
     """Return, of each group, the units to remove.
 
     Args:
-        groups: What can go.
-        scores: What each unit of them matters.
-        ratios: The share to remove of groups that have one of their own; others: None.
-        ratio: The share of all others.
+        groups: The prunable groups.
+        scores: The importance of each unit of them.
+        ratios: The ratio of each group that has one of its own; else None.
+        ratio: The ratio of all others.
         scope: Whether that is of each group, or of all of them together.
-        round_to: What is left of a group is a multiple of this many channels, if it has enough.
+        round_to: Groups with enough channels keep a multiple of this many.
+
+    Raises:
+        DiffoptError: A ratio would remove a whole group.
     """
-    shares = [ratio if own is None else own for own in ratios]
+    removed = [ratio if local is None else local for local in ratios]
     if scope == "global":
-        open_ = [i for i, own in enumerate(ratios) if own is None]
-        found = _global([groups[i] for i in open_], [scores[i] for i in open_], ratio)
-        for index, share in zip(open_, found, strict=True):
-            shares[index] = share
+        competing = [i for i, local in enumerate(ratios) if local is None]
+        pairs = [groups[i] for i in competing], [scores[i] for i in competing]
+        for index, fraction in zip(competing, _global_ratios(*pairs, ratio), strict=True):
+            removed[index] = fraction
     return [
-        _least_of(group, score, share, round_to)
-        for group, score, share in zip(groups, scores, shares, strict=True)
+        _select_from(group, score, fraction, round_to)
+        for group, score, fraction in zip(groups, scores, removed, strict=True)
     ]
 
 
-def _least_of(group: Group, scores: Tensor, share: float, round_to: int) -> list[Unit]:
-    """Return the units of one group that matter least: about a share of its channels."""
-    if share == 0:
+def _select_from(group: Group, scores: Tensor, ratio: float, round_to: int) -> list[Unit]:
+    """Return the least important units of a group, with about `ratio` of its channels."""
+    if ratio == 0:
         return []
     widths = [group.width(unit) for unit in group.units]
     total = sum(widths)
-    stay = _stay(group, scores)
-    order = [index for index in scores.argsort(stable=True).tolist() if index not in stay]
+    kept = _kept_units(group, scores)
+    order = [index for index in scores.argsort(stable=True).tolist() if index not in kept]
     left = [total]
     for index in order:
         left.append(left[-1] - widths[index])
-    wanted = total * (1 - share)
+    wanted = total * (1 - ratio)
     count = min(range(len(left)), key=lambda n: (abs(left[n] - wanted), n))
     whole = [n for n in range(len(left)) if left[n] % round_to == 0 and left[n]]
     if total >= ROUNDED_FROM * round_to and total % round_to == 0 and len(whole) > 1:
         count = min(whole, key=lambda n: (abs(left[n] - wanted), n))
     if not left[count]:
         raise DiffoptError(
-            f"{group.name} would vanish: {share:g} of its {len(order)} {_noun(group)} is all of "
+            f"{group.name} would vanish: {ratio:g} of its {len(order)} {_noun(group)} is all of "
             "them; ask for less, or skip it"
         )
     return [group.units[index] for index in order[:count]]
 
 
-def _stay(group: Group, scores: Tensor) -> set[int]:
-    """Return the units that cannot go: of each part the one that matters most."""
+def _kept_units(group: Group, scores: Tensor) -> set[int]:
+    """Return the units that are always kept: the most important one of each part."""
     at = {unit.label: index for index, unit in enumerate(group.units)}
     return {
         max((at[label] for label in part), key=lambda i: (scores[i], i)) for part in group.parts
     }
 
 
-def _global(groups: Sequence[Group], scores: Sequence[Tensor], ratio: float) -> list[float]:
-    """Return the share of each group that goes where units of all compete; one always stays."""
+def _global_ratios(groups: Sequence[Group], scores: Sequence[Tensor], ratio: float) -> list[float]:
+    """Return the ratio of each group where units of all compete; one unit of each is kept."""
     rows = []
-    for number, (group, own) in enumerate(zip(groups, scores, strict=True)):
-        relative = own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)
-        for score, unit in zip(relative.tolist(), group.units, strict=True):
-            rows.append((score, number, group.width(unit)))
+    for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
+        relative = score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+        for value, unit in zip(relative.tolist(), group.units, strict=True):
+            rows.append((value, number, group.width(unit)))
     budget = ratio * sum(width for *_, width in rows)
-    gone = [0] * len(groups)
+    removed = [0] * len(groups)
     units = [len(group.units) for group in groups]
     for _, number, width in sorted(rows):
         if units[number] > 1 and width <= budget + width / 2:
             budget -= width
-            gone[number] += width
+            removed[number] += width
             units[number] -= 1
     totals = [sum(map(group.width, group.units)) for group in groups]
-    return [lost / total for lost, total in zip(gone, totals, strict=True)]
+    return [width / total for width, total in zip(removed, totals, strict=True)]
 
 
 def _noun(group: Group) -> str:

@@ -79,8 +79,8 @@ def test_full_rank_is_the_layer(kind: str, form: low_rank_factors.Form) -> None:
         assert form == "spatial"
         return
     found = low_rank_factors.spectrum(weight, form)
-    first, second = low_rank_factors.factors(found, len(found.energy), torch.float32)
-    low_rank_factors.place(made.components["net"], layer, form, first, second)
+    first, second = low_rank_factors.factorize(found, len(found.energy), torch.float32)
+    low_rank_factors.place_factors(made.components["net"], layer, form, first, second)
     made.refresh()
     made.verify()
     assert len(layers(made)) == 2
@@ -90,7 +90,7 @@ def test_full_rank_is_the_layer(kind: str, form: low_rank_factors.Form) -> None:
 def test_a_share_of_the_rank_is_torchs_nearest_matrix() -> None:
     weight = steep(40, 48)
     found = low_rank_factors.spectrum(weight, "channel")
-    first, second = low_rank_factors.factors(found, 7, torch.float32)
+    first, second = low_rank_factors.factorize(found, 7, torch.float32)
     u, s, v = torch.linalg.svd(weight)
     torch.testing.assert_close(second @ first, u[:, :7] * s[:7] @ v[:7], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.energy.sqrt().float(), s, rtol=1e-4, atol=1e-5)
@@ -113,7 +113,7 @@ def test_moments_make_the_outputs_nearest(shape: tuple[int, int]) -> None:
     errors = []
     for moments in (None, x.T @ x):
         found = low_rank_factors.spectrum(weight, "channel", moments)
-        first, second = low_rank_factors.factors(found, 6, torch.float32)
+        first, second = low_rank_factors.factorize(found, 6, torch.float32)
         errors.append(float((x @ first.T @ second.T - exact).norm()))
     best = torch.linalg.svdvals(exact)[6:].norm()
     assert errors[1] < 1.01 * float(best) < 0.8 * errors[0]

@@ -15,15 +15,15 @@ from diffopt.pruning import ratio_search
 from diffopt.pruning.ablation import Ablation
 from diffopt.pruning.coupling import Unit, couple
 from diffopt.pruning.importance import importance
-from diffopt.pruning.ratio_search import Found, Trial, ladder
+from diffopt.pruning.ratio_search import RatioChoice, RatioTrial, hull_steps
 from diffopt.pruning.removal import remove
 from diffopt.pruning.selection import unit_scores
 from tests import loops
 from tests.zoo import traced
 
 
-def trials(*pairs: tuple[float, int]) -> list[Trial]:
-    return [Trial([], error, saved) for error, saved in pairs]
+def trials(*pairs: tuple[float, int]) -> list[RatioTrial]:
+    return [RatioTrial([], error, saved) for error, saved in pairs]
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def trials(*pairs: tuple[float, int]) -> list[Trial]:
         ([trials((0, 0)), trials((float("nan"), 3), (float("inf"), 4))], []),
     ],
 )
-def test_ladder(groups: list[list[Trial]], expected: list[tuple[int, int]]) -> None:
-    assert ladder(groups) == expected
+def test_ladder(groups: list[list[RatioTrial]], expected: list[tuple[int, int]]) -> None:
+    assert hull_steps(groups) == expected
 
 
 def bench(program: Program, *names: str, count: int = 1) -> Ablation:
@@ -92,7 +92,7 @@ def test_a_second_target_needs_no_new_measurements(
     scores = [unit_scores(own, importance(whole, "magnitude")) for own in couple(whole).groups]
     counts = []
 
-    def choose(part: float) -> Found:
+    def choose(part: float) -> RatioChoice:
         own = bench(whole, "denoiser", count=2)
         error = own.error
         counts.append(0)
@@ -102,7 +102,7 @@ def test_a_second_target_needs_no_new_measurements(
             return error(program)
 
         monkeypatch.setattr(own, "error", counted)
-        return ratio_search.choose(own, couple(whole).groups, scores, part, 0.75, 1)
+        return ratio_search.search_ratios(own, couple(whole).groups, scores, part, 0.75, 1)
 
     first, second = choose(0.9), choose(0.8)
     assert counts == [sum(map(len, first.trials)) + 1, 1]
