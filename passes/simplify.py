@@ -90,7 +90,7 @@ class Simplify(Pass):
             idle, views = _drop_idle(gm, apart)
             counts["no-ops"] += idle
             counts["views"] += views
-            counts["constants"] += constant_folding.fold(
+            counts["constants"] += constant_folding.fold_constants(
                 gm, self.max_constant_mb << 20, apart, skip
             )
             g.prune_unused(gm)
@@ -116,10 +116,10 @@ def _drop_idle(gm: fx.GraphModule, keep: set[fx.Node]) -> tuple[int, int]:
     for node in list(gm.graph.nodes):
         if node in keep:
             continue
-        if (source := canonicalize.unchanged(gm, node)) is not None:
+        if (source := canonicalize.identity_source(gm, node)) is not None:
             nodes.replace_node(node, source)
             idle += 1
-        elif (source := canonicalize.collapse(gm, node)) is not None:
+        elif (source := canonicalize.collapse_views(gm, node)) is not None:
             nodes.replace_node(node, source)
             views += 1
     return idle, views

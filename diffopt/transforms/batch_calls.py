@@ -1,4 +1,4 @@
-"""Execute calls that do not wait for each other as one call with a leading dimension."""
+"""Merge independent calls into one call with a leading dimension."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from diffopt.transforms import request_dimension
 aten = torch.ops.aten
 
 Merged = tuple[str, list[bool]]
-"""A body's name as a component, and which of its results have a row for each call."""
+"""A batched body's name as a component, and which of its results have a row for each call."""
 
 
 def merge_calls(program: Program, calls: Sequence[fx.Node]) -> int:
-    """Execute calls that follow one another and do not wait for each other as one batched call.
+    """Merge consecutive independent calls of a branch into one batched call.
 
-    Exact up to the order of sums. What all of them are given stays one value; the rest is stacked.
+    Exact up to the order of sums. Equal arguments are passed once; others are stacked.
 
     Args:
         program: The program to rewrite, in place.
-        calls: Calls of a loop in order. Of each branch, those in a row that have the same body and
-            do not wait for each other are merged. Calls that are gone from the program don't count.
+        calls: Calls of a loop in order. Of each branch, consecutive ones with the same body and no
+            dependency on each other are merged. Calls that were removed from the program are
+            ignored.
 
     Returns:
-        How many calls there are less.
+        By how many calls the program has fewer.
     """
-    left = set(program.calls())
+    alive = set(program.calls())
     runs: dict[int, list[list[fx.Node]]] = {}  # by branch
     for call in calls:
-        own = call_tags.tag(call)
-        if call not in left or own is None:
+        tag = call_tags.tag(call)
+        if call not in alive or tag is None:
             continue
-        known = runs.setdefault(own.branch, [[]])
-        last = known[-1]
+        runs_of_branch = runs.setdefault(tag.branch, [[]])
+        last = runs_of_branch[-1]
         if last and last[0].target == call.target and g.ancestors([call]).isdisjoint(last):
             last.append(call)
         else:
-            known.append([call])
-    together = [run for known in runs.values() for run in known if len(run) > 1]
+            runs_of_branch.append([call])
+    together = [run for runs_of_branch in runs.values() for run in runs_of_branch if len(run) > 1]
     merged: dict[Any, Merged] = {}
     for run in together:
         _merge(program, run, merged)
@@ -56,42 +57,42 @@ def _merge(program: Program, calls: Sequence[fx.Node], known: dict[Any, Merged])
     graph, first = program.root.graph, calls[0]
     columns = list(zip(*(nodes.args(call) for call in calls), strict=True))
     differ = [len({_value(node) for node in column}) > 1 for column in columns]
-    name, results = _body(program, str(first.target), differ, len(calls), known)
+    name, batched = _body(program, str(first.target), differ, len(calls), known)
     with graph.inserting_before(first):
-        given = [
+        arguments = [
             g.call(graph, aten.stack.default, list(column)) if many else column[0]
             for column, many in zip(columns, differ, strict=True)
         ]
-        made = program.insert_call(name, given, call_tags.tag(first))
+        results = program.insert_call(name, arguments, call_tags.tag(first))
         for row, call in enumerate(calls):
             for user in list(call.users):
                 index = nodes.args(user)[1]
-                part = made[index]
-                if results[index]:
-                    part = g.call(graph, aten.select.int, part, 0, row)
-                user.replace_all_uses_with(part)
+                result = results[index]
+                if batched[index]:
+                    result = g.call(graph, aten.select.int, result, 0, row)
+                user.replace_all_uses_with(result)
     g.sort_topologically(program.root)
 
 
 def _body(
     program: Program, name: str, differ: Sequence[bool], size: int, known: dict[Any, Merged]
 ) -> Merged:
-    """Return the body of as many calls; runs of as many calls share it."""
+    """Return the body of `size` calls; runs of as many calls share it."""
     key = name, tuple(differ), size
     if key not in known:
-        made = request_dimension.batch_body(program.components[name], differ, size)
-        _fix_sizes(made.graph)
-        known[key] = program.add_component(f"{name}_merged", made.graph), made.results
+        batched = request_dimension.batch_body(program.components[name], differ, size)
+        _fix_sizes(batched.graph)
+        known[key] = program.add_component(f"{name}_merged", batched.graph), batched.results
     return known[key]
 
 
 def _value(node: fx.Node) -> object:
-    """Return what is equal for nodes that read the same constant."""
+    """Return a key that is equal for nodes that read the same constant."""
     return node.target if node.op == "get_attr" else node
 
 
 def _fix_sizes(body: fx.GraphModule) -> None:
-    """Write down the sizes that a batched body reads from its values: here they are known."""
+    """Replace the sizes that a batched body reads from its values by constants."""
     sizes = {n: n.meta["val"] for n in body.graph.nodes if isinstance(n.meta.get("val"), int)}
 
     def known(node: fx.Node) -> Any:

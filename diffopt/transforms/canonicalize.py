@@ -1,4 +1,4 @@
-"""Operators that return an argument as it is, and chains of views that one view can replace."""
+"""Remove operators that return an argument unchanged, and merge chains of views."""
 
 import operator
 from collections.abc import Callable
@@ -41,11 +41,18 @@ _PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default}
 _COPIES = {aten.clone.default, aten._to_copy.default}
 
 
-def unchanged(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """Return the argument that a node returns as it is; None if it does something."""
+def identity_source(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Return the argument that a node returns unchanged; None if it computes something."""
     if node.op != "call_function" or not node.args:
         return None
-    for rule in (_same_layout, _only_part, _eval_dropout, _there_and_back, _neutral, _permuted):
+    for rule in (
+        _same_layout,
+        _only_chunk,
+        _eval_dropout,
+        _cast_and_back,
+        _neutral,
+        _not_permuted,
+    ):
         source = rule(gm, node)
         # vmap leaves operators on bare numbers behind.
         if isinstance(source, fx.Node) and same_layout(node, source):
@@ -57,12 +64,12 @@ def _same_layout(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         return args(node)[0] if not any(args(node)[1]) else None
     if is_call(node, aten.cat.default) and len(args(node)[0]) == 1:
-        found: fx.Node = args(node)[0][0]
-        return found
+        operand: fx.Node = args(node)[0][0]
+        return operand
     return args(node)[0] if node.target in _LAYOUT else None
 
 
-def _only_part(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _only_chunk(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     whole = args(node)[0]
     if not is_call(node, operator.getitem) or not is_call(whole, *_SPLITS):
         return None
@@ -78,8 +85,8 @@ def _eval_dropout(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _there_and_back(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """Find a cast to a type that holds every value of the first one, and back."""
+def _cast_and_back(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Match a cast to a type that represents every value of the first one, and back."""
     inner = args(node)[0]
     if not is_call(node, aten._to_copy.default) or not is_call(inner, aten._to_copy.default):
         return None
@@ -96,14 +103,14 @@ def _there_and_back(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _neutral(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """Find arithmetic with a neutral element; x + 0.0 is none, since -0.0 + 0.0 is 0.0."""
+    """Match arithmetic with a neutral element; x + 0.0 is none, since -0.0 + 0.0 is 0.0."""
     if node.target in (aten.mul.Tensor, aten.mul.Scalar):
         one, other = args(node)[:2]
-        if _all(gm, other, lambda c: c == 1):
+        if _holds(gm, other, lambda c: c == 1):
             return one if isinstance(one, fx.Node) else None
-        return other if isinstance(other, fx.Node) and _all(gm, one, lambda c: c == 1) else None
+        return other if isinstance(other, fx.Node) and _holds(gm, one, lambda c: c == 1) else None
     if node.target in (aten.div.Tensor, aten.div.Scalar):
-        return args(node)[0] if _all(gm, args(node)[1], lambda c: c == 1) else None
+        return args(node)[0] if _holds(gm, args(node)[1], lambda c: c == 1) else None
     if node.target is aten.pow.Tensor_Scalar:
         return args(node)[0] if args(node)[1] == 1 else None
     signs = {
@@ -121,18 +128,18 @@ def _neutral(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     def is_zero(c: Tensor) -> Tensor:
         return (c == 0) & (exact | (torch.signbit(c) == negative))
 
-    return args(node)[0] if _all(gm, args(node)[1], is_zero) else None
+    return args(node)[0] if _holds(gm, args(node)[1], is_zero) else None
 
 
-def _permuted(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _not_permuted(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if node.target not in _PERMUTES:
         return None
-    order = _order(node)
+    order = _permutation(node)
     return args(node)[0] if order == list(range(len(order))) else None
 
 
-def _order(node: fx.Node) -> list[int]:
-    """Return which dimension of its argument each dimension of a permutation is."""
+def _permutation(node: fx.Node) -> list[int]:
+    """Return, for each dimension of a permutation, that of its argument."""
     order = list(range(args(node)[0].meta["val"].dim()))
     if node.target is aten.permute.default:
         return [order[d] for d in args(node)[1]]
@@ -142,7 +149,7 @@ def _order(node: fx.Node) -> list[int]:
     return order
 
 
-def _all(gm: fx.GraphModule, value: Any, check: Callable[[Tensor], Any]) -> bool:
+def _holds(gm: fx.GraphModule, value: Any, check: Callable[[Tensor], Any]) -> bool:
     """Tell whether a number, or every value of a constant, passes a check."""
     if isinstance(value, (bool, int, float)):
         return bool(check(torch.tensor(value)))
@@ -160,10 +167,10 @@ def _all(gm: fx.GraphModule, value: Any, check: Callable[[Tensor], Any]) -> bool
 # Views
 
 
-def collapse(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """Return what one view, or none, gives instead of a chain of views; None if nothing does.
+def collapse_views(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Return the source or the one view that replaces a chain of views; None if there is none.
 
-    A view is known by its type, shape, strides and offset in the memory that it looks at.
+    A view is determined by its dtype, shape, strides and offset into its storage.
     """
     chain = _chain(node)
     if len(chain) < 2:
@@ -183,7 +190,7 @@ def collapse(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _chain(node: fx.Node) -> list[fx.Node]:
-    """Return the views that lead to `node`, the first one first."""
+    """Return the chain of views that ends in `node`, the first one first."""
     chain: list[fx.Node] = []
     while node.op == "call_function" and node.target in _VIEWS and _is_view(node):
         chain.insert(0, node)
@@ -213,7 +220,7 @@ def _as_one(node: fx.Node, chain: list[fx.Node], source: fx.Node, value: Tensor)
     if targets <= _PERMUTES:
         order = list(range(value.dim()))
         for link in chain:
-            order = [order[d] for d in _order(link)]
+            order = [order[d] for d in _permutation(link)]
         candidates.append((aten.permute.default, order))
     elif targets == {aten.expand.default}:
         candidates.append((aten.expand.default, shape))
@@ -236,7 +243,7 @@ def keeps_output_apart(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if all(n.op != "placeholder" for n in g.ancestors([node])):
         return True  # a constant, which is stored
-    if unchanged(gm, node) is None:
+    if identity_source(gm, node) is None:
         return False
     base = storage_owner(args(node)[0])
     others = [n for n in g.outputs(gm) if n is not node]

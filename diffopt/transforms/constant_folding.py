@@ -1,4 +1,4 @@
-"""Evaluates what depends on constants alone, and stores equal constants once."""
+"""Evaluate nodes that depend on constants alone, and store equal constants once."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,27 +17,26 @@ from diffopt.ir.program import Program
 Skip = Callable[[fx.Node, str], None]
 
 
-def fold(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip: Skip) -> int:
+def fold_constants(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip: Skip) -> int:
     """Replace nodes that depend on constants alone by their values; return how many.
 
-    Views of stored tensors stay views. The nodes of `keep` stay, and so does what is larger than
-    `max_bytes` and than the constants that it is made of. So do quantized weights, and what is made
-    of these and larger.
+    Not folded are views of stored tensors, the nodes of `keep`, results larger than `max_bytes` and
+    than their constant inputs together, quantized weights, and results larger than these.
     """
     constant = _constant_nodes(gm)
     widened = [node for node in constant if qdq.is_stored_small(node)]
     kept = keep | g.ancestors(widened)
     made_of_small = g.descendants(widened)
-    needed = [n for n in constant if any(user not in constant for user in n.users)]
+    stack = [n for n in constant if any(user not in constant for user in n.users)]
     folded: dict[fx.Node, None] = {}
-    seen = set(needed)
-    while needed:
-        node = needed.pop()
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
         limit = 0 if node in made_of_small else max_bytes
-        if node.op == "get_attr" or node in kept or _stays(gm, node, limit, skip):
-            fresh = [n for n in node.all_input_nodes if n not in seen]
-            seen.update(fresh)
-            needed += fresh
+        if node.op == "get_attr" or node in kept or _is_kept(gm, node, limit, skip):
+            sources = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(sources)
+            stack += sources
         else:
             folded[node] = None
     values: dict[fx.Node, Any] = {}
@@ -67,8 +66,8 @@ def _constant_nodes(gm: fx.GraphModule) -> dict[fx.Node, None]:
     return constant
 
 
-def _stays(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> bool:
-    """Tell whether a constant node has to be computed at run time, from stored arguments."""
+def _is_kept(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> bool:
+    """Tell whether a constant node is computed at run time, from stored arguments."""
     value = node.meta["val"]
     if not isinstance(value, Tensor) or not is_non_overlapping_and_dense_or_false(value):
         return True
@@ -84,7 +83,7 @@ def _stays(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> boo
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any] | None = None) -> Any:
-    """Return the value of a constant node; `values` keeps those of the nodes before it."""
+    """Return the value of a constant node; `values` caches those of the nodes above it."""
     tensor = stored_tensor(gm, node)
     if tensor is not None:
         return tensor.detach()
@@ -103,9 +102,9 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any] | Non
 
 
 def share_equal_constants(program: Program, keys: dict[int, tuple[Tensor, Any]]) -> int:
-    """Store constants of equal layout and bytes once; parameters stay as they are.
+    """Store constants (not parameters) of equal layout and bytes once; return how many others.
 
-    `keys` remembers the contents of tensors between calls.
+    `keys` caches digests of tensors between calls.
     """
     first: dict[Any, Tensor] = {}
     count = 0

@@ -37,7 +37,7 @@ def _module(node: fx.Node) -> fx.GraphModule:
 
 def _unchanged(node: fx.Node) -> fx.Node:
     """Return the node whose value `node` passes on unchanged."""
-    while (source := canonicalize.unchanged(_module(node), node)) is not None:
+    while (source := canonicalize.identity_source(_module(node), node)) is not None:
         node = source
     return node
 

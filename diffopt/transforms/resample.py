@@ -12,10 +12,10 @@ from diffopt.spec import suggest
 def resample(
     program: Program, ctx: Context, steps: int | None, scheduler: str | None, spacing: str | None
 ) -> None:
-    """Replace a program by the same pipeline's with another sampler.
+    """Replace a program by a new capture of its pipeline with another sampler.
 
     Raises:
-        DiffoptError: The pipeline is not at hand, another pass has rewritten the program already,
+        DiffoptError: The program has no pipeline, another pass has rewritten the program already,
             or the scheduler does not exist.
     """
     if program.retrace is None:

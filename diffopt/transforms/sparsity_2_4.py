@@ -1,9 +1,9 @@
-"""2:4 sparse weights: of every four numbers along an output's inputs two at most are not zero.
+"""2:4 sparse weights: at most two of every four numbers along an output's inputs are not zero.
 
-Sparse kernels want that of linears along their inputs, and of convolutions along their input
-channels, for each pixel of the kernel by itself. The weights stay dense tensors with zeros in them:
-a program runs as it is wherever there are no such kernels, and a lowering that has them finds the
-weights by looking at them (`is_2_4`, `sparse_layers`), quantized or not.
+Sparse kernels require that of linears along their inputs, and of convolutions along their input
+channels, for each pixel of the kernel separately. The weights are dense tensors with zeros: a
+program runs without such kernels, and a lowering that has them detects sparse weights by their
+values (`is_2_4`, `sparse_layers`), quantized or not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffopt.ir import qdq
 from diffopt.ir.nodes import args, argument, stored_tensor, weight_uses
 from diffopt.ir.program import Program
 
-_ROWS = 16  # outputs that are looked at first, as most weights are told from these
+_ROWS = 16  # outputs that are checked first: most dense weights fail there
 
 
 def fits_2_4(weight: Tensor, groups: int = 1) -> bool:
@@ -40,9 +40,9 @@ def mask_2_4(weight: Tensor, importance: Tensor | None = None) -> Tensor:
             f"a weight of shape {list(weight.shape)} cannot be 2:4 sparse: it wants a multiple of 4"
             " inputs"
         )
-    fours = _fours((weight if importance is None else importance).detach().float().abs())
-    kept = fours.topk(2, dim=-1).indices
-    mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, kept, True)
+    quadruples = _quadruples((weight if importance is None else importance).detach().float().abs())
+    kept = quadruples.topk(2, dim=-1).indices
+    mask = torch.zeros_like(quadruples, dtype=torch.bool).scatter_(-1, kept, True)
     return mask.flatten(-2).movedim(-1, 1).reshape(weight.shape)
 
 
@@ -57,14 +57,14 @@ def sparsify(
     """Make weights of layers 2:4 sparse in all bodies; return how many layers and parameters.
 
     Args:
-        program: What to change.
-        names: The components whose layers are looked at.
-        wants: Tells, by component and module, whether to take a layer.
-        skip: Called with a layer's path and why it stays as it is.
-        importance: Of weights by their identity, in their shape; |w| for those that are missing.
-        ends: The identities of weights that stay, of the first and the last layers.
+        program: The program to rewrite.
+        names: The components whose layers are pruned.
+        wants: Tells, by component and module, whether a layer is selected.
+        skip: Called with the path of a layer that is not pruned, and why.
+        importance: Of weights by their id, in their shape; |w| for those that are missing.
+        ends: The ids of weights of the first and the last layers, which are not pruned.
     """
-    uses, found = weight_uses(program), dict[int, list[tuple[str, Tensor]]]()
+    uses, by_weight = weight_uses(program), dict[int, list[tuple[str, Tensor]]]()
     for name in names:
         for layer in qdq.layers(program.components[name]):
             module = str(layer.node.meta.get("module") or layer.node.name)
@@ -78,11 +78,11 @@ def sparsify(
             elif not fits_2_4(weight, _groups(layer)):
                 skip(f"{name}.{module}", "it has no multiple of 4 inputs for each output")
             else:
-                found.setdefault(id(weight), []).append((f"{name}.{module}", weight))
+                by_weight.setdefault(id(weight), []).append((f"{name}.{module}", weight))
     new: dict[int, torch.nn.Parameter] = {}
-    for key, own in found.items():
-        path, weight = own[0]
-        if uses[key] != len(own):
+    for key, layers in by_weight.items():
+        path, weight = layers[0]
+        if uses[key] != len(layers):
             skip(path, "its weight is also used elsewhere")
             continue
         zeroed = weight.detach() * mask_2_4(weight, (importance or {}).get(key))
@@ -92,21 +92,21 @@ def sparsify(
             if id(tensor) in new:
                 delattr(gm, name)
                 gm.register_parameter(name, new[id(tensor)])
-    sizes = {"layers": sum(len(found[key]) for key in new)}
+    sizes = {"layers": sum(len(by_weight[key]) for key in new)}
     return sizes | {"parameters": sum(tensor.numel() for tensor in new.values())}
 
 
 def is_2_4(weight: Tensor) -> bool:
     """Tell whether a weight [out, in, …] is 2:4 sparse.
 
-    One with fewer numbers than two in most of its fours is no pruned layer, but an empty one: what
-    an initialisation or a zeroed branch leaves is not.
+    Most of its quadruples must have two nonzeros: weights that are mostly zero, as of a zeroed
+    branch or an initialization, are not 2:4 sparse.
     """
     if not fits_2_4(weight) or weight.numel() == 0:
         return False
     if not _at_most_two(weight[:_ROWS]):
         return False
-    counts = (_fours(weight) != 0).sum(-1)
+    counts = (_quadruples(weight) != 0).sum(-1)
     return bool((counts <= 2).all()) and bool((counts == 2).float().mean() > 0.5)
 
 
@@ -126,12 +126,12 @@ def sparse_layers(gm: fx.GraphModule) -> Iterator[qdq.Layer]:
 
 
 def _groups(layer: qdq.Layer) -> int:
-    """Return in how many groups a layer's inputs are."""
+    """Return the number of groups of a convolution; 1 for a linear."""
     return int(argument(layer.node, 6, "groups", 1)) if layer.convolution else 1
 
 
 def _values(gm: fx.GraphModule, layer: qdq.Layer) -> tuple[Tensor, list[int] | None] | None:
-    """Return the stored numbers of a weight, and the shape of those that are packed."""
+    """Return the stored numbers of a weight, and its shape if they are quantized."""
     shape = list(layer.weight.meta["val"].shape)
     if (tensor := stored_tensor(gm, layer.weight)) is not None:
         return tensor, None
@@ -152,10 +152,10 @@ def _unpacked(tensor: Tensor, shape: list[int] | None) -> Tensor:
 
 
 def _at_most_two(weight: Tensor) -> bool:
-    return bool(((_fours(weight) != 0).sum(-1) <= 2).all())
+    return bool(((_quadruples(weight) != 0).sum(-1) <= 2).all())
 
 
-def _fours(weight: Tensor) -> Tensor:
+def _quadruples(weight: Tensor) -> Tensor:
     """Return a weight as [out, …, in / 4, 4]."""
     last = weight.movedim(1, -1)
     return last.reshape(*last.shape[:-1], -1, 4)
