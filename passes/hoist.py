@@ -10,13 +10,13 @@ After:
     %unet = unet(%latents, %row, %k, %v)
 
 What depends on the step as well as on the request (the modulation of timestep + class) is computed
-for all steps in one batched call, and each step takes its row:
+for all steps in one batched call, and each step reads its row:
 
     %rows = unet_steps(stack([%row0, %row1, …]), %label)
     %unet = unet(%latents, select(%rows, 0, 0))
 
 Not rewritten when
-- a component is called once only, or all its arguments change with the loop;
+- a component is called once only, or all its arguments are loop-variant;
 - only views would move;
 - the values of all steps would take more than `max-mb`, or their operators can't be batched.
 
@@ -51,23 +51,23 @@ class Hoist(Pass):
     tolerance_reason = "one matrix product over all steps sums in another order than one a step"
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Make the prologues of every component that is called more than once."""
+        """Add prologues of every component that is called more than once."""
         for name in list(program.components):
             calls = program.calls(name)
             if len(calls) < 2:
                 ctx.skip(name, "is called once only")
                 continue
             before = graph_flops(program.components[name])
-            own = {id(t) for _, t in g.named_tensors(program.components[name])}
-            moved = self._once(program, name, calls, ctx)
+            before_weights = {id(t) for _, t in g.named_tensors(program.components[name])}
+            moved = self._hoist_once(program, name, calls, ctx)
             if self.batch:
-                moved += self._steps(program, name, calls, ctx)
+                moved += self._hoist_steps(program, name, calls, ctx)
             if not moved:
                 continue
             body = program.components[name]
             g.prune_unused(body)
             left = {id(t) for _, t in g.named_tensors(body)}
-            weights = [t for i, t in program.weights().items() if i in own - left]
+            weights = [t for i, t in program.weights().items() if i in before_weights - left]
             ctx.note(
                 name,
                 {
@@ -77,44 +77,46 @@ class Hoist(Pass):
                 },
             )
 
-    def _once(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
-        """Move what depends on arguments that stay the same; return how many values."""
+    def _hoist_once(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
+        """Hoist values of loop-invariant arguments into a prologue; return how many."""
         body = program.components[name]
-        takes = g.placeholders(body)
-        same = [i for i in range(len(takes)) if len({c.args[i] for c in calls}) == 1]
-        early = _only(body, {takes[i] for i in same})
-        values = _worth_moving(body, early, {takes[i] for i in same})
+        formals = g.placeholders(body)
+        same = [i for i in range(len(formals)) if len({c.args[i] for c in calls}) == 1]
+        early = _only_from(body, {formals[i] for i in same})
+        values = _worth_moving(body, early, {formals[i] for i in same})
         if not values:
             ctx.skip(name, "nothing depends only on arguments that stay the same")
             return 0
-        arguments = [i for i in same if takes[i] in g.ancestors(values)]
-        part = g.extract_subgraph(body, [takes[i] for i in arguments], values, f"{name}_once")
+        arguments = [i for i in same if formals[i] in g.ancestors(values)]
+        part = g.extract_subgraph(body, [formals[i] for i in arguments], values, f"{name}_once")
         prologue = program.add_component(f"{name}_once", part)
         with program.root.graph.inserting_before(calls[0]):
             results = program.insert_call(prologue, [calls[0].args[i] for i in arguments])
         for value in values:
-            taken = add_placeholder(body, "once")
-            taken.meta["val"] = value.meta["val"]
-            value.replace_all_uses_with(taken)
+            formal = add_placeholder(body, "once")
+            formal.meta["val"] = value.meta["val"]
+            value.replace_all_uses_with(formal)
         for call in calls:
             call.args = (*call.args, *results)
         component_signatures.drop_unread_arguments(program, name)
         return len(values)
 
-    def _steps(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
-        """Move what depends on arguments known before the loop; return how many values."""
+    def _hoist_steps(self, program: Program, name: str, calls: list[fx.Node], ctx: Context) -> int:
+        """Hoist values of arguments known before the loop, batched over steps; return how many."""
         body = program.components[name]
-        takes = g.placeholders(body)
+        formals = g.placeholders(body)
         loop = g.descendants(calls) - set(calls)
         if not any(arg in loop for call in calls for arg in call.args):
             ctx.skip(
                 name, "its calls do not follow one another: there is no loop to move work out of"
             )
             return 0
-        known = [i for i in range(len(takes)) if not any(c.args[i] in loop for c in calls)]
-        early = _only(body, {takes[i] for i in known})
+        early_at = [i for i in range(len(formals)) if not any(c.args[i] in loop for c in calls)]
+        early = _only_from(body, {formals[i] for i in early_at})
         values = [
-            v for v in _worth_moving(body, early, {takes[i] for i in known}) if _costs(v, early)
+            v
+            for v in _worth_moving(body, early, {formals[i] for i in early_at})
+            if _costs(v, early)
         ]
         if not values:
             return 0
@@ -125,8 +127,8 @@ class Hoist(Pass):
             )
             return 0
         needed = g.ancestors(values)
-        arguments = [i for i in known if takes[i] in needed]
-        part = g.extract_subgraph(body, [takes[i] for i in arguments], values, f"{name}_steps")
+        arguments = [i for i in early_at if formals[i] in needed]
+        part = g.extract_subgraph(body, [formals[i] for i in arguments], values, f"{name}_steps")
         batched = [len({c.args[i] for c in calls}) > 1 for i in arguments]
         try:
             rows_body = _batch(part, batched, values, len(calls), f"{name}_steps")
@@ -139,13 +141,13 @@ class Hoist(Pass):
         sources = [c.args[i] for c in calls for i in arguments]
         _move_before(program.root, g.ancestors(sources), calls[0])  # type: ignore[arg-type]
         with program.root.graph.inserting_before(calls[0]):
-            given = [
+            actual = [
                 g.call(program.root.graph, aten.stack.default, [c.args[i] for c in calls])
                 if many
                 else calls[0].args[i]
                 for i, many in zip(arguments, batched, strict=True)
             ]
-            results = program.insert_call(prologue, given)
+            results = program.insert_call(prologue, actual)
         groups = replace_by_rows(body, [(v, list(v.meta["val"].shape)) for v in values], "step")
         assert len(groups) == len(results)
         for result in results:
@@ -157,15 +159,15 @@ class Hoist(Pass):
         return len(values)
 
 
-def _only(body: fx.GraphModule, roots: set[fx.Node]) -> set[fx.Node]:
-    """Return the operators that depend on at least one of the roots and on no other argument."""
+def _only_from(body: fx.GraphModule, roots: set[fx.Node]) -> set[fx.Node]:
+    """Return the operators that depend on at least one of the roots and on no other parameter."""
     others = [n for n in g.placeholders(body) if n not in roots]
     late = g.descendants([*others, g.output_node(body)])
     return {n for n in g.descendants(roots) if n.op == "call_function" and n not in late}
 
 
 def _worth_moving(body: fx.GraphModule, early: set[fx.Node], roots: set[fx.Node]) -> list[fx.Node]:
-    """Return the values to hand over: those that more than views compute."""
+    """Return the values to pass to the body: those that more than views compute."""
     return [
         n
         for n in frontier(early, body)
@@ -174,7 +176,7 @@ def _worth_moving(body: fx.GraphModule, early: set[fx.Node], roots: set[fx.Node]
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    """Tell whether only views make a value of arguments and constants."""
+    """Tell whether a value is a view of an argument or a constant."""
     while node.op == "call_function":
         if not is_view(node):
             return False
@@ -183,7 +185,7 @@ def _is_cheap(node: fx.Node) -> bool:
 
 
 def _costs(value: fx.Node, early: set[fx.Node]) -> bool:
-    """Tell whether a matrix product or convolution goes into a value."""
+    """Tell whether a value depends on a matrix product or convolution in `early`."""
     return any(node_flops(n) for n in g.ancestors([value]) & early)
 
 
@@ -194,8 +196,8 @@ def _batch(
     dtypes = list(dict.fromkeys(v.meta["val"].dtype for v in values))
 
     def one_step(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made = part(*args)
-        return tuple(to_row([t for t in made if t.dtype == dtype]) for dtype in dtypes)
+        results = part(*args)
+        return tuple(to_row([t for t in results if t.dtype == dtype]) for dtype in dtypes)
 
     all_steps = torch.vmap(one_step, in_dims=tuple(0 if many else None for many in batched))
     examples = []
@@ -209,7 +211,7 @@ def _batch(
 
 
 def _move_before(root: fx.GraphModule, sources: set[fx.Node], first: fx.Node) -> None:
-    """Move what arguments are computed from before the first call; none of it depends on a call."""
+    """Move nodes, none of which depends on a call, before the first call."""
     order = {n: i for i, n in enumerate(root.graph.nodes)}
     for node in sorted(sources, key=order.__getitem__):
         if order[node] > order[first]:

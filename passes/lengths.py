@@ -65,7 +65,7 @@ class Lengths(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Capture longer texts, and rewrite the program into one for all."""
         texts = _texts(program)
-        axes = {name: found for name in texts if (found := _free_axes(program, texts, name))}
+        axes = {name: grown for name in texts if (grown := _free_axes(program, texts, name))}
         if not axes:
             ctx.skip("the program", "every text has a fixed number of tokens" + _reads(program))
             return
@@ -98,7 +98,7 @@ class Lengths(Pass):
 def _rewrite(
     program: Program, texts: Texts, axes: Mapping[str, Sequence[Axis]], most: int, ctx: Context
 ) -> list[Program]:
-    """Rewrite a program into one for all lengths; return the captures that it was made of."""
+    """Rewrite a program into one for all lengths; return the captures that it unifies."""
     errors = []
     for spread in SPREADS:
         rows = _longer(program, texts, axes, most, spread)
@@ -108,23 +108,23 @@ def _rewrite(
             if len({str(capture.host.to_json()["steps"]) for capture in captures}) > 1:
                 raise DiffoptError("what is drawn or tokenized differs for texts of other lengths")
             root, guards = unify(captures)
-            found = dynamic_sizes.lengths([p.root for p in captures], grown)
+            lengths = dynamic_sizes.lengths([p.root for p in captures], grown)
         except DiffoptError as error:
             errors.append(error)
             continue
         program.root, program.guards = root, guards
-        program.lengths = _bounded(program, found, texts, most)
+        program.lengths = _bounded(program, lengths, texts, most)
         program.refresh()
         return captures
     raise errors[0]
 
 
 def _reads(program: Program) -> str:
-    """Say where Python reads something of the texts, which new ones must give again."""
+    """Return a sentence on where Python branches on the texts; empty if it does not."""
     guards = program.guards
     places = zip(guards.where, guards.from_text, strict=True) if guards else ()
-    found = next((where for where, from_text in places if from_text), None)
-    return f", but a new one must give what is read at {found.rstrip(':')}" if found else ""
+    location = next((place for place, from_text in places if from_text), None)
+    return f", but a new one must give what is read at {location.rstrip(':')}" if location else ""
 
 
 def _texts(program: Program) -> Texts:
@@ -151,7 +151,7 @@ def _with_more(value: Any, more: str) -> Any:
 
 
 def _shapes(program: Program, texts: Texts) -> dict[int, list[int]]:
-    """Return the shapes of the inputs that are made of texts alone, by the number of the input."""
+    """Return the shapes of the inputs that are computed from texts alone, by input number."""
     call, index = Call(program.host, dict(texts)), 0
     shapes: dict[int, list[int]] = {}
     for step in program.host.steps:
@@ -163,7 +163,7 @@ def _shapes(program: Program, texts: Texts) -> dict[int, list[int]]:
 
 
 def _free_axes(program: Program, texts: Texts, name: str) -> list[Axis]:
-    """Return which axes of the inputs grow with a text."""
+    """Return the axes of the inputs that grow with a text."""
     before = _shapes(program, texts)
     more = " a" * (4 * max((max(shape) for shape in before.values()), default=0))
     after = _shapes(program, {**texts, name: _with_more(texts[name], more)})
@@ -181,7 +181,7 @@ def _count(program: Program, texts: Texts, axes: Sequence[Axis]) -> int:
 
 
 def _filled(program: Program, texts: Texts, name: str, axes: Sequence[Axis], wanted: int) -> Any:
-    """Return a text with so many words behind it that it has `wanted` tokens, or a few less."""
+    """Return a text extended to `wanted` tokens, or a few less."""
     text = texts[name]
     for more in (" the", " a", "a"):  # the last adds the one token that may be missing
         for _ in range(wanted):
@@ -201,15 +201,15 @@ def _longer(
 ) -> list[Texts]:
     """Return texts to capture: some, then for each text these with that one longer.
 
-    No two of a call have as many tokens, and the order of their lengths stays: two of one length
-    would share a component, and passes choose what is larger.
+    No two of a call have equally many tokens, and the order of their lengths is kept: two of one
+    length would share a component, and passes choose by size.
     """
     base = dict(texts)
     beyond, step = spread
     highest = most + beyond + 2 * step * (len(axes) - 1)
-    for name, own in axes.items():  # the tokenizer may cut
+    for name, grown in axes.items():  # the tokenizer may cut
         endless = _with_more(texts[name], " a" * 2 * highest)
-        highest = min(highest, _count(program, {**texts, name: endless}, own))
+        highest = min(highest, _count(program, {**texts, name: endless}, grown))
     levels = {name: highest - 2 * step * k for k, name in enumerate(axes)}
     for name, level in levels.items():
         if (count := _count(program, texts, axes[name])) > most:
@@ -237,22 +237,22 @@ def _capture(program: Program, texts: Texts, ctx: Context) -> Program:
 
 
 def _that_grow(captures: list[Program], texts: Sequence[str]) -> tuple[list[str], list[Program]]:
-    """Leave out texts that change no size: of several padded to the longest, all the others."""
+    """Drop texts that change no shape: of several padded to the longest, all others."""
     shapes = [[t.shape for t in capture.sample] for capture in captures]
-    kept = [k for k, own in enumerate(shapes) if k == 0 or own != shapes[0]]
+    kept = [k for k, shapes_of in enumerate(shapes) if k == 0 or shapes_of != shapes[0]]
     return [texts[k - 1] for k in kept[1:]], [captures[k] for k in kept]
 
 
-def _bounded(program: Program, found: Sequence[Length], texts: Texts, most: int) -> list[Length]:
-    """Return from how many tokens to how many the program serves."""
+def _bounded(program: Program, lengths: Sequence[Length], texts: Texts, most: int) -> list[Length]:
+    """Bound each length by the shortest text and by `most`."""
     shortest = _shapes(program, {name: _emptied(text) for name, text in texts.items()})
     bounded = []
-    for length in found:
+    for length in lengths:
         index, axis, _ = length.axes[0]
-        low, own = shortest[index][axis], program.sample[index].shape[axis]
-        if own < 2:
+        low, size = shortest[index][axis], program.sample[index].shape[axis]
+        if size < 2:
             raise DiffoptError(f"{length.text!r} has one token at capture: trace with a longer one")
-        bounded.append(replace(length, low=max(1, min(low, own)), high=min(most, length.high)))
+        bounded.append(replace(length, low=max(1, min(low, size)), high=min(most, length.high)))
     return bounded
 
 

@@ -11,10 +11,10 @@ After `low-rank(rank=16)`:
 
 A convolution becomes one with `rank` outputs and one of a single pixel, or one with a kernel of
 kh x 1 and one of 1 x kw, whichever keeps more for its FLOPs. `rank` from 1 on is the number of
-values between the two; below 1 it is a share of the rank that the weight has, and what such a share
-of it costs is what the layer may cost in either form. With `energy`, each layer gets the least rank
-that keeps such a share of its squared singular values. A weight that several bodies read is
-factored once.
+values between the two; below 1 it is a share of the weight's full rank, and the cost of such a rank
+in the channel form is the budget in either form. With `energy`, each layer has the least rank that
+keeps such a share of its squared singular values. A weight that several bodies read is factored
+once.
 
 With W = U S V^T, the first `rank` columns of U make the second layer, and U^T W the first one. With
 `data=true`, U are the directions in which the outputs of the layer are largest on calibration
@@ -100,7 +100,7 @@ class LowRank(Pass):
             raise DiffoptError("low-rank wants multiple and samples to be 1 or more")
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Find layers, calibrate, choose ranks, and write two layers for each."""
+        """Find layers, calibrate, choose ranks, and replace each layer by two."""
         scope = choose_scope(program, self.components)
         for name in scope.calls:
             layer_preparation.restore_linears(program.components[name])
@@ -119,13 +119,13 @@ class LowRank(Pass):
                 raise DiffoptError(f"the weight of {path} has values that are not finite")
             spectrum = self._spectrum(layer, weight, moments.get(key))
             rank = self._rank(spectrum, low_rank_factors.cost(layer, spectrum.form))
-            most = min(low_rank_factors.cost(own, spectrum.form).most for _, own in uses)
+            most = min(low_rank_factors.cost(use, spectrum.form).most for _, use in uses)
             if rank > most:
                 ctx.skip(path, f"rank {rank} saves nothing: it has to be {most} or less")
                 continue
             both = low_rank_factors.factorize(spectrum, rank, weight.dtype)
-            for name, own in uses:
-                low_rank_factors.place_factors(program.components[name], own, spectrum.form, *both)
+            for name, use in uses:
+                low_rank_factors.place_factors(program.components[name], use, spectrum.form, *both)
             before += weight.numel()
             after += sum(tensor.numel() for tensor in both)
             full = low_rank_factors.full_rank(weight)
@@ -213,13 +213,13 @@ class LowRank(Pass):
         for key, uses in todo.items():
             for _, layer in uses:
                 readers.setdefault(layer.x, []).append((key, layer))
-        every = [calls_by_step for own in scope.calls.values() for calls_by_step in own]
-        calls_by_step = {(step, number): call for number, (call, step) in enumerate(every)}
+        every = [call for calls in scope.calls.values() for call in calls]
+        by_step = {(step, number): call for number, (call, step) in enumerate(every)}
         moments: dict[int, Tensor] = {}
         rows = collections.Counter[int]()
         for index, tensors in enumerate(inputs):
             ctx.progress("low-rank: calibrating", index / len(inputs))
-            for visit in trajectories.steps(program, calls_by_step, tensors, readers):
+            for visit in trajectories.steps(program, by_step, tensors, readers):
                 for node, value in visit.values.items():
                     for key, layer in readers[node]:
                         own, count = low_rank_factors.second_moments(layer, value)
@@ -229,6 +229,6 @@ class LowRank(Pass):
 
 
 def _kind(skipped: str) -> str:
-    """Return a reason without what it is about and its numbers."""
+    """Return the reason of a skip without its subject and its numbers."""
     reason = skipped.partition(": ")[2]
     return "that would save nothing" if "saves nothing" in reason else reason

@@ -254,8 +254,8 @@ class Prune(Pass):
         for name, reason in fixed:
             patterns.wants(*_split(name))
             ctx.skip(name, reason)
-        for own in (patterns, *(own for own, _ in rules)):
-            own.check("layer", names)
+        for selector in (patterns, *(selector for selector, _ in rules)):
+            selector.check("layer", names)
         if not groups:
             raise _nothing(" or ".join(kinds), names, ctx)
         return groups, ratios
@@ -274,12 +274,12 @@ class Prune(Pass):
         self, groups: Sequence[Group], units: Sequence[Sequence[Unit]], ctx: Context
     ) -> None:
         kinds: dict[str, dict[str, int]] = {}
-        for group, own in zip(groups, units, strict=True):
+        for group, removed in zip(groups, units, strict=True):
             row = kinds.setdefault(group.kind, {"groups": 0, "units": 0, "removed": 0})
             row["groups"] += 1
             row["units"] += len(group.units)
-            row["removed"] += len(own)
-            if not own:
+            row["removed"] += len(removed)
+            if not removed:
                 why = f"the share is less than half of one of its {len(group.units)}"
                 ctx.skip(group.name, why if self.flops is None else "others cost less to remove")
         ctx.note("pruned", kinds)

@@ -1,4 +1,4 @@
-"""Quantize what layers read and their weights, with scales that follow the sampling steps.
+"""Quantize inputs and weights of layers, with scales that follow the sampling steps.
 
 Before:
 
@@ -12,25 +12,24 @@ After `quantize(int8)`, where `%input_scales` and `%input_zeros` are the step's 
     %10: float32[4,16] = aten.linear(%6, %9, %b)
 
 The first word is the format of the weights: int8, int4 or fp8 (E4M3). `activations` says where the
-scales of what layers read come from: `static` ones are calibrated over the whole trajectory and
-both guidance branches, for groups of steps whose ranges are alike; `dynamic` ones are computed from
-the tensor, and `rows` from each row of it; `none` leaves activations alone. Layers of the sampling
-loop are quantized like that; those in front of it (which `hoist` moved there) have their weights
-quantized alone. What the layers compute in stays what it was: run `cast(bf16)` for the rest.
+scales of layers' inputs come from: `static` ones are calibrated over the whole trajectory and both
+guidance branches, for groups of steps with similar ranges; `dynamic` ones are computed from the
+tensor, and `rows` from each row of it; `none` leaves activations alone. Layers of the sampling loop
+are quantized like that; of those in front of it (where `hoist` moved them) weights alone. The dtype
+that layers compute in does not change: run `cast(bf16)` for the rest.
 
-With `auto` each layer gets the format that costs least (`goal`) of those in `formats`, with its
-input quantized or not, such that the error on requests that calibration has not seen is within the
-budget.
+With `auto` each layer has the format of least cost (`goal`) of those in `formats`, with its input
+quantized or not, such that the error on held-out requests is within the budget.
 
 A layer that reads a concatenation is split, so that each operand has scales of its own
-(Q-Diffusion). Weights of 4 bits have a scale for each group of 64 inputs, and kernels for integers
-get them rounded to int8 again. With int4, tables of embeddings have 8 bits, and so have weights in
-front of the loop, unless their component is named: they are few, and read once.
+(Q-Diffusion). Weights of 4 bits have a scale for each group of 64 inputs, and are rounded to int8
+again for integer kernels. With int4, tables of embeddings have 8 bits, and so have weights in front
+of the loop, unless their component is named: they are few, and read once.
 
 Not rewritten when
 - a layer's module matches `skip`, or none of `layers`;
 - it is the first or the last of the denoiser, unless `ends`;
-- its step is one of `keep`: those steps keep their weights as they were, beside the quantized ones;
+- its step is one of `keep`: those steps read the original weights, which are kept beside;
 - its weight is computed, or a layer's type is none of linear and conv1d to conv3d.
 """
 
@@ -208,7 +207,7 @@ class Quantize(Pass):
         patterns = Patterns(self.layers, self.skip)
         formats: Formats = {}
         for name in scope.calls:
-            body, own = program.components[name], dict[fx.Node, Format]()
+            body, chosen = program.components[name], dict[fx.Node, Format]()
             for layer in qdq.layers(body):
                 module = quantize_body.module_path(layer.node)
                 path = f"{name}.{module}"
@@ -221,9 +220,9 @@ class Quantize(Pass):
                 ):
                     ctx.skip(path, "one of the first or the last layers")
                 else:
-                    own[layer.node] = self._format(name in scope.weights, layer)
-            if own:
-                formats[name] = own
+                    chosen[layer.node] = self._format(name in scope.weights, layer)
+            if chosen:
+                formats[name] = chosen
         patterns.check("layer", scope.calls)
         if not formats and (self.format == "auto" or not self._tables(program, scope)):
             raise DiffoptError(
@@ -263,10 +262,10 @@ class Quantize(Pass):
 
 def read_steps(text: str, count: int) -> range:
     """Return the steps that `first:2`, `last:2`, `7` or `3-6` mean, of `count`."""
-    found = re.fullmatch(r"(first|last):(\d+)|(\d+)(?:-(\d+))?", text)
-    if not found:
+    match = re.fullmatch(r"(first|last):(\d+)|(\d+)(?:-(\d+))?", text)
+    if not match:
         raise DiffoptError(f"keep={text}: write first:2, last:2, 7 or 3-6")
-    where, number, low, high = found.groups()
+    where, number, low, high = match.groups()
     if where == "first":
         return range(min(int(number), count))
     if where == "last":

@@ -52,7 +52,7 @@ class Unroll(Pass):
         return self.steps is None and self.scheduler is None and self.spacing is None
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Re-sample where asked to, then fold."""
+        """Capture again if options ask for it, then fold."""
         if not self.is_exact():
             resample.resample(program, ctx, self.steps, self.scheduler, self.spacing)
         before = output_aliases(program)
@@ -62,8 +62,8 @@ class Unroll(Pass):
 
     def _fold(self, program: Program, name: str, ctx: Context) -> None:
         calls, body = program.calls(name), program.components[name]
-        takes = g.placeholders(body)
-        bound = [i for i in range(len(takes)) if all(_is_constant(c.args[i]) for c in calls)]
+        formals = g.placeholders(body)
+        bound = [i for i in range(len(formals)) if all(_is_constant(c.args[i]) for c in calls)]
         if not bound:
             ctx.skip(name, "no argument is a constant at every call")
             return
@@ -97,15 +97,17 @@ def _is_constant(arg: object) -> bool:
 
 
 def _bound_values(body: fx.GraphModule, bound: list[int]) -> list[fx.Node]:
-    """Return the values that depend on the bound arguments alone and that the rest needs."""
-    takes = g.placeholders(body)
-    late = g.descendants([*(n for i, n in enumerate(takes) if i not in bound), g.output_node(body)])
-    early = {n for n in g.descendants(takes[i] for i in bound) if n not in late}
+    """Return the values that depend on bound parameters alone and that other nodes read."""
+    formals = g.placeholders(body)
+    late = g.descendants(
+        [*(n for i, n in enumerate(formals) if i not in bound), g.output_node(body)]
+    )
+    early = {n for n in g.descendants(formals[i] for i in bound) if n not in late}
     early |= {n for n in g.ancestors(early) if n not in late}
-    arguments = [takes[i] for i in bound if any(u in late for u in takes[i].users)]
+    arguments = [formals[i] for i in bound if any(u in late for u in formals[i].users)]
     inner = {n for n in early if n.op == "call_function"}
     return arguments + [
-        n for n in frontier(inner, body) if g.ancestors([n]) & {takes[i] for i in bound}
+        n for n in frontier(inner, body) if g.ancestors([n]) & {formals[i] for i in bound}
     ]
 
 
@@ -114,8 +116,8 @@ def _evaluate(
 ) -> list[list[Tensor]]:
     """Return the values at every call; calls with the same constants share them."""
     body = program.components[name]
-    takes = [g.placeholders(body)[i] for i in bound]
-    part = g.extract_subgraph(body, takes, values, name)
+    formals = [g.placeholders(body)[i] for i in bound]
+    part = g.extract_subgraph(body, formals, values, name)
     known: dict[tuple[str, ...], list[Tensor]] = {}
     rows = []
     for call in program.calls(name):
