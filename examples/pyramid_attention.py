@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 import diffopt
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import Policy, Requirement, branch_values, hold, merge, option
+from diffopt.caching.policy import Needs, Policy, branch_values, hold, merge, option
 from diffopt.core import Context
 from diffopt.passes.cache import Cache
 
@@ -30,7 +30,7 @@ from diffopt.passes.cache import Cache
 class PyramidAttention(Policy):
     """Take each kind of attention from an earlier step, at an interval of its own."""
 
-    needs: ClassVar[Requirement] = "branches"
+    needs: ClassVar[Needs] = "branches"
 
     own: int = option(2, "compute self-attention every so many steps")
     cross: int = option(6, "compute cross-attention every so many steps")

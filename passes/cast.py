@@ -130,11 +130,11 @@ class Cast(Pass):
         name: str,
         plan: DtypePlan,
         calls: list[list[torch.Tensor]],
-        low_weights: LowWeights,
+        weights: LowWeights,
     ) -> IslandChoice:
         kinds = islands(plan, timestep_arguments(program, name))
         fixed = None if self.islands == ("auto",) else [k for k in kinds if k in self.islands]
-        return search_islands(CastTrial(plan, calls, low_weights), kinds, fixed, self.share)
+        return search_islands(CastTrial(plan, calls, weights), kinds, fixed, self.share)
 
 
 def _note(choice: IslandChoice) -> dict[str, Any]:

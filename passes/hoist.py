@@ -111,12 +111,10 @@ class Hoist(Pass):
                 name, "its calls do not follow one another: there is no loop to move work out of"
             )
             return 0
-        early_at = [i for i in range(len(formals)) if not any(c.args[i] in loop for c in calls)]
-        early = _only_from(body, {formals[i] for i in early_at})
+        bound = [i for i in range(len(formals)) if not any(c.args[i] in loop for c in calls)]
+        early = _only_from(body, {formals[i] for i in bound})
         values = [
-            v
-            for v in _worth_moving(body, early, {formals[i] for i in early_at})
-            if _costs(v, early)
+            v for v in _worth_moving(body, early, {formals[i] for i in bound}) if _costs(v, early)
         ]
         if not values:
             return 0
@@ -127,7 +125,7 @@ class Hoist(Pass):
             )
             return 0
         needed = g.ancestors(values)
-        arguments = [i for i in early_at if formals[i] in needed]
+        arguments = [i for i in bound if formals[i] in needed]
         part = g.extract_subgraph(body, [formals[i] for i in arguments], values, f"{name}_steps")
         batched = [len({c.args[i] for c in calls}) > 1 for i in arguments]
         try:

@@ -222,10 +222,10 @@ class LowRank(Pass):
             for visit in trajectories.steps(program, by_step, tensors, readers):
                 for node, value in visit.values.items():
                     for key, layer in readers[node]:
-                        own, count = low_rank_factors.second_moments(layer, value)
-                        moments[key] = moments[key] + own if key in moments else own
+                        m, count = low_rank_factors.second_moments(layer, value)
+                        moments[key] = moments[key] + m if key in moments else m
                         rows[key] += count
-        return {key: own for key, own in moments.items() if rows[key] >= ENOUGH * len(own)}
+        return {key: m for key, m in moments.items() if rows[key] >= ENOUGH * len(m)}
 
 
 def _kind(skipped: str) -> str:

@@ -159,17 +159,17 @@ class Quantize(Pass):
             job = replace(job, formats=formats)
         if self.rounding == "adaround":
             notes["rounding learned"] = quantize_body.learn_rounding(job, range_of, store, ctx.seed)
-        for name, own in formats.items():
+        for name, chosen in formats.items():
             calls = scope.calls[name]
-            quantize_body.quantize_body(program, name, own, calls, range_of.get(name), store)
+            quantize_body.quantize_body(program, name, chosen, calls, range_of.get(name), store)
         lookups = self._tables(program, scope)
         for name, node in lookups:
             # 4 bits are too few: no sum over inputs averages the errors of a row.
             fmt = self._weights(is_beside=True)
             quantize_body.quantize_embedding(program.components[name], node, fmt, store)
         notes["tables"] = len(lookups)
-        notes["layers"] = {name: len(own) for name, own in formats.items()}
-        notes["groups of steps"] = {n: list(map(len, own)) for n, own in groups.items()}
+        notes["layers"] = {name: len(chosen) for name, chosen in formats.items()}
+        notes["groups of steps"] = {n: list(map(len, chosen)) for n, chosen in groups.items()}
         notes["weight bytes"] = {"before": store.before, "after": store.after}
         for what, value in notes.items():
             if value:
@@ -183,7 +183,7 @@ class Quantize(Pass):
         held_out = requests(job.program, ctx.prompts, format_search.HELD_OUT_REQUESTS, seed)
         return format_search.FormatSearch(
             Simulator(job.program, job.scope, range_of, store),
-            {name: list(own) for name, own in job.formats.items()},
+            {name: list(chosen) for name, chosen in job.formats.items()},
             format_search.formats_to_try(self.formats, self.activations, self.group),
             self.goal,
             format_search.BUDGET if ctx.budget is None else ctx.budget,

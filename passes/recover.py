@@ -1,25 +1,25 @@
 """Train weights that earlier passes changed, so that the program does what it did before them.
 
-Before: the program as `prune`, `low-rank`, `quantize` or `cache` has left it. After: the same
-graph with other weights. Nothing else changes, so every other pass and target takes it.
+Before: a program that `prune`, `low-rank`, `quantize` or `cache` has rewritten. After: the same
+graph with other weights. Nothing else changes, so every other pass and target supports it.
 
 The reference is the program as it was before the first approximate pass of the same pipeline, as in
 `unroll,prune(channels),recover(steps=200)`, or the one in a file, as in
-`recover(reference=FILE.program)`. It samples requests; in each call the rewritten component is to
-return what the reference's returns for the same latents, and to have the same values behind each
-block that both have alike. Both branches of guidance are calls, or rows of calls, like any other.
+`recover(reference=FILE.program)`. It samples requests; in each call the results of the rewritten
+component should be those of the reference's for the same latents, and so should those of each block
+that both have. Both branches of guidance are calls, or rows of calls, like any other.
 
     loss = mean |y - y'|^2 / |y'|^2 + features * mean over blocks of |f - f'|^2 / |f'|^2
 
 AdamW minimises it over calls drawn from all requests and steps, with a warm-up and a cosine. Floats
-are trained as they are; weights of few bits through their rounding (straight-through), with their
-scales. Weights that components share stay shared. Tables of timesteps, scales of activations and
-everything in front of the loop stay what they are.
+are trained directly; weights of few bits through their rounding (straight-through), with their
+scales. Weights that components share are kept shared. Tables of timesteps, scales of activations
+and everything in front of the loop are not trained.
 
 A quarter of the requests, at most 8, is held out. Of all states the one with the least error on
 these is kept, also if it is the first; a loss that is not finite ends the training there. A run
-that was killed goes on from its last checkpoint when the same command is run again, with the same
-result.
+that was killed continues from its last checkpoint when the same command is run again, with the
+same result.
 
 Not rewritten when
 - no state is better on what was held out than the one at the beginning;
@@ -44,7 +44,7 @@ from diffopt.training import distill
 from diffopt.training.distributed import Workers
 
 LEAST, MOST = 16, 512
-"""How many requests are sampled where it is not said: with too few, what is learnt is these."""
+"""Bounds of the default number of requests: training on too few overfits to these."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Recover(Pass):
     """Train weights so that the program does again what it did before it was approximated."""
 
     exact = False
-    # What changes is error that goes away: no budget is spent.
+    # Its change removes error: no budget is spent.
     budget: ClassVar[float] = math.inf
 
     steps: int = option(200, "how long to train")
@@ -99,19 +99,13 @@ class Recover(Pass):
         names = scope.loop if self.components == ("loop",) else list(scope.calls)
         samples = self.samples or self._enough(scope, names)
         inputs = representative(str(self), program, ctx.prompts, samples, ctx.seed)
+        settings = distill.Settings(
+            self.steps, self.lr, self.batch, self.features, self.clip, self.ema, self.own, ctx.seed
+        )
         began = time.perf_counter()
         outcome = distill.recover(
             distill.Task(program, reference, inputs, names, self.keep),
-            distill.Settings(
-                self.steps,
-                self.lr,
-                self.batch,
-                self.features,
-                self.clip,
-                self.ema,
-                self.own,
-                ctx.seed,
-            ),
+            settings,
             distill.Checkpoints(Path(self.checkpoint) if self.checkpoint else None, self.every),
             Workers(self.accelerate),
             ctx.progress,
@@ -121,9 +115,9 @@ class Recover(Pass):
         elif not outcome.best:
             ctx.skip(", ".join(names), "no step has made held-out calls better: try another lr")
         ctx.note("held-out error", {"before": outcome.before, "after": outcome.after})
-        # JSON has no numbers for what is not finite.
-        found = {str(step): e for step, e in outcome.errors.items() if math.isfinite(e)}
-        ctx.note("errors", found)
+        # JSON has no infinities and no nan.
+        finite = {str(step): e for step, e in outcome.errors.items() if math.isfinite(e)}
+        ctx.note("errors", finite)
         ctx.note("requests", samples)
         ctx.note("steps", {"done": outcome.steps, "kept": outcome.best})
         ctx.note("weights trained", outcome.trained)
@@ -131,7 +125,7 @@ class Recover(Pass):
         ctx.note("seconds", time.perf_counter() - began)
 
     def _enough(self, scope: Scope, names: Sequence[str]) -> int:
-        """Return how many requests have so many calls that each is drawn about once."""
+        """Return how many requests have as many calls as training draws."""
         calls = sum(len(scope.calls[name]) for name in names)
         return min(max(LEAST, -(-self.steps * self.batch // max(1, calls))), MOST)
 

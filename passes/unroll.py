@@ -98,16 +98,14 @@ def _is_constant(arg: object) -> bool:
 
 def _bound_values(body: fx.GraphModule, bound: list[int]) -> list[fx.Node]:
     """Return the values that depend on bound parameters alone and that other nodes read."""
-    formals = g.placeholders(body)
-    late = g.descendants(
-        [*(n for i, n in enumerate(formals) if i not in bound), g.output_node(body)]
-    )
-    early = {n for n in g.descendants(formals[i] for i in bound) if n not in late}
+    args = g.placeholders(body)
+    late = g.descendants([*(n for i, n in enumerate(args) if i not in bound), g.output_node(body)])
+    early = {n for n in g.descendants(args[i] for i in bound) if n not in late}
     early |= {n for n in g.ancestors(early) if n not in late}
-    arguments = [formals[i] for i in bound if any(u in late for u in formals[i].users)]
+    arguments = [args[i] for i in bound if any(u in late for u in args[i].users)]
     inner = {n for n in early if n.op == "call_function"}
     return arguments + [
-        n for n in frontier(inner, body) if g.ancestors([n]) & {formals[i] for i in bound}
+        n for n in frontier(inner, body) if g.ancestors([n]) & {args[i] for i in bound}
     ]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from diffopt.analysis.reachability import FUSED, LAYERS, PRODUCTS, Reachability, packet
+from diffopt.analysis.reachability import FUSED, LAYERS, PRODUCTS, Reach, packet
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,7 @@ class Attention:
     cross: bool
 
 
-def find_attentions(reach: Reachability) -> list[Attention]:
+def find_attentions(reach: Reach) -> list[Attention]:
     """Return fused attentions and products of activations with no layer between them, in order."""
     attentions = []
     inside: dict[fx.Node, list[fx.Node]] = {}  # by an attention's last product: all of them
@@ -36,20 +36,20 @@ def find_attentions(reach: Reachability) -> list[Attention]:
     return sorted(attentions, key=lambda a: reach.index[a.node])
 
 
-def _fused_inputs(reach: Reachability, node: fx.Node) -> tuple[tuple[fx.Node, ...], bool]:
+def _fused_inputs(reach: Reach, node: fx.Node) -> tuple[tuple[fx.Node, ...], bool]:
     names = ("query", "key", "value")
     arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
     inputs = tuple(arguments[name] for name in names)
     return inputs, not any(reach.is_loop_variant(n) for n in inputs[1:])  # type: ignore[return-value,arg-type]
 
 
-def _is_of_activations(reach: Reachability, node: fx.Node) -> bool:
+def _is_of_activations(reach: Reach, node: fx.Node) -> bool:
     """Tell whether both operands depend on arguments, neither on weights alone."""
     operands = node.all_input_nodes
     return len(operands) > 1 and all(reach.ancestors[n] & reach.arguments for n in operands)
 
 
-def _products_before(reach: Reachability, node: fx.Node) -> list[fx.Node]:
+def _products_before(reach: Reach, node: fx.Node) -> list[fx.Node]:
     """Return the nearest loop-variant products above a value with no layer in between."""
     products, stack, seen = [], [node], set[fx.Node]()
     while stack:

@@ -38,7 +38,7 @@ import torch
 from torch import fx
 
 from diffopt.analysis.attention import Attention, find_attentions
-from diffopt.analysis.reachability import Reachability, packet, shape
+from diffopt.analysis.reachability import Reach, packet, shape
 from diffopt.analysis.residuals import Residual, attention_before, find_streams, operands, previous
 
 aten = torch.ops.aten
@@ -126,7 +126,7 @@ class DenoiserStructure:
 
 def analyze_denoiser(body: fx.GraphModule, loop_variant: Collection[fx.Node]) -> DenoiserStructure:
     """Return the structure of a body; `loop_variant` are the placeholders that see the latents."""
-    reach = Reachability(body, loop_variant)
+    reach = Reach(body, loop_variant)
     attentions = find_attentions(reach)
     chains = find_streams(reach, attentions)
     branches: dict[fx.Node, Branch] = {}
@@ -147,7 +147,7 @@ def analyze_denoiser(body: fx.GraphModule, loop_variant: Collection[fx.Node]) ->
 
 
 def _branch(
-    reach: Reachability,
+    reach: Reach,
     residual: Residual,
     stream_of: Mapping[Residual, int],
     branches: dict[fx.Node, Branch],
@@ -173,7 +173,7 @@ def _branch(
     )
 
 
-def _branch_nodes(reach: Reachability, residual: Residual, attentions: Sequence[Attention]) -> int:
+def _branch_nodes(reach: Reach, residual: Residual, attentions: Sequence[Attention]) -> int:
     """Return the nodes of a branch."""
     nodes = reach.between(residual.source, residual.value)
     if not reach.is_loop_variant(residual.source):
@@ -184,7 +184,7 @@ def _branch_nodes(reach: Reachability, residual: Residual, attentions: Sequence[
     return nodes
 
 
-def _ungated(reach: Reachability, value: fx.Node) -> fx.Node:
+def _ungated(reach: Reach, value: fx.Node) -> fx.Node:
     """Return the operand of the last gate in front of a value, or the value itself."""
     for node in reach.origins(value):
         if packet(node) in (aten.add, aten.sub):
@@ -195,7 +195,7 @@ def _ungated(reach: Reachability, value: fx.Node) -> fx.Node:
     return value
 
 
-def _kind(reach: Reachability, nodes: int, attentions: Sequence[Attention]) -> BranchKind:
+def _kind(reach: Reach, nodes: int, attentions: Sequence[Attention]) -> BranchKind:
     if attentions:
         return "cross-attention" if all(a.cross for a in attentions) else "attention"
     if nodes & reach.spatial:
@@ -203,9 +203,7 @@ def _kind(reach: Reachability, nodes: int, attentions: Sequence[Attention]) -> B
     return "mlp" if nodes & reach.layers and nodes & reach.activations else "other"
 
 
-def _stream(
-    reach: Reachability, chain: Sequence[Residual], branches: Mapping[fx.Node, Branch]
-) -> Stream:
+def _stream(reach: Reach, chain: Sequence[Residual], branches: Mapping[fx.Node, Branch]) -> Stream:
     by_out = {residual.out: residual for residual in chain}
     current: fx.Node | None = chain[-1].out
     values = []
@@ -216,7 +214,7 @@ def _stream(
     return Stream((first, *reversed(values)), tuple(branches[r.out] for r in chain))
 
 
-def _find_blocks(reach: Reachability, streams: Sequence[Stream]) -> list[Block]:
+def _find_blocks(reach: Reach, streams: Sequence[Stream]) -> list[Block]:
     """Find the blocks of all streams, in the graph's order."""
     runs: list[list[list[Branch]]] = []  # [block][stream]: branches
     shared: dict[Attention, list[list[Branch]]] = {}
@@ -248,7 +246,7 @@ def _runs(branches: Sequence[Branch]) -> Iterator[list[Branch]]:
     yield from ([b] for b in waiting)
 
 
-def _block(reach: Reachability, runs: Sequence[Sequence[Branch]]) -> Block:
+def _block(reach: Reach, runs: Sequence[Sequence[Branch]]) -> Block:
     branches = sorted((b for run in runs for b in run), key=lambda b: reach.index[b.stream_out])
     nodes = 0
     for branch in branches:
@@ -263,7 +261,7 @@ def _block(reach: Reachability, runs: Sequence[Sequence[Branch]]) -> Block:
     )
 
 
-def _final_value(reach: Reachability, node: fx.Node) -> fx.Node:
+def _final_value(reach: Reach, node: fx.Node) -> fx.Node:
     """Return a stream's value after the casts and scalings that all its readers see."""
     while len(node.users) == 1:
         (user,) = node.users
@@ -280,7 +278,7 @@ def _final_value(reach: Reachability, node: fx.Node) -> fx.Node:
 # Skips
 
 
-def _find_skips(reach: Reachability, residuals: Collection[fx.Node]) -> list[Skip]:
+def _find_skips(reach: Reach, residuals: Collection[fx.Node]) -> list[Skip]:
     """Return concatenations of a value with one that is computed from it, the last one first."""
     skips: list[Skip] = []
     for node in reversed(reach.nodes):
@@ -295,7 +293,7 @@ def _find_skips(reach: Reachability, residuals: Collection[fx.Node]) -> list[Ski
     return skips
 
 
-def _summands(reach: Reachability, value: fx.Node, residuals: Collection[fx.Node]) -> list[fx.Node]:
+def _summands(reach: Reach, value: fx.Node, residuals: Collection[fx.Node]) -> list[fx.Node]:
     """Return a value in all its layouts, and the operands of the sum that the first of them is."""
     terms = list(reach.origins(value))
     # The sum of a residual is no sum with features from outside (a ControlNet's).

@@ -18,7 +18,7 @@ Terms:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -184,14 +184,13 @@ def _quantizing(body: fx.GraphModule) -> set[fx.Node]:
 
 def islands(plan: DtypePlan, timestep: Collection[fx.Node]) -> dict[IslandKind, set[fx.Node]]:
     """Return the nodes of each kind of island; `timestep` are arguments that depend on it alone."""
-    finders: dict[IslandKind, Callable[[], set[fx.Node]]] = {
-        "norms": lambda: _norms(plan),
-        "softmax": lambda: _softmax(plan),
-        "time": lambda: _timestep_only(plan.body, timestep),
-        "output": lambda: _output(plan),
+    by_kind: dict[IslandKind, set[fx.Node]] = {
+        "norms": _norms(plan),
+        "softmax": _softmax(plan),
+        "time": _timestep_only(plan.body, timestep),
+        "output": _output(plan),
     }
     lows = plan.low_nodes()
-    by_kind = {kind: finder() for kind, finder in finders.items()}
     return {kind: nodes for kind, nodes in by_kind.items() if nodes & lows}
 
 
@@ -230,8 +229,7 @@ def _decomposed_norm(root: fx.Node) -> set[fx.Node]:
 def _softmax(plan: DtypePlan) -> set[fx.Node]:
     roots = [n for n in plan.body.graph.nodes if packet(n) in SOFTMAX]
     inside = g.reachable(
-        roots,
-        lambda n: (m for m in n.all_input_nodes if is_pointwise(m) and m not in plan.layers),
+        roots, lambda n: (m for m in n.all_input_nodes if is_pointwise(m) and m not in plan.layers)
     )
     return inside | {n for n in plan.layers if packet(n) in FUSED}
 

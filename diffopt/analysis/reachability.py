@@ -71,7 +71,7 @@ def _part_of(node: fx.Node) -> fx.Node | None:
     return node.all_input_nodes[0] if is_part else None
 
 
-class Reachability:
+class Reach:
     """A body's nodes with their ancestors and descendants as bit sets (Python integers).
 
     Attributes:

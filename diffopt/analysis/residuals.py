@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from diffopt.analysis.attention import Attention
-from diffopt.analysis.reachability import LAYERS, Reachability, packet, shape
+from diffopt.analysis.reachability import LAYERS, Reach, packet, shape
 from diffopt.ir import graph as g
 
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ class Residual:
     source: fx.Node
 
 
-def find_streams(reach: Reachability, attentions: Sequence[Attention]) -> list[list[Residual]]:
+def find_streams(reach: Reach, attentions: Sequence[Attention]) -> list[list[Residual]]:
     """Return the residuals of each stream, in the graph's order."""
     chains = _group(reach, _find_residuals(reach))
     _add_heads(reach, chains, attentions)
@@ -38,7 +38,7 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b else None
 
 
-def _find_residuals(reach: Reachability) -> dict[fx.Node, Residual]:
+def _find_residuals(reach: Reach) -> dict[fx.Node, Residual]:
     """Return the additions of a branch to its stream, by node, in the graph's order."""
     residuals: dict[fx.Node, Residual] = {}
     for node in reach.nodes:
@@ -54,44 +54,38 @@ def _find_residuals(reach: Reachability) -> dict[fx.Node, Residual]:
     return residuals
 
 
-_Residuals = dict[fx.Node, Residual]
+_Known = dict[fx.Node, Residual]
 
 
-def _identity(
-    reach: Reachability, stream: fx.Node, value: fx.Node, residuals: _Residuals
-) -> fx.Node | None:
+def _identity(reach: Reach, stream: fx.Node, value: fx.Node, known: _Known) -> fx.Node | None:
     """Return the branch's source where it is the stream itself, in whichever layout."""
     sources = (n for n in reach.origins(stream) if reach.between(n, value) & reach.layers)
     return next(sources, None)
 
 
-def _projection(
-    reach: Reachability, stream: fx.Node, value: fx.Node, residuals: _Residuals
-) -> fx.Node | None:
+def _projection(reach: Reach, stream: fx.Node, value: fx.Node, known: _Known) -> fx.Node | None:
     """Return it where one linear layer is on the stream and the branch is more than linear."""
     *_, last = reach.origins(stream)
     if packet(last) not in LAYERS:
         return None
-    source = _identity(reach, reach.loop_variant_inputs(last)[0], value, residuals)
+    source = _identity(reach, reach.loop_variant_inputs(last)[0], value, known)
     if source is None or not reach.between(source, value) & reach.nonlinear:
         return None
     return source
 
 
-def _side_by_side(
-    reach: Reachability, stream: fx.Node, value: fx.Node, residuals: _Residuals
-) -> fx.Node | None:
+def _side_by_side(reach: Reach, stream: fx.Node, value: fx.Node, known: _Known) -> fx.Node | None:
     """Return it where parallel branches were added to the stream before this one."""
-    before = next((residuals[n] for n in reach.origins(stream) if n in residuals), None)
+    before = next((known[n] for n in reach.origins(stream) if n in known), None)
     while before is not None:
-        source = _identity(reach, before.stream, value, residuals)
+        source = _identity(reach, before.stream, value, known)
         if source is not None:
             return source
-        before = next((residuals[n] for n in reach.origins(before.stream) if n in residuals), None)
+        before = next((known[n] for n in reach.origins(before.stream) if n in known), None)
     return None
 
 
-def _group(reach: Reachability, residuals: _Residuals) -> list[list[Residual]]:
+def _group(reach: Reach, residuals: _Known) -> list[list[Residual]]:
     """Put the residuals of each stream together."""
     chains: list[list[Residual]] = []
     chain_of: dict[fx.Node, list[Residual]] = {}
@@ -107,7 +101,7 @@ def _group(reach: Reachability, residuals: _Residuals) -> list[list[Residual]]:
     return chains
 
 
-def previous(reach: Reachability, residual: Residual, known: Collection[fx.Node]) -> fx.Node | None:
+def previous(reach: Reach, residual: Residual, known: Collection[fx.Node]) -> fx.Node | None:
     """Return the result of the residual before this one in its stream."""
     for start in (residual.stream, residual.source):
         for node in reach.origins(start):
@@ -117,7 +111,7 @@ def previous(reach: Reachability, residual: Residual, known: Collection[fx.Node]
 
 
 def _add_heads(
-    reach: Reachability, chains: Sequence[list[Residual]], attentions: Sequence[Attention]
+    reach: Reach, chains: Sequence[list[Residual]], attentions: Sequence[Attention]
 ) -> None:
     """Put the sum of a loop-invariant value and an attention in front of streams that begin so."""
     for chain in chains:
@@ -125,18 +119,16 @@ def _add_heads(
             head = _head(reach, node)
             if head is None or not attention_before(reach, head.value, attentions):
                 continue
-            detours = (_head(reach, user) for user in head.stream.users if user is not node)
+            sides = (_head(reach, user) for user in head.stream.users if user is not node)
             before = reach.ancestors[head.value]
             inner = [
-                detour
-                for detour in detours
-                if detour is not None and before >> reach.index[detour.out] & 1
+                side for side in sides if side is not None and before >> reach.index[side.out] & 1
             ]
             chain[:0] = sorted([*inner, head], key=lambda r: reach.index[r.out])
             break
 
 
-def _head(reach: Reachability, node: fx.Node) -> Residual | None:
+def _head(reach: Reach, node: fx.Node) -> Residual | None:
     """Return a sum of a loop-variant value and an invariant one of full shape, not a weight."""
     pair = operands(node)
     if pair is None or len(reach.loop_variant_inputs(node)) != 1:
@@ -148,7 +140,7 @@ def _head(reach: Reachability, node: fx.Node) -> Residual | None:
 
 
 def attention_before(
-    reach: Reachability, value: fx.Node, attentions: Sequence[Attention]
+    reach: Reach, value: fx.Node, attentions: Sequence[Attention]
 ) -> fx.Node | None:
     """Return the last attention if a value depends on attentions alone; else None."""
     ends = {attention.node for attention in attentions}

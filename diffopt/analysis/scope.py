@@ -75,16 +75,14 @@ def choose_scope(program: Program, wanted: Sequence[str]) -> Scope:
 
 def by_step(scope: Scope) -> dict[tuple[int, int], fx.Node]:
     """Return the calls whose inputs are calibrated, by step and a unique number."""
-    watched = [
-        at for name, calls in scope.calls.items() if name not in scope.weights for at in calls
-    ]
+    watched = [at for name, own in scope.calls.items() if name not in scope.weights for at in own]
     return {(step, number): call for number, (call, step) in enumerate(watched)}
 
 
 def boundary_weights(program: Program, scope: Scope) -> list[Tensor]:
     """Return the weights of the first layers that read the latents, and of the last ones.
 
-    They are small, and what they round is in the latents themselves: they lose most.
+    They are small, and their rounding errors are directly in the latents.
     """
     weights: list[Tensor] = []
     late = g.descendants(call for name in scope.loop for call, _ in scope.calls[name])

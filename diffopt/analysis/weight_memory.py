@@ -92,16 +92,14 @@ def _fp16_bytes(tensors: dict[int, Tensor], entries: dict[int, _Entry]) -> int:
     """
     formats: dict[tuple[str, tuple[int, ...]], str] = {}
     total = 0
-    for key, entry in sorted(entries.items(), key=lambda item: item[1].format not in _FLOATS):
-        is_float = entry.format in _FLOATS
-        if entry.format == SCALES:
+    for key, own in sorted(entries.items(), key=lambda item: item[1].format not in _FLOATS):
+        is_float = own.format in _FLOATS
+        if own.format == SCALES:
             continue
-        if not is_float and entry.format not in _QUANTIZED:
+        if not is_float and own.format not in _QUANTIZED:
             total += tensors[key].nbytes
-        elif (
-            formats.setdefault((entry.name, entry.shape), entry.format) == entry.format or is_float
-        ):
-            total += 2 * entry.elements
+        elif formats.setdefault((own.name, own.shape), own.format) == own.format or is_float:
+            total += 2 * own.elements
     return total
 
 
@@ -114,10 +112,8 @@ def _quantized(gm: fx.GraphModule) -> dict[int, _Entry]:
     entries: dict[int, _Entry] = {}
     for node in gm.graph.nodes:
         if (activation := qdq.activation(node)) is not None:
-            parameters = [n for n in (activation.scale, activation.zero) if n is not None]
-            entries |= {
-                id(stored_tensor(gm, n)): _scale(n) for n in parameters if n.op == "get_attr"
-            }
+            scales = [n for n in (activation.scale, activation.zero) if n is not None]
+            entries |= {id(stored_tensor(gm, n)): _scale(n) for n in scales if n.op == "get_attr"}
         if (weight := qdq.weight(node)) is not None:
             numbers = g.ancestors([weight.values])
             for source in g.ancestors([node]):

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Policy", "find_policy", "hold", "merge", "option", "policy_names"]
 
-Requirement = Literal["skips", "blocks", "branches", "cross-attention"]
+Needs = Literal["skips", "blocks", "branches", "cross-attention"]
 ReusedValue = tuple[fx.Node, fx.Node | None]
 
 ATTENTION_AND_MLP = ("attention", "cross-attention", "mlp")
 
-_REQUIREMENTS: dict[Requirement, str] = {
+_REQUIREMENTS: dict[Needs, str] = {
     "skips": "skip connections",
     "blocks": "transformer blocks",
     "branches": "attention or MLP branches",
@@ -46,7 +46,7 @@ class Policy(spec.Choice):
     """
 
     name: ClassVar[str] = "policy"
-    needs: ClassVar[Requirement | None] = None
+    needs: ClassVar[Needs | None] = None
 
     def __init_subclass__(cls) -> None:
         if "name" not in cls.__dict__:
@@ -120,7 +120,7 @@ def _keeps_types(block: Block) -> bool:
     return all(format_type(a.meta["val"]) == format_type(b.meta["val"]) for a, b in pairs)
 
 
-def count_structures(structure: DenoiserStructure) -> Mapping[Requirement, int]:
+def count_structures(structure: DenoiserStructure) -> Mapping[Needs, int]:
     """Count the structures that policies may need."""
     kinds = [branch.kind for branch in structure.branches]
     return {

@@ -73,7 +73,7 @@ def loop_calls(program: Program, loop: Loop) -> list[fx.Node]:
 def remaining_work(
     program: Program, loop: Loop, before: Mapping[CallKey, Work]
 ) -> dict[CallKey, Work]:
-    """Return what is left of the calls' work after `Policy.finish`.
+    """Return the computation of each call after `Policy.finish`.
 
     A call that a cheaper one replaces is computed for a part of its batch. A removed call is
     computed by an earlier call of its branch, if a dearer one replaces that; else it is skipped.

@@ -28,8 +28,8 @@ def assign_boundary_dtypes(program: Program, plans: Mapping[str, DtypePlan]) -> 
     groups = _groups(program, plans)
     while True:
         for name, plan in plans.items():
-            parameters = g.placeholders(plan.body)
-            plan.low_arguments = {t for i, t in enumerate(parameters) if (name, False, i) in groups}
+            formals = g.placeholders(plan.body)
+            plan.low_arguments = {t for i, t in enumerate(formals) if (name, False, i) in groups}
             plan.low_results = {
                 i for i in range(len(g.outputs(plan.body))) if (name, True, i) in groups
             }

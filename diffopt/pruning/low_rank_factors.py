@@ -147,7 +147,7 @@ def factorize(decomposed: Spectrum, rank: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def place_factors(
-    gm: fx.GraphModule, layer: qdq.Layer, form: Form, first: Tensor, second: Tensor
+    gm: fx.GraphModule, layer: qdq.Layer, form: Form, down: Tensor, up: Tensor
 ) -> None:
     """Replace a layer by two."""
     graph, node, name = gm.graph, layer.node, str(layer.weight.target)
@@ -156,7 +156,7 @@ def place_factors(
     with graph.inserting_before(node):
         weights = [
             g.get_attr(gm, f"{name}_{which}", tensor)
-            for which, tensor in (("down", first), ("up", second))
+            for which, tensor in (("down", down), ("up", up))
         ]
         inner = g.call(graph, node.target, x, weights[0], None, *early, like=node)
         both = g.call(graph, node.target, inner, weights[1], layer.bias, *late, like=node)

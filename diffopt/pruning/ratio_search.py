@@ -139,7 +139,7 @@ def search_ratios(
     def without(count: int) -> Program:
         pairs = zip(trials, chosen(count), strict=True)
         return ablation.without(
-            [u for tried_of, at in pairs if at is not None for u in tried_of[at].units]
+            [u for tried, at in pairs if at is not None for u in tried[at].units]
         )
 
     least = ablation.cost(without(len(order)))
@@ -168,8 +168,8 @@ def _measure_trials(
 ) -> list[list[RatioTrial]]:
     """Measure each ratio of each group alone."""
     pairs = zip(groups, scores, strict=True)
-    tried = [_units_by_ratio(group, own, ratios, round_to) for group, own in pairs]
-    flat = [units for own in tried for units in own]
+    tried = [_units_by_ratio(group, selections, ratios, round_to) for group, selections in pairs]
+    flat = [units for selections in tried for units in selections]
 
     def measure() -> dict[str, Tensor]:
         rows, before = [], ablation.cost(ablation.program)
@@ -182,8 +182,8 @@ def _measure_trials(
     key = {**ablation.key(), "units": [[unit.label for unit in units] for units in flat]}
     rows = iter(trajectories.cached(key, measure)["trials"].tolist())
     trials = []
-    for own in tried:
-        measured = [(units, next(rows)) for units in own]
+    for selections in tried:
+        measured = [(units, next(rows)) for units in selections]
         trials.append([RatioTrial(units, error, int(saved)) for units, (error, saved) in measured])
     return trials
 

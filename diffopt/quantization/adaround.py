@@ -111,16 +111,16 @@ class _Rounding:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, layer: qdq.Layer, stored: qdq.Weight, exact: Tensor
+        self, gm: fx.GraphModule, layer: qdq.Layer, stored: qdq.Weight, to: Tensor
     ) -> None:
         self.layer, self.weight = layer.node, layer.weight
         self.values = weight_rounding.stored_name(stored.values)
         self.dtype = layer.weight.meta["val"].dtype
         self._is_wide = stored.node is not layer.weight
-        self._nearest = weight_rounding.packed_weight(gm, stored, exact.shape)
+        self._nearest = weight_rounding.packed_weight(gm, stored, to.shape)
         self._scale = weight_rounding.broadcast_scales(self._nearest)
         self._limits = qdq.LIMITS[stored.number]
-        scaled = exact.detach().float() / self._scale
+        scaled = to.detach().float() / self._scale
         self._floor = scaled.floor()
         share = (scaled - self._floor + 0.1) / 1.2
         self.v = share.logit().requires_grad_()
@@ -249,36 +249,32 @@ class _Block:
         """The leading dimension of the block's first result in one call."""
         return int(self._targets[0][0].shape[0]) if self._targets[0][0].dim() else 1
 
-    def _error(self, samples: Sequence[int], weights: straight_through.Values) -> float:
+    def _error(self, samples: Sequence[int], fixed: straight_through.Values) -> float:
         """Return the mean squared error of samples, with the graph's operators."""
         total = 0.0
         for i in samples:
-            values = results_of(self._part, self._inputs[i], {**self._constants, **weights})
+            values = results_of(self._part, self._inputs[i], {**self._constants, **fixed})
             outputs = [values[end] for end in self._part.ends]
             total += float(_distance(outputs, self._targets[i]))
         return total / len(samples)
 
     def _loss(
-        self, samples: Sequence[int], weights: straight_through.Values, is_stacked: bool
+        self, samples: Sequence[int], fixed: straight_through.Values, is_stacked: bool
     ) -> Tensor:
         """Return the same with gradients."""
         if not is_stacked:
-            losses = (
-                _distance(self._one(weights, self._inputs[i]), self._targets[i]) for i in samples
-            )
-            return torch.stack(list(losses)).mean()
-        return _distance(self._many(weights, samples), _stack(self._targets, samples)) / len(
-            samples
-        )
+            ones = [_distance(self._one(fixed, self._inputs[i]), self._targets[i]) for i in samples]
+            return torch.stack(ones).mean()
+        return _distance(self._many(fixed, samples), _stack(self._targets, samples)) / len(samples)
 
-    def _one(self, weights: straight_through.Values, inputs: Sequence[Tensor]) -> list[Tensor]:
-        values = {**self._constants, **weights, **dict(zip(self._part.takes, inputs, strict=True))}
+    def _one(self, fixed: straight_through.Values, inputs: Sequence[Tensor]) -> list[Tensor]:
+        values = {**self._constants, **fixed, **dict(zip(self._part.takes, inputs, strict=True))}
         straight_through.run(self._part.nodes, values, straight=True)
         return [values[end] for end in self._part.ends]
 
-    def _many(self, weights: straight_through.Values, samples: Sequence[int]) -> list[Tensor]:
+    def _many(self, fixed: straight_through.Values, samples: Sequence[int]) -> list[Tensor]:
         stacked = _stack(self._inputs, samples)
-        return list(torch.vmap(lambda *inputs: self._one(weights, inputs))(*stacked))
+        return list(torch.vmap(lambda *inputs: self._one(fixed, inputs))(*stacked))
 
     def _stacks(self) -> bool:
         """Tell whether the block computes stacked calls as it computes single ones."""

@@ -73,14 +73,12 @@ def layer_candidates(
 ) -> dict[str, dict[fx.Node, list[Format]]]:
     """Return, for each layer, the formats nearest to `tried` that it supports, by component."""
     candidates: dict[str, dict[fx.Node, list[Format]]] = {}
-    for name, layer_nodes in nodes.items():
+    for name, own in nodes.items():
         plain = list(tried)
         if name in simulator.scope.weights:
             plain = [replace(fmt, activations="none") for fmt in tried]
         layers = simulator.layers[name].by_node
-        candidates[name] = {
-            node: [fmt.for_layer(layers[node]) for fmt in plain] for node in layer_nodes
-        }
+        candidates[name] = {node: [fmt.for_layer(layers[node]) for fmt in plain] for node in own}
     return candidates
 
 

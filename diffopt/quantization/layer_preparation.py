@@ -83,9 +83,9 @@ def split_concats(gm: fx.GraphModule, memo: TensorMemo) -> int:
                 part = memo.get(
                     weight, (start, end), functools.partial(_input_slice, weight, start, end)
                 )
-                own = g.get_attr(gm, f"{layer.weight.target}_{start}", part)
+                weight_slice = g.get_attr(gm, f"{layer.weight.target}_{start}", part)
                 rest = args(node)[2:] if total is None else (None, *args(node)[3:])
-                term = g.call(gm.graph, node.target, operand, own, *rest, like=node)
+                term = g.call(gm.graph, node.target, operand, weight_slice, *rest, like=node)
                 if total is not None:
                     term = g.call(gm.graph, aten.add.Tensor, total, term, like=node)
                 total, start = term, end

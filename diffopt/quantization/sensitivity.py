@@ -87,13 +87,11 @@ def measure(
         "sensitivity": 1,
         **trajectories.identity(simulator.program, inputs),
         "layers": {
-            name: {str(position[n]): list(map(str, formats_of)) for n, formats_of in layers.items()}
+            name: {str(position[n]): list(map(str, own)) for n, own in layers.items()}
             for name, layers in candidates.items()
         },
         "steps": simulator.steps,
-        "ranges": {
-            name: _ranges(simulator, name, formats_of) for name, formats_of in candidates.items()
-        },
+        "ranges": {name: _ranges(simulator, name, own) for name, own in candidates.items()},
         "settings": dict(settings),
     }
     tensors = trajectories.cached(
@@ -112,12 +110,12 @@ def measure(
 
 
 def _ranges(
-    simulator: Simulator, name: str, formats_of: Mapping[fx.Node, Sequence[Format]]
+    simulator: Simulator, name: str, candidates: Mapping[fx.Node, Sequence[Format]]
 ) -> list[list[tuple[float, float]]]:
     """Return the (low, high) ranges of inputs with static scales, [layers][steps]."""
     layers = simulator.layers[name]
     nodes = [
-        n for n, formats in formats_of.items() if any(f.activations == "static" for f in formats)
+        n for n, formats in candidates.items() if any(f.activations == "static" for f in formats)
     ]
     range_of = layers.ranges
     if range_of is None:
@@ -144,10 +142,13 @@ class _Profiler:
 
     def measure(self) -> dict[str, Tensor]:
         """Return the tensors of `Sensitivity`, by component and name."""
-        sizes = {n: (len(own), self._columns, len(self._probes[n])) for n, own in self._layers()}
+        sizes = {
+            n: (len(measured), self._columns, len(self._probes[n]))
+            for n, measured in self._candidates.items()
+        }
         errors = {n: torch.zeros(size, dtype=torch.float64) for n, size in sizes.items()}
         moved = {n: torch.zeros(size[-1], dtype=torch.float64) for n, size in sizes.items()}
-        changed = {n: torch.zeros_like(own) for n, own in moved.items()}
+        changed = {n: torch.zeros_like(measured) for n, measured in moved.items()}
         whole = torch.zeros(self._columns, dtype=torch.float64)
         for index, request in enumerate(self._inputs):
             values: dict[fx.Node, Any] = {}
@@ -155,9 +156,7 @@ class _Profiler:
                 self._sim.program, request, lambda call, arguments: None, values
             )
             for name, at, step in self._visits():
-                if (at - index) % len(
-                    self._inputs
-                ) == 0:  # one request for each probe: this takes long
+                if (at - index) % len(self._inputs) == 0:  # takes long: one request a probe
                     errors[name][:, :, at] = self._errors(name, step, values)
                 change = self._disturb(name, step, values, exact)
                 changed[name][at] += change[0]
@@ -168,17 +167,14 @@ class _Profiler:
                 whole[column] += squared_relative_error(outputs, exact) / len(self._inputs)
         result: dict[str, Tensor] = {}
         predicted = torch.zeros_like(whole)
-        for name, own in errors.items():
+        for name, measured in errors.items():
             effects = torch.where(changed[name] > _LEAST, moved[name] / changed[name], 0.0)
-            result[f"{name} errors"] = self._everywhere(name, own)
+            result[f"{name} errors"] = self._everywhere(name, measured)
             result[f"{name} effects"] = self._everywhere(name, effects)
             sums = result[f"{name} errors"] * result[f"{name} effects"]
             predicted += sums.sum((0, 2))
         result["growth"] = torch.where(predicted > _LEAST, whole / predicted, 1.0)
         return result
-
-    def _layers(self) -> Iterator[tuple[str, Mapping[fx.Node, Sequence[Format]]]]:
-        yield from self._candidates.items()
 
     def _visits(self) -> Iterator[tuple[str, int, int]]:
         """Yield (component, number, step) of each probe."""
@@ -187,7 +183,7 @@ class _Profiler:
                 yield name, at, self._sim.steps[name][place]
 
     def _tell(self, what: str) -> None:
-        total = sum(len(x) * len(self._probes[n]) for n, x in self._layers())
+        total = sum(len(x) * len(self._probes[n]) for n, x in self._candidates.items())
         self._progress(what, min(1.0, self._done / max(1, total)))
 
     def _everywhere(self, name: str, values: Tensor) -> Tensor:
@@ -227,22 +223,22 @@ class _Profiler:
     ) -> tuple[float, float]:
         """Quantize a step's calls; return the squared relative errors of results and of outputs."""
         first_formats = {node: formats[0] for node, formats in self._candidates[name].items()}
-        results_of = {
+        changed = {
             call: self._sim.call(name, first_formats, step, [known[n] for n in args(call)])
             for call in self._calls(name, step)
         }
         changes = [
-            squared_relative_error(results, known[call]) for call, results in results_of.items()
+            squared_relative_error(results, known[call]) for call, results in changed.items()
         ]
-        outputs = rerun(self._sim.program, known, results_of)
+        outputs = rerun(self._sim.program, known, changed)
         return sum(changes) / len(changes), squared_relative_error(outputs, exact)
 
 
 def _column(candidates: Candidates, column: int) -> dict[str, dict[fx.Node, Format]]:
     """Return one column of the candidates as the format of each layer."""
     return {
-        name: {node: formats[column] for node, formats in own.items()}
-        for name, own in candidates.items()
+        name: {node: formats[column] for node, formats in layers.items()}
+        for name, layers in candidates.items()
     }
 
 

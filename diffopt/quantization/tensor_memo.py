@@ -20,8 +20,6 @@ class TensorMemo:
         """Return the value of a tensor and key; `make` computes it the first time."""
         entry = id(tensor), key
         if entry not in self._known:
-            self._known[entry] = (
-                tensor,
-                make(),
-            )  # the tensor is kept, so that its identity stays its
+            # The reference to the tensor keeps its id from being used again.
+            self._known[entry] = tensor, make()
         return self._known[entry][1]  # type: ignore[return-value]

@@ -1,1 +1,1 @@
-"""Training a rewritten program to do what it did before."""
+"""Distillation: training a rewritten program to reproduce its reference."""

@@ -50,13 +50,13 @@ class CallPair:
 
 def check_same_pipeline(program: Program, reference: Program) -> None:
     """Raise DiffoptError where a reference has other inputs than the program."""
-    own, other = (
+    types, wanted = (
         [format_type(n.meta["val"]) for n in g.placeholders(p.root)] for p in (program, reference)
     )
-    if own != other:
+    if types != wanted:
         raise DiffoptError(
-            f"the reference is of another pipeline: it takes {', '.join(other) or 'nothing'}, this"
-            f" program {', '.join(own) or 'nothing'}"
+            f"the reference is of another pipeline: it takes {', '.join(wanted) or 'nothing'}, this"
+            f" program {', '.join(types) or 'nothing'}"
         )
 
 
@@ -84,9 +84,7 @@ class PairedProgram:
         return [values[n].cpu() for n in body.results]
 
     def run(
-        self,
-        inputs: Sequence[Tensor],
-        forced: Mapping[Hashable, Sequence[Tensor]],
+        self, inputs: Sequence[Tensor], forced: Mapping[Hashable, Sequence[Tensor]]
     ) -> tuple[dict[Hashable, list[Tensor]], dict[Hashable, list[Tensor]]]:
         """Run a request; return each call's arguments and results.
 
@@ -104,11 +102,11 @@ class PairedProgram:
             if call not in keys:
                 return None
             key, name = keys[call], str(call.target)
-            given, count = forced.get(key, ()), len(self.bodies[name].results)
-            computed = [] if len(given) >= count else self.compute(name, actual)
-            cast = (t.to(v.dtype) for t, v in zip(given, call.meta["val"], strict=False))
+            values, count = forced.get(key, ()), len(self.bodies[name].results)
+            computed = [] if len(values) >= count else self.compute(name, actual)
+            cast = (t.to(v.dtype) for t, v in zip(values, call.meta["val"], strict=False))
             arguments[key] = list(actual)
-            results[key] = [*cast, *computed[len(given) :]][:count]
+            results[key] = [*cast, *computed[len(values) :]][:count]
             return results[key]
 
         trajectories.run_root(self.program, inputs, visit)
@@ -155,7 +153,6 @@ def gather_pairs(
     reference: PairedProgram,
     inputs: Sequence[Tensor],
     request: int,
-    *,
     program_leads: bool = False,
 ) -> list[CallPair]:
     """Run a request in both programs; return its pairs of calls.

@@ -212,8 +212,8 @@ class _Trainer:
         self._weights, self._settings, self._workers = weights, settings, workers
         self._progress = progress
         held = _held(len(pairs))
-        self._pairs = [pair for own in pairs[:-held] for pair in own]
-        out = [pair for own in pairs[-held:] for pair in own]
+        self._pairs = [pair for calls in pairs[:-held] for pair in calls]
+        out = [pair for calls in pairs[-held:] for pair in calls]
         count = min(HELD_CALLS, len(out))
         self._held_out = [out[i * len(out) // count] for i in range(count)]
         every = [*self._pairs, *self._held_out]

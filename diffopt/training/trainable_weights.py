@@ -110,6 +110,9 @@ class _QuantizedWeight:
         return pairs
 
 
+_Weight = _FloatWeight | _QuantizedWeight
+
+
 class TrainableWeights:
     """The trainable weights of some components.
 
@@ -134,10 +137,8 @@ class TrainableWeights:
             device: Of the leaves.
         """
         self._device = device or torch.device("cpu")
-        self._weights: dict[int, _FloatWeight | _QuantizedWeight] = {}
-        self._by_node: dict[str, dict[fx.Node, _FloatWeight | _QuantizedWeight]] = {
-            n: {} for n in names
-        }
+        self._weights: dict[int, _Weight] = {}
+        self._by_node: dict[str, dict[fx.Node, _Weight]] = {n: {} for n in names}
         frozen = _frozen(program, names, keep)
         for name in names:
             self._add_quantized(program.components[name], name, frozen)
@@ -158,16 +159,16 @@ class TrainableWeights:
 
     def _add_quantized(self, gm: fx.GraphModule, name: str, frozen: set[int]) -> None:
         for layer in qdq.layers(gm):
-            own = weight_rounding.stored_weight(layer.weight)
-            if own is None:
+            quantized = weight_rounding.stored_weight(layer.weight)
+            if quantized is None:
                 continue
             value = layer.weight.meta["val"]
-            packed = weight_rounding.packed_weight(gm, own, value.shape)
+            packed = weight_rounding.packed_weight(gm, quantized, value.shape)
             key = id(packed.values)
             if key in frozen:
                 continue
             if key not in self._weights:
-                is_wide = own.node is not layer.weight
+                is_wide = quantized.node is not layer.weight
                 wide = stored_tensor(gm, args(layer.weight)[1]) if is_wide else None
                 self._weights[key] = _QuantizedWeight(packed, value.dtype, wide, self._device)
             self._by_node[name][layer.weight] = self._weights[key]

@@ -45,14 +45,7 @@ def identity_source(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Return the argument that a node returns unchanged; None if it computes something."""
     if node.op != "call_function" or not node.args:
         return None
-    for rule in (
-        _same_layout,
-        _only_chunk,
-        _eval_dropout,
-        _cast_and_back,
-        _neutral,
-        _not_permuted,
-    ):
+    for rule in (_same_layout, _only_chunk, _eval_dropout, _cast_and_back, _neutral, _not_permuted):
         source = rule(gm, node)
         # vmap leaves operators on bare numbers behind.
         if isinstance(source, fx.Node) and same_layout(node, source):

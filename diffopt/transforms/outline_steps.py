@@ -117,8 +117,8 @@ def _loop_calls(program: Program) -> list[fx.Node]:
     if not loops:
         return []
     main = program.calls(max(loops, key=costs.__getitem__))
-    own = {_branch(call) for call in main} - {None}
-    return [call for call in program.calls() if call in main or _branch(call) in own]
+    branches = {_branch(call) for call in main} - {None}
+    return [call for call in program.calls() if call in main or _branch(call) in branches]
 
 
 def _branch(call: fx.Node) -> tuple[str, int] | None:
@@ -149,7 +149,7 @@ def _cut(program: Program, calls: Sequence[fx.Node]) -> list[Step]:
                 continue
             if preparing.issuperset(node.users):
                 preparing.add(node)
-            elif not _is_cheaper_moved(node, after, step_of):
+            elif not _is_cheaper(node, after, step_of):
                 continue
             step_of[node] = later
             changed = True
@@ -160,9 +160,7 @@ def _cut(program: Program, calls: Sequence[fx.Node]) -> list[Step]:
     return steps
 
 
-def _is_cheaper_moved(
-    node: fx.Node, after: dict[fx.Node, int], step_of: dict[fx.Node, int]
-) -> bool:
+def _is_cheaper(node: fx.Node, after: dict[fx.Node, int], step_of: dict[fx.Node, int]) -> bool:
     """Tell whether moving a node to the next step passes no more bytes to it."""
     more = [
         n

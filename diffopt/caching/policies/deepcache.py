@@ -11,7 +11,7 @@ import numpy as np
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import Policy, Requirement, hold, option
+from diffopt.caching.policy import Needs, Policy, hold, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 
@@ -20,7 +20,7 @@ from diffopt.errors import DiffoptError
 class Deepcache(Policy):
     """Compute the outermost levels of a UNet on deep features of an earlier step."""
 
-    needs: ClassVar[Requirement] = "skips"
+    needs: ClassVar[Needs] = "skips"
 
     interval: int = option(3, "compute everything every N steps")
     branch: int = option(0, "the skip connection to start from, counted from the output")
@@ -50,7 +50,7 @@ class Deepcache(Policy):
 
 
 def nonuniform(steps: int, interval: int, center: int, power: float) -> list[int]:
-    """Return as many steps as the interval gives, closest to each other near the center."""
+    """Return ceil(steps / interval) steps, densest near the center."""
     count = math.ceil(steps / interval)
     used = power
     while used > 1:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, Reuse, Term
-from diffopt.caching.policy import Policy, Requirement, block_residuals, option, transformer_blocks
+from diffopt.caching.policy import Needs, Policy, block_residuals, option, transformer_blocks
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 
@@ -20,7 +20,7 @@ from diffopt.errors import DiffoptError
 class DeltaDit(Policy):
     """Skip the rear blocks in early steps and the front blocks in late ones."""
 
-    needs: ClassVar[Requirement] = "blocks"
+    needs: ClassVar[Needs] = "blocks"
 
     interval: int = option(2, "compute everything every N steps")
     bound: int | None = option(None, "first late step (b); none: half of the steps")

@@ -14,7 +14,7 @@ from torch import fx
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, merge_calls
-from diffopt.caching.policy import Policy, Requirement, hold, option
+from diffopt.caching.policy import Needs, Policy, hold, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
@@ -29,7 +29,7 @@ KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)  # of 50 steps
 class FasterDiffusion(Policy):
     """Run a UNet's encoder at key steps only, and the decoders in between at once."""
 
-    needs: ClassVar[Requirement] = "skips"
+    needs: ClassVar[Needs] = "skips"
 
     key_steps: tuple[int, ...] | None = option(
         None, f"steps that run the encoder; none: {KEYS} of 50 steps, scaled to the loop's"

@@ -9,14 +9,7 @@ from typing import ClassVar
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import (
-    ATTENTION_AND_MLP,
-    Policy,
-    Requirement,
-    branch_values,
-    hold,
-    option,
-)
+from diffopt.caching.policy import ATTENTION_AND_MLP, Needs, Policy, branch_values, hold, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 
@@ -25,7 +18,7 @@ from diffopt.errors import DiffoptError
 class Fora(Policy):
     """Take every attention's and MLP's output from the last computed step."""
 
-    needs: ClassVar[Requirement] = "branches"
+    needs: ClassVar[Needs] = "branches"
 
     interval: int = option(3, "compute every N steps")
     start: int = option(0, "compute this many steps at the beginning as well")

@@ -14,8 +14,8 @@ from torch import Tensor
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import (
+    Needs,
     Policy,
-    Requirement,
     ReusedValue,
     block_residuals,
     hold,
@@ -32,7 +32,7 @@ from diffopt.execution.calibration_inputs import representative
 class Magcache(Policy):
     """Skip all blocks while what they add keeps its magnitude."""
 
-    needs: ClassVar[Requirement] = "blocks"
+    needs: ClassVar[Needs] = "blocks"
 
     threshold: float = option(0.06, "largest error, added up since the last computed step")
     max_skip: int = option(3, "most steps in a row that skip (K)")

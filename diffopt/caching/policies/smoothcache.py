@@ -14,8 +14,8 @@ from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
 from diffopt.caching.policy import (
     ATTENTION_AND_MLP,
+    Needs,
     Policy,
-    Requirement,
     branch_values,
     hold,
     merge,
@@ -33,7 +33,7 @@ Rows = Sequence[Sequence[float]]
 class Smoothcache(Policy):
     """Take each kind of layer's outputs as far as their measured error stays small."""
 
-    needs: ClassVar[Requirement] = "branches"
+    needs: ClassVar[Needs] = "branches"
 
     alpha: float = option(0.18, "largest relative error of a value that is taken")
     max_interval: int = option(3, "most steps in a row that take it (k)")

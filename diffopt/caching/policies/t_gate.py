@@ -12,7 +12,7 @@ from torch import fx
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan
-from diffopt.caching.policy import Policy, Requirement, branch_values, hold, merge, option
+from diffopt.caching.policy import Needs, Policy, branch_values, hold, merge, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
@@ -23,7 +23,7 @@ from diffopt.transforms import batch_slice, drop_guidance
 class TGate(Policy):
     """Take every cross-attention's output from the step before a gate."""
 
-    needs: ClassVar[Requirement] = "cross-attention"
+    needs: ClassVar[Needs] = "cross-attention"
 
     gate: int = option(10, "the first step that takes cross-attention from before (m)")
     warm_up: int = option(2, "steps before this one compute self-attention")

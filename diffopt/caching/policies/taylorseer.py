@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from diffopt.analysis.denoiser_structure import DenoiserStructure
 from diffopt.caching.apply_plan import Loop, Plan, Reuse, Term
-from diffopt.caching.policy import ATTENTION_AND_MLP, Policy, Requirement, branch_values, option
+from diffopt.caching.policy import ATTENTION_AND_MLP, Needs, Policy, branch_values, option
 from diffopt.core import Context
 from diffopt.errors import DiffoptError
 
@@ -25,7 +25,7 @@ Weights = Mapping[int, float]
 class Taylorseer(Policy):
     """Continue every attention's and MLP's output as a Taylor series over the steps."""
 
-    needs: ClassVar[Requirement] = "branches"
+    needs: ClassVar[Needs] = "branches"
 
     order: int = option(1, "highest derivative; 0 is plain reuse")
     interval: int = option(5, "compute every N steps")

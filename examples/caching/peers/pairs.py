@@ -31,8 +31,8 @@ from diffopt.caching.policies.delta_dit import DeltaDit
 from diffopt.caching.policies.magcache import Magcache
 from diffopt.caching.policies.taylorseer import Taylorseer
 from diffopt.caching.policy import (
+    Needs,
     Policy,
-    Requirement,
     block_residuals,
     hold,
     option,
@@ -181,7 +181,7 @@ class DualBlock(Policy):
     """Compute the first blocks in each step, and the others where a mask of steps has a 1."""
 
     name: ClassVar[str] = "dual-block"
-    needs: ClassVar[Requirement] = "blocks"
+    needs: ClassVar[Needs] = "blocks"
 
     steps: str = option("", "one digit a step: 1 computes all blocks")
     front: int = option(1, "how many blocks each step computes")
