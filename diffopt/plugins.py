@@ -1,4 +1,4 @@
-"""Finds passes, targets and policies by name: one file each in a package, or an entry point."""
+"""Finds passes, targets and policies by name: a module of a package each, or an entry point."""
 
 from __future__ import annotations
 
@@ -13,44 +13,43 @@ from diffopt.errors import DiffoptError
 
 
 def sources(package: str, plural: str, group: str | None = None) -> dict[str, str]:
-    """Map the name of each to where it is, as "module:class", without importing any.
+    """Return the "module:class" of each plugin by name, without importing any.
 
     Args:
-        package: The name of a package of which each module is one: as text, since it is above
-            what asks for it.
+        package: The package whose modules are the plugins: by name, since it is on a layer above.
         plural: What error messages call them.
-        group: The group of entry points; by default it is called as the package.
+        group: The group of entry points; by default the package's name.
     """
-    found = {}
+    known = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         camel = "".join(map(str.capitalize, module.name.split("_")))
-        found[module.name.replace("_", "-")] = f"{package}.{module.name}:{camel}"
-    return add_entries(found, group or package, plural)
+        known[module.name.replace("_", "-")] = f"{package}.{module.name}:{camel}"
+    return add_entry_points(known, group or package, plural)
 
 
-def add_entries(found: dict[str, str], group: str, plural: str) -> dict[str, str]:
-    """Add the entry points of a group to what is known by name; two of one name are an error."""
+def add_entry_points(known: dict[str, str], group: str, plural: str) -> dict[str, str]:
+    """Add the entry points of a group to the known plugins; a name used twice is an error."""
     for entry in entry_points(group=group):
-        if found.setdefault(entry.name, entry.value) != entry.value:
+        if known.setdefault(entry.name, entry.value) != entry.value:
             raise DiffoptError(
-                f"two {plural} are called '{entry.name}': {found[entry.name]} and {entry.value};"
+                f"two {plural} are called '{entry.name}': {known[entry.name]} and {entry.value};"
                 " uninstall or rename one"
             )
-    return found
+    return known
 
 
-def load(place: str) -> Any:
-    """Return what is at a place, "module:name"."""
-    module, _, attribute = place.partition(":")
+def import_object(path: str) -> Any:
+    """Import the object with the path "module:name"."""
+    module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def find(name: str, known: Mapping[str, str], base: type[Any], noun: str) -> Any:
-    """Return the subclass of `base` called `name`, of those in `known`."""
+def find_class(name: str, known: Mapping[str, str], base: type[Any], noun: str) -> Any:
+    """Return the subclass of `base` called `name`; `noun` is what error messages call one."""
     if name not in known:
         raise DiffoptError(f"there is no {noun} '{name}'{spec.suggest(name, known)}")
-    found = load(known[name])
-    is_one = isinstance(found, type) and issubclass(found, base)
-    if not is_one or found.name != name:
+    cls = import_object(known[name])
+    is_subclass = isinstance(cls, type) and issubclass(cls, base)
+    if not is_subclass or cls.name != name:
         raise DiffoptError(f"{known[name]} is not a {base.__name__} named '{name}'")
-    return found
+    return cls

@@ -39,7 +39,7 @@ from torch import Tensor, fx
 
 from diffopt.analysis.scope import Scope, boundary_weights, choose_scope
 from diffopt.core import Context, Pass, option
-from diffopt.core.module_filter import Patterns
+from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
 from diffopt.execution.calibration_inputs import representative
@@ -165,13 +165,13 @@ class LowRank(Pass):
     def _layers(self, program: Program, scope: Scope, ctx: Context) -> dict[int, list[Use]]:
         """Return the layers to factor, by their weight's id."""
         ends = {id(t) for t in ([] if self.ends else boundary_weights(program, scope))}
-        patterns = Patterns(self.layers, self.skip)
+        patterns = ModuleFilter(self.layers, self.skip)
         by_weight: dict[int, list[Use]] = {}
         for name in scope.calls:
             gm = program.components[name]
             for layer in qdq.layers(gm):
                 path = quantize_body.module_path(layer.node)
-                if not patterns.wants(name, path):
+                if not patterns.matches(name, path):
                     continue
                 weight = nodes.stored_tensor(gm, layer.weight)
                 if reason := self._refused(layer, weight, ends):

@@ -46,7 +46,7 @@ from torch import fx
 from diffopt.analysis.axes import Unfit
 from diffopt.analysis.scope import choose_scope
 from diffopt.core import Context, Pass, option
-from diffopt.core.module_filter import Patterns
+from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 from diffopt.quantization import quantize_body
@@ -95,7 +95,7 @@ class MergeTokens(Pass):
         if self.ratio == 0:
             return
         scope = choose_scope(program, self.components)
-        patterns = Patterns(self.layers, self.skip)
+        patterns = ModuleFilter(self.layers, self.skip)
         merged: dict[str, str] = {}
         for name in scope.calls:
             gm = program.components[name]
@@ -116,12 +116,12 @@ class MergeTokens(Pass):
         why = collections.Counter(text.partition(": ")[2] for text in ctx.skipped)
         ctx.note("left alone", dict(why.most_common()))
 
-    def _sites(self, name: str, gm: fx.GraphModule, patterns: Patterns, ctx: Context) -> list[Site]:
+    def _sites(self, name: str, gm: fx.GraphModule, patterns: ModuleFilter, ctx: Context) -> list[Site]:
         """Return the attentions to merge in, all of which are found before any is changed."""
         found = []
         for node in gm.graph.find_nodes(op="call_function", target=token_merging.ATTENTION):
             path = quantize_body.module_path(node)
-            if not patterns.wants(name, path):
+            if not patterns.matches(name, path):
                 continue
             try:
                 found.append(token_merging.find_site(node, self.merge == "all"))

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from diffopt.analysis.scope import boundary_weights, choose_scope
 from diffopt.core import Context, Pass, Size, option
-from diffopt.core.module_filter import Patterns
+from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
 from diffopt.execution.calibration_inputs import representative
 from diffopt.ir.program import Program
@@ -187,11 +187,11 @@ class Prune(Pass):
         self, program: Program, names: Sequence[str], measured: dict[int, Tensor], ctx: Context
     ) -> None:
         """Remove the least important residual blocks."""
-        patterns = Patterns(self.layers, self.skip)
+        patterns = ModuleFilter(self.layers, self.skip)
         all_blocks = block_removal.residual_blocks(program, names)
         blocks = []
         for block in all_blocks:
-            if not patterns.wants(*_split(block.name)):
+            if not patterns.matches(*_split(block.name)):
                 ctx.skip(block.name, SKIPPED)
             elif not block.fits:
                 ctx.skip(block.name, "its stream has another shape or type than the sum")
@@ -214,9 +214,9 @@ class Prune(Pass):
         """Make the weights that are left 2:4 sparse, but for those of the first and last layers."""
         scope = choose_scope(program, self.components)
         ends = {id(tensor) for tensor in boundary_weights(program, scope)}
-        patterns = Patterns(self.layers, self.skip)
+        patterns = ModuleFilter(self.layers, self.skip)
         measured = self._importance(program, names, ctx)
-        done = sparsify(program, names, patterns.wants, ctx.skip, measured, ends)
+        done = sparsify(program, names, patterns.matches, ctx.skip, measured, ends)
         patterns.check("layer", names)
         if not done["layers"]:
             raise DiffoptError(
@@ -230,8 +230,8 @@ class Prune(Pass):
     ) -> tuple[list[Group], list[float | None]]:
         """Return the groups to prune, each with its ratio, if it has one of its own."""
         kinds = [k for k in KINDS if {k, "all", "auto"} & set(self.what)]
-        patterns = Patterns(self.layers, self.skip)
-        rules = [(Patterns([p]), ratio) for p, ratio in map(read_ratio, self.ratios)]
+        patterns = ModuleFilter(self.layers, self.skip)
+        rules = [(ModuleFilter([p]), ratio) for p, ratio in map(read_ratio, self.ratios)]
         groups, ratios = [], []
         for group in coupling.groups:
             is_inside = [layer.partition(".")[0] in names for layer in group.layers]
@@ -239,7 +239,7 @@ class Prune(Pass):
                 if any(is_inside):
                     ctx.skip(group.name, "a layer of another component goes with it")
                 continue
-            wanted = [patterns.wants(*_split(layer)) for layer in group.layers]
+            wanted = [patterns.matches(*_split(layer)) for layer in group.layers]
             ratio = _own_ratio(group, rules)
             if group.kind not in kinds:
                 continue
@@ -252,7 +252,7 @@ class Prune(Pass):
                 ratios.append(ratio)
         fixed = [(n, reason) for n, reason in coupling.fixed if n.partition(".")[0] in names]
         for name, reason in fixed:
-            patterns.wants(*_split(name))
+            patterns.matches(*_split(name))
             ctx.skip(name, reason)
         for selector in (patterns, *(selector for selector, _ in rules)):
             selector.check("layer", names)
@@ -317,9 +317,9 @@ def _nothing(what: str, names: Sequence[str], ctx: Context) -> DiffoptError:
     return DiffoptError(f"there are no {what} to prune in {', '.join(names)}{why}")
 
 
-def _own_ratio(group: Group, rules: Sequence[tuple[Patterns, float]]) -> float | None:
+def _own_ratio(group: Group, rules: Sequence[tuple[ModuleFilter, float]]) -> float | None:
     """Return the ratio of the first pattern that matches a layer of a group."""
-    matched = [any([patterns.wants(*_split(n)) for n in group.layers]) for patterns, _ in rules]
+    matched = [any([patterns.matches(*_split(n)) for n in group.layers]) for patterns, _ in rules]
     return next((share for (_, share), is_it in zip(rules, matched, strict=True) if is_it), None)
 
 

@@ -44,7 +44,7 @@ from torch import Tensor, fx
 
 from diffopt.analysis.scope import Scope, boundary_weights, choose_scope
 from diffopt.core import Context, Pass, option
-from diffopt.core.module_filter import Patterns
+from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
 from diffopt.execution.calibration_inputs import representative, requests
 from diffopt.ir import nodes, qdq
@@ -204,14 +204,14 @@ class Quantize(Pass):
     def _formats(self, program: Program, scope: Scope, ctx: Context) -> Formats:
         """Return the format of each layer to quantize, by component."""
         ends = [] if self.ends else boundary_weights(program, scope)
-        patterns = Patterns(self.layers, self.skip)
+        patterns = ModuleFilter(self.layers, self.skip)
         formats: Formats = {}
         for name in scope.calls:
             body, chosen = program.components[name], dict[fx.Node, Format]()
             for layer in qdq.layers(body):
                 module = quantize_body.module_path(layer.node)
                 path = f"{name}.{module}"
-                if not patterns.wants(name, module):
+                if not patterns.matches(name, module):
                     continue
                 if layer.weight.op != "get_attr":
                     ctx.skip(path, "its weight is quantized already")
@@ -233,12 +233,12 @@ class Quantize(Pass):
 
     def _tables(self, program: Program, scope: Scope) -> list[tuple[str, fx.Node]]:
         """Return the lookups of tables to quantize, each with its component."""
-        patterns = Patterns(self.layers, self.skip)
+        patterns = ModuleFilter(self.layers, self.skip)
         return [
             (name, node)
             for name in (scope.calls if self.tables else ())
             for node in quantize_body.embedding_lookups(program.components[name])
-            if patterns.wants(name, quantize_body.module_path(node))
+            if patterns.matches(name, quantize_body.module_path(node))
         ]
 
     def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:

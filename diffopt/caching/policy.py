@@ -156,7 +156,7 @@ def policy_names() -> list[str]:
 
 def find_policy(name: str) -> type[Policy]:
     """Return the policy called `name`."""
-    cls: type[Policy] = plugins.find(name, _sources(), Policy, "cache policy")
+    cls: type[Policy] = plugins.find_class(name, _sources(), Policy, "cache policy")
     return cls
 
 

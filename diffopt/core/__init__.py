@@ -1,7 +1,7 @@
 """Passes, and pipelines that check each with numbers."""
 
 from diffopt.core.pass_base import Context, Pass
-from diffopt.core.pass_manager import Instrument, Pipeline, find_pass, pass_names
+from diffopt.core.pass_manager import Instrument, Pipeline, RunOptions, find_pass, pass_names
 from diffopt.core.record import Record, Size
 from diffopt.progress import Progress
 from diffopt.spec import option
@@ -13,6 +13,7 @@ __all__ = [
     "Pipeline",
     "Progress",
     "Record",
+    "RunOptions",
     "Size",
     "find_pass",
     "option",

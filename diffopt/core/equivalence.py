@@ -1,4 +1,4 @@
-"""Compares the program that a pass made with the one it was given, by running both."""
+"""Compares the programs before and after a pass by running both on the sample inputs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from diffopt.errors import ToleranceError, VerifyError
 from diffopt.ir import graph
 from diffopt.ir.program import Program
 
-# Where layers read coarsely rounded values, a last bit in front of them decides which way some go,
-# and a step of sampling hands that on to the next. By so many roundings outputs may change: fewer
-# than `cast` and `quantize` themselves change them by, who round every value.
+# Where layers round their inputs coarsely, a last bit before them decides which way some round, and
+# each sampling step passes that on to the next. Outputs may change by so many roundings: by less
+# than `cast` and `quantize` change them, which round every value.
 ROUNDINGS = 4
 
 
-class State:
-    """A program with what is costly to find out about it, found out once."""
+class Snapshot:
+    """A program between two passes, with its outputs on the sample inputs, computed once."""
 
     def __init__(self, program: Program, size: Size) -> None:
         self.program = program
@@ -32,7 +32,7 @@ class State:
         self._aliases: set[str] = set()
 
     def outputs(self) -> tuple[Tensor, ...]:
-        """Run the program on its sample inputs, the first time that it is asked for."""
+        """Return the outputs for the inputs seen at capture; runs the program on the first call."""
         if self._outputs is None:
             # Cloned inputs and outputs: a program that writes into either would hide its error.
             inputs = [tensor.clone() for tensor in self.program.sample_inputs()]
@@ -41,13 +41,13 @@ class State:
             self._outputs = tuple(t.clone() for t in self.program.sample_outputs(outputs))
         return self._outputs
 
-    def same_as(self, other: State) -> None:
-        """Take over what is known of an equal program."""
+    def share_outputs(self, other: Snapshot) -> None:
+        """Use the outputs of an equal program instead of running this one."""
         self._outputs = other.outputs()
         self._aliases = other._aliases
 
-    def verify_aliases(self, before: State) -> None:
-        """Raise when an output shares memory with what it did not share with before."""
+    def verify_aliases(self, before: Snapshot) -> None:
+        """Raise a `VerifyError` when an output has an alias that it did not have before."""
         self.outputs()
         before.outputs()
         new = self._aliases - before._aliases
@@ -56,34 +56,35 @@ class State:
 
 
 def _aliases(program: Program, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> set[str]:
-    owners = {_memory(tensor): f"input {index}" for index, tensor in enumerate(inputs)}
+    """Return which outputs share memory with an input, a weight or another output, as text."""
+    owners = {_address(tensor): f"input {index}" for index, tensor in enumerate(inputs)}
     for name, body in {"the pipeline": program.root, **program.components}.items():
         for weight, tensor in graph.named_tensors(body):
-            owners.setdefault(_memory(tensor), f"{weight} of {name}")
-    found = set()
+            owners.setdefault(_address(tensor), f"{weight} of {name}")
+    aliases = set()
     for index, tensor in enumerate(outputs):
         if tensor.numel() == 0:
             continue
-        owner = owners.setdefault(_memory(tensor), f"output {index}")
+        owner = owners.setdefault(_address(tensor), f"output {index}")
         if owner != f"output {index}":
-            found.add(f"output {index} shares memory with {owner}")
-    return found
+            aliases.add(f"output {index} shares memory with {owner}")
+    return aliases
 
 
-def _memory(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def difference(new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the largest absolute and the relative difference of two lists of tensors.
+    """Return the largest absolute difference, and the norm of the difference over that of `old`.
 
-    Both are infinite when the lists cannot be compared: other shapes, types or special values.
+    Both are infinite where shapes, dtypes, or the places of infinite and nan values differ.
     """
     if [(t.shape, t.dtype) for t in new] != [(t.shape, t.dtype) for t in old]:
         return math.inf, math.inf
     largest = error = norm = 0.0
     for a, b in zip(new, old, strict=True):
-        # inf - inf is nan, so equal special values are taken out first.
+        # inf - inf is nan, so equal special values are masked first.
         equal = (a == b) | ((a != a) & (b != b))
         wide = torch.complex128 if a.is_complex() else torch.float64
         gap = torch.where(equal, 0.0, a.to(wide) - b.to(wide)).abs()
@@ -96,8 +97,8 @@ def difference(new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[float, flo
     return largest, float((error / norm) ** 0.5) if norm else math.inf
 
 
-def enforce_bounds(step: Pass, record: Record, before: State, budget: float | None) -> None:
-    """Raise when an exact pass changed the output, or an approximate one did beyond its budget."""
+def enforce_bounds(step: Pass, record: Record, before: Snapshot, budget: float | None) -> None:
+    """Raise a `ToleranceError` where a pass changed the outputs by more than it may."""
     if record.max_abs is None or record.relative is None:
         return  # outputs were not compared
     if record.exact:
@@ -121,9 +122,9 @@ def enforce_bounds(step: Pass, record: Record, before: State, budget: float | No
 
 
 def squared_relative_error(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Return the squared norm of a difference over that of what is exact."""
-    norm = wrong = 0.0
-    for made, true in zip(tensors, exact, strict=True):
-        norm += float(true.double().square().sum())
-        wrong += float((made.double() - true.double()).square().sum())
-    return wrong / (norm or 1.0)
+    """Return the squared norm of the difference over the squared norm of `exact`."""
+    norm = error = 0.0
+    for tensor, reference in zip(tensors, exact, strict=True):
+        norm += float(reference.double().square().sum())
+        error += float((tensor.double() - reference.double()).square().sum())
+    return error / (norm or 1.0)

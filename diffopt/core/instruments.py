@@ -1,4 +1,4 @@
-"""Watchers of a pipeline of passes: printing, dumping and bisecting."""
+"""Instruments of a pipeline of passes (print, dump), and bisection for the pass of an error."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
-from diffopt.core import Pass, Pipeline, Record
+from diffopt.core import Pass, Pipeline, Record, RunOptions
 
 if TYPE_CHECKING:
     from diffopt.ir.program import Program
@@ -40,11 +40,11 @@ class PrintChanged:
     _text: list[str] = field(default_factory=list)
 
     def before(self, step: Pass, program: Program) -> None:
-        """Keep the text of the program."""
+        """Store the text of the program."""
         self._text = str(program).splitlines()
 
     def after(self, step: Pass, program: Program, record: Record) -> None:
-        """Write the difference, or that there is none."""
+        """Write the diff, or a line that says that nothing changed."""
         if not record.changed:
             self.write(f"# {step} changed nothing\n")
             return
@@ -73,16 +73,16 @@ class Dump:
 
 
 def bisect(
-    pipeline: Pipeline, program: Program, bound: float, **options: Any
+    pipeline: Pipeline, program: Program, bound: float, **options: Unpack[RunOptions]
 ) -> tuple[Record | None, Program]:
-    """Find the first pass after which the output is further than `bound` from `program`'s.
+    """Return the record of the first pass after which the error exceeds `bound`, and the result.
 
-    The bound is on the relative error against `program`, which is what a user sees, and not on
-    what each pass adds. Returns that pass's record, or None, and the rewritten program. `options`
-    are those of `Pipeline.run`.
+    The relative error is that against `program`, which is what a user sees, and not what each pass
+    adds. The record is None where no pass exceeds it; the result is the rewritten program.
     """
     begin = len(program.history)
-    result = pipeline.run(program, enforce=False, **options)
+    options["enforce"] = False
+    result = pipeline.run(program, **options)
     for record in map(Record.from_json, result.history[begin:]):
         if record.drift is not None and record.drift > bound:
             return record, result

@@ -1,4 +1,4 @@
-"""Which layers a pass takes: patterns of module paths, with or without their component's name."""
+"""Selects layers by patterns of module paths, with or without their component's name."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from diffopt.errors import DiffoptError
 from diffopt.spec import suggest
 
 
-class Patterns:
-    """Tells which paths are wanted, and remembers which patterns have matched one."""
+class ModuleFilter:
+    """Match module paths against `fnmatch` patterns, and record which patterns ever matched."""
 
-    def __init__(self, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> None:
-        self._wanted, self._unwanted = wanted, unwanted
+    def __init__(self, include: Sequence[str], exclude: Sequence[str] = ()) -> None:
+        self._include, self._exclude = include, exclude
         self._used: set[str] = set()
         self._seen: dict[str, None] = {}
 
-    def wants(self, component: str, path: str) -> bool:
-        """Tell whether a module of a component is to be rewritten."""
+    def matches(self, component: str, path: str) -> bool:
+        """Tell whether a module is included and not excluded."""
         self._seen[path] = None
         names = (path, f"{component}.{path}")
-        yes, no = (
+        included, excluded = (
             {p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)}
-            for patterns in (self._wanted, self._unwanted)
+            for patterns in (self._include, self._exclude)
         )
-        self._used |= yes | no
-        return bool(yes) and not no
+        self._used |= included | excluded
+        return bool(included) and not excluded
 
-    def check(self, what: str, components: Collection[str]) -> None:
-        """Raise if a pattern has matched nothing; `what` says of what."""
-        for pattern in (*self._wanted, *self._unwanted):
+    def check(self, noun: str, components: Collection[str]) -> None:
+        """Raise a `DiffoptError` for a pattern that matched nothing; `noun` is "module", say."""
+        for pattern in (*self._include, *self._exclude):
             if pattern == "*" or pattern in self._used:
                 continue
             paths = list(self._seen)
             hint = suggest(pattern, paths) if len(paths) <= 20 else ""
             if not hint and paths:
                 hint = f"; modules are called like {paths[len(paths) // 2]}"
-            raise DiffoptError(f"no {what} of {', '.join(components)} matches '{pattern}'{hint}")
+            raise DiffoptError(f"no {noun} of {', '.join(components)} matches '{pattern}'{hint}")

@@ -1,4 +1,4 @@
-"""What a pass is, and what it is given to work with."""
+"""The base class of passes, and the context that a pass runs in."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ from diffopt.progress import Progress, silent
 class Pass:
     """Rewrite a program in place; subclass it in `passes/<name>.py`.
 
-    A subclass is a frozen dataclass whose fields, made with `option`, are its options. The
-    pipeline works on a clone, checks the result, and works out by itself what changed.
+    A subclass is a frozen dataclass whose fields, declared with `option`, are its options. The
+    pipeline runs it on a clone, checks the result, and detects what changed.
+
+    Attributes:
+        name: By default that of the module, in kebab-case.
+        exact: Whether outputs stay equal, within `atol` and `rtol`.
+        atol: Largest allowed absolute difference of an exact pass.
+        rtol: The same, relative to the largest value of the outputs.
+        tolerance_reason: Why these are not 0.
     """
 
     name: ClassVar[str] = "pass"
@@ -35,7 +42,7 @@ class Pass:
             raise TypeError(f"{cls.__name__} has a tolerance and no tolerance_reason")
 
     def is_exact(self) -> bool:
-        """Say whether the result must equal the program before; may depend on the options."""
+        """Tell whether the outputs must be equal before and after; may depend on the options."""
         return self.exact
 
     def run(self, program: Program, ctx: Context) -> None:
@@ -48,18 +55,18 @@ class Pass:
 
 @dataclass
 class Context:
-    """Give a pass what it needs beside the program, and collect what it has to say.
+    """The settings that a pass runs with, and what it reports.
 
     Attributes:
         inputs: Flat inputs of the program to calibrate and measure on.
-        seed: Seed of everything random that a pass does.
+        seed: Seed of all random numbers.
         report: Called with what is being done and the fraction done, if known.
-        prompts: What to calibrate with instead of the prompt seen at capture; see `requests`.
+        prompts: To calibrate with, instead of the one seen at capture; see `calibration_inputs`.
         budget: Largest relative error that the pass may add; None: any.
         reference: The program before the first approximate pass of the pipeline that changed it;
             None without one.
-        skipped: Reasons for what was not rewritten.
-        notes: What the pass found out, JSON-able; shown with `--stats`.
+        skipped: Reasons for rewrites not done, as "where: reason".
+        notes: Facts about this run, as JSON; shown with `--stats`.
     """
 
     inputs: Sequence[Tensor] = ()
@@ -84,5 +91,5 @@ class Context:
         self.report(what, fraction)
 
     def generator(self) -> torch.Generator:
-        """Return a random generator that gives the same numbers in every run."""
+        """Return a random generator with the seed of the run."""
         return torch.Generator().manual_seed(self.seed)

@@ -1,4 +1,4 @@
-"""Passes, and pipelines of them that are checked with numbers after every step."""
+"""Pipelines of passes: parse them, run them, and check the program after each pass."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from diffopt import plugins, spec
-from diffopt.core.equivalence import State, difference, enforce_bounds
+from diffopt.core.equivalence import Snapshot, difference, enforce_bounds
 from diffopt.core.pass_base import Context, Pass
 from diffopt.core.record import Record, Size
 from diffopt.errors import DiffoptError, ToleranceError
@@ -19,18 +19,47 @@ from diffopt.progress import Progress, silent
 
 
 class Instrument(Protocol):
-    """Watch a pipeline at work; both methods may read the program and must not change it."""
+    """Observe the passes of a pipeline; both methods must not change the program."""
 
     def before(self, step: Pass, program: Program) -> None:
-        """Look at the program that `step` is about to get."""
+        """Observe the program before `step` runs."""
 
     def after(self, step: Pass, program: Program, record: Record) -> None:
-        """Look at the checked program that `step` made."""
+        """Observe the checked program after `step`."""
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of `Pipeline.run`.
+
+    Attributes:
+        instruments: Called before and after every pass.
+        budget: Largest relative error that one approximate pass may add.
+        verify: Check the invariants of the IR after every pass; by default true.
+        enforce: Raise when a pass adds more error than it may, which is the default; otherwise
+            only record it.
+        compare: Run the program before and after every pass to measure the error that it adds,
+            which is the default. A large model may take hours for that where there is no GPU;
+            without, no error is known, and none is enforced.
+        reproducer: A folder for the program and the command that reproduce a crash.
+        progress: Called with what is being done and the fraction done, if known.
+        seed: Seed of all random numbers; by default 0.
+        prompts: Prompts to calibrate with instead of the one seen at capture.
+    """
+
+    instruments: Sequence[Instrument]
+    budget: float | None
+    verify: bool
+    enforce: bool
+    compare: bool
+    reproducer: Path | None
+    progress: Progress | None
+    seed: int
+    prompts: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Run passes one after the other, each on a clone and each checked."""
+    """Passes that run one after the other, each on a clone of the program, and each checked."""
 
     passes: tuple[Pass, ...] = ()
 
@@ -42,95 +71,59 @@ class Pipeline:
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
 
-    def run(
-        self,
-        program: Program,
-        *,
-        instruments: Sequence[Instrument] = (),
-        budget: float | None = None,
-        verify: bool = True,
-        enforce: bool = True,
-        compare: bool = True,
-        reproducer: Path | None = None,
-        progress: Progress = silent,
-        seed: int = 0,
-        prompts: Sequence[str] = (),
-    ) -> Program:
-        """Return the rewritten program; `program` itself is never changed.
-
-        Args:
-            program: Where to begin.
-            instruments: Watchers, called before and after every pass.
-            budget: Largest relative error that one approximate pass may add.
-            verify: Check the invariants of the IR after every pass.
-            enforce: Raise when a pass adds more error than it may; otherwise only record it.
-            compare: Run the program before and after every pass, to know what error it adds. A
-                large model may take hours for that where there is no GPU: without, no error is
-                known, and none is enforced.
-            reproducer: A folder for the program and the command that show a crash again.
-            progress: Called with what is being done and the fraction done, if known.
-            seed: Seed of everything random that the passes do.
-            prompts: What passes that measure values calibrate with.
-        """
-        _check_budget("the pipeline", budget)
-        for step in self.passes:
-            _check_budget(step.name, _budget(step, None))
-        limited = [step for step in self.passes if _budget(step, budget) is not None]
-        if limited and not compare:
-            raise DiffoptError(
-                f"{limited[0]} has a budget, and outputs are not compared: leave one of both out"
-            )
+    def run(self, program: Program, **options: Unpack[RunOptions]) -> Program:
+        """Return the rewritten program, and leave `program` unchanged; see `RunOptions`."""
+        if unknown := options.keys() - RunOptions.__annotations__.keys():
+            raise TypeError(f"Pipeline.run() got an unexpected keyword argument '{min(unknown)}'")
+        self._check_budgets(options)
+        progress = options.get("progress") or silent
+        instruments = options.get("instruments", ())
         program = program.clone()
-        program.refresh()  # so that what was dead before does not count as a change
-        first = current = State(program, Size.of(program))
+        program.refresh()  # so that nodes dead before do not count as a change
+        first = current = Snapshot(program, Size.of(program))
         reference: Program | None = None
         for number, step in enumerate(self.passes):
             progress(str(step), number / len(self.passes))
             for instrument in instruments:
                 instrument.before(step, current.program)
             try:
-                if last := _last(current.program):
-                    raise DiffoptError(
-                        f"{step} cannot follow {last}, which has to be the last pass"
-                    )
-                ctx = Context(
-                    current.program.sample_inputs(),
-                    seed,
-                    progress,
-                    prompts,
-                    _budget(step, budget),
-                    reference,
-                )
-                after, record = _apply(step, current, first, ctx, verify, compare)
-                if enforce:
-                    enforce_bounds(step, record, current, ctx.budget)
+                after, record = _apply(step, current, first, reference, options)
             except Exception as error:
                 error.add_note(f"in pass {step.name} (number {number + 1} of {self})")
-                known = isinstance(error, DiffoptError) and not isinstance(error, ToleranceError)
-                if reproducer and not known:
+                is_expected = isinstance(error, DiffoptError)
+                if not is_expected or isinstance(error, ToleranceError):
                     rest = Pipeline(self.passes[number:])
-                    error.add_note(
-                        _write_reproducer(reproducer, current.program, rest, seed, prompts)
-                    )
+                    _add_reproducer(error, current.program, rest, options)
                 raise
             for instrument in instruments:
                 instrument.after(step, after.program, record)
-            # What was sampled again is another program, not an approximation of the one before.
+            # A program with other steps of sampling is no approximation of the one before.
             is_same = after.program.retrace is current.program.retrace
             if reference is None and record.changed and not record.exact and is_same:
                 reference = current.program
             current = after
         return current.program
 
+    def _check_budgets(self, options: RunOptions) -> None:
+        budget = options.get("budget")
+        _check_budget("the pipeline", budget)
+        for step in self.passes:
+            _check_budget(step.name, _budget(step, None))
+        limited = [step for step in self.passes if _budget(step, budget) is not None]
+        if limited and not options.get("compare", True):
+            raise DiffoptError(
+                f"{limited[0]} has a budget, and outputs are not compared: leave one of both out"
+            )
+
 
 def _budget(step: Pass, budget: float | None) -> float | None:
-    """Return the largest relative error that a pass may add: its own limit, or that of all."""
-    own: float | None = getattr(step, "budget", None)
-    return budget if own is None else own
+    """Return the largest relative error that a pass may add: its option `budget`, or `budget`."""
+    limit: float | None = getattr(step, "budget", None)
+    return budget if limit is None else limit
 
 
 def _check_budget(name: str, limit: float | None, **where: Any) -> None:
-    """Stop if no error can be within a budget; `where` is what an error says of the text."""
+    """Raise a `DiffoptError` for a negative or nan budget; `where` is its text and span."""
     if limit is not None and not limit >= 0:
         raise DiffoptError(
             f"{name} has budget={limit:g}; write the largest relative error, as 0.02", **where
@@ -138,23 +131,35 @@ def _check_budget(name: str, limit: float | None, **where: Any) -> None:
 
 
 def _apply(
-    step: Pass, before: State, first: State, ctx: Context, verify: bool, compare: bool
-) -> tuple[State, Record]:
+    step: Pass, before: Snapshot, first: Snapshot, reference: Program | None, options: RunOptions
+) -> tuple[Snapshot, Record]:
+    """Run a pass on a clone and check it; return the program after it and the record."""
+    if last := _last(before.program):
+        raise DiffoptError(f"{step} cannot follow {last}, which has to be the last pass")
+    ctx = Context(
+        before.program.sample_inputs(),
+        options.get("seed", 0),
+        options.get("progress") or silent,
+        options.get("prompts", ()),
+        _budget(step, options.get("budget")),
+        reference,
+    )
     program = before.program.clone()
     started = time.perf_counter()
     step.run(program, ctx)
     program.refresh()
     seconds = time.perf_counter() - started
+    verify = options.get("verify", True)
     if verify:
         program.verify()
-    after = State(program, Size.of(program))
+    after = Snapshot(program, Size.of(program))
     changed = after.fingerprint != before.fingerprint
     max_abs = relative = drift = None
-    if compare:
+    if options.get("compare", True):
         if changed and verify:
             after.verify_aliases(before)
         if not changed:
-            after.same_as(before)
+            after.share_outputs(before)
         max_abs, relative = difference(after.outputs(), before.outputs())
         drift = difference(after.outputs(), first.outputs())[1]
     tolerance = f"atol {step.atol:g}, rtol {step.rtol:g}: {step.tolerance_reason}"
@@ -173,32 +178,38 @@ def _apply(
         tolerance=tolerance if step.is_exact() and step.tolerance_reason else "",
     )
     program.history.append(asdict(record))
+    if options.get("enforce", True):
+        enforce_bounds(step, record, before, ctx.budget)
     return after, record
 
 
 def _last(program: Program) -> str | None:
-    """Return the pass that has left sizes open, if one has: others read sizes as they are."""
+    """Return the pass that made sizes dynamic, if any: passes after it would read fixed sizes."""
     return "batch" if program.batch else "lengths" if program.lengths else None
 
 
-def _write_reproducer(
-    folder: Path, program: Program, rest: Pipeline, seed: int, prompts: Sequence[str]
-) -> str:
-    """Save what shows the failure of the first pass of `rest` again; return how to run it."""
+def _add_reproducer(
+    error: Exception, program: Program, rest: Pipeline, options: RunOptions
+) -> None:
+    """Save the program and the command that reproduce the error of the first pass of `rest`."""
+    folder, prompts, seed = options.get("reproducer"), options.get("prompts"), options.get("seed")
+    if folder is None:
+        return
     stem = folder / f"reproduce-{rest.passes[0].name}"
     saved, script = stem.with_suffix(".program"), stem.with_suffix(".sh")
     texts = stem.with_suffix(".txt")
-    more = (f" --seed {seed}" if seed else "") + (f" --calibrate {texts}" if prompts else "")
-    command = f"diffopt optimize {saved} --passes '{rest}'{more} -o {stem}-out.program"
+    flags = (f" --seed {seed}" if seed else "") + (f" --calibrate {texts}" if prompts else "")
+    command = f"diffopt optimize {saved} --passes '{rest}'{flags} -o {stem}-out.program"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if prompts:
             texts.write_text("\n".join(prompts), encoding="utf-8")
         program.save(saved)
         script.write_text(f"{command}\n")
-    except Exception as error:  # the failure of the pass is what the user has to see
-        return f"no reproducer could be written: {error}"
-    return f"to see it again: {command}  (also in {script})"
+    except Exception as failure:  # the error of the pass is what the user has to see
+        error.add_note(f"no reproducer could be written: {failure}")
+    else:
+        error.add_note(f"to see it again: {command}  (also in {script})")
 
 
 def pass_names() -> list[str]:
@@ -208,13 +219,13 @@ def pass_names() -> list[str]:
 
 def find_pass(name: str) -> type[Pass]:
     """Return the pass called `name`."""
-    found: type[Pass] = plugins.find(name, _sources(), Pass, "pass")
-    return found
+    cls: type[Pass] = plugins.find_class(name, _sources(), Pass, "pass")
+    return cls
 
 
 @cache
 def _sources() -> dict[str, str]:
-    """Map the name of each pass to where it is, as "module:class"."""
+    """Return the "module:class" of each pass by name."""
     return plugins.sources("diffopt.passes", "passes")
 
 

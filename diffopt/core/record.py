@@ -1,4 +1,4 @@
-"""What one run of a pass did: the provenance that programs and engines keep."""
+"""Records of what each pass did: the provenance that programs and engines keep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffopt.ir.program import Program
 
 @dataclass(frozen=True)
 class Size:
-    """Count what a program consists of."""
+    """Nodes, parameters, bytes of weights and FLOPs of a program."""
 
     nodes: int
     parameters: int
@@ -33,22 +33,22 @@ class Size:
 
 @dataclass(frozen=True)
 class Record:
-    """Say what one run of a pass did; programs and engines keep it as provenance.
+    """What one run of a pass did; programs and engines keep it as provenance.
 
     Attributes:
         text: The pass as pipeline text.
         changed: Whether the program differs at all from the one before.
-        exact: Whether the pass promised an equal result.
-        seconds: Time that the pass took, without the checks.
+        exact: Whether the pass promises equal outputs.
+        seconds: Time of the pass, without the checks.
         max_abs: Largest absolute difference of any output from the program before; None where
             outputs were not compared.
         relative: Norm of that difference over the norm of the outputs before.
-        drift: The same as `relative` against the program that the pipeline began with.
-        skipped: Reasons for what was not rewritten, as "where: reason".
-        notes: What the pass found out.
+        drift: Like `relative`, against the program that the pipeline began with.
+        skipped: Reasons for rewrites not done, as "where: reason".
+        notes: Facts that the pass noted; see `Context.note`.
         before: Size of the program before.
         after: Size of the program after.
-        tolerance: "" for bitwise, else the stated bound and its reason.
+        tolerance: The stated bound and its reason; "" for bitwise equality.
     """
 
     text: str
@@ -66,6 +66,6 @@ class Record:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
-        """Return what one entry of `Program.history` says."""
+        """Return the record of an entry of `Program.history`."""
         sizes = {key: Size(**values[key]) for key in ("before", "after")}
         return cls(**{**values, **sizes})

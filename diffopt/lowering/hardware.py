@@ -131,7 +131,7 @@ def hardware(name: str) -> Hardware:
         raise DiffoptError(f"there is no device '{name}'{suggest(name, hardware_names())}")
     if name in _descriptions():
         return _descriptions()[name]
-    device = plugins.load(_sources()[name])
+    device = plugins.import_object(_sources()[name])
     if not isinstance(device, Hardware) or device.name != name:
         raise DiffoptError(f"{_sources()[name]} is not a Hardware named '{name}'")
     return device
@@ -141,7 +141,7 @@ def hardware(name: str) -> Hardware:
 def _sources() -> dict[str, str]:
     """Map the name of each device to the place of its description."""
     builtin = dict.fromkeys(_descriptions(), "targets/devices.toml")
-    return plugins.add_entries(builtin, "diffopt.devices", "devices")
+    return plugins.add_entry_points(builtin, "diffopt.devices", "devices")
 
 
 @cache

@@ -160,7 +160,7 @@ def target_names() -> list[str]:
 
 def find_target(name: str) -> type[Target]:
     """Return the lowering called `name`."""
-    target: type[Target] = plugins.find(name, _sources(), Target, "target")
+    target: type[Target] = plugins.find_class(name, _sources(), Target, "target")
     return target
 
 
@@ -228,7 +228,7 @@ def _single_name(name: str) -> tuple[type[Target], str]:
 
 def _lowering_for(device: Hardware, name: str) -> type[Target]:
     """Return the lowering called `name`, which has to support a device."""
-    cls: type[Target] = plugins.find(name, _sources(), Target, "lowering")
+    cls: type[Target] = plugins.find_class(name, _sources(), Target, "lowering")
     if device.kind not in cls.kinds:
         supported = ", ".join(devices(cls)) or "none that is described"
         raise DiffoptError(f"{name} does not take {device.name}; it takes {supported}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.analysis import reachability
-from diffopt.core.module_filter import Patterns
+from diffopt.core.module_filter import ModuleFilter
 from diffopt.execution.differentiable import FLOATS
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
@@ -220,7 +220,7 @@ def _frozen(program: Program, names: Sequence[str], patterns: Sequence[str]) -> 
     frozen: set[int] = set()
     if not patterns:
         return frozen
-    wanted = Patterns(patterns)
+    wanted = ModuleFilter(patterns)
     for name in names:
         gm = program.components[name]
         for node in gm.graph.nodes:
@@ -229,7 +229,7 @@ def _frozen(program: Program, names: Sequence[str], patterns: Sequence[str]) -> 
                 lambda n: n.all_input_nodes if _computes_weight(n) else (),
             )
             tensors = [t for n in read if (t := stored_tensor(gm, n)) is not None]
-            if tensors and wanted.wants(name, quantize_body.module_path(node)):
+            if tensors and wanted.matches(name, quantize_body.module_path(node)):
                 frozen |= {id(t) for t in tensors}
     wanted.check("module", names)
     return frozen
