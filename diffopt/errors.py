@@ -6,13 +6,13 @@ import re
 
 
 class DiffoptError(Exception):
-    """Say what the user has to change, in one line, and where.
+    """An error that the user can mend; its message says what is wrong and what to write instead.
 
     The command line prints it as `diffopt: error: …` with exit code 2 and no traceback. Anything
     that is not a `DiffoptError` is a bug in diffopt and keeps its traceback.
 
     Args:
-        message: What was wrong and what to write instead, in one line.
+        message: One line.
         text: The user's text that the message is about (a pipeline of passes, say).
         span: The part of `text` that is wrong, as (start, end); carets are drawn under it.
     """
@@ -35,12 +35,12 @@ class DiffoptError(Exception):
 
 
 class CaptureError(DiffoptError):
-    """Say that a pipeline does something that cannot be captured, and on which line."""
+    """A pipeline does something that cannot be captured; the message has the line."""
 
 
 class ToleranceError(DiffoptError):
-    """Say that a pass changed the output by more than it may."""
+    """A pass changed the output by more than it may."""
 
 
 class VerifyError(AssertionError):
-    """Report a program that breaks an invariant of the IR: a bug in a pass, never the user's."""
+    """A program breaks an invariant of the IR: a bug in a pass, never the user's."""

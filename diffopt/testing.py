@@ -1,4 +1,4 @@
-"""Helps to test a pass on a function of a few lines."""
+"""Tests a pass on a function of a few lines."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def check_pass(
 ) -> tuple[str, Record]:
     """Run a pass on a function or program; return the new graph's text and the record.
 
-    Always checked: the IR's invariants, that no output newly shares memory with an input, that a
-    second run changes nothing, and that the outputs are the same, bit by bit.
+    It checks the IR's invariants, that no output newly shares memory with an input, that a second
+    run changes nothing, and that the outputs are equal, bit by bit.
 
     Args:
         step: A pass, or pipeline text.

@@ -26,7 +26,7 @@ from typing import Any
 from diffopt.core import Context, Pass, Pipeline, option
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.host.inputs import Call, Processor, places
+from diffopt.host.inputs import HostCall, Processor, places_in
 from diffopt.ir import dynamic_sizes
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Length
@@ -133,7 +133,7 @@ def _texts(program: Program) -> Texts:
         str(place[0])
         for step in program.host.steps
         if isinstance(step, Processor)
-        for place in places(step.args)
+        for place in places_in(step.args)
     ]
     call = program.host.call
     return {name: call[name] for name in dict.fromkeys(names) if _is_text(call.get(name))}
@@ -152,10 +152,10 @@ def _with_more(value: Any, more: str) -> Any:
 
 def _shapes(program: Program, texts: Texts) -> dict[int, list[int]]:
     """Return the shapes of the inputs that are computed from texts alone, by input number."""
-    call, index = Call(program.host, dict(texts)), 0
+    call, index = HostCall(program.host, dict(texts)), 0
     shapes: dict[int, list[int]] = {}
     for step in program.host.steps:
-        if isinstance(step, Processor) and {str(p[0]) for p in places(step.args)} <= texts.keys():
+        if isinstance(step, Processor) and {str(p[0]) for p in places_in(step.args)} <= texts.keys():
             tensors = step.run(call)
             shapes |= {index + k: list(tensor.shape) for k, tensor in enumerate(tensors)}
         index += step.count

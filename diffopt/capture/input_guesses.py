@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffopt.host import inputs as h
+from diffopt.host.inputs import CLEANERS, Picture, Place, TensorArgument, leaves, value_at
 
 
 def templates(
-    texts: Sequence[tuple[h.Place, str]], text: str
-) -> Iterator[tuple[str | tuple[h.Place, str], ...]]:
+    texts: Sequence[tuple[Place, str]], text: str
+) -> Iterator[tuple[str | tuple[Place, str], ...]]:
     """Yield the ways in which a text can be made of cleaned texts and literals."""
     if not texts:
         yield (text,) if text else ()
         return
     place, value = texts[0]
-    for clean, function in h.CLEANERS.items():
+    for clean, function in CLEANERS.items():
         cleaned = function(value)
         if cleaned and cleaned in text:
             before, after = text.split(cleaned, 1)
@@ -27,13 +27,15 @@ def templates(
     yield from templates(texts[1:], text)
 
 
-def array_recipes(arguments: Mapping[str, Any], final: np.ndarray) -> Iterator[h.Given | h.Picture]:
+def array_recipes(
+    arguments: Mapping[str, Any], final: np.ndarray
+) -> Iterator[TensorArgument | Picture]:
     """Yield the ways in which an array can be a picture or an array of the caller's."""
     dtype = final.dtype.name
-    for place, value in h.leaves(arguments):
+    for place, value in leaves(arguments):
         if isinstance(value, np.ndarray) and value.shape == final.shape:
-            yield h.Given(place, dtype)
-    pictures = {place: v for place, v in h.leaves(arguments) if isinstance(v, Image.Image)}
+            yield TensorArgument(place, dtype)
+    pictures = {place: v for place, v in leaves(arguments) if isinstance(v, Image.Image)}
     pictures |= {place[:-1]: v for place, v in pictures.items() if place and place[-1] == 0}
     scales = ("byte",) if final.dtype == np.uint8 else ("unit", "signed")
     for place, picture in pictures.items():
@@ -45,13 +47,15 @@ def array_recipes(arguments: Mapping[str, Any], final: np.ndarray) -> Iterator[h
             for mode, resample, scale in itertools.product(
                 {picture.mode, "RGB", "L"}, resamples, scales
             ):
-                yield h.Picture(place, mode, size, resample, scale, layout)
+                yield Picture(place, mode, size, resample, scale, layout)
 
 
-def reproduces(step: h.Given | h.Picture, arguments: Mapping[str, Any], array: np.ndarray) -> bool:
+def reproduces(
+    step: TensorArgument | Picture, arguments: Mapping[str, Any], array: np.ndarray
+) -> bool:
     """Tell whether a step makes an array of the arguments."""
-    value = h.find(arguments, step.place)
-    if isinstance(step, h.Given):
+    value = value_at(arguments, step.place)
+    if isinstance(step, TensorArgument):
         return np.array_equal(value, array)
     made = step.render(value if isinstance(value, list) else [value])
     return made.shape == array.shape and np.array_equal(made, array)

@@ -21,7 +21,17 @@ from diffopt.capture.input_guesses import array_recipes, reproduces, templates
 from diffopt.capture.recorder import Recorder, fail
 from diffopt.capture.torch_functions import Scalar
 from diffopt.errors import CaptureError
-from diffopt.host import inputs as h
+from diffopt.host.inputs import (
+    Draw,
+    InputStep,
+    Number,
+    Place,
+    Processor,
+    TensorArgument,
+    Text,
+    leaves,
+    places_in,
+)
 
 # Methods by which pipelines turn texts and pictures into tensors.
 _PROCESSING = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")
@@ -73,15 +83,15 @@ class Sources:
         self.dynamic = dynamic
         self.calls: list[HostCall] = []
         self.arrays: list[np.ndarray] = []
-        self.steps: list[tuple[h.Step, list[tuple[fx.Node, Tensor]]]] = []
-        self.guards: dict[h.Place, list[tuple[str, float, bool, str]]] = {}
+        self.steps: list[tuple[InputStep, list[tuple[fx.Node, Tensor]]]] = []
+        self.guards: dict[Place, list[tuple[str, float, bool, str]]] = {}
         self.generators = {
-            id(v): place for place, v in h.leaves(self.arguments) if isinstance(v, torch.Generator)
+            id(v): place for place, v in leaves(self.arguments) if isinstance(v, torch.Generator)
         }
         self._lists = dict(_number_lists(self.arguments))
         self._depth = 0
         # How texts are made, by the text; kept from a probe in which all cleaning shows.
-        self.templates: dict[str, h.Text] = dict(other.templates) if other else {}
+        self.templates: dict[str, Text] = dict(other.templates) if other else {}
         self.recorder: Recorder | None = None
 
     # The caller's own tensors and numbers
@@ -89,7 +99,7 @@ class Sources:
     def start(self, recorder: Recorder) -> dict[str, Any]:
         """Make inputs of tensors and dynamic numbers; returns the arguments to call with."""
         self.recorder = recorder
-        for place, value in h.leaves(self.arguments):
+        for place, value in leaves(self.arguments):
             if isinstance(value, Tensor):
                 self.given(recorder, value, place)
         arguments = dict(self.arguments)
@@ -102,22 +112,22 @@ class Sources:
             tensor = torch.tensor(float(value), dtype=torch.float64)
             node = recorder.input(name, tensor)
             self.guards[(name,)] = []
-            self.steps.append((h.Number((name,)), [(node, tensor)]))
+            self.steps.append((Number((name,)), [(node, tensor)]))
             arguments[name] = Scalar.make(recorder, tensor, self.guards[(name,)])
         return arguments
 
-    def given(self, recorder: Recorder, tensor: Tensor, place: h.Place) -> None:
+    def given(self, recorder: Recorder, tensor: Tensor, place: Place) -> None:
         """Make a tensor of the caller's an input."""
         node = recorder.input(_name(place), tensor)
         recorder.known.add(node)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        self.steps.append((h.Given(place, dtype), [(node, tensor)]))
+        self.steps.append((TensorArgument(place, dtype), [(node, tensor)]))
 
     def in_host(self) -> bool:
         """Tell whether a host component runs."""
         return self._depth > 0
 
-    def place_of_list(self, value: Any) -> h.Place | None:
+    def place_of_list(self, value: Any) -> Place | None:
         """Return the place of a list of numbers among the arguments, or of a host call's result."""
         return self._lists.get(id(value)) if isinstance(value, list) else None
 
@@ -154,7 +164,7 @@ class Sources:
             extra = (0.0, *extra)
         place = self.generators.get(id(generator)) if generator is not None else None
         dtype = str(out.dtype).removeprefix("torch.")
-        step = h.Draw(f"aten.{packet}", tuple(out.shape), dtype, extra, place)
+        step = Draw(f"aten.{packet}", tuple(out.shape), dtype, extra, place)
         node = recorder.input("noise" if packet == "randn" else packet, out)
         if func._schema.is_mutable:
             recorder.write(out, node)
@@ -206,7 +216,7 @@ class Sources:
             return
         other = self.probe.calls[index].args
         encoded = self.encode(call.args, other) if self.final else None
-        if (self.final and not h.places(encoded)) or (
+        if (self.final and not places_in(encoded)) or (
             not self.final and _texts(call.args) == _texts(other)
         ):
             return
@@ -216,14 +226,14 @@ class Sources:
             self.recorder.known.add(node)
             nodes.append((node, tensor))
             keys.append(key)
-        step = h.Processor(call.component, call.method, encoded, tuple(keys))
+        step = Processor(call.component, call.method, encoded, tuple(keys))
         self.steps.append((step, nodes))
 
     def encode(self, final: Any, probe: Any) -> Any:
         """Return a host call's arguments as JSON, the caller's texts and pictures as places."""
         if isinstance(final, str):
             return final if final == probe else {"text": self._text(final, probe).parts}
-        for place, value in h.leaves(self.arguments):
+        for place, value in leaves(self.arguments):
             if value is final and not isinstance(final, (str, int, float, bool, type(None))):
                 return {"place": list(place)}
         if isinstance(final, (list, tuple)):
@@ -242,18 +252,18 @@ class Sources:
             )
         return final
 
-    def _text(self, final: str, probe: str) -> h.Text:
+    def _text(self, final: str, probe: str) -> Text:
         if final in self.templates:
             return self.templates[final]
         assert self.probe is not None
-        ours = dict(h.leaves(self.arguments))
+        ours = dict(leaves(self.arguments))
         changed = [
             (place, value)
-            for place, value in h.leaves(self.probe.arguments)
+            for place, value in leaves(self.probe.arguments)
             if isinstance(value, str) and ours.get(place) != value
         ]
         for parts in templates(changed, probe):
-            text = h.Text(parts)
+            text = Text(parts)
             if text.render(self.arguments) == final:
                 self.templates[final] = text
                 return text
@@ -310,22 +320,22 @@ class Sources:
 
     # The result
 
-    def finish(self, recorder: Recorder) -> tuple[list[h.Step], list[Tensor]]:
+    def finish(self, recorder: Recorder) -> tuple[list[InputStep], list[Tensor]]:
         """Put the inputs in the order of the steps; returns the steps and the inputs' values."""
-        steps: list[h.Step] = []
+        steps: list[InputStep] = []
         ordered: list[fx.Node] = []
         sample: list[Tensor] = []
         read = {node for node, _, _ in recorder.reads}
         for step, values in self.steps:
             used = [i for i, (node, _) in enumerate(values) if node.users or node in read]
-            if isinstance(step, h.Processor):
+            if isinstance(step, Processor):
                 if not used:
                     continue
                 step = dataclasses.replace(step, keys=tuple(step.keys[i] for i in used))
-            elif isinstance(step, h.Number):
+            elif isinstance(step, Number):
                 used = [0]
                 step = dataclasses.replace(step, guards=tuple(self.guards[step.place]))
-            elif not used and not isinstance(step, h.Draw):
+            elif not used and not isinstance(step, Draw):
                 continue
             else:
                 used = [0]
@@ -342,7 +352,7 @@ class Sources:
             return steps, [t.detach().clone(memory_format=torch.preserve_format) for t in sample]
 
 
-def _number_lists(value: Any, place: h.Place = ()) -> Iterator[tuple[int, h.Place]]:
+def _number_lists(value: Any, place: Place = ()) -> Iterator[tuple[int, Place]]:
     if isinstance(value, Mapping):
         for k, v in value.items():
             yield from _number_lists(v, (*place, k))
@@ -364,7 +374,7 @@ def tensors_of(result: Any) -> list[tuple[str, Tensor]]:
 
 def _texts(args: Any) -> list[Any]:
     """Return what may come of the caller in a host call's arguments, comparable."""
-    values = [value for _, value in h.leaves(args)]
+    values = [value for _, value in leaves(args)]
     return [v for v in values if isinstance(v, str)] + [
         id(v) for v in values if isinstance(v, Image.Image)
     ]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from diffopt.capture.input_recipes import HostCall, Sources, tensors_of
 from diffopt.errors import CaptureError
-from diffopt.host import inputs as h
+from diffopt.host.inputs import CLEANERS, Place, decode_args, leaves, places_in, value_at
 
 
-def texts(scout: Sources) -> list[h.Place]:
+def texts(scout: Sources) -> list[Place]:
     """Return the places of arguments that may be texts: they occur in what host components got.
 
     Where a host call returns no tensors, Python uses what it returns: its texts are bound.
@@ -21,10 +21,10 @@ def texts(scout: Sources) -> list[h.Place]:
     seen = _host_texts(call for call in scout.calls if tensors_of(call.result))
     bound = _host_texts(call for call in scout.calls if not tensors_of(call.result))
     found = []
-    for place, value in h.leaves(scout.arguments):
+    for place, value in leaves(scout.arguments):
         if not isinstance(value, str):
             continue
-        cleaned = {clean(value) for clean in h.CLEANERS.values()}
+        cleaned = {clean(value) for clean in CLEANERS.values()}
         if cleaned & set(bound):
             continue
         if cleaned & set(seen) or (len(value) > 4 and any(c in s for c in cleaned for s in seen)):
@@ -32,22 +32,22 @@ def texts(scout: Sources) -> list[h.Place]:
     return found
 
 
-def reached(probe: Sources, places: Sequence[h.Place]) -> list[h.Place]:
+def reached(probe: Sources, places: Sequence[Place]) -> list[Place]:
     """Return the places whose changed texts did reach a host component: those that are texts."""
     seen = _host_texts(probe.calls)
 
-    def is_text(place: h.Place) -> bool:
-        cleaned = [clean(h.find(probe.arguments, place)) for clean in h.CLEANERS.values()]
+    def is_text(place: Place) -> bool:
+        cleaned = [clean(value_at(probe.arguments, place)) for clean in CLEANERS.values()]
         return any(c in s for c in cleaned for s in seen)
 
     return [place for place in places if is_text(place)]
 
 
 def _host_texts(calls: Iterable[HostCall]) -> list[str]:
-    return [v for call in calls for _, v in h.leaves(call.args) if isinstance(v, str)]
+    return [v for call in calls for _, v in leaves(call.args) if isinstance(v, str)]
 
 
-def other_texts(places: Sequence[h.Place]) -> dict[h.Place, Any]:
+def other_texts(places: Sequence[Place]) -> dict[Place, Any]:
     """Return other texts for these places, in which every cleaning shows."""
     return {place: f" Wq{index} Zk " for index, place in enumerate(places)}
 
@@ -57,8 +57,8 @@ def same_lengths(scout: Sources, probe: Sources) -> dict[str, Any] | None:
 
     The probe has shown how the texts reach the host components.
     """
-    ours = dict(h.leaves(scout.arguments))
-    places = [p for p, v in h.leaves(probe.arguments) if isinstance(v, str) and v != ours.get(p)]
+    ours = dict(leaves(scout.arguments))
+    places = [p for p, v in leaves(probe.arguments) if isinstance(v, str) and v != ours.get(p)]
     calls = []
     reader = Sources(scout.arguments, scout.processors, probe, final=True)
     for call, other in zip(scout.calls, probe.calls, strict=False):
@@ -66,12 +66,12 @@ def same_lengths(scout: Sources, probe: Sources) -> dict[str, Any] | None:
             encoded = reader.encode(call.args, other.args)
         except CaptureError:
             return None
-        if h.places(encoded):
+        if places_in(encoded):
             calls.append((call, encoded))
     scout.templates = reader.templates
-    changed: dict[h.Place, Any] = {}
+    changed: dict[Place, Any] = {}
     for index, place in enumerate(places):
-        concerned = [c for c in calls if place in map(tuple, h.places(c[1]))]
+        concerned = [c for c in calls if place in map(tuple, places_in(c[1]))]
         for text in _others_of(ours[place], index):
             arguments = _replace(scout.arguments, {place: text})
             if all(_has_length(*call, scout.processors, arguments) for call in concerned):
@@ -99,7 +99,7 @@ def _has_length(
     call: HostCall, encoded: Any, processors: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> bool:
     """Tell whether a host call gives results of the same shapes, and masks of the same lengths."""
-    args, kwargs = h.decode_args(encoded, arguments)
+    args, kwargs = decode_args(encoded, arguments)
     result = getattr(processors[call.component], call.method)(*args, **kwargs)
 
     def lengths(value: Any) -> list[Any]:
@@ -115,10 +115,10 @@ def _is_mask(tensor: Tensor) -> bool:
     return tensor.ndim > 0 and bool(((tensor == 0) | (tensor == 1)).all())
 
 
-def disturb(scout: Sources, texts: Mapping[h.Place, Any]) -> dict[str, Any]:
+def disturb(scout: Sources, texts: Mapping[Place, Any]) -> dict[str, Any]:
     """Return the arguments with these texts and other pictures, arrays, seeds and numbers."""
-    changed: dict[h.Place, Any] = dict(texts)
-    for place, value in h.leaves(scout.arguments):
+    changed: dict[Place, Any] = dict(texts)
+    for place, value in leaves(scout.arguments):
         if isinstance(value, Image.Image):
             array = np.array(value)
             noise = np.random.default_rng(0).integers(0, 256, array.shape).astype(array.dtype)
@@ -131,22 +131,22 @@ def disturb(scout: Sources, texts: Mapping[h.Place, Any]) -> dict[str, Any]:
             changed[place] = torch.Generator().manual_seed(987654321).clone_state()
     for place, guards in scout.guards.items():
         if not any(symbol == "==" and result for symbol, _, result, _ in guards):
-            changed[place] = h.find(scout.arguments, place) * (1 + 2**-12)
+            changed[place] = value_at(scout.arguments, place) * (1 + 2**-12)
     return _replace(scout.arguments, changed)  # type: ignore[no-any-return]
 
 
 def same_generators(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments with copies of the generators: the caller's are left alone."""
-    changed: dict[h.Place, Any] = {}
+    changed: dict[Place, Any] = {}
     copies: dict[int, torch.Generator] = {}
-    for place, value in h.leaves(arguments):
+    for place, value in leaves(arguments):
         if isinstance(value, torch.Generator):
             copies.setdefault(id(value), value.clone_state())
             changed[place] = copies[id(value)]
     return _replace(arguments, changed)  # type: ignore[no-any-return]
 
 
-def _replace(value: Any, changed: Mapping[h.Place, Any], place: h.Place = ()) -> Any:
+def _replace(value: Any, changed: Mapping[Place, Any], place: Place = ()) -> Any:
     if place in changed:
         return changed[place]
     if isinstance(value, Mapping):

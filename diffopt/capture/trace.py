@@ -15,9 +15,9 @@ from diffopt.capture.input_recipes import Sources
 from diffopt.capture.recorder import Recorder
 from diffopt.capture.torch_functions import Functions
 from diffopt.errors import CaptureError
-from diffopt.host import inputs as h
 from diffopt.host.guards import Guards
-from diffopt.host.outputs import images
+from diffopt.host.inputs import Host, InputStep, Processor
+from diffopt.host.outputs import to_images
 from diffopt.host.processors import save_component
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
@@ -140,8 +140,8 @@ class Session:
         for gm in root.modules():
             if isinstance(gm, fx.GraphModule):
                 gm.recompile()
-        used = {step.asset for step in steps if isinstance(step, h.Processor)}
-        host = h.Host(
+        used = {step.asset for step in steps if isinstance(step, Processor)}
+        host = Host(
             steps,
             output,
             {name: value for name, value in arguments.items() if _plain_data(value)},
@@ -262,13 +262,13 @@ def _same_arg(x: Any, y: Any, final: Recorder, probe: Recorder) -> bool:
     return type(x) is type(y) and bool(x == y)
 
 
-def _guards(final: Recorder, probe: Recorder, steps: Sequence[h.Step]) -> Guards | None:
+def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Guards | None:
     """Return what Python read of the caller's values, to be checked for new ones.
 
     What it read of texts needs no check where the probe's were others: it ran the same operators.
     """
     takes = g.placeholders(final.root)
-    texts = [isinstance(step, h.Processor) for step in steps for _ in range(step.count)]
+    texts = [isinstance(step, Processor) for step in steps for _ in range(step.count)]
     texts_only = {node for node, is_text in zip(takes, texts, strict=True) if is_text}
     body = g.new_body("guards")
     env: dict[fx.Node, fx.Node] = {}
@@ -365,7 +365,7 @@ def _place_in(value: np.ndarray | Image.Image, escaped: np.ndarray) -> tuple[int
         def matches(part: np.ndarray) -> bool:
             if part.shape[-1] not in (1, 3, 4):
                 return False
-            return np.array_equal(np.asarray(images(part, "pil")), target)
+            return np.array_equal(np.asarray(to_images(part, "pil")), target)
     else:
         target, ndim = value, value.ndim
 

@@ -124,7 +124,7 @@ def _features(made: Tensor) -> Tensor | None:
 def _pictures(made: Tensor) -> list[Image.Image]:
     """Return the images, or every frame of videos, one after another."""
     values = made.flatten(0, -4).movedim(-3, -1).float().nan_to_num().clamp(0, 1)
-    pictures: list[Image.Image] = outputs.images(np.asarray(values), "pil")
+    pictures: list[Image.Image] = outputs.to_images(np.asarray(values), "pil")
     return pictures
 
 

@@ -1,1 +1,1 @@
-"""The one file that is deployed."""
+"""Engines: the one file that is deployed, and the object that runs it."""

@@ -1,4 +1,4 @@
-"""The engine: one file with all that a program needs to run, and the object that runs it."""
+"""Builds engines (one file with everything that a program needs to run), loads and runs them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from diffopt.lowering.target import EngineContents, Lowered, Target, parse_targe
 from diffopt.progress import Progress, silent
 from diffopt.storage import container
 
-# What `Program.to_members` returns.
 _Saved = tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]
+"""The result of `Program.to_members`."""
 
 
 def build(
@@ -40,11 +40,11 @@ def build(
     """Lower `program` for `target`, write the engine to `path`, and return it loaded.
 
     Args:
-        program: What to build.
+        program: The program.
         target: A target that this machine can run, or its text such as `cpu(threads=2)`.
-        path: The file; it has the whole engine or what it had before, never a part.
-        compress: The level of zstandard, from 1 (fast) to 22 (small), to compress parts of the file
-            with that get smaller; they are decompressed on loading, and not mapped. None: no part.
+        path: The file, which is written atomically.
+        compress: The level of zstandard, from 1 (fast) to 22 (small), at which members that shrink
+            are compressed; these are decompressed on loading, and not mapped. None: none.
         progress: Called with what is being done and the fraction done, if known.
     """
     write(program, target, path, compress=compress, progress=progress)
@@ -71,9 +71,9 @@ def write(
     lowered = target.compile(program, progress)
     saved = program.to_members()
     if not lowered.finished and target.unfit(lowered.requires) is None:
-        done = target.finish(_image(program, saved, lowered), progress)
-        lowered.members |= done.members
-        lowered.bodies = _joined(lowered.bodies, done.bodies)
+        finished = target.finish(_contents(program, saved, lowered), progress)
+        lowered.members |= finished.members
+        lowered.bodies = _merged(lowered.bodies, finished.bodies)
         lowered.finished = True
     progress("writing", None)
     members = _members(saved, lowered)
@@ -87,44 +87,44 @@ def finish(
     *,
     progress: Progress = silent,
 ) -> bool:
-    """Compile what an engine is to be compiled of on the device that it is for, and keep that.
+    """Compile the rest of an engine on the device that it is for, and write it.
 
-    One that was finished with another torch or on another GPU is compiled again.
+    An engine finished with another torch or on another GPU is compiled again.
 
     Args:
-        path: An engine that was built where there is no such device. It would compile whenever it
-            is loaded for the first time on a machine.
+        path: An engine built where there is no such device, which otherwise compiles when it is
+            first loaded on a machine.
         output: The file to write; None: `path`.
         progress: Called with what is being done and the fraction done, if known.
 
     Returns:
-        Whether there was anything to do, and the file is written.
+        Whether anything was left to compile; otherwise no file is written.
     """
     output = path if output is None else output
     file = EngineFile(path)
     file.archive.verify()
-    target, image = file.target(), file.image(file.program_json())
-    if target.is_finished(image):
+    target, contents = file.target(), file.contents(file.program_json())
+    if target.is_finished(contents):
         return False
     _expect_writable(output)
-    done = target.finish(image, progress)
+    finished = target.finish(contents, progress)
     members: dict[str, container.Buffers] = {
         name: [file.archive.read(name)] for name in file.manifest["members"]
     }
-    members |= {KERNELS + name: [content] for name, content in done.members.items()}
-    about = _joined(file.manifest["components"], done.bodies)
+    members |= {KERNELS + name: [content] for name, content in finished.members.items()}
+    facts = _merged(file.manifest["components"], finished.bodies)
     progress("writing", None)
-    _write(output, {**file.manifest, "components": about, "finished": True}, members)
+    _write(output, {**file.manifest, "components": facts, "finished": True}, members)
     return True
 
 
-def _joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is known about each component."""
-    return {name: {**about, **after.get(name, {})} for name, about in before.items()}
+def _merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts about each component, those of `after` first."""
+    return {name: {**facts, **after.get(name, {})} for name, facts in before.items()}
 
 
 def _expect_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse what cannot be an engine file before anything is compiled."""
+    """Raise a `DiffoptError` for a path that cannot be written, before anything is compiled."""
     folder = Path(path).parent
     if not folder.is_dir():
         raise DiffoptError(f"{path}: there is no folder {folder}")
@@ -143,7 +143,7 @@ def _write(
         raise DiffoptError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _image(program: Program, saved: _Saved, lowered: Lowered) -> EngineContents:
+def _contents(program: Program, saved: _Saved, lowered: Lowered) -> EngineContents:
     data, tensors, _ = saved
     return EngineContents(
         members={name: memoryview(content) for name, content in lowered.members.items()},
@@ -212,13 +212,13 @@ def _version() -> str:
 def load(
     path: str | os.PathLike[str], *, target: Target | str | None = None, verify: bool = True
 ) -> Engine:
-    """Open an engine file; whatever is wrong with it is one `DiffoptError`.
+    """Open an engine file; a damaged or unfit one is a `DiffoptError`.
 
     Args:
         path: The file.
-        target: What to run it on instead of what it was built for; only `eager` can run what
-            another target has built.
-        verify: Compare every part of the file with its checksum first.
+        target: The target to run it on instead of the one that it was built for; only `eager` can
+            run engines of others.
+        verify: Compare every member of the file with its checksum first.
     """
     return Engine(path, target=target, verify=verify)
 
@@ -227,11 +227,11 @@ class Engine:
     """A program lowered for one target, ready to run.
 
     Attributes:
-        path: The file that it is in.
-        manifest: What the file says about itself: target, passes, records, versions, members.
-        target: What runs it.
-        tensors: Weights by key. To swap in others, change them in place (but not where
-            the target has packed them on loading).
+        path: The file.
+        manifest: Target, passes, records, versions and members.
+        target: The target that runs it.
+        tensors: Weights by key. To replace them, change them in place (but not where the target
+            packs them on loading).
     """
 
     def __init__(
@@ -251,12 +251,12 @@ class Engine:
         data = self._file.program_json()
         outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
         self._outer = self._file.program({**data, "graphs": outer})
-        bodies = self.target.load(self._file.image(data))
-        self._plan = self.target.executor(self._outer.root, bodies)
+        bodies = self.target.load(self._file.contents(data))
+        self._executor = self.target.executor(self._outer.root, bodies)
 
     @functools.cached_property
     def program(self) -> Program:
-        """The program that the engine was built from, to look at or to run without a target."""
+        """The program that the engine was built from."""
         if self.manifest["holds_weights"]:
             raise DiffoptError(
                 f"{self.path}: target {self.target} keeps the weights in its kernels, so its"
@@ -267,51 +267,47 @@ class Engine:
 
     @property
     def host(self) -> Host:
-        """How the caller's arguments become flat inputs, and flat outputs the result."""
+        """The host side: from arguments to flat inputs, from flat outputs to the result."""
         return self._outer.host
 
     @property
     def batch(self) -> tuple[int, int] | None:
-        """The fewest and the most requests that one run serves; None: one, see `Program.batch`."""
+        """The fewest and the most requests of one run; None: one. See `Program.batch`."""
         return self._outer.batch
 
     @property
     def parts(self) -> dict[str, int]:
-        """The bytes that each part takes in the file, compressed or not."""
+        """The bytes of each member in the file, compressed or not."""
         table = self.manifest["members"]
         return {name: entry.get("zstd", entry["size"]) for name, entry in table.items()}
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The flat inputs of `run` in order, each with its type."""
+        """The type of each flat input of `run` by name, in order."""
         return dict(self.manifest["inputs"])
 
     def __call__(self, **arguments: Any) -> Any:
         """Run the engine as the pipeline was called, and return what the pipeline returns.
 
         Args:
-            **arguments: What the pipeline's call takes: `prompt`, `generator`, `latents`, …; `seed`
+            **arguments: Those of the pipeline's call: `prompt`, `generator`, `latents`, …; `seed`
                 stands for a generator; `output_type` is "pil", "np" or "pt".
         """
         return self.serve([arguments])[0]
 
     def serve(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Run the engine for several calls, as many at once as it was built for.
+        """Run the engine for the arguments of several calls, and return their results in order.
 
-        Args:
-            requests: The arguments of each call.
-
-        Returns:
-            What each call returns, in order.
+        As many requests run at once as it was built for.
         """
         return self._outer.serve_with(self.run, requests)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the flat outputs for flat inputs."""
-        return self._plan.run(tensors)
+        return self._executor.run(tensors)
 
     def verify(self) -> None:
-        """Check the file against its checksums, and that it runs on the inputs seen at capture."""
+        """Raise a `DiffoptError` for a damaged file, or infinite outputs for the sample inputs."""
         self._file.archive.verify()
         for count in self._outer.batch or (None,):
             for index, output in enumerate(self.run(self._outer.sample_inputs(count))):

@@ -1,4 +1,4 @@
-"""Engine files: what is in one, read and checked but not yet run."""
+"""Reads and checks engine files, without running them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
-from diffopt.ir import program as p
+from diffopt.ir.program import FORMAT as PROGRAM_FORMAT
 from diffopt.ir.program import Program
 from diffopt.lowering.target import EngineContents, Target, parse_target
 from diffopt.storage import container
 
-FORMAT = f"1.{p.FORMAT}"
-"""Of the file, then of the program in it."""
+FORMAT = f"1.{PROGRAM_FORMAT}"
+"""The version of the engine format, then that of the program in it."""
 KIND = "application/x-diffopt-engine"
 KERNELS = "kernels/"
-"""What the names of the members begin with that a target has made."""
+"""The prefix of the members that a target compiled."""
 HINT = "build one with `diffopt optimize MODEL -o FILE.engine`"
 
 
 def is_component(name: str) -> bool:
-    """Tell a component's graph from the outer one, called "", and from helpers in parentheses."""
+    """Tell a component's graph from the root graph "" and from helpers such as "(guards)"."""
     return bool(name) and not name.startswith("(")
 
 
@@ -34,18 +34,17 @@ class EngineFile:
     """An open engine file.
 
     Attributes:
-        archive: Its members.
-        manifest: What it says about itself.
+        archive: The container of its members.
+        manifest: Target, passes, records, versions and members.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.archive = container.Archive(path, KIND, "an engine file", HINT)
         self.manifest = self.archive.manifest
-        found = self.manifest.get("format")
-        if found != FORMAT:
+        if (version := self.manifest.get("format")) != FORMAT:
             raise DiffoptError(
-                f"{self.path}: engine format {found}, this diffopt reads {FORMAT};"
+                f"{self.path}: engine format {version}, this diffopt reads {FORMAT};"
                 " build it again with this version"
             )
 
@@ -55,10 +54,10 @@ class EngineFile:
         return self.archive.tensors("weights.safetensors")
 
     def target(self, wanted: Target | str | None = None) -> Target:
-        """Return what is to run the engine: `wanted`, or what it was built for."""
+        """Return the target to run the engine on: `wanted`, or the one that it was built for."""
         text = str(self.manifest["target"])
         target = parse_target(wanted) if isinstance(wanted, str) else wanted
-        # Engines of earlier versions were built for lowerings that no device was named for.
+        # Engines of earlier versions name a lowering without a device.
         built_for = self.manifest.get("lowering") or text.partition("(")[0]
         if target is not None and target.name not in (built_for, "eager"):
             raise DiffoptError(
@@ -70,14 +69,14 @@ class EngineFile:
                 f" run it; build it again so that it keeps them, see `diffopt targets {built_for}`"
             )
         if target is None or target.name == built_for:
-            # What it was built with, and not the options asked for now: the kernels are there.
-            target = self._parse_own_target(text)
+            # With the options that it was built with: its kernels are compiled for those.
+            target = self._built_target(text)
         if target.name == built_for and (reason := target.unfit(self.manifest["requires"])):
             instead = "" if self.manifest["holds_weights"] else ', or load it with target="eager"'
             raise DiffoptError(f"{self.path}: {reason}; build it again for this machine{instead}")
         return target
 
-    def _parse_own_target(self, text: str) -> Target:
+    def _built_target(self, text: str) -> Target:
         try:
             return parse_target(text)
         except DiffoptError as error:
@@ -92,13 +91,13 @@ class EngineFile:
         return data
 
     def program(self, data: Mapping[str, Any]) -> Program:
-        """Rebuild a program from (some of) its JSON."""
+        """Rebuild a program from its JSON, which may lack components."""
         names = self.archive.names("assets/")
         assets = {n.removeprefix("assets/"): bytes(self.archive.read(n)) for n in names}
         return Program.from_members(data, self.tensors, assets)
 
-    def image(self, data: Mapping[str, Any]) -> EngineContents:
-        """Return what the target needs to run the components; `data` is the program's JSON."""
+    def contents(self, data: Mapping[str, Any]) -> EngineContents:
+        """Return what a target loads components from; `data` is the program's JSON."""
         return EngineContents(
             members={
                 name.removeprefix(KERNELS): self.archive.read(name)

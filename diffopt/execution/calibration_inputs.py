@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError
-from diffopt.host import inputs as h
+from diffopt.host.inputs import Draw, HostCall, Processor, TensorArgument, places_in, value_at
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
 
@@ -57,14 +57,14 @@ def requests(
     """
     texts = prompts or ()
     labels = {} if not texts or "prompt" in program.host.inputs() else _labels(program)
-    places = [step.generator or () for step in program.host.steps if isinstance(step, h.Draw)]
+    places = [step.generator or () for step in program.host.steps if isinstance(step, Draw)]
     width = 1 + max((k for place in places for k in place if isinstance(k, int)), default=0)
     made = []
     for index in range(count):
         arguments: dict[str, Any] = {"seed": seed + index * width}
         if texts and not labels:
             arguments["prompt"] = _prompt(program, texts, index)
-        tensors = _inputs(program, h.Call(program.host, arguments))
+        tensors = _inputs(program, HostCall(program.host, arguments))
         for at, rows in labels.items():
             given = [_label(text, rows) for text in _turn(texts, index, tensors[at].numel())]
             tensors[at] = torch.tensor(given, dtype=tensors[at].dtype).view_as(tensors[at])
@@ -108,20 +108,20 @@ def _label(text: str, rows: int) -> int:
     return int(text)
 
 
-def _inputs(program: Program, call: h.Call) -> list[Tensor]:
+def _inputs(program: Program, call: HostCall) -> list[Tensor]:
     """Return the inputs at capture, with the texts and draws of a new call."""
     tensors = list(program.sample)
     at = 0
     for step in program.host.steps:
-        if isinstance(step, h.Draw) or (isinstance(step, h.Processor) and _is_at_hand(step, call)):
+        if isinstance(step, Draw) or (isinstance(step, Processor) and _is_at_hand(step, call)):
             tensors[at : at + step.count] = step.run(call)
         at += step.count
     return tensors
 
 
-def _is_at_hand(step: h.Processor, call: h.Call) -> bool:
+def _is_at_hand(step: Processor, call: HostCall) -> bool:
     """Tell whether a call has all that a step takes: a program does not keep pictures."""
-    return all(h.find(call.arguments, place[:1]) is not None for place in h.places(step.args))
+    return all(value_at(call.arguments, place[:1]) is not None for place in places_in(step.args))
 
 
 def _labels(program: Program) -> dict[int, int]:
@@ -129,7 +129,7 @@ def _labels(program: Program) -> dict[int, int]:
     steps = [step for step in program.host.steps for _ in range(step.count)]
     takes = g.placeholders(program.root)
     rows = [
-        _rows(program, t) if isinstance(s, h.Given) else None
+        _rows(program, t) if isinstance(s, TensorArgument) else None
         for s, t in zip(steps, takes, strict=True)
     ]
     found = {at: count for at, count in enumerate(rows) if count is not None}

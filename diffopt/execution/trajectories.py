@@ -182,7 +182,7 @@ def loop_identity(
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(container.raw(tensor)).hexdigest()
+    return hashlib.sha256(container.raw_bytes(tensor)).hexdigest()
 
 
 def cached(

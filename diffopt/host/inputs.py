@@ -1,8 +1,8 @@
-"""Host-side preparation and packing: from the pipeline's arguments to flat tensors, and back.
+"""Host-side preparation: from the arguments of the pipeline's call to a graph's flat inputs.
 
-A program's graph takes flat tensors. How each is made of the arguments of the pipeline's call is a
-list of steps that run in order: tokenizer calls, random draws, pictures, tensors as given. They are
-plain data (JSON), so an engine can run them without the pipeline's code.
+How each input is computed from the arguments is a list of steps that run in order: tokenizer calls,
+random draws, pictures, numbers, tensors that are arguments themselves. The steps are plain data
+(JSON), so that an engine runs them without the pipeline's code.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from diffopt.errors import DiffoptError
 from diffopt.host.processors import load_component
 
 Place = tuple[str | int, ...]
-"""Where in the call's arguments a value is: ("prompt", 0) is the first of a list of prompts."""
+"""The path of a value in the call's arguments: ("prompt", 0) is the first of a list of prompts."""
 
 CLEANERS: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
@@ -30,14 +30,14 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 }
 
 
-def find(arguments: Mapping[str, Any], place: Sequence[str | int]) -> Any:
-    """Return the value at a place of the arguments; None where the path leads nowhere."""
+def value_at(arguments: Mapping[str, Any], place: Sequence[str | int]) -> Any:
+    """Return the value at a place of the arguments; None where there is none."""
     value: Any = arguments
-    for step in place:
+    for part in place:
         if isinstance(value, str):
             return None
         try:
-            value = value[step]
+            value = value[part]
         except (KeyError, IndexError, TypeError):
             return None
     return value
@@ -53,16 +53,16 @@ def leaves(value: Any, place: Place = ()) -> list[tuple[Place, Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """A tensor, array or list of numbers that the caller gives."""
+class TensorArgument:
+    """An argument that is a tensor, an array or a list of numbers."""
 
     place: Place
     dtype: str
-    count = 1  # of the tensors that a step makes
+    count = 1  # of the tensors that the step returns
 
-    def run(self, call: "Call") -> list[Tensor]:
-        """Return the caller's value as a tensor."""
-        value = find(call.arguments, self.place)
+    def run(self, call: "HostCall") -> list[Tensor]:
+        """Return the argument as a tensor."""
+        value = value_at(call.arguments, self.place)
         if value is None:
             raise DiffoptError(
                 f"missing argument {place_text(self.place)!r}: the program was traced with it"
@@ -73,18 +73,18 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text made of the caller's: each cleaned, then put into a template."""
+    """A template for the caller's texts, each normalized by one of `CLEANERS`."""
 
     parts: tuple[str | tuple[Place, str], ...]
-    """Literal texts, and (place, cleaner) of the caller's."""
+    """Literal texts, and (place, cleaner) of the caller's texts."""
 
     def render(self, arguments: Mapping[str, Any]) -> str:
-        """Return the text."""
-        parts = (p if isinstance(p, str) else self._given(*p, arguments) for p in self.parts)
+        """Return the text, with the caller's texts filled in."""
+        parts = (p if isinstance(p, str) else self._fill(*p, arguments) for p in self.parts)
         return "".join(parts)
 
-    def _given(self, place: Place, clean: str, arguments: Mapping[str, Any]) -> str:
-        value = find(arguments, place)
+    def _fill(self, place: Place, clean: str, arguments: Mapping[str, Any]) -> str:
+        value = value_at(arguments, place)
         if value is None and place[1:] == (0,):
             value = arguments.get(str(place[0]))
         if not isinstance(value, str):
@@ -102,20 +102,20 @@ class Processor:
     asset: str
     method: str
     args: Any
-    """JSON; a text of the caller's is {"text": [parts of a `Text`]}, a picture {"place": […]}."""
+    """JSON, see `decode_args`: a text is {"text": parts of a `Text`}, a picture {"place": …}."""
     keys: tuple[str, ...]
-    """Which entries of the result become inputs."""
+    """The entries of the result that become inputs; see `result_entry`."""
 
     @property
     def count(self) -> int:
-        """Return how many tensors the step makes."""
+        """The number of tensors that the step returns."""
         return len(self.keys)
 
-    def run(self, call: "Call") -> list[Tensor]:
-        """Call the component and return the entries that the graph takes."""
+    def run(self, call: "HostCall") -> list[Tensor]:
+        """Call the component, and return the entries that are inputs of the graph."""
         args, kwargs = decode_args(self.args, call.arguments)
         result = getattr(call.component(self.asset), self.method)(*args, **kwargs)
-        return [entry(result, key) for key in self.keys]
+        return [result_entry(result, key) for key in self.keys]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Draw:
     generator: Place | None
     count = 1
 
-    def run(self, call: "Call") -> list[Tensor]:
-        """Draw the numbers."""
+    def run(self, call: "HostCall") -> list[Tensor]:
+        """Return the random numbers."""
         packet = self.op.removeprefix("aten.")
         kwargs = {"dtype": getattr(torch, self.dtype)}
         generator = call.generator(self.generator)
@@ -153,9 +153,9 @@ class Picture:
     """"hwc", "chw" or "hw", with "n" in front for a batch."""
     count = 1
 
-    def run(self, call: "Call") -> list[Tensor]:
-        """Return the images' tensor."""
-        value = find(call.arguments, self.place)
+    def run(self, call: "HostCall") -> list[Tensor]:
+        """Return the images as one tensor."""
+        value = value_at(call.arguments, self.place)
         pictures = value if isinstance(value, list) else [value]
         for picture in pictures:
             if not isinstance(picture, Image.Image):
@@ -164,7 +164,7 @@ class Picture:
         return [torch.from_numpy(self.render(pictures))]
 
     def render(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Return the images as an array in this recipe's layout."""
+        """Return the images as an array with this mode, size, scale and layout."""
         arrays = [self._one(picture) for picture in pictures]
         return np.stack(arrays) if self.layout.startswith("n") else arrays[0]
 
@@ -186,16 +186,16 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A number that stays an input (`dynamic=`), with the comparisons that capture relied on."""
+    """A number that is an input (`dynamic=`), with the comparisons that capture relied on."""
 
     place: Place
     guards: tuple[tuple[str, float, bool, str], ...] = ()
     """(comparison, other side, its result at capture, where), for example (">", 1.0, True, "…")."""
     count = 1
 
-    def run(self, call: "Call") -> list[Tensor]:
+    def run(self, call: "HostCall") -> list[Tensor]:
         """Check the guards and return the number as a float64 scalar."""
-        value = float(find(call.arguments, self.place))
+        value = float(value_at(call.arguments, self.place))
         for symbol, other, result, where in self.guards:
             if COMPARISONS[symbol](value, other) != result:
                 rule = f"{place_text(self.place)} {symbol} {other:g}"
@@ -215,8 +215,12 @@ COMPARISONS = {
     "!=": lambda a, b: a != b,
 }
 
-Step = Given | Processor | Draw | Picture | Number
-STEPS: dict[str, Any] = {kind.__name__: kind for kind in (Given, Processor, Draw, Picture, Number)}
+InputStep = TensorArgument | Processor | Draw | Picture | Number
+KINDS: dict[type, str] = {
+    TensorArgument: "Given",
+    **{cls: cls.__name__ for cls in (Processor, Draw, Picture, Number)},
+}
+"""What files call each class of steps."""
 
 
 def place_text(place: Sequence[str | int]) -> str:
@@ -228,18 +232,18 @@ def place_text(place: Sequence[str | int]) -> str:
 
 @dataclasses.dataclass
 class Host:
-    """The host side of a program: steps that make its inputs, and how its outputs are packed."""
+    """The host side of a program: the steps to its inputs, and the structure of its result."""
 
-    steps: list[Step]
-    """In the order in which they run; the inputs are their results, one after another."""
+    steps: list[InputStep]
+    """In the order in which they run; the inputs are their results, concatenated."""
     output: Any
-    """JSON: the structure that the pipeline returns; see `pack`."""
+    """The structure of what the pipeline returns, as JSON; see `pack`."""
     call: dict[str, Any]
-    """The traced arguments that are plain data: defaults of inputs, and what was bound."""
+    """The traced arguments that are plain data: defaults of inputs, and bound values."""
     assets: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
     """Files of each host component, by file name."""
     components: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
-    """Live host components; made from `assets` when one is first needed."""
+    """Host components, loaded from `assets` when one is first used."""
 
     def prepare(self, arguments: Mapping[str, Any]) -> list[Tensor]:
         """Return the flat inputs for a call with these arguments.
@@ -247,15 +251,15 @@ class Host:
         `seed=` stands for `generator=torch.Generator().manual_seed(seed)`, or for one generator an
         image (seed, seed + 1, …) where the program was traced with a list of them.
         """
-        call = Call(self, dict(arguments))
+        call = HostCall(self, dict(arguments))
         return [tensor for step in self.steps for tensor in step.run(call)]
 
     def inputs(self) -> set[str]:
-        """Return the names of the arguments that a call may change."""
+        """Return the names of the arguments that may differ between calls."""
         names = {"seed", "generator", "output_type"}
         for step in self.steps:
             if isinstance(step, Processor):
-                names.update(str(place[0]) for place in places(step.args))
+                names.update(str(place[0]) for place in places_in(step.args))
             elif isinstance(step, Draw):
                 names.update(str(part) for part in (step.generator or ())[:1])
             else:
@@ -264,21 +268,22 @@ class Host:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the assets as JSON."""
-        steps = [{"kind": type(step).__name__, **dataclasses.asdict(step)} for step in self.steps]
+        steps = [{"kind": KINDS[type(step)], **dataclasses.asdict(step)} for step in self.steps]
         return {"steps": steps, "output": self.output, "call": self.call}
 
     @staticmethod
     def from_json(data: Mapping[str, Any], assets: dict[str, dict[str, bytes]]) -> "Host":
-        """Rebuild what `to_json` wrote."""
+        """Rebuild a host from what `to_json` returned."""
+        classes: dict[str, Any] = {kind: cls for cls, kind in KINDS.items()}
         steps = []
         for row in data["steps"]:
             fields = {k: _tuples(v) if k != "args" else v for k, v in row.items() if k != "kind"}
-            steps.append(STEPS[row["kind"]](**fields))
+            steps.append(classes[row["kind"]](**fields))
         return Host(steps, data["output"], data["call"], assets)
 
 
-class Call:
-    """One call's arguments, checked against what the program was traced with."""
+class HostCall:
+    """The arguments of one call, checked against those that the program was traced with."""
 
     def __init__(self, host: Host, arguments: dict[str, Any]) -> None:
         self.host = host
@@ -293,7 +298,7 @@ class Call:
                     f"{name}={_short(value)}: the program was traced without {name!r}; "
                     f"trace it again with {name!r} among the arguments (its inputs are: {known})"
                 )
-            if not _same(host.call[name], value):
+            if not _is_equal(host.call[name], value):
                 raise DiffoptError(
                     f"{name}={_short(value)}: {name!r} was bound to {_short(host.call[name])} "
                     "at capture; trace again with this value, or with "
@@ -303,21 +308,21 @@ class Call:
         self._generators: dict[Place | None, torch.Generator] = {}
 
     def generator(self, place: Place | None) -> torch.Generator | None:
-        """Return the generator to draw from; one object a place, so draws follow one another."""
+        """Return the generator at a place: one object, so that draws continue each other."""
         if place:
-            given = find(self.arguments, place)
-        else:  # from the default generator, unless a generator is given where none was traced
+            argument = value_at(self.arguments, place)
+        else:  # the default generator, unless a generator is passed where none was traced
             named = any(isinstance(s, Draw) and s.generator for s in self.host.steps)
-            given = None if named else self.arguments.get("generator")
-        if isinstance(given, list) and len(given) == 1:
-            given = given[0]
-        if isinstance(given, torch.Generator):
-            if given.device.type != "cpu":
+            argument = None if named else self.arguments.get("generator")
+        if isinstance(argument, list) and len(argument) == 1:
+            argument = argument[0]
+        if isinstance(argument, torch.Generator):
+            if argument.device.type != "cpu":
                 raise DiffoptError(
-                    f"the generator is on {given.device}, and inputs are drawn on the CPU: give"
+                    f"the generator is on {argument.device}, and inputs are drawn on the CPU: give"
                     ' torch.Generator("cpu").manual_seed(…), or seed='
                 )
-            return given
+            return argument
         if self.seed is None:
             return None
         if place not in self._generators:
@@ -326,29 +331,29 @@ class Call:
         return self._generators[place]
 
     def component(self, name: str) -> Any:
-        """Return a live host component, made from the program's assets the first time."""
+        """Return a host component; the first time it is loaded from the program's assets."""
         if name not in self.host.components:
             self.host.components[name] = load_component(name, self.host.assets[name])
         return self.host.components[name]
 
 
 def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:
-    """Return call arguments from JSON with the caller's texts and pictures in place."""
+    """Return a processor's arguments from JSON, with the caller's texts and pictures filled in."""
     if not isinstance(data, dict):
         return data
     ((kind, value),) = data.items()
     if kind == "text":
         return Text(_tuples(value)).render(arguments)
     if kind == "place":
-        return find(arguments, value)
+        return value_at(arguments, value)
     if kind == "dict":
         return {k: decode_args(v, arguments) for k, v in value.items()}
     items = [decode_args(item, arguments) for item in value]
     return tuple(items) if kind == "tuple" else items
 
 
-def places(data: Any) -> list[Sequence[str | int]]:
-    """Return the places of the caller's values in encoded arguments."""
+def places_in(data: Any) -> list[Sequence[str | int]]:
+    """Return the places of the caller's values in a processor's encoded arguments."""
     if not isinstance(data, dict):
         return []
     ((kind, value),) = data.items()
@@ -356,10 +361,10 @@ def places(data: Any) -> list[Sequence[str | int]]:
         return [part[0] for part in value if not isinstance(part, str)]
     if kind == "place":
         return [value]
-    return [p for item in (value.values() if kind == "dict" else value) for p in places(item)]
+    return [p for item in (value.values() if kind == "dict" else value) for p in places_in(item)]
 
 
-def entry(result: Any, key: str) -> Tensor:
+def result_entry(result: Any, key: str) -> Tensor:
     """Return one tensor of a processor's result; the key "" is the result itself."""
     value = result if key == "" else result[key]
     if not isinstance(value, Tensor):
@@ -371,9 +376,9 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_is_equal(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b) if isinstance(b, (bool, int, float, str, type(None), dict)) else False
 
 

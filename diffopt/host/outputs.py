@@ -1,4 +1,4 @@
-"""Results: from a program's flat output tensors to what the pipeline returns."""
+"""Host-side packing: from a graph's flat outputs to what the pipeline returns."""
 
 import sys
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
 
     Args:
         data: The structure: {"list" | "tuple" | "dict": …}, {"class": [name, fields]},
-            {"value": …}, {"tensor": i}, or {"array" | "image": [i, index…]} for what left torch: a
-            numpy array, or an 8-bit PIL image of one; {"stack": […]} for arrays that were stacked.
+            {"value": …}, {"tensor": i}, or {"array" | "image": [i, index…]} for a part of output i
+            as a numpy array, or as an 8-bit PIL image; {"stack": […]} for stacked arrays.
         tensors: The flat outputs.
-        output_type: "pil", "np" or "pt" for another form of the images than at capture.
+        output_type: "pil", "np" or "pt" for images of another type than at capture.
     """
     ((kind, value),) = data.items()
     if kind == "value":
@@ -39,13 +39,13 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
     if kind == "tensor":
         tensor = tensors[value]
         if output_type in ("pil", "np") and _is_image(tensor):
-            return images(np.asarray(tensor.movedim(-3, -1).float().cpu()), output_type)
+            return to_images(np.asarray(tensor.movedim(-3, -1).float().cpu()), output_type)
         return tensor
     if kind in ("array", "image"):
         array = np.asarray(tensors[value[0]].cpu())[tuple(value[1:])]
         if output_type == "pt" and array.ndim >= 3:
             return torch.from_numpy(array).movedim(-1, -3)
-        return images(array, output_type or ("np" if kind == "array" else "pil"))
+        return to_images(array, output_type or ("np" if kind == "array" else "pil"))
     if kind == "stack":
         parts = [pack(item, tensors, "np") for item in value]
         return torch.from_numpy(np.stack(parts)) if output_type == "pt" else np.stack(parts)
@@ -59,17 +59,17 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
     name, fields = value
     packed = {k: pack(v, tensors, output_type) for k, v in fields.items()}
     module, _, qualname = name.partition(":")
-    # The pipeline's own class where its library is loaded anyway; an import would take seconds.
-    kind_ = getattr(sys.modules.get(module), qualname, None)
-    return kind_(**packed) if kind_ is not None else Output(packed)
+    # The pipeline's class if its library is imported already: importing it would take seconds.
+    cls = getattr(sys.modules.get(module), qualname, None)
+    return cls(**packed) if cls is not None else Output(packed)
 
 
-def images(array: np.ndarray, output_type: str) -> Any:
-    """Return an array of images (…, height, width, channels) in 0…1 as PIL images, or as it is."""
+def to_images(array: np.ndarray, output_type: str) -> Any:
+    """Return images (…, height, width, channels) from 0 to 1 as PIL images, if that is the type."""
     if output_type != "pil":
         return array
     if array.ndim > 3:
-        return [images(item, output_type) for item in array]
+        return [to_images(item, output_type) for item in array]
     pixels = (array * 255).round().astype("uint8")
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 

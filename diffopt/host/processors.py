@@ -1,4 +1,4 @@
-"""Tokenizers and image processors as files, and back."""
+"""Saves tokenizers and image processors as files, and loads them."""
 
 import tempfile
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from diffopt import optional
 
 
 def load_component(name: str, files: Mapping[str, bytes]) -> Any:
-    """Make a tokenizer or image processor from its files."""
+    """Load a tokenizer or image processor from its files."""
     transformers = optional.require("transformers", f"the tokenizer {name!r}", "transformers")
     with tempfile.TemporaryDirectory() as folder:
         for file, content in files.items():
@@ -22,13 +22,10 @@ def load_component(name: str, files: Mapping[str, bytes]) -> Any:
 
 
 def save_component(component: Any) -> dict[str, bytes]:
-    """Return the files that `load_component` needs; none where the component can't be saved."""
+    """Return the files from which `load_component` loads it; none if it cannot be saved."""
     if not hasattr(component, "save_pretrained"):
         return {}
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
         files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-# Arguments of a processor's call as JSON

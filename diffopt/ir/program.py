@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError, VerifyError
-from diffopt.host import inputs as h
 from diffopt.host.guards import Guards, Mismatch, mismatch
+from diffopt.host.inputs import Host, Processor, leaves
 from diffopt.host.outputs import pack
 from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
 from diffopt.ir import graph as g
@@ -54,7 +54,7 @@ class Program:
     """
 
     root: fx.GraphModule
-    host: h.Host
+    host: Host
     sample: list[Tensor]
     _: dataclasses.KW_ONLY
     guards: Guards | None = None
@@ -117,7 +117,7 @@ class Program:
 
         Where that raises, the generators' states are restored.
         """
-        generators = [v for _, v in h.leaves(arguments) if isinstance(v, torch.Generator)]
+        generators = [v for _, v in leaves(arguments) if isinstance(v, torch.Generator)]
         states = [(x, x.get_state()) for x in (torch.default_generator, *generators)]
         try:
             return self._prepare(arguments)
@@ -128,7 +128,7 @@ class Program:
 
     def _prepare(self, arguments: Mapping[str, Any]) -> list[Tensor]:
         tensors = self.host.prepare(arguments)
-        is_text = [isinstance(s, h.Processor) for s in self.host.steps for _ in range(s.count)]
+        is_text = [isinstance(s, Processor) for s in self.host.steps for _ in range(s.count)]
         inputs = zip(g.placeholders(self.root), tensors, is_text, strict=True)
         for index, (node, tensor, from_text) in enumerate(inputs):
             shape, traced = list(tensor.shape), list(node.meta["val"].shape)
@@ -384,7 +384,7 @@ class Program:
             component, _, file = path.partition("/")
             files.setdefault(component, {})[file] = content
         sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
-        host = h.Host.from_json(data["host"], files)
+        host = Host.from_json(data["host"], files)
         return Program(
             root,
             host,

@@ -99,5 +99,5 @@ def tensor_key(tensor: Tensor, by_value: bool) -> Any:
     """Return the part of a cache key that identifies a tensor, as JSON."""
     key = [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
     if by_value:
-        key.append(hashlib.sha256(container.raw(tensor)).hexdigest())
+        key.append(hashlib.sha256(container.raw_bytes(tensor)).hexdigest())
     return key

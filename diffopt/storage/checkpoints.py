@@ -1,4 +1,4 @@
-"""Files with the state of an unfinished training, written whole or not at all."""
+"""Checkpoints of a training, written atomically."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from diffopt.storage import container
 
 log = logging.getLogger("diffopt")
 
-_MEDIA = "application/x-diffopt-checkpoint"
+_KIND = "application/x-diffopt-checkpoint"
 _STATE = "state.safetensors"
 
 
 def save(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a state; a folder that cannot be written to is a warning."""
+    """Write a checkpoint; a folder that cannot be written to is a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        container.write(path, _MEDIA, manifest, {_STATE: container.pack_tensors(tensors)})
+        container.write(path, _KIND, manifest, {_STATE: container.pack_tensors(tensors)})
     except OSError as error:
         log.warning("%s: the checkpoint cannot be written: %s", path, error.strerror)
 
@@ -32,7 +32,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if not path.exists():
         return None
     try:
-        file = container.Archive(path, _MEDIA, "a checkpoint", "remove it", "remove it")
+        file = container.Archive(path, _KIND, "a checkpoint", "remove it", "remove it")
         file.verify()
     except DiffoptError as error:
         log.warning("%s; beginning again", error)

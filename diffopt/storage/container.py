@@ -1,11 +1,11 @@
-"""The container of every file: a zip of stored members, checksummed, written whole or not at all.
+"""The container of every file: a zip of stored members with checksums, written atomically.
 
-Members are stored at offsets that are a multiple of 64, so that weights are used where they are
-mapped. The first member says what the file is, which tells a truncated one from another file;
-`manifest.json` comes last and holds the SHA-256 of every other member's content.
+Members are stored at offsets that are a multiple of 64, so that mapped weights can be used without
+a copy. The first member is the file's media type, by which a truncated file is told from another;
+`manifest.json` comes last and has the SHA-256 of every other member's content.
 
 On request, members that shrink are compressed with zstandard: NAME is then in the zip as NAME.zst,
-and the manifest has the compressed size as "zstd". Such a member is in memory once it is read.
+and the manifest has the compressed size as "zstd". Reading such a member decompresses it in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 ALIGNMENT = 64
 LEVELS = range(1, 23)  # of zstandard
 _SUFFIX = ".zst"
-_WORTH = 0.95  # of its size: a member that compresses to more than that stays as it is
+_MAX_RATIO = 0.95  # a member that compresses to more than this part of its size is stored
 
 Buffers = Sequence[bytes | memoryview]
 
@@ -65,14 +65,14 @@ def write(
     members: Mapping[str, Buffers],
     compress: int | None = None,
 ) -> None:
-    """Write a container; `path` has either all of it or what it had before.
+    """Write a container to `path`, atomically.
 
     Args:
         path: The file.
-        kind: What the file is, as a media type.
-        manifest: JSON; the table of members with their sizes and checksums is added to it.
-        members: Each member's content in pieces, which are not copied.
-        compress: The level, from 1 to 22, to compress with what that makes smaller; None: nothing.
+        kind: The file's media type.
+        manifest: JSON, to which the table of members with sizes and checksums is added.
+        members: The contents of members, in pieces that are not copied.
+        compress: The level, from 1 to 22, at which members that shrink are compressed; None: none.
     """
     if compress is not None and compress not in LEVELS:
         raise DiffoptError(f"compress={compress}: wants a level from 1 (fast) to 22 (small)")
@@ -86,12 +86,12 @@ def write(
                 _add(archive, file, KIND, [kind.encode()])
                 for name, buffers in members.items():
                     table[name] = {"size": sum(map(len, buffers)), "sha256": _digest(buffers)}
-                    small = None if compress is None else _compressed(buffers, compress)
-                    if small is None:
+                    frame = None if compress is None else _compressed(buffers, compress)
+                    if frame is None:
                         _add(archive, file, name, buffers)
                     else:
-                        table[name]["zstd"] = len(small)
-                        _add(archive, file, name + _SUFFIX, [small])
+                        table[name]["zstd"] = len(frame)
+                        _add(archive, file, name + _SUFFIX, [frame])
                 text = json.dumps({**manifest, "members": table}, indent=1)
                 _add(archive, file, MANIFEST, [text.encode()])
             file.flush()
@@ -111,11 +111,11 @@ def _digest(buffers: Buffers) -> str:
 
 
 def _compressed(buffers: Buffers, level: int) -> bytes | None:
-    """Return a member as a zstandard frame; None if it is not worth it."""
+    """Return a member as a zstandard frame; None if that is hardly smaller."""
     size = sum(map(len, buffers))
     compressor = zstandard.ZstdCompressor(level).compressobj(size)
-    made = b"".join([*map(compressor.compress, buffers), compressor.flush()])
-    return made if len(made) <= _WORTH * size else None
+    frame = b"".join([*map(compressor.compress, buffers), compressor.flush()])
+    return frame if len(frame) <= _MAX_RATIO * size else None
 
 
 def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, buffers: Buffers) -> None:
@@ -141,7 +141,7 @@ class Archive:
 
     Attributes:
         path: The file.
-        manifest: What `manifest.json` says.
+        manifest: The content of `manifest.json`.
     """
 
     def __init__(
@@ -152,14 +152,14 @@ class Archive:
         hint: str,
         remedy: str = "build it again",
     ) -> None:
-        """Open the file at `path`, which must be of this kind.
+        """Open the file at `path`; a missing, damaged or other file is a `DiffoptError`.
 
         Args:
             path: The file.
             kind: The media type that it must have.
-            noun: What messages call such a file: "an engine file".
-            hint: What to do about a file that is none.
-            remedy: What to do about a broken one that has no intact copy.
+            noun: What messages call such a file, as "an engine file".
+            hint: What to do about a file of another kind.
+            remedy: What to do about a damaged one of which there is no intact copy.
         """
         self.path = Path(path)
         self._remedy = f"copy it again, or {remedy}"
@@ -176,42 +176,43 @@ class Archive:
             raise DiffoptError(f"{path}: cannot be read: {error.strerror}") from None
         if self._map is None or head[:4] != b"PK\x03\x04":
             raise DiffoptError(other)
-        self._places = self._index(head, kind, other)
+        self._spans = self._index(head, kind, other)
         self.manifest = self._read_manifest()
-        self._unpacked: dict[str, memoryview] = {}
+        self._contents: dict[str, memoryview] = {}
         for name in [name for name, entry in self.manifest["members"].items() if "zstd" in entry]:
-            if name + _SUFFIX in self._places:
-                self._places[name] = self._places.pop(name + _SUFFIX)
+            if name + _SUFFIX in self._spans:
+                self._spans[name] = self._spans.pop(name + _SUFFIX)
 
     def _index(self, head: bytes, kind: str, other: str) -> dict[str, tuple[int, int]]:
-        ours = KIND.encode() in head[:64] and kind.encode() in head[:256]
+        """Return the offset and size of each member; `other` is the message of a wrong kind."""
+        is_kind = KIND.encode() in head[:64] and kind.encode() in head[:256]
         assert self._map is not None
         try:
             with zipfile.ZipFile(self.path) as archive:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-            if not ours:
+            if not is_kind:
                 raise DiffoptError(other) from None
             end = self._map.rfind(b"PK\x05\x06", max(0, len(self._map) - 4096))
-            if end < 0 or end + 22 > len(self._map):  # no whole end-of-directory record
+            if end < 0 or end + 22 > len(self._map):  # no complete end-of-directory record
                 raise DiffoptError(
                     f"{self.path}: truncated, only {len(self._map)} bytes of it are here;"
                     f" {self._remedy}"
                 ) from None
             raise self.damaged("its table of members") from None
-        if not ours and MANIFEST not in {info.filename for info in infos}:
+        if not is_kind and MANIFEST not in {info.filename for info in infos}:
             raise DiffoptError(other)
-        places = {}
+        spans = {}
         for info in infos:
             at = info.header_offset
             lengths = self._map[at + 26 : at + 30]
             start = at + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
             if info.compress_type or start + info.file_size > len(self._map):
                 raise self.damaged(f"member {info.filename}")
-            places[info.filename] = start, info.file_size
-        if bytes(self._slice(places.get(KIND, (0, 0)))) != kind.encode():
+            spans[info.filename] = start, info.file_size
+        if bytes(self._slice(spans.get(KIND, (0, 0)))) != kind.encode():
             raise DiffoptError(other)
-        return places
+        return spans
 
     def _read_manifest(self) -> dict[str, Any]:
         try:
@@ -223,14 +224,14 @@ class Archive:
             raise self.damaged(f"member {MANIFEST}") from None
         return dict(manifest)
 
-    def damaged(self, what: str) -> DiffoptError:
-        """Return the error that says which part of the file is damaged."""
-        return DiffoptError(f"{self.path}: {what} is damaged; {self._remedy}")
+    def damaged(self, part: str) -> DiffoptError:
+        """Return the error for a damaged part of the file."""
+        return DiffoptError(f"{self.path}: {part} is damaged; {self._remedy}")
 
     def verify(self) -> None:
-        """Compare every member with its checksum; a difference is a `DiffoptError`."""
+        """Raise a `DiffoptError` for a member that differs from its checksum."""
         table = self.manifest["members"]
-        for name in table.keys() ^ (self._places.keys() - {KIND, MANIFEST}):
+        for name in table.keys() ^ (self._spans.keys() - {KIND, MANIFEST}):
             raise self.damaged(f"member {name}")
         for name, entry in table.items():
             if hashlib.sha256(self.read(name)).hexdigest() != entry["sha256"]:
@@ -238,28 +239,25 @@ class Archive:
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the members that begin with `prefix`."""
-        return [name for name in self._places if name.startswith(prefix)]
+        return [name for name in self._spans if name.startswith(prefix)]
 
     def read(self, name: str) -> memoryview:
-        """Return a member's content, mapped if it is not compressed.
-
-        Writing to it does not change the file.
-        """
-        if name not in self._places:
+        """Return a member's content, mapped copy-on-write if it is not compressed."""
+        if name not in self._spans:
             raise self.damaged(f"member {name}")
         entry = self.manifest["members"].get(name, {})
         if "zstd" not in entry:
-            return self._slice(self._places[name])
-        if name not in self._unpacked:
+            return self._slice(self._spans[name])
+        if name not in self._contents:
             try:
-                self._unpacked[name] = _unpack(self._slice(self._places[name]), entry["size"])
+                self._contents[name] = _decompress(self._slice(self._spans[name]), entry["size"])
             except (zstandard.ZstdError, EOFError):
                 raise self.damaged(f"member {name}") from None
-        return self._unpacked[name]
+        return self._contents[name]
 
-    def _slice(self, place: tuple[int, int]) -> memoryview:
+    def _slice(self, span: tuple[int, int]) -> memoryview:
         assert self._map is not None
-        return memoryview(self._map)[place[0] : place[0] + place[1]]
+        return memoryview(self._map)[span[0] : span[0] + span[1]]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a safetensors member, mapped."""
@@ -278,28 +276,28 @@ class Archive:
         return result
 
 
-def _unpack(content: memoryview, size: int) -> memoryview:
-    """Return what a zstandard frame of `size` bytes holds, in memory of its own."""
+def _decompress(content: memoryview, size: int) -> memoryview:
+    """Return the `size` bytes of a zstandard frame's content; an `EOFError` if there are others."""
     memory = memoryview(mmap.mmap(-1, size)) if size else memoryview(b"")  # aligned, unlike bytes
     done = 0
     with zstandard.ZstdDecompressor().stream_reader(content) as reader:
-        while done < size and (more := reader.readinto(memory[done:])):
-            done += more
+        while done < size and (count := reader.readinto(memory[done:])):
+            done += count
         if done < size or reader.read(1):
             raise EOFError
     return memory
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:
-    """Return tensors in safetensors format, in pieces that share their memory where they can.
+    """Return tensors in safetensors format, in pieces that share their memory where possible.
 
-    Tensors whose size is a multiple of the alignment come first, so nearly all of them are aligned.
+    Tensors whose size is a multiple of the alignment come first, so that nearly all are aligned.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise DiffoptError(f"{name} is {dtype}, which the safetensors format has no name for")
-    buffers = {name: raw(tensor) for name, tensor in tensors.items()}
+    buffers = {name: raw_bytes(tensor) for name, tensor in tensors.items()}
     order = sorted(
         tensors, key=lambda n: (len(buffers[n]) % ALIGNMENT > 0, -tensors[n].element_size(), n)
     )
@@ -314,8 +312,8 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:
     return [len(text).to_bytes(8, "little") + text, *(buffers[name] for name in order)]
 
 
-def raw(tensor: Tensor) -> memoryview:
-    """Return a tensor's values as bytes in row-major order, in its own memory where that is so."""
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return a contiguous tensor's memory as bytes; of others a copy in row-major order."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     if not flat.numel():
         return memoryview(b"")

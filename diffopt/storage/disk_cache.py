@@ -1,9 +1,9 @@
-"""The content-addressed cache: the key of an entry is the hash of all that it depends on.
+"""The content-addressed cache: an entry's key is the hash of everything that it depends on.
 
-There are two kinds of entries: compiled kernels, and measurements (see `calibrate`).
+There are two kinds of entries: compiled kernels, and measurements (see `measurement_cache`).
 
-An entry is a checksummed container (see `archive`), written atomically: a broken one is the same as
-none. Removing the folder is always safe.
+An entry is a container with checksums, written atomically; a damaged one counts as none. Removing
+the folder is always safe.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ log = logging.getLogger("diffopt")
 
 
 def folder() -> Path:
-    """Return where entries are kept: $DIFFOPT_CACHE, or diffopt in the user's cache folder."""
-    if chosen := os.environ.get("DIFFOPT_CACHE"):
-        return Path(chosen)
+    """Return the cache's folder: $DIFFOPT_CACHE, or diffopt in the user's cache folder."""
+    if path := os.environ.get("DIFFOPT_CACHE"):
+        return Path(path)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "diffopt")
 
 
 def key(parts: Mapping[str, Any]) -> str:
-    """Return the key of what `parts` (JSON) determine."""
+    """Return the key of an entry that depends on `parts` (JSON)."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def get(name: str, kind: str = "kernel") -> dict[str, bytes] | None:
-    """Return the members of the entry with this key; None if there is no intact one."""
+    """Return the members of the entry with the key `name`; None if there is no intact one."""
     path = _path(name, kind)
     try:
         entry = container.Archive(path, _media(kind), "a cache entry", "remove it")
@@ -49,7 +49,7 @@ def get(name: str, kind: str = "kernel") -> dict[str, bytes] | None:
 
 
 def put(name: str, members: Mapping[str, bytes], kind: str = "kernel") -> None:
-    """Keep `members` under a key; a cache that cannot be written to is a warning."""
+    """Write an entry with the key `name`; a cache that cannot be written to is a warning."""
     path = _path(name, kind)
     contents = {member: [content] for member, content in members.items()}
     try:

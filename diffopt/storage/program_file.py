@@ -21,7 +21,7 @@ def write(
     assets: Mapping[str, bytes],
     compress: int | None = None,
 ) -> None:
-    """Write a program's pieces; the file is whole or is not there. `compress`: see `archive`."""
+    """Write what `Program.to_members` returns, atomically; see `container.write` for `compress`."""
     members: dict[str, container.Buffers] = {
         "program.json": [json.dumps(data).encode()],
         **{f"assets/{name}": [content] for name, content in assets.items()},
@@ -36,7 +36,7 @@ def write(
 def read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
-    """Return the pieces that `write` wrote, checked and mapped; else a `DiffoptError`."""
+    """Return what `write` wrote, verified and mapped; another file is a `DiffoptError`."""
     file = container.Archive(path, KIND, "a program file", HINT, "trace it again")
     file.verify()
     data: dict[str, Any] = json.loads(bytes(file.read("program.json")))

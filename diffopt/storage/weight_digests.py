@@ -1,4 +1,4 @@
-"""Tells whether two pipelines have the same weights, by a digest of each of their modules."""
+"""Digests of the weights of a pipeline's modules, to tell whether two pipelines are the same."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,33 +10,33 @@ from torch import Tensor
 
 from diffopt.storage import container
 
-# SHA-256 alone reads 1 GB/s, sums of words 5 to 10: a trace, which computes no model, stays quick.
-# A changed value changes its block's sum. Only values that trade places within 2 KiB do not show.
+# SHA-256 alone reads 1 GB/s, sums of words 5 to 10: a trace computes no model and must be quick.
+# A changed value changes its block's sum; only a permutation within a block of 2 KiB is missed.
 BLOCK = 256
 
 
 def digests(components: Mapping[str, Any]) -> dict[str, str]:
-    """Return a digest of the weights of each module among a pipeline's components, by its name."""
+    """Return a digest of the weights of each component that is a module, by name."""
     modules = {n: c for n, c in components.items() if isinstance(c, torch.nn.Module)}
     return {name: digest(module.state_dict()) for name, module in modules.items()}
 
 
 def digest(state: Mapping[str, Any]) -> str:
-    """Return a digest of tensors and their names."""
+    """Return a digest of a state dict's tensors and their names."""
     result = hashlib.sha256()
     for name, value in sorted(state.items()):
         if not isinstance(value, Tensor):
-            continue  # what a module keeps beside its weights
+            continue  # extra state
         result.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        # Others, on the meta device or in layouts of a library's own, have no values at hand.
+        # Tensors on the meta device have no values, and subclasses of libraries no plain memory.
         if type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta:
-            _add(result, container.raw(value))
+            _add(result, container.raw_bytes(value))
     return result.hexdigest()
 
 
 def _add(result: Any, content: memoryview) -> None:
     size = 8 * BLOCK
-    whole = len(content) - len(content) % size
-    words = np.frombuffer(content[:whole], dtype=np.int64)
+    end = len(content) - len(content) % size
+    words = np.frombuffer(content[:end], dtype=np.int64)
     result.update(words.reshape(-1, BLOCK).sum(axis=1))
-    result.update(content[whole:])
+    result.update(content[end:])

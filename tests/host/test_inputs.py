@@ -8,8 +8,17 @@ import torch
 from PIL import Image
 
 from diffopt.errors import DiffoptError
-from diffopt.host import inputs as h
-from diffopt.host.outputs import Output, images, pack
+from diffopt.host.inputs import (
+    Draw,
+    Host,
+    InputStep,
+    Number,
+    Picture,
+    Processor,
+    TensorArgument,
+    Text,
+)
+from diffopt.host.outputs import Output, pack, to_images
 from tests.zoo import generator
 
 
@@ -20,15 +29,15 @@ def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (6, 4)) -> Ima
     )
 
 
-TEXT = h.Text(("a photo of ", (("prompt", 0), "lower-strip"), "."))
+TEXT = Text(("a photo of ", (("prompt", 0), "lower-strip"), "."))
 ARGS = {"tuple": [{"tuple": [{"list": [{"text": TEXT.parts}]}, 3]}, {"dict": {}}]}
-STEPS: list[h.Step] = [
-    h.Given(("latents",), "float32"),
-    h.Processor("words", "__call__", ARGS, ("ids",)),
-    h.Draw("aten.randn", (2, 3), "float32", (), ("generator", 0)),
-    h.Draw("aten.randint", (4,), "int64", (0.0, 9.0), ("generator", 0)),
-    h.Picture(("image",), "RGB", (3, 2), 2, "signed", "nchw"),
-    h.Number(("guidance",), ((">", 1.0, True, "here"),)),
+STEPS: list[InputStep] = [
+    TensorArgument(("latents",), "float32"),
+    Processor("words", "__call__", ARGS, ("ids",)),
+    Draw("aten.randn", (2, 3), "float32", (), ("generator", 0)),
+    Draw("aten.randint", (4,), "int64", (0.0, 9.0), ("generator", 0)),
+    Picture(("image",), "RGB", (3, 2), 2, "signed", "nchw"),
+    Number(("guidance",), ((">", 1.0, True, "here"),)),
 ]
 
 
@@ -38,7 +47,7 @@ class Words:
 
 
 def test_steps_run_in_order_and_are_plain_data():
-    host = h.Host(STEPS, {"tensor": 0}, {"guidance": 2.0}, {}, {"words": Words()})
+    host = Host(STEPS, {"tensor": 0}, {"guidance": 2.0}, {}, {"words": Words()})
     arguments = {
         "latents": [1.0, 2.0],
         "prompt": ["  A Cat "],
@@ -55,7 +64,7 @@ def test_steps_run_in_order_and_are_plain_data():
     assert values[4].shape == (1, 3, 2, 3)
     assert values[5].item() == 3.0
 
-    again = h.Host.from_json(json.loads(json.dumps(host.to_json())), {})
+    again = Host.from_json(json.loads(json.dumps(host.to_json())), {})
     again.components = host.components
     arguments["generator"] = [generator(3)]
     for a, b in zip(values, again.prepare(arguments), strict=True):
@@ -77,7 +86,7 @@ def test_a_prompt_may_be_a_text_where_a_list_was_traced():
 @pytest.mark.parametrize("scale", ["byte", "unit", "signed"])
 @pytest.mark.parametrize("layout", ["nhwc", "nchw", "hwc", "chw"])
 def test_pictures(scale, layout):
-    step = h.Picture(("image",), "RGB", (6, 4), 0, scale, layout)
+    step = Picture(("image",), "RGB", (6, 4), 0, scale, layout)
     array = step.render([picture(1)])
     expected = np.array(picture(1))
     if scale != "byte":
@@ -90,7 +99,7 @@ def test_pictures(scale, layout):
 
 
 def test_a_number_outside_its_guards():
-    host = h.Host([STEPS[-1]], {"tensor": 0}, {})
+    host = Host([STEPS[-1]], {"tensor": 0}, {})
     with pytest.raises(DiffoptError) as caught:
         host.prepare({"guidance": 0.5})
     assert str(caught.value) == (
@@ -100,8 +109,8 @@ def test_a_number_outside_its_guards():
 
 
 def test_a_seed_stands_for_generators():
-    steps = [h.Draw("aten.randn", (2,), "float32", (), ("generator", i)) for i in (0, 1)]
-    host = h.Host(list(steps), {"tensor": 0}, {})
+    steps = [Draw("aten.randn", (2,), "float32", (), ("generator", i)) for i in (0, 1)]
+    host = Host(list(steps), {"tensor": 0}, {})
     first, second = host.prepare({"seed": 5})
     assert torch.equal(first, torch.randn(2, generator=generator(5)))
     assert torch.equal(second, torch.randn(2, generator=generator(6)))
@@ -111,7 +120,7 @@ def test_a_generator_that_is_elsewhere():
     class Elsewhere(torch.Generator):
         device = torch.device("cuda", 0)
 
-    host = h.Host([STEPS[2]], {"tensor": 0}, {})
+    host = Host([STEPS[2]], {"tensor": 0}, {})
     with pytest.raises(DiffoptError) as caught:
         host.prepare({"generator": [Elsewhere()]})
     assert str(caught.value) == (
@@ -121,7 +130,7 @@ def test_a_generator_that_is_elsewhere():
 
 
 def test_a_wrong_kind_of_picture():
-    host = h.Host([STEPS[4]], {"tensor": 0}, {})
+    host = Host([STEPS[4]], {"tensor": 0}, {})
     with pytest.raises(DiffoptError) as caught:
         host.prepare({"image": "a.png"})
     assert str(caught.value) == "image must be a PIL image, got str"
@@ -162,4 +171,4 @@ def test_stacks_and_tuples():
 
 
 def test_images_of_one_channel():
-    assert images(np.zeros((2, 4, 4, 1), dtype=np.float32), "pil")[0].mode == "L"
+    assert to_images(np.zeros((2, 4, 4, 1), dtype=np.float32), "pil")[0].mode == "L"

@@ -52,7 +52,7 @@ def operators(gm: fx.GraphModule) -> list[fx.Node]:
 def test_a_single_number_of_any_stride_is_written(stride):
     number = torch.arange(8).as_strided((1,), (stride,), 5)
     assert number.is_contiguous()
-    assert bytes(container.raw(number)) == (5).to_bytes(8, "little")
+    assert bytes(container.raw_bytes(number)) == (5).to_bytes(8, "little")
 
 
 def test_a_saved_program_gives_the_same_bits(program, file):

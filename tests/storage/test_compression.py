@@ -19,7 +19,7 @@ TEXT, NOISE = b"again and " * 5000, torch.randint(0, 256, (4096,), dtype=torch.u
 
 
 def container(path: Path, compress: int | None) -> container.Archive:
-    members = {"text": [TEXT[:100], TEXT[100:]], "noise": [container.raw(NOISE)], "empty": []}
+    members = {"text": [TEXT[:100], TEXT[100:]], "noise": [container.raw_bytes(NOISE)], "empty": []}
     container.write(path, KIND, {}, members, compress)
     return container.Archive(path, KIND, "a test", "")
 
@@ -29,7 +29,7 @@ def test_members_come_back(level: int | None, tmp_path: Path) -> None:
     opened = container(tmp_path / "x", level)
     opened.verify()
     assert bytes(opened.read("text")) == TEXT
-    assert bytes(opened.read("noise")) == bytes(container.raw(NOISE))
+    assert bytes(opened.read("noise")) == bytes(container.raw_bytes(NOISE))
     assert bytes(opened.read("empty")) == b""
     assert sorted(opened.names()) == ["empty", "manifest.json", "mimetype", "noise", "text"]
     # What does not shrink is stored as it is.

@@ -40,7 +40,7 @@ def run_setup(model: bytes, weights: Mapping[str, Tensor], threads: int) -> list
         threads: The number of threads to run on.
     """
     session_options = options(threads, pack=True)
-    files = {name: container.raw(tensor) for name, tensor in weights.items()}
+    files = {name: container.raw_bytes(tensor) for name, tensor in weights.items()}
     buffers = [np.frombuffer(content, np.uint8) for content in files.values()]
     lengths = [len(buffer) for buffer in buffers]
     session_options.add_external_initializers_from_files_in_memory(list(files), buffers, lengths)
