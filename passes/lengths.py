@@ -26,7 +26,7 @@ from typing import Any
 from diffopt.core import Context, Pass, Pipeline, option
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.host.inputs import HostCall, Processor, places_in
+from diffopt.host.inputs import CallArguments, Processor, places_in
 from diffopt.ir import dynamic_sizes
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Length
@@ -152,7 +152,7 @@ def _with_more(value: Any, more: str) -> Any:
 
 def _shapes(program: Program, texts: Texts) -> dict[int, list[int]]:
     """Return the shapes of the inputs that are computed from texts alone, by input number."""
-    call, index = HostCall(program.host, dict(texts)), 0
+    call, index = CallArguments(program.host, dict(texts)), 0
     shapes: dict[int, list[int]] = {}
     for step in program.host.steps:
         if isinstance(step, Processor) and {str(p[0]) for p in places_in(step.args)} <= texts.keys():

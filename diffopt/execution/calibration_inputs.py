@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError
-from diffopt.host.inputs import Draw, HostCall, Processor, TensorArgument, places_in, value_at
+from diffopt.host.inputs import CallArguments, Draw, Processor, TensorArgument, places_in, value_at
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
 
@@ -64,7 +64,7 @@ def requests(
         arguments: dict[str, Any] = {"seed": seed + index * width}
         if texts and not labels:
             arguments["prompt"] = _prompt(program, texts, index)
-        tensors = _inputs(program, HostCall(program.host, arguments))
+        tensors = _inputs(program, CallArguments(program.host, arguments))
         for at, rows in labels.items():
             given = [_label(text, rows) for text in _turn(texts, index, tensors[at].numel())]
             tensors[at] = torch.tensor(given, dtype=tensors[at].dtype).view_as(tensors[at])
@@ -108,7 +108,7 @@ def _label(text: str, rows: int) -> int:
     return int(text)
 
 
-def _inputs(program: Program, call: HostCall) -> list[Tensor]:
+def _inputs(program: Program, call: CallArguments) -> list[Tensor]:
     """Return the inputs at capture, with the texts and draws of a new call."""
     tensors = list(program.sample)
     at = 0
@@ -119,7 +119,7 @@ def _inputs(program: Program, call: HostCall) -> list[Tensor]:
     return tensors
 
 
-def _is_at_hand(step: Processor, call: HostCall) -> bool:
+def _is_at_hand(step: Processor, call: CallArguments) -> bool:
     """Tell whether a call has all that a step takes: a program does not keep pictures."""
     return all(value_at(call.arguments, place[:1]) is not None for place in places_in(step.args))
 

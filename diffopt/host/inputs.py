@@ -60,7 +60,7 @@ class TensorArgument:
     dtype: str
     count = 1  # of the tensors that the step returns
 
-    def run(self, call: "HostCall") -> list[Tensor]:
+    def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the argument as a tensor."""
         value = value_at(call.arguments, self.place)
         if value is None:
@@ -111,7 +111,7 @@ class Processor:
         """The number of tensors that the step returns."""
         return len(self.keys)
 
-    def run(self, call: "HostCall") -> list[Tensor]:
+    def run(self, call: "CallArguments") -> list[Tensor]:
         """Call the component, and return the entries that are inputs of the graph."""
         args, kwargs = decode_args(self.args, call.arguments)
         result = getattr(call.component(self.asset), self.method)(*args, **kwargs)
@@ -129,7 +129,7 @@ class Draw:
     generator: Place | None
     count = 1
 
-    def run(self, call: "HostCall") -> list[Tensor]:
+    def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the random numbers."""
         packet = self.op.removeprefix("aten.")
         kwargs = {"dtype": getattr(torch, self.dtype)}
@@ -153,7 +153,7 @@ class Picture:
     """"hwc", "chw" or "hw", with "n" in front for a batch."""
     count = 1
 
-    def run(self, call: "HostCall") -> list[Tensor]:
+    def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the images as one tensor."""
         value = value_at(call.arguments, self.place)
         pictures = value if isinstance(value, list) else [value]
@@ -193,7 +193,7 @@ class Number:
     """(comparison, other side, its result at capture, where), for example (">", 1.0, True, "…")."""
     count = 1
 
-    def run(self, call: "HostCall") -> list[Tensor]:
+    def run(self, call: "CallArguments") -> list[Tensor]:
         """Check the guards and return the number as a float64 scalar."""
         value = float(value_at(call.arguments, self.place))
         for symbol, other, result, where in self.guards:
@@ -251,7 +251,7 @@ class Host:
         `seed=` stands for `generator=torch.Generator().manual_seed(seed)`, or for one generator an
         image (seed, seed + 1, …) where the program was traced with a list of them.
         """
-        call = HostCall(self, dict(arguments))
+        call = CallArguments(self, dict(arguments))
         return [tensor for step in self.steps for tensor in step.run(call)]
 
     def inputs(self) -> set[str]:
@@ -282,7 +282,7 @@ class Host:
         return Host(steps, data["output"], data["call"], assets)
 
 
-class HostCall:
+class CallArguments:
     """The arguments of one call, checked against those that the program was traced with."""
 
     def __init__(self, host: Host, arguments: dict[str, Any]) -> None:
