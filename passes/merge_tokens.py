@@ -116,7 +116,9 @@ class MergeTokens(Pass):
         why = collections.Counter(text.partition(": ")[2] for text in ctx.skipped)
         ctx.note("left alone", dict(why.most_common()))
 
-    def _sites(self, name: str, gm: fx.GraphModule, patterns: ModuleFilter, ctx: Context) -> list[Site]:
+    def _sites(
+        self, name: str, gm: fx.GraphModule, patterns: ModuleFilter, ctx: Context
+    ) -> list[Site]:
         """Return the attentions to merge in, all of which are found before any is changed."""
         found = []
         for node in gm.graph.find_nodes(op="call_function", target=token_merging.ATTENTION):

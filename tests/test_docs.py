@@ -3,11 +3,11 @@
 import re
 import shlex
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 import diffopt.passes
 from diffopt.cli import load_model, main
@@ -135,13 +135,11 @@ def test_the_guard_of_the_worked_example_is_needed(example: Path) -> None:
 
 def test_options_of_the_command_line_are_in_the_help() -> None:
     """A command in a plain block or a sentence names options that exist."""
-    known = set(re.findall(r'"(--?[\w-]+)"', Path(main.__file__).read_text()))
-    known |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", _cli(), re.M)}
+    root = typer.main.get_command(main.app)
+    known = {"--help"}
+    for command in (root, *root.commands.values()):  # type: ignore[attr-defined]
+        known.update(flag for p in command.params for flag in (*p.opts, *p.secondary_opts))
     for path in DOCUMENTS:
         for line in re.findall(r"diffopt [a-z]+ [^`\n]*", path.read_text(encoding="utf-8")):
             options = set(re.findall(r"(?<!\S)--[\w-]+", line))
             assert options <= known, f"{path.name}: {line}"
-
-
-def _cli() -> str:
-    return textwrap.dedent(Path(main.__file__).read_text())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 from diffopt import spec
 from diffopt.cli import load_model, timing
 from diffopt.cli import output as show
+from diffopt.cli.flags import BenchFlags
 from diffopt.cli.image_files import first_output
-from diffopt.cli.run import load, spread, traced_arguments
+from diffopt.cli.run import load_file, spread, traced_arguments
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 from diffopt.storage.weight_digests import digests
@@ -22,29 +23,19 @@ from diffopt.storage.weight_digests import digests
 MODES = {"eager": None, "compile": "default", "max-autotune": "max-autotune"}
 
 
-def run(
-    file: Path,
-    against: Sequence[str],
-    model: str,
-    arguments: Mapping[str, Any],
-    seed: int,
-    rounds: int,
-    warmup: int,
-    threads: int | None,
-    as_json: bool,
-    batch: int | None = None,
-) -> None:
-    """Measure, and print a table or JSON; every call makes `batch` images."""
+def run(flags: BenchFlags, arguments: Mapping[str, Any]) -> None:
+    """Measure, and print a table or JSON; every call makes `flags.batch` images."""
+    file, against = flags.engine, flags.against.split(",")
     for name in against:
         if name not in MODES and not Path(name).is_file():
             raise DiffoptError(f"--against: '{name}' is no file{spec.suggest(name, MODES)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    engine = load(file)
-    source = model or _provenance(engine)["source"]
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    engine = load_file(file)
+    source = flags.model or _provenance(engine)["source"]
     pipe = _pipeline(source)
     _compare_weights(file, engine, source, pipe)
-    batch = batch or _list_length(engine)
+    batch = flags.batch or _list_length(engine)
     contenders = {"eager": _original(pipe, engine, arguments, batch)}
     for name in against:
         if name in MODES and name != "eager":
@@ -52,37 +43,43 @@ def run(
             timing.compile_pipeline(compiled, MODES[name])
             contenders[name] = _original(compiled, engine, arguments, batch)
         elif name not in MODES:
-            other = load(Path(name))
+            other = load_file(Path(name))
             if _provenance(other)["source"] == source:
                 _compare_weights(Path(name), other, source, pipe)
             contenders[name] = _engine(other, arguments, batch)
     contenders[str(file)] = _engine(engine, arguments, batch)
     with show.progress("benchmark") as progress:
         results = timing.measure(
-            contenders, "eager", rounds=rounds, warmup=warmup, seed=seed, progress=progress
+            contenders,
+            "eager",
+            rounds=flags.rounds,
+            warmup=flags.warmup,
+            seed=flags.seed,
+            progress=progress,
         )
-    _print(results, torch.get_num_threads(), rounds, as_json)
+    _print(results, torch.get_num_threads(), flags)
 
 
 def _engine(engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Make:
-    own = _list_length(engine)
+    """Return the engine as a contender that makes `batch` images with these arguments."""
+    count = _list_length(engine)
     call = {**spread(engine, arguments), "output_type": "pt"}
 
     def make(seed: int) -> Tensor:
-        results = engine.serve([{**call, "seed": seed + k} for k in range(0, batch, own)])
+        results = engine.serve([{**call, "seed": seed + k} for k in range(0, batch, count)])
         return torch.cat([torch.as_tensor(first_output(result)) for result in results])
 
     return make
 
 
 def _list_length(engine: Any) -> int:
-    """Return how many images a call of the original made, each with a prompt of its own."""
+    """Return the number of prompts, and so of images, of the traced call."""
     prompt = traced_arguments(engine).get("prompt")
     return len(prompt) if isinstance(prompt, list) else 1
 
 
 def _provenance(engine: Any) -> Mapping[str, Any]:
-    """Return what an engine, or a program, says that it was made from."""
+    """Return the source and the weight digests of an engine or a program."""
     return vars(engine) if isinstance(engine, Program) else engine.manifest
 
 
@@ -93,12 +90,12 @@ def _pipeline(source: str) -> Any:
 
 
 def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
-    """Refuse to compare images that differ because the model's weights are not those of then."""
-    then = _provenance(engine).get("digests", {})
+    """Raise a `DiffoptError` if the model's weights have changed since the file was built."""
+    built = _provenance(engine).get("digests", {})
     components = getattr(pipe, "components", {})
     now = pipe.digests if isinstance(pipe, Program) else digests(components)
-    # A module that one of both lacks, such as a safety checker turned off, need not matter.
-    changed = [name for name in then.keys() & now.keys() if then[name] != now[name]]
+    # A module that only one of them has, such as a safety checker turned off, changes no image.
+    changed = [name for name in built.keys() & now.keys() if built[name] != now[name]]
     if changed:
         raise DiffoptError(
             f"{file} was built from other weights of {', '.join(sorted(changed))} than {source}"
@@ -107,7 +104,7 @@ def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
 
 
 def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Make:
-    """Return the original pipeline with the arguments that the engine was made with."""
+    """Return the original pipeline as a contender, with the arguments of the traced call."""
     call = {**traced_arguments(engine), **spread(engine, arguments), "output_type": "pt"}
     for name in ("prompt", "negative_prompt", "class_labels"):
         value = call.get(name)
@@ -126,17 +123,17 @@ def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) 
     return make
 
 
-def _print(results: Mapping[str, timing.Result], threads: int, rounds: int, as_json: bool) -> None:
+def _print(results: Mapping[str, timing.Result], threads: int, flags: BenchFlags) -> None:
     base = results["eager"].median
-    if as_json:
+    if flags.as_json:
         rows = {
             name: {**asdict(r), "median": r.median, "iqr": r.spread, "speedup": base / r.median}
             for name, r in results.items()
         }
-        show.print_json({"threads": threads, "rounds": rounds, "results": rows})
+        show.print_json({"threads": threads, "rounds": flags.rounds, "results": rows})
         return
     show.table(
-        f"{rounds} rounds, {threads} threads; images against eager",
+        f"{flags.rounds} rounds, {threads} threads; images against eager",
         ["", "median ms", "IQR ms", "speedup", "first call s", "max difference", "PSNR dB"],
         [
             [

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffopt.cli import image_files, image_metrics, timing
 from diffopt.cli import output as show
 from diffopt.cli import run as run_command
+from diffopt.cli.flags import CompareFlags
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError
 from diffopt.host import outputs
@@ -23,14 +24,14 @@ from diffopt.progress import Progress, within
 
 @dataclass(frozen=True)
 class Distance:
-    """Say how far a file's images are from those of the first file.
+    """The distance of a file's images from those of the first file.
 
     Attributes:
         file: As the user wrote it.
         relative: Norm of the difference over the norm of the first file's images.
-        max_abs: Largest difference of any value, which goes from 0 to 1.
+        max_abs: Largest difference of any value, of values from 0 to 1.
         psnr: In decibels; infinite for equal images.
-        features: Mean `metrics.feature_distance`; None without the extra `quality`.
+        features: Mean `image_metrics.feature_distance`; None without the extra `quality`.
     """
 
     file: str
@@ -40,40 +41,33 @@ class Distance:
     features: float | None
 
 
-def run(
-    files: Sequence[Path],
-    output: Path,
-    prompts: Sequence[str],
-    arguments: Mapping[str, Any],
-    seed: int,
-    number: int,
-    as_json: bool,
-) -> None:
-    """Make the same images with every file; write them to `output`, and print the distances."""
+def run(flags: CompareFlags, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
+    """Sample the same images with every file, write them to a picture, and print the distances."""
+    files, output = flags.files, flags.output
     _check(files, output)
     calls = [{**arguments, "prompt": text} for text in prompts] or [dict(arguments)]
-    made: list[Tensor] = []
+    images: list[Tensor] = []
     with show.progress("comparing") as progress:
         for file in files:
-            made.append(_make(file, calls, seed, number, progress))
-            if made[-1].shape != made[0].shape:
+            images.append(_sample(file, calls, flags.seed, flags.number, progress))
+            if images[-1].shape != images[0].shape:
                 raise DiffoptError(
-                    f"{file} makes images of the shape {list(made[-1].shape[1:])} and {files[0]}"
-                    f" of {list(made[0].shape[1:])}: they cannot be compared"
+                    f"{file} makes images of the shape {list(images[-1].shape[1:])} and {files[0]}"
+                    f" of {list(images[0].shape[1:])}: they cannot be compared"
                 )
         progress("measuring", None)
-        rows = _distances(files, made)
+        rows = _distances(files, images)
     names = [file.name for file in files]
     if len(set(names)) < len(names):
         names = [str(file) for file in files]
     heads = [f"{n}\nrelative {row.relative:.3g}" for n, row in zip(names, rows, strict=True)]
-    image_files.save_picture(image_files.columns(heads, [_pictures(m) for m in made]), output)
-    _print(rows, prompts, seed, number, as_json)
-    show.stderr().print(f"wrote {output} ({len(files)} × {len(made[0])} images)")
+    image_files.save_picture(image_files.columns(heads, [_pictures(m) for m in images]), output)
+    _print(rows, prompts, flags)
+    show.stderr().print(f"wrote {output} ({len(files)} × {len(images[0])} images)")
 
 
 def _check(files: Sequence[Path], output: Path) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
+    """Raise a `DiffoptError` for wrong file names, before anything is loaded."""
     if len(files) < 2:
         raise DiffoptError(f"compare wants two files or more, got only {files[0]}")
     if output.suffix not in image_files.PICTURES:
@@ -84,59 +78,57 @@ def _check(files: Sequence[Path], output: Path) -> None:
             raise DiffoptError(f"there is no file {file}")
 
 
-def _make(
+def _sample(
     file: Path, calls: Sequence[Mapping[str, Any]], seed: int, number: int, progress: Progress
 ) -> Tensor:
     """Return the images of all calls as one tensor (…, channels, height, width)."""
-    loaded = run_command.load(file)
-    made = []
+    loaded = run_command.load_file(file)
+    images = []
     for index, call in enumerate(calls):
-        told = within(progress, 0, 1, f"{file}: prompt {index + 1} of {len(calls)}, ")
-        results = run_command.make(loaded, {**call, "output_type": "pt"}, seed, number, told)
-        made.append(torch.cat([torch.as_tensor(result) for result in results])[:number])
-    whole = torch.cat(made)
-    if whole.ndim < 4 or whole.shape[-3] not in (1, 3, 4):
-        raise DiffoptError(f"{file} makes no pictures, but values of {list(whole.shape[1:])}")
-    return whole
+        part = within(progress, 0, 1, f"{file}: prompt {index + 1} of {len(calls)}, ")
+        results = run_command.sample(loaded, {**call, "output_type": "pt"}, seed, number, part)
+        images.append(torch.cat([torch.as_tensor(result) for result in results])[:number])
+    result = torch.cat(images)
+    if result.ndim < 4 or result.shape[-3] not in (1, 3, 4):
+        raise DiffoptError(f"{file} makes no pictures, but values of {list(result.shape[1:])}")
+    return result
 
 
-def _distances(files: Sequence[Path], made: Sequence[Tensor]) -> list[Distance]:
-    """Return each file's distance from the first."""
-    features = [_features(images) for images in made]
+def _distances(files: Sequence[Path], images: Sequence[Tensor]) -> list[Distance]:
+    """Return the distance of each file's images from those of the first."""
+    features = list(map(_features, images))
     rows = []
-    for file, own, found in zip(files, made, features, strict=True):
-        largest, relative = difference([own], [made[0]])
-        psnr = timing.psnr(own.double() - made[0].double())
-        apart = None
-        if found is not None and features[0] is not None:
-            apart = float(image_metrics.feature_distance(found, features[0]).mean())
-        rows.append(Distance(str(file), relative, largest, psnr, apart))
+    for file, tensor, feature in zip(files, images, features, strict=True):
+        largest, relative = difference([tensor], [images[0]])
+        psnr = timing.psnr(tensor.double() - images[0].double())
+        distance = None
+        if feature is not None and features[0] is not None:
+            distance = float(image_metrics.feature_distance(feature, features[0]).mean())
+        rows.append(Distance(str(file), relative, largest, psnr, distance))
     return rows
 
 
-def _features(made: Tensor) -> Tensor | None:
+def _features(images: Tensor) -> Tensor | None:
     try:
-        return image_metrics.features(made)
+        return image_metrics.features(images)
     except DiffoptError:  # the extra is not installed, or these are videos
         return None
 
 
-def _pictures(made: Tensor) -> list[Image.Image]:
-    """Return the images, or every frame of videos, one after another."""
-    values = made.flatten(0, -4).movedim(-3, -1).float().nan_to_num().clamp(0, 1)
+def _pictures(images: Tensor) -> list[Image.Image]:
+    """Return the images, or all frames of videos, one after another."""
+    values = images.flatten(0, -4).movedim(-3, -1).float().nan_to_num().clamp(0, 1)
     pictures: list[Image.Image] = outputs.to_images(np.asarray(values), "pil")
     return pictures
 
 
-def _print(
-    rows: Sequence[Distance], prompts: Sequence[str], seed: int, number: int, as_json: bool
-) -> None:
-    if as_json:
-        seeds = list(range(seed, seed + number))
-        told = {"prompts": list(prompts), "seeds": seeds, "results": [asdict(row) for row in rows]}
-        show.print_json(told)
+def _print(rows: Sequence[Distance], prompts: Sequence[str], flags: CompareFlags) -> None:
+    if flags.as_json:
+        seeds = list(range(flags.seed, flags.seed + flags.number))
+        results = [asdict(row) for row in rows]
+        show.print_json({"prompts": list(prompts), "seeds": seeds, "results": results})
         return
-    count = number * max(1, len(prompts))
+    count = flags.number * max(1, len(prompts))
     show.table(
         f"{count} image{'s' if count != 1 else ''} of each, against those of {rows[0].file}",
         ["file", "relative error", "max abs", "PSNR dB", "feature distance"],

@@ -11,6 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffopt.cli.flags import (
+    MODEL_HELP,
+    Batch,
+    BenchFlags,
+    CompareFlags,
+    Dynamic,
+    Json,
+    Model,
+    OptimizeFlags,
+    RunFlags,
+    SensitivityFlags,
+    Settings,
+    Stats,
+    Steps,
+    with_flags,
+)
 from diffopt.errors import DiffoptError, ToleranceError
 
 # Everything that imports torch is imported by the command that needs it: `--help` is instant.
@@ -31,41 +47,6 @@ app = typer.Typer(
         "Exit codes: 0 done, 1 a check did not hold, 2 wrong usage or input."
     ),
 )
-
-MODEL_HELP = (
-    "A local diffusers directory, a hub id, a .program file, or package.module:function"
-    " (which returns a pipeline or a program)."
-)
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Another argument of the pipeline's call; repeatable. A Python literal, the name of"
-        " an image (.png, .jpg) or tensor (.pt, .npy) file, or else a plain word.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and no table.")]
-Stats = Annotated[
-    bool, typer.Option("--stats", help="Show sizes, notes and reasons for rewrites not done.")
-]
-Steps = Annotated[int | None, typer.Option(min=1, help="Trace with this many sampling steps.")]
-Batch = Annotated[int, typer.Option(min=1, help="How many images one call makes.")]
-Batches = Annotated[
-    str,
-    typer.Option(
-        metavar="N|N..M",
-        help="How many images one call makes; or, as 1..8, how many requests, each with its own"
-        " prompt and seed, one run of the engine may serve.",
-    ),
-]
-Dynamic = Annotated[
-    str,
-    typer.Option(
-        metavar="NAMES", help="Numbers of the call that stay inputs, such as guidance_scale."
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -118,114 +99,29 @@ def trace(
     'diffopt optimize in.program --passes "cache(auto,budget=0.02)" --stats -o out.program\n\n'
     "diffopt passes  lists the passes; an output named .program is not lowered to a target."
 )
-def optimize(
-    model: Model,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The .engine (or .program) file to write.")
-    ],
-    passes: Annotated[
-        str, typer.Option("--passes", "-p", metavar="PASSES", help="Pipeline of passes, in order.")
-    ] = "unroll,hoist,simplify,fuse",
-    target: Annotated[str, typer.Option("--target", "-t", help="What to build for.")] = "cpu",
-    settings: Settings = None,
-    steps: Steps = None,
-    batch: Batches = "1",
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Serve prompts of any number of tokens up to this, where the pipeline does not"
-            " fix it.",
-        ),
-    ] = None,
-    dynamic: Dynamic = "",
-    compress: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=22,
-            metavar="LEVEL",
-            help="Compress what gets smaller: 1 is fast, 19 small. It then loads more slowly.",
-        ),
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(min=0, help="Largest relative error that one approximate pass may add."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of what passes do at random.")] = 0,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts (or class labels), one a line, for passes that measure values; by"
-            " default that of the trace.",
-        ),
-    ] = None,
-    timing: Annotated[bool, typer.Option("--timing", help="Show each pass's time.")] = False,
-    stats: Stats = False,
-    print_after: Annotated[
-        str, typer.Option(metavar="NAMES", help="Print the program after these passes, or 'all'.")
-    ] = "",
-    print_changed: Annotated[
-        bool, typer.Option("--print-changed", help="Print what each pass changed, as a diff.")
-    ] = False,
-    dump: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Save the program after each pass.")
-    ] = None,
-    bisect: Annotated[
-        float | None,
-        typer.Option(
-            metavar="BOUND",
-            help="Only find the first pass after which the output is further than this relative"
-            " error from the captured program's; exit code 1 if there is one.",
-        ),
-    ] = None,
-    verify_each: Annotated[bool, typer.Option(help="Verify the program after each pass.")] = True,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            help="Run the program before and after each pass, and say what error it adds; for a"
-            " large model without a GPU that may take hours."
-        ),
-    ] = True,
-    as_json: Json = False,
-) -> None:
+@with_flags(OptimizeFlags)
+def optimize(flags: OptimizeFlags) -> None:
     """Trace a model, run passes over it, check each, and build one engine file."""
     from diffopt.analysis import weight_memory
     from diffopt.cli import optimize as optimize_command
     from diffopt.cli import output as show
 
+    output = flags.output
     _expect(output, ".engine", ".program")
-    count, more = optimize_command.parse_batch(batch)
-    lengths = optimize_command.parse_tokens(tokens, batch if more else "")
-    prompts = _prompts(calibrate)
-    passes = ",".join(filter(None, (passes, lengths, more)))
-    target_text = target if output.suffix == ".engine" else None
-    job = optimize_command.Job.parse(passes, target_text, compress)
-    with show.progress(f"tracing {model}"):
-        program = _trace(model, settings, steps, count, dynamic)
-    if bisect is not None:
-        options = {"seed": seed, "prompts": prompts}
-        code = optimize_command.find_culprit(job.pipeline, program, bisect, as_json, **options)
-        raise typer.Exit(code)
-    watchers = optimize_command.watchers(job.pipeline, print_after, print_changed, dump)
-    result, records = optimize_command.rewrite(
-        job.pipeline,
-        program,
-        watchers,
-        budget=budget,
-        verify=verify_each,
-        compare=compare,
-        seed=seed,
-        prompts=prompts,
-    )
+    job = optimize_command.Job.parse(flags)
+    prompts = _prompts(flags.calibrate)
+    with show.progress(f"tracing {flags.model}"):
+        program = _trace(flags.model, flags.settings, flags.steps, job.batch, flags.dynamic)
+    if flags.bisect is not None:
+        raise typer.Exit(optimize_command.find_culprit(job.pipeline, program, flags, prompts))
+    result, records = optimize_command.rewrite(job.pipeline, program, flags, prompts)
     optimize_command.write(job, result, output)
     size = weight_memory.of_program(result)
-    if as_json:
+    if flags.as_json:
         rows = [asdict(record) for record in records]
         show.print_json({"output": str(output), "passes": rows, "weights": size.to_json()})
     elif records:
-        show.records_table(records, timing=timing, stats=stats)
+        show.records_table(records, timing=flags.timing, stats=flags.stats)
     show.stderr().print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), {size}")
 
 
@@ -233,102 +129,45 @@ def optimize(
     epilog='diffopt run out.engine --prompt "ankle boot" --seed 0 -n 8 -o boots.png\n\n'
     "diffopt run dit.engine --set class_labels=[3] -o dress.pt"
 )
-def run(
-    engine: Annotated[Path, typer.Argument(help="An .engine or .program file.")],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="A picture (a grid for several), or .pt, or .npy."),
-    ],
-    prompt: Annotated[str | None, typer.Option(help="What to make.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
-    number: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 1,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="How much the prompt counts.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option("--target", "-t", help="Run it on eager instead of what it was built for."),
-    ] = None,
-    settings: Settings = None,
-) -> None:
+@with_flags(RunFlags)
+def run(flags: RunFlags) -> None:
     """Run an engine and write what it makes."""
     from diffopt.cli import output as show
     from diffopt.cli import run as run_command
 
-    arguments = _arguments(settings)
-    named = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+    names = ("prompt", "negative_prompt", "guidance_scale")
+    named = {name: getattr(flags, name) for name in names}
+    arguments = _arguments(flags.settings)
     arguments |= {name: value for name, value in named.items() if value is not None}
-    with show.progress(f"loading {engine}") as progress:
-        made = run_command.run(engine, arguments, seed, number, output, progress, target)
-    show.stderr().print(f"wrote {output} ({made})")
+    with show.progress(f"loading {flags.engine}") as progress:
+        count = run_command.run(flags, arguments, progress)
+    show.stderr().print(f"wrote {flags.output} ({count})")
 
 
 @app.command(
     epilog="diffopt bench out.engine --against eager,compile\n\n"
     "diffopt bench fast.engine --against eager,exact.engine --rounds 20 --json"
 )
-def bench(
-    engine: Annotated[Path, typer.Argument(help="An .engine file.")],
-    against: Annotated[
-        str,
-        typer.Option(
-            help="What to compare with: eager, compile, max-autotune (the original pipeline so"
-            " run or compiled), or other .engine files. eager always runs: it is the reference."
-        ),
-    ] = "eager",
-    model: Annotated[
-        str, typer.Option(help="The original MODEL; by default what the engine was made from.")
-    ] = "",
-    prompt: Annotated[str | None, typer.Option(help="The prompt to time with.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first round; the others count up.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 10,
-    warmup: Annotated[int, typer.Option(min=1, help="Calls of each before those.")] = 2,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images of each call, of one prompt; by default as traced."),
-    ] = None,
-    settings: Settings = None,
-    as_json: Json = False,
-) -> None:
+@with_flags(BenchFlags)
+def bench(flags: BenchFlags) -> None:
     """Time an engine against the original pipeline, and compare their images."""
     from diffopt.cli import bench as bench_command
 
-    arguments = _arguments(settings) | ({} if prompt is None else {"prompt": prompt})
-    bench_command.run(
-        engine, against.split(","), model, arguments, seed, rounds, warmup, threads, as_json, batch
-    )
+    named = {} if flags.prompt is None else {"prompt": flags.prompt}
+    bench_command.run(flags, _arguments(flags.settings) | named)
 
 
 @app.command(
     epilog='diffopt compare exact.engine cached.engine --prompt "ankle boot" -n 4 -o grid.png\n\n'
     "diffopt compare a.program b.engine c.engine --prompts prompts.txt --json -o grid.png"
 )
-def compare(
-    files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE FILE…", help="Two or more .engine or .program files."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A picture: a column a file, a row an image.")
-    ],
-    prompt: Annotated[list[str] | None, typer.Option(help="What to make; repeatable.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of each prompt's first image; the others count up.")
-    ] = 0,
-    number: Annotated[int, typer.Option("-n", min=1, help="How many images of each prompt.")] = 1,
-    settings: Settings = None,
-    as_json: Json = False,
-) -> None:
+@with_flags(CompareFlags)
+def compare(flags: CompareFlags) -> None:
     """Show images of several engines side by side, and how far they are from the first one's."""
     from diffopt.cli import compare as compare_command
 
-    texts = [*(prompt or ()), *_prompts(prompts)]
-    compare_command.run(files, output, texts, _arguments(settings), seed, number, as_json)
+    prompts = [*(flags.prompt or ()), *_prompts(flags.prompts)]
+    compare_command.run(flags, prompts, _arguments(flags.settings))
 
 
 @app.command(
@@ -389,53 +228,26 @@ def inspect(
     epilog="diffopt sensitivity fashion.program --formats int8,int4 -o heat.png\n\n"
     'diffopt sensitivity MODEL -p "unroll(steps=25),hoist,simplify" --calibrate prompts.txt --json'
 )
-def sensitivity(
-    model: Model,
-    passes: Annotated[
-        str | None,
-        typer.Option(
-            "--passes",
-            "-p",
-            metavar="PASSES",
-            help="Passes to run first; by default unroll,hoist,simplify, and none for a .program.",
-        ),
-    ] = None,
-    formats: Annotated[
-        str, typer.Option(help="What to try weights in: int8, int4, fp8.")
-    ] = "int8,int4",
-    activations: Annotated[
-        str, typer.Option(help="Where inputs' scales come from: static, dynamic, rows, none.")
-    ] = "static",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Draw layers by steps, too."),
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Prompts (or class labels) to measure on, one a line."),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many requests to calibrate with.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the first of them.")] = 0,
-    settings: Settings = None,
-    steps: Steps = None,
-    as_json: Json = False,
-) -> None:
+@with_flags(SensitivityFlags)
+def sensitivity(flags: SensitivityFlags) -> None:
     """Measure which layer, in which format and at which step, costs how much accuracy."""
     from diffopt.cli import image_files
     from diffopt.cli import output as show
     from diffopt.cli import sensitivity as sensitivity_command
 
-    if output is not None:
-        _expect(output, *image_files.PICTURES)
-    options = sensitivity_command.parse(formats, activations, passes, model)
-    prompts = _prompts(calibrate)
-    with show.progress(f"tracing {model}"):
-        program = _trace(model, settings, steps)
+    if flags.output is not None:
+        _expect(flags.output, *image_files.PICTURES)
+    job = sensitivity_command.Job.parse(flags)
+    prompts = _prompts(flags.calibrate)
+    with show.progress(f"tracing {flags.model}"):
+        program = _trace(flags.model, flags.settings, flags.steps)
     with show.progress("measuring") as progress:
-        found = sensitivity_command.measure(program, options, prompts, samples, seed, progress)
-    if output is not None:
-        sensitivity_command.save_picture(found, output)
-    sensitivity_command.print_report(found, as_json)
+        report = sensitivity_command.measure(
+            program, job, prompts, flags.samples, flags.seed, progress
+        )
+    if flags.output is not None:
+        sensitivity_command.save_picture(report, flags.output)
+    sensitivity_command.print_report(report, flags.as_json)
 
 
 @app.command(epilog="diffopt verify out.engine  # exit code 1 if it is damaged")

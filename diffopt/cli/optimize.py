@@ -1,4 +1,4 @@
-"""`diffopt optimize`: passes with their instruments, then the target."""
+"""`diffopt optimize`: runs passes with their instruments, then builds for a target."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from diffopt.cli import output as show
-from diffopt.core import Instrument, Pipeline, Record
+from diffopt.cli.flags import OptimizeFlags
+from diffopt.core import Instrument, Pipeline, Record, RunOptions
 from diffopt.core.instruments import Dump, PrintAfter, PrintChanged, bisect
 from diffopt.engine import engine
 from diffopt.errors import DiffoptError
@@ -20,70 +20,84 @@ from diffopt.spec import suggest
 
 @dataclass(frozen=True)
 class Job:
-    """What to do to a program; made before it is traced, so that a typing error costs nothing."""
+    """The flags, parsed before the program is traced, so that a typing error costs nothing.
+
+    Attributes:
+        pipeline: The passes.
+        target: The target to build for; None for a .program.
+        batch: The number of images of a traced call.
+        compress: The level of zstandard for members that shrink; None: none.
+    """
 
     pipeline: Pipeline
     target: Target | None
+    batch: int
     compress: int | None
 
     @classmethod
-    def parse(cls, passes: str, target: str | None, compress: int | None) -> Job:
-        """Read the texts of the command line."""
-        made = None if target is None else parse_target(target)
-        return cls(Pipeline.parse(passes), made, compress)
+    def parse(cls, flags: OptimizeFlags) -> Job:
+        """Parse the passes, those that `--batch` and `--tokens` add, and the target."""
+        count, batch = _parse_batch(flags.batch)
+        if flags.tokens is not None and batch:
+            raise DiffoptError(
+                f"--tokens {flags.tokens} --batch {flags.batch}: requests of different lengths do"
+                " not fit into one run; leave one of the two out"
+            )
+        lengths = "" if flags.tokens is None else f"lengths(max={flags.tokens})"
+        passes = ",".join(filter(None, (flags.passes, lengths, batch)))
+        target = parse_target(flags.target) if flags.output.suffix == ".engine" else None
+        return cls(Pipeline.parse(passes), target, count, flags.compress)
 
 
-def parse_batch(text: str) -> tuple[int, str]:
-    """Return how many images a call makes, and the pass that `N..M` asks for, if it does."""
-    found = re.fullmatch(r"([1-9]\d*)(?:\.\.([1-9]\d*))?", text)
-    if not found or (found[2] and int(found[1]) > int(found[2])):
+def _parse_batch(text: str) -> tuple[int, str]:
+    """Return the number of images of a call, and the pass that a range `N..M` adds."""
+    match = re.fullmatch(r"([1-9]\d*)(?:\.\.([1-9]\d*))?", text)
+    if not match or (match[2] and int(match[1]) > int(match[2])):
         raise DiffoptError(f"--batch {text}: wants a number such as 4, or a range such as 1..8")
-    if not found[2]:
-        return int(found[1]), ""
-    return 1, f"batch(max={found[2]},min={found[1]})"
+    if not match[2]:
+        return int(match[1]), ""
+    return 1, f"batch(max={match[2]},min={match[1]})"
 
 
-def parse_tokens(most: int | None, batch: str) -> str:
-    """Return the pass that `--tokens` asks for, if it is given; `batch` is a range of `--batch`."""
-    if most is not None and batch:
-        raise DiffoptError(
-            f"--tokens {most} --batch {batch}: requests of different lengths do not fit into one "
-            "run; leave one of the two out"
-        )
-    return "" if most is None else f"lengths(max={most})"
-
-
-def watchers(
-    pipeline: Pipeline, print_after: str, print_changed: bool, dump: Path | None
-) -> list[Instrument]:
-    """Return the instruments that the options ask for; they write to stderr."""
+def _instruments(pipeline: Pipeline, flags: OptimizeFlags) -> list[Instrument]:
+    """Return the instruments of the flags; they write to stderr."""
 
     def write(text: str) -> None:
         # Wrapped or coloured, the text could not be compared with another run's.
         show.stderr().print(text, markup=False, soft_wrap=True)
 
-    chosen: list[Instrument] = []
+    instruments: list[Instrument] = []
     names = {step.name for step in pipeline.passes}
-    wanted = set(filter(None, print_after.split(",")))
-    for name in sorted(wanted - names - {"all"}):
+    printed = set(filter(None, flags.print_after.split(",")))
+    for name in sorted(printed - names - {"all"}):
         raise DiffoptError(f"--print-after: no pass '{name}' is run{suggest(name, names)}")
-    if wanted:
-        chosen.append(PrintAfter(write, frozenset() if "all" in wanted else frozenset(wanted)))
-    if print_changed:
-        chosen.append(PrintChanged(write))
-    if dump is not None:
-        chosen.append(Dump(dump))
-    return chosen
+    if printed:
+        every = frozenset() if "all" in printed else frozenset(printed)
+        instruments.append(PrintAfter(write, every))
+    if flags.print_changed:
+        instruments.append(PrintChanged(write))
+    if flags.dump is not None:
+        instruments.append(Dump(flags.dump))
+    return instruments
 
 
 def rewrite(
-    pipeline: Pipeline, program: Program, instruments: Sequence[Instrument], **options: Any
+    pipeline: Pipeline, program: Program, flags: OptimizeFlags, prompts: Sequence[str]
 ) -> tuple[Program, list[Record]]:
     """Run the passes; return the new program and the records of these passes alone."""
     begin = len(program.history)
+    instruments = _instruments(pipeline, flags)
     with show.progress("passes") as progress:
         result = pipeline.run(
-            program, instruments=instruments, reproducer=Path(), progress=progress, **options
+            program,
+            instruments=instruments,
+            budget=flags.budget,
+            verify=flags.verify_each,
+            compare=flags.compare,
+            reproducer=Path(),
+            progress=progress,
+            seed=flags.seed,
+            prompts=prompts,
         )
     return result, [Record.from_json(row) for row in result.history[begin:]]
 
@@ -98,12 +112,15 @@ def write(job: Job, program: Program, output: Path) -> None:
 
 
 def find_culprit(
-    pipeline: Pipeline, program: Program, bound: float, as_json: bool, **options: Any
+    pipeline: Pipeline, program: Program, flags: OptimizeFlags, prompts: Sequence[str]
 ) -> int:
-    """Print the first pass whose output is too far from the captured program's; 1 if any is."""
+    """Print the first pass after which the error exceeds `--bisect`; return 1 if there is one."""
+    bound = flags.bisect
+    assert bound is not None
     with show.progress("bisecting") as progress:
-        culprit, _ = bisect(pipeline, program, bound, progress=progress, **options)
-    if as_json:
+        options = RunOptions(progress=progress, seed=flags.seed, prompts=prompts)
+        culprit, _ = bisect(pipeline, program, bound, **options)
+    if flags.as_json:
         show.print_json({"bound": bound, "pass": None if culprit is None else asdict(culprit)})
     elif culprit is None:
         print(f"no pass brings the output further than {bound:g} from the captured program's")

@@ -1,4 +1,4 @@
-"""`diffopt run`: an engine's images into a file."""
+"""`diffopt run`: runs an engine and writes its images to a file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from diffopt.cli import image_files
+from diffopt.cli.flags import RunFlags
 from diffopt.core import Progress
 from diffopt.engine import engine
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 
 
-def load(path: Path, target: str | None = None) -> Any:
-    """Return the engine or program in a file; both are called alike.
+def load_file(path: Path, target: str | None = None) -> Any:
+    """Return the engine or program of a file; both are called alike.
 
-    `target` is what an engine is to run on instead of what it was built for.
+    An engine runs on `target` instead of the one that it was built for.
     """
     if not path.is_file():
         raise DiffoptError(f"there is no file {path}")
@@ -33,7 +34,7 @@ def traced_arguments(loaded: Any) -> dict[str, Any]:
 
 
 def spread(loaded: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Repeat what was traced as a list, one item an image, and is given once."""
+    """Repeat a single value for each image where the traced call had a list."""
     traced = traced_arguments(loaded)
     return {
         name: [value] * len(traced[name])
@@ -43,36 +44,28 @@ def spread(loaded: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def make(
+def sample(
     loaded: Any, arguments: Mapping[str, Any], seed: int, number: int, progress: Progress
 ) -> list[Any]:
-    """Return the results of as many calls as make `number` images, one seed after another."""
+    """Return the results of as many calls as sample `number` images, one seed after another."""
     low, high = loaded.batch or (1, 1)
     call = spread(loaded, arguments)
     results: list[Any] = []
-    made = 0
-    while made < number:
-        progress(f"image {made + 1} of {number}", made / number)
-        count = min(high, max(low, number - made))
-        for result in loaded.serve([{**call, "seed": seed + made + k} for k in range(count)]):
+    done = 0
+    while done < number:
+        progress(f"image {done + 1} of {number}", done / number)
+        count = min(high, max(low, number - done))
+        for result in loaded.serve([{**call, "seed": seed + done + k} for k in range(count)]):
             results.append(image_files.first_output(result))
-        made = sum(map(len, results))
+        done = sum(map(len, results))
     return results
 
 
-def run(
-    file: Path,
-    arguments: Mapping[str, Any],
-    seed: int,
-    number: int,
-    output: Path,
-    progress: Progress,
-    target: str | None = None,
-) -> str:
-    """Make `number` images, one seed after another, and write them; return how many of what."""
-    kind = image_files.output_type(
-        output
-    )  # before the engine is loaded: a wrong name costs nothing
-    results = make(load(file, target), {**arguments, "output_type": kind}, seed, number, progress)
-    written = image_files.save(results, output, number)
+def run(flags: RunFlags, arguments: Mapping[str, Any], progress: Progress) -> str:
+    """Sample images, one seed after another, and write them; return their number as text."""
+    kind = image_files.output_type(flags.output)  # before loading: a wrong name costs nothing
+    loaded = load_file(flags.engine, flags.target)
+    arguments = {**arguments, "output_type": kind}
+    results = sample(loaded, arguments, flags.seed, flags.number, progress)
+    written = image_files.save(results, flags.output, flags.number)
     return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

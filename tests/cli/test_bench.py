@@ -11,6 +11,7 @@ import torch
 
 from diffopt.cli import bench as bench_command
 from diffopt.cli import load_model, timing
+from diffopt.cli.flags import BenchFlags
 from diffopt.core import Pipeline
 from diffopt.engine.engine import build
 from diffopt.errors import DiffoptError
@@ -122,7 +123,9 @@ def compare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     ) -> None:
         __import__("a_model")
         monkeypatch.setattr(sys.modules["a_model"], "change", change)
-        bench_command.run(Path(file), against.split(","), model, {}, 0, 1, 1, None, as_json=True)
+        bench_command.run(
+            BenchFlags(Path(file), against, model, rounds=1, warmup=1, as_json=True), {}
+        )
 
     return run
 
