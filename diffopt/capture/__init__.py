@@ -1,1 +1,1 @@
-"""From a pipeline's own Python to a program."""
+"""Captures a call of a pipeline's Python as a program."""

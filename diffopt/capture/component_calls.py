@@ -1,8 +1,8 @@
-"""Components: exported once per call signature, recorded as calls.
+"""Exports components once per call signature, and records their calls.
 
-For the time of a capture the public methods of every component are replaced. A call with tensors
-exports the component in the state it has at that call (processors, adapters and hooks are part of
-the signature), adds a call node and returns placeholder values of the right shape.
+During a capture the public methods of every component are replaced. A call with tensors exports the
+component in its state at that call (processors, adapters and hooks are part of the signature), adds
+a call node and returns placeholder values of the right shapes.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from diffopt.capture import value_tree
-from diffopt.capture.dispatch_modes import location, plain
-from diffopt.capture.export import Body, Call, export
+from diffopt.capture.dispatch_modes import location, without_modes
+from diffopt.capture.export import CallModule, ExportedCall, export
 from diffopt.capture.module_state import Attribute, restore_state, save_state
 from diffopt.capture.recorder import Recorder
-from diffopt.capture.torch_functions import Scalar
+from diffopt.capture.torch_functions import DynamicNumber
 from diffopt.ir import graph as g
 from diffopt.ir.printing import graph_fingerprint
 from diffopt.ir.strides import empty_like
@@ -33,23 +33,23 @@ _PUBLIC = frozenset(dir(torch.nn.Module))
 
 
 class Lifted(Exception):
-    """Ask for another run: a Python number that differs between calls has become an input."""
+    """A Python number that differs between calls became an input: the capture must run again."""
 
 
 @dataclasses.dataclass
 class Signature:
-    """One call of a component: its tensors, its structure."""
+    """One call of a component: its tensors, and the structure of its arguments."""
 
     component: str
     method: str
     tensors: list[Tensor]
     spec: value_tree.Spec
     state: list[Attribute]
-    """Attributes that hold values of earlier calls."""
+    """Attributes that hold tensors of earlier calls."""
     numbers: list[Any]
 
     def key(self, fingerprint: int) -> Hashable:
-        """Return what two calls have in common when they run the same graph."""
+        """Return a key that is equal for calls that run the same graph."""
         types = tuple((t.dtype, t.shape, t.stride()) for t in self.tensors)
         state = tuple((id(store), name, _types(store[name])) for store, name in self.state)
         return (self.component, self.method, self.spec.key, types, state, fingerprint)
@@ -60,8 +60,8 @@ def _types(value: Any) -> Hashable:
     return spec.key, tuple((t.dtype, t.shape, t.stride()) for t in leaves)
 
 
-class Boundary:
-    """The components of a pipeline, and what has been exported of them.
+class ComponentCalls:
+    """The components of a pipeline, and the calls exported of them.
 
     Args:
         components: Modules by name.
@@ -69,18 +69,18 @@ class Boundary:
 
     def __init__(self, components: Mapping[str, torch.nn.Module]) -> None:
         self.modules = dict(components)
-        self.bodies: dict[Hashable, Body] = {}
+        self.bodies: dict[Hashable, ExportedCall] = {}
         self.exports = 0
         self.lifted: set[tuple[str, str, int]] = set()
         self.inlined: dict[Hashable, str] = {}
-        """Calls that could not be exported, and why; they are recorded operator by operator."""
+        """The reasons of calls that could not be exported and are recorded operator by operator."""
         self.recorder: Recorder | None = None
         self.random = torch.Generator().manual_seed(0)
         self._seen: dict[Hashable, list[list[Any]]] = {}
-        self._inside = False
+        self._exporting = False
 
     def weights(self) -> dict[int, tuple[str, Tensor]]:
-        """Return parameters and buffers by identity, with a name: weights used outside of calls."""
+        """Return parameters and buffers by id, with names: the root graph may use them, too."""
         table: dict[int, tuple[str, Tensor]] = {}
         for name, module in self.modules.items():
             for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -89,7 +89,7 @@ class Boundary:
 
     @contextlib.contextmanager
     def recording(self, recorder: Recorder, seed: int) -> Iterator[None]:
-        """Record calls of the components with `recorder` for the time of the context."""
+        """Record calls of the components with `recorder` in the context."""
         self.recorder, self._seen = recorder, {}
         self.random.manual_seed(seed)
         undo: list[tuple[dict[str, Any], str, Any]] = []
@@ -104,10 +104,10 @@ class Boundary:
                     store[method] = self._wrapper(name, module, method)
             yield
         finally:
-            for store, method, own in reversed(undo):
+            for store, method, original in reversed(undo):
                 store.pop(method, None)
-                if own is not None:
-                    store[method] = own
+                if original is not None:
+                    store[method] = original
             for rows in saved:
                 restore_state(rows)
             for buffer, version, content in contents:
@@ -121,10 +121,10 @@ class Boundary:
 
         @functools.wraps(original)  # pipelines look at signatures
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._inside or not _has_tensor((args, kwargs)):  # a method for the host
+            if self._exporting or not _has_tensor((args, kwargs)):  # runs on the host
                 return original(*args, **kwargs)
             if method == "forward":
-                # Positional and named arguments of one call are one signature.
+                # A call has one signature, whether arguments are positional or named.
                 if not signature:
                     signature.append(_signature(original))
                 args, kwargs = _named(signature[0], args, kwargs)
@@ -161,33 +161,33 @@ class Boundary:
         module: torch.nn.Module,
         original: Callable[..., Any],
     ) -> None:
-        """Export a call, or note why it has to be recorded operator by operator."""
+        """Export a call, or store the reason for which it is recorded operator by operator."""
         name, method = signature.component, signature.method
         label = name if method == "forward" else f"{name}_{method}"
         self.exports += 1
-        call = Call(module, original, signature.spec, len(signature.tensors), signature.state)
+        call = CallModule(module, original, signature.spec, len(signature.tensors), signature.state)
         try:
-            self._inside = True
-            with plain(), torch.random.fork_rng(devices=[]):
+            self._exporting = True
+            with without_modes(), torch.random.fork_rng(devices=[]):
                 body = export(label, call, signature.tensors)
-        except Exception as error:  # whatever the exporter meets in someone's model
+        except Exception as error:  # the exporter raises many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             log.info("%s.%s is recorded operator by operator: %s", name, method, error)
             self.inlined[key] = f"{name}.{method} could not be exported as a whole: {reason}"
         else:
-            # States that make no difference, such as a counter, give the same graph.
-            same = (known.module for known in self.bodies.values() if known.name == body.name)
+            # A state that changes nothing, such as a counter, exports as the same graph.
+            same = (other.module for other in self.bodies.values() if other.name == body.name)
             text = graph_fingerprint(body.module)
             body.module = next((m for m in same if graph_fingerprint(m) == text), body.module)
             self.bodies[key] = body
         finally:
-            self._inside = False
+            self._exporting = False
 
     # Numbers that differ between calls
 
     def _lift(self, name: str, method: str, value: Any, numbers: list[Any]) -> Any:
-        """Replace the Python numbers that became inputs by tensors; collect all numbers."""
-        if isinstance(value, Scalar):
+        """Replace the Python numbers that became inputs with tensors; collect all numbers."""
+        if isinstance(value, DynamicNumber):
             return value.tensor
         if isinstance(value, bool) or not isinstance(value, (int, float, list, tuple, dict)):
             return value
@@ -205,7 +205,7 @@ class Boundary:
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
     def _watch_numbers(self, signature: Signature) -> None:
-        """Ask for a run with a number as an input once it is seen to differ between calls."""
+        """Make a number an input when it differs between calls, and raise `Lifted`."""
         types = tuple(t.shape for t in signature.tensors)
         group = (signature.component, signature.method, types, len(signature.numbers))
         for earlier in self._seen.setdefault(group, []):
@@ -219,34 +219,34 @@ class Boundary:
     # Recording
 
     def _tracked_state(self, module: torch.nn.Module) -> list[Attribute]:
-        """Return the attributes that hold values of earlier calls."""
+        """Return the attributes that hold tensors which depend on inputs."""
         assert self.recorder is not None
-        found = []
+        tracked = []
         for store, name in value_tree.attributes(module):
             value = store[name]
             if not isinstance(value, (Tensor, list, tuple, dict)) or not _may_hold_tensor(value):
                 continue
             leaves, _ = value_tree.flatten(value)
             if any(self.recorder.node_of(t) is not None for t in leaves):
-                found.append((store, name))
-        return found
+                tracked.append((store, name))
+        return tracked
 
-    def _record(self, body: Body, signature: Signature, arguments: Any) -> Any:
-        """Add a call node; returns placeholder values in the structure of the result."""
+    def _record(self, body: ExportedCall, signature: Signature, arguments: Any) -> Any:
+        """Add a call node; return placeholder values in the structure of the result."""
         recorder = self.recorder
         assert recorder is not None
         name = self._attach(body)
         state = [t for store, key in signature.state for t in value_tree.flatten(store[key])[0]]
-        given = [*signature.tensors, *state]
-        node = recorder.root.graph.call_module(name, tuple(recorder.value(t) for t in given))
+        actual = [*signature.tensors, *state]
+        node = recorder.root.graph.call_module(name, tuple(recorder.value(t) for t in actual))
         node.meta["val"] = tuple(n.meta["val"] for n in g.outputs(body.module))
         node.meta["where"] = str(location())
         values: list[Tensor] = []
-        plain_results = len(node.meta["val"]) - len(body.written)
+        count = len(node.meta["val"]) - len(body.mutated)
         for index, type_ in enumerate(node.meta["val"]):
             part = recorder.emit(operator.getitem, node, index)
-            if index >= plain_results:
-                recorder.write(given[body.written[index - plain_results]], part)
+            if index >= count:
+                recorder.write(actual[body.mutated[index - count]], part)
                 continue
             values.append(self._placeholder(type_))
             recorder.bind(values[-1], part)
@@ -262,7 +262,7 @@ class Boundary:
             value_tree.update(arguments, outcome.arguments.build(values[start:]))
         return outcome.result.build(values[: outcome.results])
 
-    def _attach(self, body: Body) -> str:
+    def _attach(self, body: ExportedCall) -> str:
         assert self.recorder is not None
         root = self.recorder.root
         for name, module in root._modules.items():
@@ -276,7 +276,7 @@ class Boundary:
         return name
 
     def _placeholder(self, value: Tensor) -> Tensor:
-        with plain():
+        with without_modes():
             result = empty_like(value)
             if value.is_floating_point():
                 return result.normal_(generator=self.random).mul_(0.5)
@@ -285,7 +285,7 @@ class Boundary:
 
 @functools.cache
 def _methods(kind: type) -> tuple[str, ...]:
-    """Return the names of a module class's own public methods, which a pipeline may call."""
+    """Return the public methods that a module class adds, which a pipeline may call."""
     names = ["forward"]
     for name in dir(kind):
         if name.startswith("_") or name in _PUBLIC:
@@ -296,7 +296,7 @@ def _methods(kind: type) -> tuple[str, ...]:
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """Return a signature by which every argument has a name; None where there is none."""
+    """Return a function's signature if every parameter has a name, else None."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -308,7 +308,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 def _named(
     signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a call's arguments by name where the signature allows it."""
+    """Return a call's arguments by name if they fit the signature."""
     if signature is None:
         return args, kwargs
     try:
@@ -327,7 +327,7 @@ def _has_tensor(value: Any) -> bool:
 
 
 def _may_hold_tensor(value: Any) -> bool:
-    """Tell whether a tensor is in nested containers; cheaper than flattening them."""
+    """Tell whether nested containers may hold a tensor; cheaper than flattening them."""
     if isinstance(value, Tensor):
         return True
     if isinstance(value, dict):

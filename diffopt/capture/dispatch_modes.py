@@ -1,4 +1,4 @@
-"""What capture's modes share: where the user's code is, and how to step out of the modes."""
+"""Helpers of capture's dispatch modes: the line of the user's code, running without modes."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ class Location:
         return f"{self.file}:{self.line}: {self.text}"
 
 
-_OWN = (
+_INTERNAL = (
     f"{Path(torch.__file__).parent}{os.sep}",
     f"{Path(str(find_spec('diffopt').origin)).parent}{os.sep}",  # type: ignore[union-attr]
     str(Path(contextlib.__file__)),
@@ -35,11 +35,11 @@ _OWN = (
 
 
 def location() -> Location:
-    """Return the innermost line that runs now and is neither torch's nor diffopt's."""
+    """Return the innermost running line that is neither torch's nor diffopt's."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_OWN) and not name.startswith("<"):
+        if not name.startswith(_INTERNAL) and not name.startswith("<"):
             text = linecache.getline(name, frame.f_lineno).strip()
             short = "/".join(Path(name).parts[-2:])
             return Location(short, frame.f_lineno, text)
@@ -48,8 +48,8 @@ def location() -> Location:
 
 
 @contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """Run outside capture's modes; exporting needs the mode stacks to itself."""
+def without_modes() -> Iterator[None]:
+    """Disable all modes in the context; the exporter needs empty mode stacks."""
     popped = [_pop_mode() for _ in _get_current_function_mode_stack()]  # type: ignore[no-untyped-call]
     try:
         with _disable_current_modes():
@@ -60,7 +60,7 @@ def plain() -> Iterator[None]:
 
 
 def is_random(func: Any) -> bool:
-    """Tell whether an operator draws random numbers; attention is tagged so as well."""
+    """Tell whether an operator draws random numbers; the tag alone includes attention."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     name, arguments = func._schema.name, func._schema.arguments

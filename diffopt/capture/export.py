@@ -1,4 +1,4 @@
-"""Components as graphs: a method of a module, exported with torch.export for one signature."""
+"""Exports a method of a component for one call signature, with `torch.export`."""
 
 import dataclasses
 import functools
@@ -42,41 +42,41 @@ class Change:
 
 @dataclasses.dataclass
 class Outcome:
-    """What one run of a call returned, set and changed, but for the tensors."""
+    """The structure, without tensors, of what a call returns, sets and changes."""
 
     result: value_tree.Spec
     results: int
     changes: list[Change]
     arguments: value_tree.Spec | None
-    """What the call makes of containers among its arguments; None where it leaves them alone."""
+    """The containers among the arguments after the call; None if it does not change them."""
     hooks: list[tuple[dict[int, Any], dict[int, Any]]]
-    """Dictionaries of hooks that the call changed, and their contents after it."""
+    """Dictionaries of hooks that the call changes, and their contents after it."""
 
 
 @dataclasses.dataclass
-class Body:
-    """A component exported for one signature."""
+class ExportedCall:
+    """A component's graph for one call signature."""
 
     name: str
     module: fx.GraphModule
     outcome: Outcome
-    written: list[int]
-    """Which arguments the call writes in place, by position; their values are the last outputs."""
+    mutated: list[int]
+    """Positions of arguments that the call writes in place; their values are the last outputs."""
 
 
-class _Outcomes:
+class _LastOutcome:
     last: Outcome | None = None
 
 
-class Call(torch.nn.Module):
+class CallModule(torch.nn.Module):
     """One call of a component's method as a module of flat tensors, for export.
 
     Args:
         component: The module.
-        method: What to call.
+        method: The method.
         arguments: The structure of the call's (args, kwargs).
-        count: How many tensors the arguments hold.
-        state: Attributes that hold values of earlier calls, which become arguments.
+        count: The number of tensors in the arguments.
+        state: Attributes that hold tensors of earlier calls, which become arguments.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Call(torch.nn.Module):
         self.arguments, self.count = arguments, count
         self.state = [(store, name, *value_tree.flatten(store[name])) for store, name in state]
         self.before = save_state(component)
-        # The exporter puts attributes back that a run sets, but not those of an object.
-        self.outcomes = _Outcomes()
+        # The exporter restores attributes that a run sets, but not those of an object.
+        self.outcomes = _LastOutcome()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run the method; returns its tensors, then those of what it set and changed."""
+        """Run the method; return its tensors, then those of attributes and containers it set."""
         restore_state(self.before)  # the exporter runs this more than once
         args, kwargs = self.arguments.build(tensors)
         start = self.count
@@ -127,8 +127,8 @@ class Call(torch.nn.Module):
         return tuple(results)
 
 
-def export(name: str, call: Call, inputs: Iterable[Tensor]) -> Body:
-    """Export one call of a component; leaves the component as it was."""
+def export(name: str, call: CallModule, inputs: Iterable[Tensor]) -> ExportedCall:
+    """Export one call of a component, and restore the component's state."""
     inputs = [t.detach() for t in (*inputs, *(t for row in call.state for t in row[2]))]
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -139,10 +139,10 @@ def export(name: str, call: Call, inputs: Iterable[Tensor]) -> Body:
                 exported = exported.run_decompositions({})
     finally:
         restore_state(call.before)
-    body, written = import_exported(exported, name, prefix="component.")
+    body, mutated = import_exported(exported, name, prefix="component.")
     outcome = call.outcomes.last
     assert outcome is not None
-    return Body(name, body, outcome, written)
+    return ExportedCall(name, body, outcome, mutated)
 
 
 def _operators(gm: fx.GraphModule) -> Iterator[fx.Node]:
@@ -154,7 +154,7 @@ def _operators(gm: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def _refuse_random(gm: fx.GraphModule) -> None:
-    """Refuse what draws random numbers: recorded one by one, the draws become inputs."""
+    """Raise a `CaptureError` for random numbers: recorded one by one, draws become inputs."""
     for node in _operators(gm):
         drops = node.target is aten.dropout.default and bool(node.args[1]) and bool(node.args[2])
         if drops or is_random(node.target):
@@ -162,17 +162,17 @@ def _refuse_random(gm: fx.GraphModule) -> None:
 
 
 def _writes(gm: fx.GraphModule) -> bool:
-    """Tell whether a graph writes in place, so that it must be made functional."""
+    """Tell whether a graph writes in place, and must be functionalized."""
     return any(node.target._schema.is_mutable for node in _operators(gm))  # type: ignore[union-attr]
 
 
 def import_exported(
     exported: torch.export.ExportedProgram, name: str, prefix: str = ""
 ) -> tuple[fx.GraphModule, list[int]]:
-    """Return an exported program as a component body, weights as `get_attr` nodes.
+    """Return an exported program as a body with weights as `get_attr` nodes.
 
     Returns:
-        The body, and the positions of the inputs that it writes, whose new values are its last
+        The body, and the positions of the inputs that it mutates, whose new values are its last
         outputs.
     """
     signature = exported.graph_signature
@@ -193,12 +193,12 @@ def import_exported(
     _import_nodes(source, body, env, prefix)
     results: Any = source.graph.output_node().args[0]
     names = [node.name for node in users]
-    outs, written, mutated = [], [], []
+    outs, positions, mutated = [], [], []
     for result, out in zip(results, signature.output_specs, strict=True):
         if out.kind == OutputKind.USER_OUTPUT:
             outs.append(env[result])
         elif out.kind == OutputKind.USER_INPUT_MUTATION:
-            written.append(names.index(str(out.target)))
+            positions.append(names.index(str(out.target)))
             mutated.append(env[result])
         else:
             raise CaptureError(
@@ -209,7 +209,7 @@ def import_exported(
     g.set_outputs(body, [*outs, *mutated])
     g.prune_unused(body)
     body.recompile()
-    return body, written
+    return body, positions
 
 
 def _import_nodes(
@@ -247,14 +247,14 @@ def _import_operator(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any
         _number_padding(copy)
         return copy
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-    steps = _Steps(body)
-    values = fx.map_arg((args, kwargs), steps.given)
-    with g.FAKE_MODE, torch.no_grad(), steps:
-        return steps.map(node.target(*values[0], **values[1]))  # type: ignore[operator]
+    tracer = _CompositeTracer(body)
+    values = fx.map_arg((args, kwargs), tracer.fresh_value)
+    with g.FAKE_MODE, torch.no_grad(), tracer:
+        return tracer.map(node.target(*values[0], **values[1]))  # type: ignore[operator]
 
 
 def _number_padding(node: fx.Node) -> None:
-    """Write a convolution's padding as numbers where it is a word: passes know one form."""
+    """Replace a convolution's padding "same" or "valid" by numbers: passes know only these."""
     if node.target not in _PADDED:
         return
     x, weight = args(node)[:2]
@@ -265,7 +265,7 @@ def _number_padding(node: fx.Node) -> None:
     same = argument(node, 4, "padding", "valid") == "same"
     both = [step * (size - 1) if same else 0 for step, size in zip(steps, kernel, strict=True)]
     if any(total % 2 for total in both):
-        return  # one side has more
+        return  # asymmetric
     bias, stride = argument(node, 2, "bias"), argument(node, 3, "stride", 1)
     groups = argument(node, 6, "groups", 1)
     node.args = x, weight, bias, stride, [total // 2 for total in both], steps, groups
@@ -281,9 +281,9 @@ _PADDED = {
 
 @functools.cache
 def _is_composite(target: Any) -> bool:
-    """Tell whether an operator may return its argument or a view, depending on the layout.
+    """Tell whether an operator may return its argument or a view, depending on strides.
 
-    reshape, to, contiguous, chunk, dropout …: imported as what they do here. It is the rule of
+    Such operators (reshape, to, contiguous, chunk, dropout …) are decomposed by the rule of
     `ExportedProgram.run_decompositions({})`, which would trace the whole graph once more.
     """
     if not isinstance(target, torch._ops.OpOverload):
@@ -296,8 +296,8 @@ def _is_composite(target: Any) -> bool:
     )
 
 
-class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Add the operators that a composite operator runs to a graph."""
+class _CompositeTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Add the operators of which a composite operator consists to a graph."""
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -305,8 +305,8 @@ class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.nodes: dict[int, fx.Node] = {}
         self.keep: list[Tensor] = []
 
-    def given(self, node: fx.Node) -> Any:
-        """Return a value of its own for a node: operators are followed by identity."""
+    def fresh_value(self, node: fx.Node) -> Any:
+        """Return a new fake value for a node: values are mapped to nodes by identity."""
         value = node.meta["val"]
         fresh = g.fake(value)
         self.bind(fresh, node)
@@ -317,7 +317,7 @@ class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.keep.append(value)
 
     def map(self, value: Any) -> Any:
-        """Return a nested value with the nodes of its tensors."""
+        """Return a nested value with each tensor replaced by its node."""
         if isinstance(value, Tensor):
             return self.nodes[id(value)]
         if isinstance(value, (list, tuple)):
@@ -325,7 +325,7 @@ class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Add one operator."""
+        """Add one operator's node."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         nodes = self.map((args, tuple(kwargs.values())))
@@ -344,7 +344,7 @@ class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_region(target: Any) -> bool:
-    """Tell whether a node runs a subgraph with gradients or autocast switched: inlined as it is."""
+    """Tell whether a node runs a subgraph with gradients or autocast switched; it is inlined."""
     name = getattr(target, "__name__", "")
     return name in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 

@@ -1,4 +1,4 @@
-"""The ways in which texts and arrays can be made of a caller's arguments."""
+"""Enumerates how texts and arrays may be computed from a caller's arguments."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from diffopt.host.inputs import CLEANERS, Picture, Place, TensorArgument, leaves
 def templates(
     texts: Sequence[tuple[Place, str]], text: str
 ) -> Iterator[tuple[str | tuple[Place, str], ...]]:
-    """Yield the ways in which a text can be made of cleaned texts and literals."""
+    """Yield the parts of each `Text` of literals and cleaned texts that renders a text."""
     if not texts:
         yield (text,) if text else ()
         return
@@ -30,7 +30,7 @@ def templates(
 def array_recipes(
     arguments: Mapping[str, Any], final: np.ndarray
 ) -> Iterator[TensorArgument | Picture]:
-    """Yield the ways in which an array can be a picture or an array of the caller's."""
+    """Yield the steps from an argument (a picture or an array) that may compute an array."""
     dtype = final.dtype.name
     for place, value in leaves(arguments):
         if isinstance(value, np.ndarray) and value.shape == final.shape:
@@ -53,9 +53,9 @@ def array_recipes(
 def reproduces(
     step: TensorArgument | Picture, arguments: Mapping[str, Any], array: np.ndarray
 ) -> bool:
-    """Tell whether a step makes an array of the arguments."""
+    """Tell whether a step computes an array from the arguments."""
     value = value_at(arguments, step.place)
     if isinstance(step, TensorArgument):
         return np.array_equal(value, array)
-    made = step.render(value if isinstance(value, list) else [value])
-    return made.shape == array.shape and np.array_equal(made, array)
+    result = step.render(value if isinstance(value, list) else [value])
+    return result.shape == array.shape and np.array_equal(result, array)

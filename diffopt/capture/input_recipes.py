@@ -1,9 +1,9 @@
-"""Find out how the host makes a program's inputs from the caller's arguments.
+"""Finds the host's steps from the caller's arguments to a program's inputs.
 
-Three runs see the same pipeline: a scout with the caller's arguments tells which of them are texts
-and pictures, a probe runs with these replaced by others, and the final run records. What differs
-between probe and final run depends on the arguments; a recipe is taken only where it reproduces
-both runs' values.
+The pipeline runs three times: a scout with the caller's arguments tells which of them are texts and
+pictures, a probe runs with these replaced by others, and the final run records. Values that differ
+between probe and final run depend on the arguments; a step is accepted only if it reproduces the
+values of both.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from diffopt.capture.input_guesses import array_recipes, reproduces, templates
 from diffopt.capture.recorder import Recorder, fail
-from diffopt.capture.torch_functions import Scalar
+from diffopt.capture.torch_functions import DynamicNumber
 from diffopt.errors import CaptureError
 from diffopt.host.inputs import (
     Draw,
@@ -55,30 +55,30 @@ class HostCall:
     result: Any
 
 
-class Sources:
-    """The inputs of one run of the pipeline, in the order in which the host makes them.
+class RunInputs:
+    """The inputs of one run of the pipeline, in the order in which the host computes them.
 
     Args:
         arguments: The call's arguments.
         processors: Host components (not modules) by name.
-        other: An earlier run with other texts and pictures: what differs from it is an input. None
+        earlier: A run with other texts and pictures: values that differ from it are inputs. None
             for the first run.
-        dynamic: Names of numbers that stay inputs.
-        final: Find recipes for the inputs; otherwise they are only recorded as such.
+        dynamic: Names of numbers that are inputs.
+        final: Find the steps to the inputs; otherwise they are only recorded as inputs.
     """
 
     def __init__(
         self,
         arguments: Mapping[str, Any],
         processors: Mapping[str, Any],
-        other: "Sources | None",
+        earlier: "RunInputs | None",
         dynamic: Sequence[str] = (),
         *,
         final: bool = False,
     ) -> None:
         self.arguments = dict(arguments)
         self.processors = processors
-        self.probe = other
+        self.earlier = earlier
         self.final = final
         self.dynamic = dynamic
         self.calls: list[HostCall] = []
@@ -90,18 +90,18 @@ class Sources:
         }
         self._lists = dict(_number_lists(self.arguments))
         self._depth = 0
-        # How texts are made, by the text; kept from a probe in which all cleaning shows.
-        self.templates: dict[str, Text] = dict(other.templates) if other else {}
+        # By the text; taken from a probe whose texts every cleaner changes differently.
+        self.templates: dict[str, Text] = dict(earlier.templates) if earlier else {}
         self.recorder: Recorder | None = None
 
     # The caller's own tensors and numbers
 
     def start(self, recorder: Recorder) -> dict[str, Any]:
-        """Make inputs of tensors and dynamic numbers; returns the arguments to call with."""
+        """Make tensors and dynamic numbers inputs; return the arguments to call with."""
         self.recorder = recorder
         for place, value in leaves(self.arguments):
             if isinstance(value, Tensor):
-                self.given(recorder, value, place)
+                self.add_input(recorder, value, place)
         arguments = dict(self.arguments)
         for name in self.dynamic:
             value = arguments.get(name)
@@ -113,13 +113,13 @@ class Sources:
             node = recorder.input(name, tensor)
             self.guards[(name,)] = []
             self.steps.append((Number((name,)), [(node, tensor)]))
-            arguments[name] = Scalar.make(recorder, tensor, self.guards[(name,)])
+            arguments[name] = DynamicNumber.make(recorder, tensor, self.guards[(name,)])
         return arguments
 
-    def given(self, recorder: Recorder, tensor: Tensor, place: Place) -> None:
-        """Make a tensor of the caller's an input."""
+    def add_input(self, recorder: Recorder, tensor: Tensor, place: Place) -> None:
+        """Make the argument at a place an input."""
         node = recorder.input(_name(place), tensor)
-        recorder.known.add(node)
+        recorder.host_values.add(node)
         dtype = str(tensor.dtype).removeprefix("torch.")
         self.steps.append((TensorArgument(place, dtype), [(node, tensor)]))
 
@@ -128,7 +128,7 @@ class Sources:
         return self._depth > 0
 
     def place_of_list(self, value: Any) -> Place | None:
-        """Return the place of a list of numbers among the arguments, or of a host call's result."""
+        """Return the place of a list of numbers among the arguments."""
         return self._lists.get(id(value)) if isinstance(value, list) else None
 
     # Random draws
@@ -145,9 +145,7 @@ class Sources:
                     f"{packet} draws from a traced value",
                     "draw the noise with torch.randn, then transform it",
                 )
-            return func(
-                *args, **kwargs
-            )  # a generator of the pipeline's own: the same numbers every time
+            return func(*args, **kwargs)  # the pipeline's generator: the same numbers every time
         if packet in ("normal_", "uniform_") and tuple(args[1:]) in ((), (0, 1), (0.0, 1.0)):
             out, packet = func(*args, **kwargs), {"normal_": "randn", "uniform_": "rand"}[packet]
         elif packet in _DRAWS:
@@ -175,7 +173,7 @@ class Sources:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """See host components' calls and tensors made of arrays for the time of the context."""
+        """Observe calls of host components and tensors built from arrays in the context."""
         originals = [(p, type(p)) for p in self.processors.values()]
         from_numpy = torch.from_numpy
         try:
@@ -210,11 +208,11 @@ class Sources:
     def _called(self, call: HostCall) -> None:
         index = len(self.calls)
         self.calls.append(call)
-        if self.probe is None or self.recorder is None:
+        if self.earlier is None or self.recorder is None:
             return
-        if index >= len(self.probe.calls):
+        if index >= len(self.earlier.calls):
             return
-        other = self.probe.calls[index].args
+        other = self.earlier.calls[index].args
         encoded = self.encode(call.args, other) if self.final else None
         if (self.final and not places_in(encoded)) or (
             not self.final and _texts(call.args) == _texts(other)
@@ -223,14 +221,14 @@ class Sources:
         nodes, keys = [], []
         for key, tensor in tensors_of(call.result):
             node = self.recorder.input(f"{call.component}_{key}" if key else call.component, tensor)
-            self.recorder.known.add(node)
+            self.recorder.host_values.add(node)
             nodes.append((node, tensor))
             keys.append(key)
         step = Processor(call.component, call.method, encoded, tuple(keys))
         self.steps.append((step, nodes))
 
     def encode(self, final: Any, probe: Any) -> Any:
-        """Return a host call's arguments as JSON, the caller's texts and pictures as places."""
+        """Return a host call's arguments as JSON, with the caller's texts and pictures by place."""
         if isinstance(final, str):
             return final if final == probe else {"text": self._text(final, probe).parts}
         for place, value in leaves(self.arguments):
@@ -255,12 +253,12 @@ class Sources:
     def _text(self, final: str, probe: str) -> Text:
         if final in self.templates:
             return self.templates[final]
-        assert self.probe is not None
-        ours = dict(leaves(self.arguments))
+        assert self.earlier is not None
+        originals = dict(leaves(self.arguments))
         changed = [
             (place, value)
-            for place, value in leaves(self.probe.arguments)
-            if isinstance(value, str) and ours.get(place) != value
+            for place, value in leaves(self.earlier.arguments)
+            if isinstance(value, str) and originals.get(place) != value
         ]
         for parts in templates(changed, probe):
             text = Text(parts)
@@ -286,8 +284,8 @@ class Sources:
                     )
             index = len(self.arrays)
             self.arrays.append(np.array(array))
-            if self.probe is not None and index < len(self.probe.arrays):
-                self._array(tensor, array, self.probe.arrays[index])
+            if self.earlier is not None and index < len(self.earlier.arrays):
+                self._array(tensor, array, self.earlier.arrays[index])
             return tensor
 
         return from_numpy
@@ -295,21 +293,21 @@ class Sources:
     def _array(self, tensor: Tensor, final: np.ndarray, probe: np.ndarray) -> None:
         if np.array_equal(final, probe, equal_nan=final.dtype.kind in "fc"):
             return
-        assert self.probe is not None
+        assert self.earlier is not None
         assert self.recorder is not None
         for _, _, where in self.recorder.escapes:
             raise CaptureError(
                 f"{where}: numpy computes on a traced value; use torch operators instead"
             )
         if not self.final:
-            self.recorder.known.add(self.recorder.input("array", tensor))
+            self.recorder.host_values.add(self.recorder.input("array", tensor))
             return
         for step in array_recipes(self.arguments, final):
             if reproduces(step, self.arguments, final) and reproduces(
-                step, self.probe.arguments, probe
+                step, self.earlier.arguments, probe
             ):
                 node = self.recorder.input(_name(step.place), tensor)
-                self.recorder.known.add(node)
+                self.recorder.host_values.add(node)
                 self.steps.append((step, [(node, tensor)]))
                 return
         fail(
@@ -321,7 +319,7 @@ class Sources:
     # The result
 
     def finish(self, recorder: Recorder) -> tuple[list[InputStep], list[Tensor]]:
-        """Put the inputs in the order of the steps; returns the steps and the inputs' values."""
+        """Sort the inputs by their steps, and drop unused ones; return steps and inputs' values."""
         steps: list[InputStep] = []
         ordered: list[fx.Node] = []
         sample: list[Tensor] = []
@@ -373,7 +371,7 @@ def tensors_of(result: Any) -> list[tuple[str, Tensor]]:
 
 
 def _texts(args: Any) -> list[Any]:
-    """Return what may come of the caller in a host call's arguments, comparable."""
+    """Return the texts and the ids of pictures in a host call's arguments."""
     values = [value for _, value in leaves(args)]
     return [v for v in values if isinstance(v, str)] + [
         id(v) for v in values if isinstance(v, Image.Image)

@@ -1,4 +1,4 @@
-"""A component's state: attributes and hooks of its modules, saved and put back."""
+"""Saves and restores a component's state: the attributes and hooks of its modules."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from diffopt.capture import value_tree
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 Attribute = tuple[dict[str, Any], str]
-"""An attribute of a module or helper: the dictionary that holds it, its name."""
+"""An attribute of a module or helper object: its `__dict__`, and its name."""
 
 State = list[tuple[dict[str, Any], str, Any, Any]]
 
 
 def save_state(module: torch.nn.Module) -> State:
-    """Return every attribute of a module tree with value and contents, to put back later."""
+    """Return every attribute of a module tree with its value and contents."""
     rows: State = []
     for store, name in value_tree.attributes(module):
         value = store[name]
@@ -38,7 +38,7 @@ def changed_hooks(rows: State) -> list[tuple[dict[int, Any], dict[int, Any]]]:
 
 
 def restore_state(rows: State) -> None:
-    """Put back what `save_state` returned, in the same list and dictionary objects."""
+    """Restore what `save_state` returned, in the same list and dictionary objects."""
     stores: dict[int, tuple[dict[str, Any], set[str]]] = {}
     for store, name, value, contents in rows:
         stores.setdefault(id(store), (store, set()))[1].add(name)
@@ -56,7 +56,7 @@ def restore_state(rows: State) -> None:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Tell whether two containers hold the same objects; their tensors have no truth value."""
+    """Tell whether two containers hold identical objects; tensors have no truth value."""
     if len(a) != len(b):
         return False
     if isinstance(a, list):
@@ -65,7 +65,7 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def snapshot(value: Any) -> Any:
-    """Describe an attribute so that a change shows: constants by value, the rest by identity."""
+    """Return a description of a value that a change changes: constants by value, others by id."""
     if isinstance(value, value_tree.CONSTANTS):
         return (type(value), value)
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,7 @@
-"""Record what depends on a program's inputs, operator by operator.
+"""Records operators on values that depend on a program's inputs.
 
-Operators on values that depend on no input run for real; their results are constants when used.
-Writes in place become functional: a written storage has one current value, of which every tensor
-that shares it is a view.
+Operators on other values run eagerly, and their results become constants when used. Writes in place
+are functionalized: a written storage has one current value, of which every tensor on it is a view.
 """
 
 import dataclasses
@@ -18,31 +17,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.capture import value_tree
 from diffopt.capture.dispatch_modes import Location, is_random, location
-from diffopt.capture.storage_views import Master, covers, layout_of, slice_of, storage_of
+from diffopt.capture.storage_views import StorageValue, covers, layout_of, slice_of, storage_of
 from diffopt.errors import CaptureError
 from diffopt.ir import graph as g
 
 aten = torch.ops.aten
 
-# Kept small: a constant that is changed in place after use must have been copied.
-_COPY_BELOW = 1 << 20
+# A constant up to this size is copied, since it may be changed in place after its use.
+_MAX_COPY = 1 << 20
 
-_SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default)
+_IDENTITIES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default)
 
 
-class Sources(Protocol):
-    """Where a program's inputs come from; see `diffopt.capture.input_recipes`."""
+class InputSource(Protocol):
+    """The origin of a program's inputs; see `input_recipes.RunInputs`."""
 
     def draw(
         self, recorder: "Recorder", func: Any, args: Any, kwargs: Any, tracked: list[Tensor]
     ) -> Any:
         """Run a random operator and make its result an input."""
 
-    def given(self, recorder: "Recorder", tensor: Tensor, place: tuple[str | int, ...]) -> None:
-        """Make a tensor of the caller's an input."""
+    def add_input(self, recorder: "Recorder", tensor: Tensor, place: tuple[str | int, ...]) -> None:
+        """Make the argument at a place an input."""
 
     def in_host(self) -> bool:
-        """Tell whether a tokenizer or image processor runs, which a program runs as it is."""
+        """Tell whether a tokenizer or image processor runs, which is called and not recorded."""
 
     def place_of_list(self, value: Any) -> tuple[str | int, ...] | None:
         """Return the place of a list among the caller's arguments."""
@@ -51,51 +50,51 @@ class Sources(Protocol):
 class Recorder(TorchDispatchMode):
     """Record operators on values that depend on a program's inputs."""
 
-    def __init__(self, weights: Mapping[int, tuple[str, Tensor]], sources: Sources) -> None:
+    def __init__(self, weights: Mapping[int, tuple[str, Tensor]], sources: InputSource) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.root = g.new_body("program")
         self.weights = weights
         self.nodes: dict[int, tuple[fx.Node, int]] = {}
-        self.masters: dict[int, Master] = {}
+        self.storages: dict[int, StorageValue] = {}
         self.owners: dict[int, Tensor] = {}
         self.keep: list[Tensor] = []
         self.constants: dict[Any, str] = {}
         self.escapes: list[tuple[np.ndarray, fx.Node, Location]] = []
         self.names: dict[str, int] = {}
         self.reads: list[tuple[fx.Node, Any, Location]] = []
-        self.known: set[fx.Node] = set()
+        self.host_values: set[fx.Node] = set()
         self.sources = sources
 
     # Values
 
     def node_of(self, tensor: Tensor) -> fx.Node | None:
-        """Return the node whose value a tensor holds now; None if it depends on no input."""
+        """Return the node of a tensor's current value; None if it depends on no input."""
         entry = self.nodes.get(id(tensor))
-        master = self.masters.get(storage_of(tensor))
-        if master is None:
+        storage = self.storages.get(storage_of(tensor))
+        if storage is None:
             return entry[0] if entry else None
-        if entry and entry[1] == master.version:
+        if entry and entry[1] == storage.version:
             return entry[0]
-        node = self._view(master, tensor)
-        self.nodes[id(tensor)] = (node, master.version)
+        node = self._view(storage, tensor)
+        self.nodes[id(tensor)] = (node, storage.version)
         self.keep.append(tensor)
         return node
 
     def value(self, tensor: Tensor) -> fx.Node:
-        """Return the node of a tensor, a constant where it depends on no input."""
+        """Return the node of a tensor's current value, a constant if it depends on no input."""
         node = self.node_of(tensor)
         return node if node is not None else self._constant(tensor)
 
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
-        """Say that a tensor holds the value of a node."""
-        master = self.masters.get(storage_of(tensor))
-        self.nodes[id(tensor)] = (node, master.version if master else 0)
+        """Record that a tensor has the value of a node."""
+        storage = self.storages.get(storage_of(tensor))
+        self.nodes[id(tensor)] = (node, storage.version if storage else 0)
         self.keep.append(tensor)
         if covers(tensor):
             self.owners.setdefault(storage_of(tensor), tensor)
 
     def input(self, name: str, tensor: Tensor) -> fx.Node:
-        """Add a program input that the tensor holds."""
+        """Add a program input whose value the tensor has."""
         graph = self.root.graph
         count = self.names[name] = self.names.get(name, 0) + 1
         with graph.inserting_after(graph._root):
@@ -110,7 +109,7 @@ class Recorder(TorchDispatchMode):
             name, value = weight
         else:
             name, value = "constant", tensor.detach()
-            if tensor.numel() * tensor.element_size() <= _COPY_BELOW:
+            if tensor.numel() * tensor.element_size() <= _MAX_COPY:
                 flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.reshape(-1))
                 content = flat.view(torch.uint8).numpy().tobytes()
                 key = (tensor.dtype, tensor.shape, tensor.stride(), content)
@@ -128,29 +127,29 @@ class Recorder(TorchDispatchMode):
         return node
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Add an operator node with its value's type and the pipeline's source line."""
+        """Add an operator node, with its fake value and the source line of the pipeline."""
         node = g.call(self.root.graph, target, *args, **kwargs)
         node.meta["where"] = str(location())
         return node
 
     # Writes in place
 
-    def _view(self, master: Master, tensor: Tensor) -> fx.Node:
-        """Return the value of a tensor that shares a written storage."""
+    def _view(self, storage: StorageValue, tensor: Tensor) -> fx.Node:
+        """Return the current value of a tensor on a written storage."""
         layout = layout_of(tensor)
-        if layout == (master.size, master.stride, master.offset):
-            return master.node
-        sliced = slice_of(master, *layout)
+        if layout == (storage.size, storage.stride, storage.offset):
+            return storage.node
+        sliced = slice_of(storage, *layout)
         if sliced is not None:
-            return self.emit(aten.slice.Tensor, master.node, *sliced)
-        base = self.emit(aten.clone.default, master.node, memory_format=torch.contiguous_format)
+            return self.emit(aten.slice.Tensor, storage.node, *sliced)
+        base = self.emit(aten.clone.default, storage.node, memory_format=torch.contiguous_format)
         return self.emit(aten.as_strided.default, base, *layout)
 
-    def _master(self, tensor: Tensor) -> Master:
-        """Return the value of a tensor's whole storage, before a write into it."""
+    def _storage(self, tensor: Tensor) -> StorageValue:
+        """Return the value of a tensor's storage before a write into it."""
         key = storage_of(tensor)
-        if key in self.masters:
-            return self.masters[key]
+        if key in self.storages:
+            return self.storages[key]
         owner = tensor if covers(tensor) else self.owners.get(key)
         if owner is None:
             owner = tensor._base if tensor._base is not None and covers(tensor._base) else None
@@ -160,16 +159,16 @@ class Recorder(TorchDispatchMode):
             owner.set_(tensor.untyped_storage(), 0, (count,), (1,))
         node = self.value(owner)
         layout = layout_of(owner)
-        return Master(node, *layout, version=0, keep=owner)
+        return StorageValue(node, *layout, version=0, keep=owner)
 
-    def write(self, tensor: Tensor, node: fx.Node, before: Master | None = None) -> None:
-        """Say that the storage of a tensor now holds the value of a node in the tensor's place."""
-        before = before or self._master(tensor)
+    def write(self, tensor: Tensor, node: fx.Node, before: StorageValue | None = None) -> None:
+        """Record that the elements of a tensor in its storage have the value of a node."""
+        before = before or self._storage(tensor)
         layout = layout_of(tensor)
         if layout == (before.size, before.stride, before.offset):
             merged = node
         elif covers(tensor):
-            merged, before = node, Master(node, *layout, version=before.version, keep=tensor)
+            merged, before = node, StorageValue(node, *layout, version=before.version, keep=tensor)
         else:
             sliced = slice_of(before, *layout)
             if sliced is not None:
@@ -180,7 +179,9 @@ class Recorder(TorchDispatchMode):
                 )
                 merged = self.emit(aten.as_strided_scatter.default, base, node, *layout)
         version = before.version + 1
-        self.masters[storage_of(tensor)] = dataclasses.replace(before, node=merged, version=version)
+        self.storages[storage_of(tensor)] = dataclasses.replace(
+            before, node=merged, version=version
+        )
         self.nodes[id(tensor)] = (node, version)
         self.keep.append(tensor)
 
@@ -191,28 +192,28 @@ class Recorder(TorchDispatchMode):
             if a.alias_info is not None and a.alias_info.is_write
         ]
         written = [t for t in written if isinstance(t, Tensor)]
-        before = [self._master(t) for t in written]
+        before = [self._storage(t) for t in written]
         nodes = self._functional(func, args, kwargs, written)
         out = func(*args, **kwargs)
-        for tensor, node, master in zip(written, nodes, before, strict=True):
-            self.write(tensor, node, master)
+        for tensor, node, storage in zip(written, nodes, before, strict=True):
+            self.write(tensor, node, storage)
         return out
 
     def _functional(
         self, func: Any, args: Any, kwargs: Any, written: list[Tensor]
     ) -> list[fx.Node]:
-        """Record the functional twin of an operator that writes; return the written values."""
+        """Record the functional variant of an operator that writes; return the written values."""
         margs, mkwargs = self._map((args, kwargs))
         if func is aten.copy_.default:
             return [self._copied(args[0], margs[1])]
         mkwargs = {k: v for k, v in mkwargs.items() if not k.startswith("out")}
-        twin = _functional_twin(func)
-        if twin is None:
+        variant = _functional_variant(func)
+        if variant is None:
             fail(
                 f"{func} writes in place and has no functional twin",
                 "use the operator without the underscore",
             )
-        node = self.emit(twin, *margs, **mkwargs)
+        node = self.emit(variant, *margs, **mkwargs)
         if len(written) > 1:
             return [self.emit(operator.getitem, node, i) for i in range(len(written))]
         if node.meta["val"].dtype != written[0].dtype:
@@ -239,7 +240,7 @@ class Recorder(TorchDispatchMode):
         return args
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Record an operator, or run it where no argument depends on an input."""
+        """Record an operator, or only run it if no argument depends on an input."""
         kwargs = kwargs or {}
         tensors = value_tree.flatten((args, kwargs))[0]
         tracked = [t for t in tensors if self.node_of(t) is not None]
@@ -247,14 +248,14 @@ class Recorder(TorchDispatchMode):
             return self.sources.draw(self, func, args, kwargs, tracked)
         if not tracked:
             return func(*args, **kwargs)
-        if func in _SAME:
+        if func in _IDENTITIES:
             out = func(*args, **kwargs)
             self.bind(out, self.value(args[0]))
             return out
         if func is aten._local_scalar_dense.default or torch.Tag.data_dependent_output in func.tags:
             return self._read(func, args, kwargs, tracked)
         if torch.Tag.dynamic_output_shape in func.tags and not self._is_fixed_index(func, args):
-            # Of what the host knows, it knows how much is selected: the shape is bound to that.
+            # Of a host value, the number of selected elements is known; a guard binds the shape.
             if func is aten.index.Tensor:
                 with self:
                     return self._mask_index(*args)
@@ -275,25 +276,25 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         node = self.root.graph.call_function(func, *nodes)
         node.meta |= {"val": g.fake(out), "where": str(location())}
-        if all(n in self.known for n in node.all_input_nodes if n.op != "get_attr"):
-            self.known.add(node)
+        if all(n in self.host_values for n in node.all_input_nodes if n.op != "get_attr"):
+            self.host_values.add(node)
         self._bind_all(out, node)
         return out
 
     def _selected(self, mask: Tensor) -> list[Tensor]:
-        """Return the coordinates of what a mask selects, in order, in number bound by a guard."""
-        if self.node_of(mask) is not None and self.node_of(mask) not in self.known:
+        """Return the coordinates of elements that a mask selects; a guard binds their number."""
+        if self.node_of(mask) is not None and self.node_of(mask) not in self.host_values:
             fail(
                 "what a mask selects has a shape that depends on a traced value",
                 "use a form with a fixed shape (torch.where, a mask multiply)",
             )
         flat = mask.reshape(-1) != 0
         count = int(flat.sum())
-        found = torch.sort(flat.to(torch.uint8), descending=True, stable=True)[1][:count]
+        index = torch.sort(flat.to(torch.uint8), descending=True, stable=True)[1][:count]
         coordinates = []
         for size in reversed(mask.shape):
-            coordinates.append(found % size)
-            found = torch.div(found, size, rounding_mode="floor")
+            coordinates.append(index % size)
+            index = torch.div(index, size, rounding_mode="floor")
         return coordinates[::-1]
 
     def _mask_index(self, values: Tensor, indices: Any) -> Tensor:
@@ -304,7 +305,7 @@ class Recorder(TorchDispatchMode):
         return aten.index.Tensor(values, places)  # type: ignore[no-any-return]
 
     def _is_fixed_index(self, func: Any, args: Any) -> bool:
-        """Tell whether an indexing operator's result has a shape known beforehand."""
+        """Tell whether the shape of an indexing operator's result depends on no input."""
         if func is not aten.index.Tensor:
             return False
         masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
@@ -318,13 +319,13 @@ class Recorder(TorchDispatchMode):
                 if isinstance(item, Tensor):
                     part = self.root.graph.call_function(operator.getitem, (node, i))
                     part.meta |= {"val": g.fake(item), "where": node.meta["where"]}
-                    if node in self.known:
-                        self.known.add(part)
+                    if node in self.host_values:
+                        self.host_values.add(part)
                     self.bind(item, part)
 
     def _read(self, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]) -> Any:
-        """Read a traced value into Python: an error, but for what the host knows beforehand."""
-        if all(self.node_of(t) in self.known for t in tracked):
+        """Return a host value that Python reads and guard it; a `CaptureError` for others."""
+        if all(self.node_of(t) in self.host_values for t in tracked):
             out = func(*args, **kwargs)
             if not self.sources.in_host():
                 self.reads.append((self._read_node(func, args, kwargs, out), out, location()))
@@ -335,7 +336,7 @@ class Recorder(TorchDispatchMode):
         )
 
     def _read_node(self, func: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
-        """Return the node of what was read: a tensor's, or that of a comparison."""
+        """Return the node of the value that was read: a tensor's, or a comparison's."""
         if func is aten._local_scalar_dense.default:
             return self.value(args[0])
         margs, mkwargs = self._map((args, kwargs))
@@ -344,26 +345,26 @@ class Recorder(TorchDispatchMode):
         return node
 
     def escape(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Note that a traced value left torch as a numpy array."""
+        """Record that a traced value became a numpy array."""
         self.escapes.append((array, self.value(tensor), location()))
 
 
 @functools.cache
-def _functional_twin(func: Any) -> Any:
-    """Return the operator that computes what another one writes, with the same arguments."""
+def _functional_variant(func: Any) -> Any:
+    """Return the operator with the same arguments that returns what `func` writes, or None."""
 
-    def takes(overload: Any) -> list[tuple[str, str]]:
+    def parameters(overload: Any) -> list[tuple[str, str]]:
         arguments = overload._schema.arguments
         return [(a.name, str(a.type)) for a in arguments if not (a.is_out or a.name == "out")]
 
     packet = getattr(aten, func._schema.name.split("::")[1].removesuffix("_"), None)
     for name in packet.overloads() if packet is not None else ():
-        twin = getattr(packet, name)
-        if not twin._schema.is_mutable and takes(twin) == takes(func):
-            return twin
+        variant = getattr(packet, name)
+        if not variant._schema.is_mutable and parameters(variant) == parameters(func):
+            return variant
     return None
 
 
-def fail(what: str, advice: str) -> NoReturn:
-    """Raise the one-line error about the line of the pipeline that runs now."""
-    raise CaptureError(f"{location()}: {what}; {advice}")
+def fail(problem: str, advice: str) -> NoReturn:
+    """Raise a `CaptureError` about the running line of the pipeline."""
+    raise CaptureError(f"{location()}: {problem}; {advice}")

@@ -1,4 +1,4 @@
-"""Where in a storage a tensor lies: what a write in place changes of other tensors."""
+"""Tensors as views of storages: what a write in place into one changes of the others."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ from torch import Tensor, fx
 
 
 @dataclasses.dataclass
-class Master:
-    """The current value of a storage that was written in place."""
+class StorageValue:
+    """The current value of a storage that was written in place, as a node with a layout."""
 
     node: fx.Node
     size: tuple[int, ...]
@@ -23,12 +23,12 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def layout_of(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Return size, stride and offset."""
+    """Return a tensor's size, strides and storage offset."""
     return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
 
 def covers(tensor: Tensor) -> bool:
-    """Tell whether a tensor is all of its storage, each element once."""
+    """Tell whether a tensor has every element of its storage exactly once."""
     if (
         tensor.storage_offset()
         or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes()
@@ -43,9 +43,9 @@ def covers(tensor: Tensor) -> bool:
 
 
 def slice_of(
-    base: Master, size: tuple[int, ...], stride: tuple[int, ...], offset: int
+    base: StorageValue, size: tuple[int, ...], stride: tuple[int, ...], offset: int
 ) -> tuple[int, int, int, int] | None:
-    """Return (dim, start, end, step) where a layout is a slice of the base in one dimension."""
+    """Return (dim, start, end, step) if a layout is a slice of the base in one dimension."""
     if len(size) != len(base.size):
         return None
     differing = [

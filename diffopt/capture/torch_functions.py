@@ -1,4 +1,4 @@
-"""What never reaches the dispatcher: numpy conversions, Python numbers that stay inputs."""
+"""Records what never reaches the dispatcher: numpy conversions, numbers that are inputs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diffopt.capture.dispatch_modes import location, plain
-from diffopt.capture.recorder import Recorder, Sources, fail
+from diffopt.capture.dispatch_modes import location, without_modes
+from diffopt.capture.recorder import InputSource, Recorder, fail
 
 Guard = tuple[str, float, bool, str]
 """(comparison, other side, its result at capture, where)."""
 
 
-class Scalar(float):
-    """A number that stays an input: arithmetic on it is recorded, comparisons become guards.
+class DynamicNumber(float):
+    """A number that is an input: arithmetic on it is recorded, comparisons become guards.
 
-    What can't be recorded binds its value, by a guard that it is equal.
+    Other operations bind its value, by a guard that it is equal.
     """
 
     recorder: Recorder
@@ -27,15 +27,15 @@ class Scalar(float):
     """None for a number that was computed from a dynamic one."""
 
     @staticmethod
-    def make(recorder: Recorder, tensor: Tensor, guards: list[Guard] | None) -> "Scalar":
-        """Return the number that a traced 0-d float64 tensor holds."""
-        with plain():
-            scalar = Scalar(tensor.item())
-        scalar.recorder, scalar.tensor, scalar.guards = recorder, tensor, guards
-        return scalar
+    def make(recorder: Recorder, tensor: Tensor, guards: list[Guard] | None) -> "DynamicNumber":
+        """Return the number of a traced 0-d float64 tensor."""
+        with without_modes():
+            number = DynamicNumber(tensor.item())
+        number.recorder, number.tensor, number.guards = recorder, tensor, guards
+        return number
 
     def bound(self) -> float:
-        """Return the value as a plain number, which from now on it must have."""
+        """Return the value as a plain number, to which a guard binds it."""
         self._guard("==", float.__float__(self), True)
         return float.__float__(self)
 
@@ -52,7 +52,9 @@ class Scalar(float):
     def _compare(self, symbol: str, other: Any, result: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        self._guard(symbol, other.bound() if isinstance(other, Scalar) else other, bool(result))
+        self._guard(
+            symbol, other.bound() if isinstance(other, DynamicNumber) else other, bool(result)
+        )
         return result
 
     def __gt__(self, other: Any) -> Any:
@@ -80,21 +82,23 @@ class Scalar(float):
 
 
 def _recorded(function: Callable[..., Any], *, swapped: bool = False) -> Any:
-    def method(self: Scalar, *others: Any) -> Any:
+    def method(self: DynamicNumber, *others: Any) -> Any:
         args = (*others, self) if swapped else (self, *others)
         if any(not isinstance(a, (int, float)) for a in args):
             return NotImplemented
         values = [
-            a.tensor if isinstance(a, Scalar) else torch.tensor(float(a), dtype=torch.float64)
+            a.tensor
+            if isinstance(a, DynamicNumber)
+            else torch.tensor(float(a), dtype=torch.float64)
             for a in args
         ]
-        return Scalar.make(self.recorder, function(*values), None)
+        return DynamicNumber.make(self.recorder, function(*values), None)
 
     return method
 
 
 def _binding(function: Callable[..., Any]) -> Any:
-    def method(self: Scalar, *others: Any) -> Any:
+    def method(self: DynamicNumber, *others: Any) -> Any:
         return function(self.bound(), *others)
 
     return method
@@ -107,9 +111,9 @@ _OPERATORS: dict[str, Any] = {
     "truediv": torch.div,
 }
 for _name, _function in _OPERATORS.items():
-    setattr(Scalar, f"__{_name}__", _recorded(_function))
-    setattr(Scalar, f"__r{_name}__", _recorded(_function, swapped=True))
-Scalar.__neg__ = _recorded(torch.neg)  # type: ignore[method-assign]
+    setattr(DynamicNumber, f"__{_name}__", _recorded(_function))
+    setattr(DynamicNumber, f"__r{_name}__", _recorded(_function, swapped=True))
+DynamicNumber.__neg__ = _recorded(torch.neg)  # type: ignore[method-assign]
 for _name in (
     "float",
     "int",
@@ -127,13 +131,13 @@ for _name in (
     "divmod",
     "rdivmod",
 ):
-    setattr(Scalar, f"__{_name}__", _binding(getattr(float, f"__{_name}__")))
+    setattr(DynamicNumber, f"__{_name}__", _binding(getattr(float, f"__{_name}__")))
 
 
-class Functions(TorchFunctionMode):
-    """See numpy conversions, dynamic numbers in torch functions, tensors made of the arguments."""
+class TorchFunctionRecorder(TorchFunctionMode):
+    """Record numpy conversions, dynamic numbers in torch functions, tensors built of arguments."""
 
-    def __init__(self, recorder: Recorder, sources: Sources) -> None:
+    def __init__(self, recorder: Recorder, sources: InputSource) -> None:
         super().__init__()
         self.recorder, self.sources = recorder, sources
 
@@ -142,25 +146,25 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("numpy", "__array__", "tolist") and args and isinstance(args[0], Tensor):
-            return self._leave(name, func, args, kwargs)
+            return self._to_python(name, func, args, kwargs)
         if name in ("tensor", "as_tensor") and args:
             place = self.sources.place_of_list(args[0])
             if place is not None:
                 out = func(*args, **kwargs)
-                self.sources.given(self.recorder, out, place)
+                self.sources.add_input(self.recorder, out, place)
                 return out
         values = list(_flat((args, kwargs)))
-        if any(isinstance(a, Scalar) for a in values):
-            return self._with_scalars(name, func, args, kwargs, values)
+        if any(isinstance(a, DynamicNumber) for a in values):
+            return self._with_numbers(name, func, args, kwargs, values)
         return func(*args, **kwargs)
 
-    def _leave(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         node = self.recorder.node_of(args[0])
         if node is None:
             return func(*args, **kwargs)
-        if node in self.recorder.known:
+        if node in self.recorder.host_values:
             if not self.sources.in_host():
-                with plain():
+                with without_modes():
                     value = args[0].tolist()
                 self.recorder.reads.append((node, value, location()))
             return func(*args, **kwargs)
@@ -170,31 +174,31 @@ class Functions(TorchFunctionMode):
         self.recorder.escape(args[0], array)
         return array
 
-    def _with_scalars(self, name: str, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
+    def _with_numbers(self, name: str, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
         if name in ("tensor", "as_tensor"):
-            made = self._made(args[0], kwargs, [1] if isinstance(args[0], list) else [])
+            result = self._filled(args[0], kwargs, [1] if isinstance(args[0], list) else [])
         elif name == "full":
-            made = self._made(args[1], kwargs, list(args[0]))
+            result = self._filled(args[1], kwargs, list(args[0]))
         elif name == "full_like":
-            made = self._made(args[1], {"dtype": args[0].dtype} | kwargs, list(args[0].shape))
+            result = self._filled(args[1], {"dtype": args[0].dtype} | kwargs, list(args[0].shape))
         else:
-            made = None
-        if made is not None:
-            return made
+            result = None
+        if result is not None:
+            return result
         dtype = _number_dtype([v for v in values if isinstance(v, Tensor)])
-        args, kwargs = _swap((args, kwargs), dtype)
+        args, kwargs = _to_tensors((args, kwargs), dtype)
         return func(*args, **kwargs)
 
-    def _made(self, value: Any, kwargs: Any, shape: list[int]) -> Tensor | None:
-        scalar = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if not isinstance(scalar, Scalar):
+    def _filled(self, value: Any, kwargs: Any, shape: list[int]) -> Tensor | None:
+        number = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if not isinstance(number, DynamicNumber):
             return None
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        return scalar.tensor.to(dtype).expand(shape).clone()
+        return number.tensor.to(dtype).expand(shape).clone()
 
 
 def _number_dtype(tensors: list[Tensor]) -> torch.dtype | None:
-    """Return what a Python number counts as among tensors, where a 0-d float64 would count more."""
+    """Return the dtype of a Python number among tensors, which a 0-d float64 would promote."""
     floats = [t for t in tensors if t.is_floating_point()]
     if any(t.ndim for t in floats):
         return None
@@ -213,11 +217,11 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _swap(value: Any, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, Scalar):
+def _to_tensors(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, DynamicNumber):
         return value.tensor if dtype is None else value.tensor.to(dtype)
     if isinstance(value, (list, tuple)):
-        return type(value)(_swap(item, dtype) for item in value)
+        return type(value)(_to_tensors(item, dtype) for item in value)
     if isinstance(value, dict):
-        return {k: _swap(v, dtype) for k, v in value.items()}
+        return {k: _to_tensors(v, dtype) for k, v in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""`diffopt.trace`: a whole pipeline call as a program."""
+"""`diffopt.trace`: captures a call of a pipeline as a program."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor, fx
 
 from diffopt.capture import perturbation
-from diffopt.capture.component_calls import Boundary, Lifted
-from diffopt.capture.input_recipes import Sources
+from diffopt.capture.component_calls import ComponentCalls, Lifted
+from diffopt.capture.input_recipes import RunInputs
 from diffopt.capture.recorder import Recorder
-from diffopt.capture.torch_functions import Functions
+from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.errors import CaptureError
 from diffopt.host.guards import Guards
 from diffopt.host.inputs import Host, InputStep, Processor
@@ -35,41 +35,41 @@ def trace(
     source: str = "",
     **arguments: Any,
 ) -> Program:
-    """Capture the whole call `pipeline(**arguments)` as a program.
+    """Capture the call `pipeline(**arguments)` as a program.
 
     The pipeline's Python runs three times without computing its models, each of which is exported
     once per call signature. No adapter per pipeline is needed.
 
     Args:
         pipeline: A diffusers pipeline, or any callable.
-        dynamic: Names of number arguments that stay inputs of the program; comparisons that Python
-            makes on them become guards.
+        dynamic: Names of number arguments that become inputs of the program; Python's comparisons
+            with them become guards.
         components: Modules, tokenizers … by name; `pipeline.components` by default.
-        source: Where the pipeline came from, kept as provenance.
+        source: Where the pipeline came from, stored as provenance.
         arguments: The call's arguments; texts, seeds, tensors, pictures and lists of numbers among
             them become inputs, all other values are bound.
 
     Returns:
-        The program; `program(**arguments)` takes and returns what the pipeline does.
+        The program; `program(**arguments)` has the arguments and result of the pipeline.
 
     Raises:
-        CaptureError: The pipeline does something that no graph can express; names the line.
+        CaptureError: The pipeline does something that no graph can express; has the line.
     """
     return Session(pipeline, components, dynamic, source).program(arguments)
 
 
 def trace_function(function: Callable[..., Any], *tensors: Tensor) -> Program:
-    """Capture a function of tensors; see `trace_function`."""
+    """Capture a function of tensors as a program; see `trace`."""
     arguments = {f"x{index}": tensor for index, tensor in enumerate(tensors)}
 
-    def pipeline(**given: Tensor) -> Any:
-        return function(*given.values())
+    def pipeline(**arguments: Tensor) -> Any:
+        return function(*arguments.values())
 
     return Session(pipeline, getattr(function, "components", {})).program(arguments)
 
 
 class Session:
-    """The captures of one pipeline; what was exported for one serves the next.
+    """Captures calls of one pipeline, and exports each signature of a component once for all.
 
     Args:
         pipeline: A diffusers pipeline, or any callable.
@@ -89,7 +89,7 @@ class Session:
         if components is None:
             components = getattr(pipeline, "components", {})
         modules = {name: c for name, c in components.items() if isinstance(c, torch.nn.Module)}
-        self.boundary = Boundary(modules)
+        self.component_calls = ComponentCalls(modules)
         self.digests = digests(modules)
         self.processors = {
             name: c
@@ -103,38 +103,38 @@ class Session:
             try:
                 return self._program(arguments)
             except Lifted:
-                continue  # a number became an input; exports of other components are kept
+                continue  # a number became an input; other exports are kept
             except CaptureError as error:
-                for reason in self.boundary.inlined.values():
+                for reason in self.component_calls.inlined.values():
                     error.add_note(reason)
                 raise
 
     def _program(self, arguments: Mapping[str, Any]) -> Program:
-        scout = Sources(
+        scout = RunInputs(
             perturbation.same_generators(arguments), self.processors, None, self.dynamic
         )
         self._run(scout, seed=1)
-        probe, other = self._probe(scout)
+        probe, recorder = self._probe(scout)
         try:
-            return self._final(arguments, probe, other)
+            return self._final(arguments, probe, recorder)
         except CaptureError:
-            # Where the number of tokens is not fixed, the other texts must have as many.
+            # Where the number of tokens is not fixed, the probe's texts must have as many.
             changed = perturbation.same_lengths(scout, probe)
             if changed is None:
                 raise
-        probe = Sources(changed, self.processors, scout, self.dynamic)
-        other, _ = self._run(probe, seed=2)
-        return self._final(arguments, probe, other)
+        probe = RunInputs(changed, self.processors, scout, self.dynamic)
+        recorder, _ = self._run(probe, seed=2)
+        return self._final(arguments, probe, recorder)
 
-    def _final(self, arguments: Mapping[str, Any], probe: Sources, other: Recorder) -> Program:
+    def _final(self, arguments: Mapping[str, Any], probe: RunInputs, probed: Recorder) -> Program:
         copies = perturbation.same_generators(arguments)
-        final = Sources(copies, self.processors, probe, self.dynamic, final=True)
+        final = RunInputs(copies, self.processors, probe, self.dynamic, final=True)
         recorder, result = self._run(final, seed=1)
-        _compare(recorder, other)
-        output = _describe(result, recorder)
+        _check_same_operators(recorder, probed)
+        output = _result_structure(result, recorder)
         steps, sample = final.finish(recorder)
         root = recorder.root
-        guards = _guards(recorder, other, steps)
+        guards = _guards(recorder, probed, steps)
         g.prune_unused(root)
         call_tags.assign(root)
         for gm in root.modules():
@@ -158,12 +158,12 @@ class Session:
             retrace=self._retrace(arguments),
         )
 
-    def _probe(self, scout: Sources) -> tuple[Sources, Recorder]:
-        """Run with other texts, pictures, seeds; words such as "pt" are found not to be texts."""
+    def _probe(self, scout: RunInputs) -> tuple[RunInputs, Recorder]:
+        """Run with other texts, pictures and seeds; strings such as "pt" prove not to be texts."""
         places = perturbation.texts(scout)
         while True:
             changed = perturbation.disturb(scout, perturbation.other_texts(places))
-            probe = Sources(changed, self.processors, scout, self.dynamic)
+            probe = RunInputs(changed, self.processors, scout, self.dynamic)
             try:
                 recorder, _ = self._run(probe, seed=2)
             except (ValueError, KeyError, AttributeError):
@@ -174,14 +174,14 @@ class Session:
                     return probe, recorder
             places = perturbation.reached(probe, places)
 
-    def _run(self, sources: Sources, seed: int) -> tuple[Recorder, Any]:
-        recorder = Recorder(self.boundary.weights(), sources)
+    def _run(self, sources: RunInputs, seed: int) -> tuple[Recorder, Any]:
+        recorder = Recorder(self.component_calls.weights(), sources)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(sources.watching())
-            stack.enter_context(self.boundary.recording(recorder, seed))
-            stack.enter_context(Functions(recorder, sources))
+            stack.enter_context(self.component_calls.recording(recorder, seed))
+            stack.enter_context(TorchFunctionRecorder(recorder, sources))
             stack.enter_context(recorder)
             result = self.pipeline(**sources.start(recorder))
         return recorder, result
@@ -218,8 +218,8 @@ def _plain_data(value: Any) -> bool:
     return isinstance(value, (str, int, float, bool, type(None)))
 
 
-def _compare(final: Recorder, probe: Recorder) -> None:
-    """Check that nothing but inputs differs between two runs with different texts and pictures."""
+def _check_same_operators(final: Recorder, probe: Recorder) -> None:
+    """Raise a `CaptureError` where runs with other texts and pictures have other operators."""
 
     def operators(recorder: Recorder) -> list[fx.Node]:
         return [n for n in recorder.root.graph.nodes if n.op in ("call_function", "call_module")]
@@ -263,16 +263,17 @@ def _same_arg(x: Any, y: Any, final: Recorder, probe: Recorder) -> bool:
 
 
 def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Guards | None:
-    """Return what Python read of the caller's values, to be checked for new ones.
+    """Return guards of what Python read of the caller's values; None if it read nothing.
 
-    What it read of texts needs no check where the probe's were others: it ran the same operators.
+    A value read of texts alone needs no guard where the probe read another: it ran the same
+    operators.
     """
-    takes = g.placeholders(final.root)
+    formals = g.placeholders(final.root)
     texts = [isinstance(step, Processor) for step in steps for _ in range(step.count)]
-    texts_only = {node for node, is_text in zip(takes, texts, strict=True) if is_text}
+    texts_only = {node for node, is_text in zip(formals, texts, strict=True) if is_text}
     body = g.new_body("guards")
     env: dict[fx.Node, fx.Node] = {}
-    g.copy_nodes(takes, final.root, body, env)
+    g.copy_nodes(formals, final.root, body, env)
     values, expected, where, from_text = [], [], [], []
     others = [value for _, value, _ in probe.reads]
     for index, (node, value, place) in enumerate(final.reads):
@@ -293,11 +294,11 @@ def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Gua
     return Guards(body, expected, where, from_text)
 
 
-# What the pipeline returns
+# The result of the pipeline
 
 
-def _describe(result: Any, recorder: Recorder) -> Any:
-    """Return the structure of a result as JSON (see `packing.pack`) and set the graph's outputs."""
+def _result_structure(result: Any, recorder: Recorder) -> Any:
+    """Return a result's structure as JSON (see `outputs.pack`), and set the graph's outputs."""
     outs: list[fx.Node] = []
     used: set[int] = set()
 
@@ -308,7 +309,7 @@ def _describe(result: Any, recorder: Recorder) -> Any:
 
     def array(value: np.ndarray | Image.Image) -> Any:
         for number, (escaped, node, _) in enumerate(recorder.escapes):
-            place = _place_in(value, escaped)
+            place = _index_in(escaped, value)
             if place is not None:
                 used.add(number)
                 kind = "array" if isinstance(value, np.ndarray) else "image"
@@ -355,10 +356,10 @@ def _describe(result: Any, recorder: Recorder) -> Any:
     return data
 
 
-def _place_in(value: np.ndarray | Image.Image, escaped: np.ndarray) -> tuple[int, ...] | None:
-    """Return the index at which an escaped array holds a value of the result."""
+def _index_in(array: np.ndarray, value: np.ndarray | Image.Image) -> tuple[int, ...] | None:
+    """Return the index of a value of the result in an array; None if it is no part of it."""
     if isinstance(value, Image.Image):
-        if escaped.ndim < 3 or escaped.dtype.kind != "f":
+        if array.ndim < 3 or array.dtype.kind != "f":
             return None
         target, ndim = np.asarray(value), 3
 
@@ -374,9 +375,9 @@ def _place_in(value: np.ndarray | Image.Image, escaped: np.ndarray) -> tuple[int
                 part, target, equal_nan=part.dtype.kind == "f"
             )
 
-    if escaped.ndim < ndim:
+    if array.ndim < ndim:
         return None
-    for place in np.ndindex(escaped.shape[: escaped.ndim - ndim]):
-        if matches(escaped[place]):
+    for place in np.ndindex(array.shape[: array.ndim - ndim]):
+        if matches(array[place]):
             return place
     return None

@@ -1,6 +1,6 @@
 """Nested Python values as tensors plus a structure that can be compared and rebuilt.
 
-torch's pytree knows registered containers only. Pipelines hand components objects of their own
+torch's pytree knows registered containers only. Pipelines pass components objects of other classes
 (a distribution, a key/value cache), so here any object whose attributes hold tensors, lists or
 dictionaries is a container.
 """
@@ -32,12 +32,12 @@ CONSTANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The structure of a value: what it is without its tensors."""
+    """The structure of a value without its tensors."""
 
     key: Hashable
-    """Compares equal for values of the same structure with the same constants."""
+    """Equal for values of the same structure with the same constants."""
     build: Build
-    """Make the value again around other tensors."""
+    """Build the value again with other tensors."""
 
 
 def flatten(value: Any) -> tuple[list[Tensor], Spec]:
@@ -55,7 +55,7 @@ def _flatten(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[Hashabl
     if isinstance(value, CONSTANTS):
         return (type(value).__name__, value), lambda tensors: value
     if isinstance(value, torch.Generator):
-        # Which one does not matter: what draws from it inside a component is not exported.
+        # Any generator is as good: a component that draws from one is not exported.
         return "generator", lambda tensors: value
     if id(value) in above or isinstance(value, (torch.nn.Module, type)):
         return _opaque(value)
@@ -113,7 +113,7 @@ def _flatten_object(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[
 
 
 def update(old: Any, new: Any) -> Any:
-    """Give lists, dictionaries and objects the contents of others in place; return the result."""
+    """Set the contents of lists, dictionaries and objects in place; return the new value."""
     if type(old) is not type(new) or old is new:
         return new
     if isinstance(old, list):
@@ -138,10 +138,10 @@ _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dt
 
 
 def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield every attribute that is state of a module tree: (the dictionary that holds it, name).
+    """Yield the attributes of a module tree that are state, as (`__dict__` of the owner, name).
 
-    Parameters, buffers and submodules are left out. Plain objects that modules hold, such as
-    attention processors, are walked too, since pipelines keep counters and caches in them.
+    Parameters, buffers and submodules are not. Plain objects in attributes, such as attention
+    processors, are walked too, since pipelines store counters and caches in them.
     """
     seen: set[int] = set()
     stack: list[Any] = list(module.modules())
@@ -151,17 +151,17 @@ def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
             continue
         seen.add(id(owner))
         store = vars(owner)
-        for name in sorted(store):  # attributes that were deleted and set again are the same
+        for name in sorted(store):  # independent of the order in which they were set
             if name in MODULE_INTERNALS:
                 continue
-            value = store[name]  # before the caller, who may change it, has it
+            value = store[name]  # before the consumer may change it
             yield store, name
             if type(value) not in _SIMPLE:
                 stack.extend(_helpers(value))
 
 
 def _helpers(value: Any) -> Iterator[Any]:
-    """Yield the plain objects that an attribute holds, directly or in a list or dictionary."""
+    """Yield the plain objects in an attribute: itself, or in a list or dictionary."""
     if isinstance(value, dict):
         for item in value.values():
             if type(item) not in _SIMPLE:
@@ -186,7 +186,7 @@ def _is_plain_object(value: Any) -> bool:
 def describe(value: Any, depth: int = 4) -> Hashable:
     """Return a hashable description of a state value that does not depend on object identity.
 
-    Tensors are described by identity and version, since their contents are weights or constants.
+    Tensors count by identity and version, since their contents are weights or constants.
     """
     kind = type(value)
     if kind is float:
@@ -210,13 +210,13 @@ def describe(value: Any, depth: int = 4) -> Hashable:
 
 
 def fingerprint(module: torch.nn.Module, skip: Set[tuple[int, str]] = frozenset()) -> int:
-    """Return a hash of what a module's code can depend on, weights by identity and version.
+    """Return a hash of the state that a module's code may read, weights by identity and version.
 
-    Two calls of a module with equal fingerprints and arguments of one signature run the same graph.
+    Two calls of a module with equal fingerprints and signatures run the same graph.
 
     Args:
         module: The module.
-        skip: Attributes to leave out, by their dictionary's identity and their name.
+        skip: Attributes to ignore, by the id of their owner's `__dict__` and their name.
     """
     parts: list[Hashable] = []
     for child in module.modules():

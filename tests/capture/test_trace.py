@@ -572,13 +572,13 @@ def test_a_session_exports_nothing_twice():
     session = Session(Loop(loop, net=part))
     latents = torch.randn(2, 4)
     session.program({"latents": latents, "steps": 25})
-    assert session.boundary.exports == 1
+    assert session.component_calls.exports == 1
     program = session.program({"latents": latents, "steps": 3})
-    assert session.boundary.exports == 1
+    assert session.component_calls.exports == 1
     shorter = program.retrace(steps=2)
-    assert session.boundary.exports == 1
+    assert session.component_calls.exports == 1
     assert torch.equal(shorter(latents=latents), session.pipeline(latents=latents, steps=2))
     with torch.no_grad():
         part.linear.weight.mul_(2)
     session.program({"latents": latents, "steps": 3})
-    assert session.boundary.exports == 2, "another state of the module"
+    assert session.component_calls.exports == 2, "another state of the module"

@@ -31,5 +31,5 @@ def test_program_and_engine_refuse_what_would_take_the_other_branch(tmp_path: Pa
         assert torch.equal(run(image=inside), pipeline(inside))
         with pytest.raises(DiffoptError) as error:
             run(image=outside)
-        assert "tests/test_guards.py:" in str(error.value)
+        assert "host/test_guards.py:" in str(error.value)
         assert "if image.min() < 0:" in str(error.value)
