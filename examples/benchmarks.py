@@ -84,7 +84,7 @@ def trace(pipe: Any, steps: int) -> diffopt.Program:
     return diffopt.trace(pipe, prompt=PROMPT, num_inference_steps=steps, generator=generator)
 
 
-def images_of(pipe: Any, steps: int) -> timing.Make:
+def images_of(pipe: Any, steps: int) -> timing.Sampler:
     """Return the pipeline as a function from a seed to images."""
     return lambda seed: (
         pipe(
@@ -138,7 +138,7 @@ def speed(make: Callable[[], Any], options: argparse.Namespace, folder: Path) ->
     }
 
 
-def engine(program: diffopt.Program, target: str, folder: Path) -> timing.Make:
+def engine(program: diffopt.Program, target: str, folder: Path) -> timing.Sampler:
     """Build and load an engine; return it as a function from a seed to images."""
     report(f"building for {target}")
     path = folder / f"{len(list(folder.iterdir()))}.engine"

@@ -60,16 +60,16 @@ def run(flags: BenchFlags, arguments: Mapping[str, Any]) -> None:
     _print(results, torch.get_num_threads(), flags)
 
 
-def _engine(engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Make:
+def _engine(engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Sampler:
     """Return the engine as a contender that makes `batch` images with these arguments."""
     count = _list_length(engine)
     call = {**spread(engine, arguments), "output_type": "pt"}
 
-    def make(seed: int) -> Tensor:
+    def sampler(seed: int) -> Tensor:
         results = engine.serve([{**call, "seed": seed + k} for k in range(0, batch, count)])
         return torch.cat([torch.as_tensor(first_output(result)) for result in results])
 
-    return make
+    return sampler
 
 
 def _list_length(engine: Any) -> int:
@@ -103,7 +103,7 @@ def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
         )
 
 
-def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Make:
+def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Sampler:
     """Return the original pipeline as a contender, with the arguments of the traced call."""
     call = {**traced_arguments(engine), **spread(engine, arguments), "output_type": "pt"}
     for name in ("prompt", "negative_prompt", "class_labels"):
@@ -115,12 +115,12 @@ def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) 
         ):
             call[name] = (value if isinstance(value, list) else [value]) * batch
 
-    def make(seed: int) -> Tensor:
+    def sampler(seed: int) -> Tensor:
         with torch.no_grad():
             result = pipe(**load_model.call_arguments(pipe, call, batch=batch, seed=seed))
         return torch.as_tensor(first_output(result))
 
-    return make
+    return sampler
 
 
 def _print(results: Mapping[str, timing.Result], threads: int, flags: BenchFlags) -> None:

@@ -1,4 +1,4 @@
-"""Draws which blocks of the sampling loop each step computes, as a picture: steps by blocks."""
+"""Draws heat maps of the sampling loop, blocks by steps: which are computed, which reused."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from diffopt.ir.program import Program
 
 MARGIN = 16
 LINE = 20  # height of a line of text and of a row
-GRID = 900  # about how wide the cells are together
-CELLS = (2, 28)  # the least and the most pixels of a cell
-SMALL, LARGE = 13, 16  # sizes of text
+GRID = 900  # approximate width of all cells
+CELLS = (2, 28)  # the smallest and the largest width of a cell
+SMALL, LARGE = 13, 16  # sizes of text, in pixels like all lengths
 GREY = "#555555"
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def draw(made: Program | Record) -> Image.Image:
-    """Return the heat map of what a program's passes, or one pass, took from earlier steps.
+def draw(source: Program | Record) -> Image.Image:
+    """Return the heat maps of passes that reuse values of earlier steps, one below the other.
 
-    Where several did, their maps are one below the other.
+    `source` is the record of one pass, or a program with those of all.
     """
-    records = [made] if isinstance(made, Record) else map(Record.from_json, made.history)
+    records = [source] if isinstance(source, Record) else map(Record.from_json, source.history)
     pictures = [_picture(report) for report in step_map_reports(records)]
     if not pictures:
         raise DiffoptError(
@@ -61,13 +61,13 @@ def _picture(report: StepMapReport) -> Image.Image:
 def cells(
     text: str, notes: Sequence[str], legend: Mapping[str, str], rows: Mapping[str, Sequence[str]]
 ) -> Image.Image:
-    """Return a picture of what is true of parts of a loop at each step.
+    """Return a picture of a grid of coloured cells: a row a part of the loop, a column a step.
 
     Args:
-        text: Its title.
-        notes: What to write below that.
-        legend: What colours mean, by the meaning.
-        rows: The colour of each step, by the part.
+        text: The title.
+        notes: Lines below the title.
+        legend: The colour of each meaning.
+        rows: The colours of each part's steps.
     """
     steps = max(len(row) for row in rows.values())
     small, large = ImageFont.load_default(SMALL), ImageFont.load_default(LARGE)
@@ -93,7 +93,7 @@ def cells(
 
 
 def _facts(report: StepMapReport) -> list[str]:
-    """Return what the pass saves and what it costs, in signs that every font has."""
+    """Return the FLOPs and the memory of a pass as text, in characters that every font has."""
     note = report.note
     before, promised, after = (
         count(note["flops"][key]) for key in ("before", "predicted", "measured")
@@ -119,7 +119,7 @@ def _row(
     pen: ImageDraw.ImageDraw, colours: Sequence[str], corner: tuple[int, int], cell: int
 ) -> None:
     left, top = corner
-    gap = 2 if cell > 4 else 1  # between neighbours' cells there is a line, as long as it fits
+    gap = 2 if cell > 4 else 1  # the line between cells
     for step, colour in enumerate(colours):
         start = left + cell * step
         box = (start, top + 1, start + cell - gap, top + LINE - 2)
@@ -133,7 +133,7 @@ def _numbers(
     cell: int,
     font: Font,
 ) -> None:
-    """Write the numbers of steps below their columns, as many as there is room for."""
+    """Write the numbers of steps below their columns, as many as fit."""
     left, top = corner
     room = font.getlength(str(steps)) + 8
     apart = next((n for n in (1, 2, 5, 10, 20, 50, 100) if n * cell >= room), steps)
@@ -146,14 +146,14 @@ def _numbers(
 def _wrapped(text: str, font: Font, width: float) -> Iterator[str]:
     """Break a text into lines that fit, at a space or a comma where there is one."""
     while text:
-        end = _fitting(text, font, width)
+        end = _prefix_length(text, font, width)
         if end < len(text):
             end = max(text.rfind(" ", 0, end), text.rfind(",", 0, end)) + 1 or end
         yield text[:end].rstrip()
         text = text[end:]
 
 
-def _fitting(text: str, font: Font, width: float) -> int:
-    """Count the characters that fit, one at the least."""
+def _prefix_length(text: str, font: Font, width: float) -> int:
+    """Return the number of leading characters that fit, at least 1."""
     lengths: Sequence[int] = range(1, len(text) + 1)
     return next((n - 1 for n in lengths[1:] if font.getlength(text[:n]) > width), len(text))

@@ -1,4 +1,4 @@
-"""Writes what a pipeline returns to a file: pictures as a grid, anything else as numbers."""
+"""Writes the results of a pipeline to a file: pictures as a grid, others as arrays."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def grid(images: Sequence[Image.Image], gap: int = 2) -> Image.Image:
     if len(images) == 1:
         return images[0]
     side = math.sqrt(len(images))
-    whole = [n for n in range(math.ceil(side), int(2 * side) + 1) if len(images) % n == 0]
-    columns = whole[0] if whole else math.ceil(side)  # no hole in the last row where possible
+    divisors = [n for n in range(math.ceil(side), int(2 * side) + 1) if len(images) % n == 0]
+    columns = divisors[0] if divisors else math.ceil(side)  # with a full last row if possible
     rows = math.ceil(len(images) / columns)
     width, height = images[0].size
     step_x, step_y = width + gap, height + gap
@@ -78,15 +78,12 @@ def columns(
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture; the file is written whole or not at all."""
+    """Write a picture, atomically."""
     _replace(path, picture.save)
 
 
 def save(results: Sequence[Any], path: Path, number: int) -> int:
-    """Write the first `number` items of several calls' results to one file; return how many.
-
-    The file is written whole or not at all.
-    """
+    """Write the first `number` items of results to one file, atomically; return their count."""
     if path.suffix in PICTURES:
         pictures = [image for result in results for image in _pictures(result)][:number]
         _replace(path, lambda file: grid(pictures).save(file))
@@ -108,11 +105,11 @@ def _pictures(result: Any) -> list[Image.Image]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write through a file beside it, so that an interrupted run leaves what was there."""
+    """Write to a temporary file in the same folder, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        write(beside)
-        os.replace(beside, path)
+        write(temporary)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

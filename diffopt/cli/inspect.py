@@ -1,4 +1,4 @@
-"""`diffopt inspect` and `diffopt verify`: what is in a file, and whether it is whole."""
+"""`diffopt inspect` and `diffopt verify`: the contents of a file, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from diffopt.spec import suggest
 
 
 def open_engine(file: str) -> tuple[Program, dict[str, int]]:
-    """Return the program inside an engine file, and what each part takes in the file."""
+    """Return the program in an engine file, and the bytes of each member of the file."""
     opened = engine.load(file, target="eager")  # it may be another machine's
     return opened.program, opened.parts
 
 
 def graph_text(program: Program, name: str) -> str:
-    """Return the text of one graph: a component's, or the outer one called `program`."""
+    """Return the text of a component's graph, or of the root graph, called `program`."""
     graphs = {"program": program.root, **program.components}
     if name not in graphs:
         raise DiffoptError(f"there is no component '{name}'{suggest(name, graphs)}")
@@ -47,19 +47,19 @@ def save_picture(program: Program, output: Path) -> None:
 def inspect(
     program: Program, title: str, as_json: bool, stats: bool, parts: Mapping[str, int]
 ) -> None:
-    """Print the inputs, the components, the calls in order, and which steps make them.
+    """Print the inputs, the components, the calls in order, and the steps of the calls.
 
     Args:
-        program: What to show.
-        title: What it is called.
+        program: The program.
+        title: The name of its file or model.
         as_json: Print JSON.
-        stats: Print what each pass noted, too.
-        parts: What the parts of an engine file take in it.
+        stats: Print the notes of each pass, too.
+        parts: The bytes of each member of an engine file.
     """
     components = [_component(program, name) for name in program.components]
     inputs = {n.name: format_type(n.meta["val"]) for n in g.placeholders(program.root)}
     calls = [str(node.target) for node in program.calls()]
-    found = [call_tags.tag(node) for node in program.calls()]
+    tags = [call_tags.tag(node) for node in program.calls()]
     size = weight_memory.of_program(program)
     if as_json:
         show.print_json(
@@ -68,7 +68,7 @@ def inspect(
                 "inputs": inputs,
                 "components": components,
                 "calls": calls,
-                "tags": [tag and asdict(tag) for tag in found],
+                "tags": [tag and asdict(tag) for tag in tags],
                 "flops": program.flops(),
                 "bytes": g.tensor_bytes(program.weights().values()),
                 "weights": size.to_json(),
@@ -84,7 +84,7 @@ def inspect(
     _size_tables(size, parts)
     show.table("inputs", ["input", "type"], [[name, kind] for name, kind in inputs.items()])
     show.stdout().print("calls: " + ", ".join(_runs(calls)), markup=False)
-    show.table("steps", ["call", "component", "branch", "steps"], _steps(calls, found))
+    show.table("steps", ["call", "component", "branch", "steps"], _steps(calls, tags))
     if program.history:
         records = [Record.from_json(row) for row in program.history]
         show.records_table(records, timing=True, stats=stats)
@@ -93,19 +93,19 @@ def inspect(
 
 
 def print_roofline(program: Program, title: str, hardware: Hardware, as_json: bool) -> None:
-    """Print what each component costs on a device at best; see `diffopt.lowering.roofline`."""
-    found = roofline.roofline(program, hardware)
+    """Print the least time of each component on a device; see `diffopt.lowering.roofline`."""
+    times = roofline.roofline(program, hardware)
     if as_json:
-        show.print_json(found.to_json())
+        show.print_json(times.to_json())
         return
     columns = ["component", "calls", "steps", "FLOPs a call", "bytes a call", "bound by"]
     columns += ["a call", "at least", "a run"]
     cores = f", {hardware.cores} cores" if hardware.cores else ""
-    times = f"{_time(found.seconds)} a run predicted, {_time(found.limit)} at least"
-    rows = list(map(_roofline_row, found.rows))
-    show.table(f"{title} on {hardware.name}{cores}: {times}", columns, rows)
-    weights = f"weights {found.weights / 1e6:.1f} MB of {hardware.memory / 1e9:.4g} GB memory"
-    show.stdout().print(weights + ("" if found.weights < hardware.memory else ": they do not fit"))
+    summary = f"{_time(times.seconds)} a run predicted, {_time(times.limit)} at least"
+    rows = list(map(_roofline_row, times.rows))
+    show.table(f"{title} on {hardware.name}{cores}: {summary}", columns, rows)
+    weights = f"weights {times.weights / 1e6:.1f} MB of {hardware.memory / 1e9:.4g} GB memory"
+    show.stdout().print(weights + ("" if times.weights < hardware.memory else ": they do not fit"))
 
 
 def _roofline_row(row: roofline.Row) -> list[str]:
@@ -129,7 +129,7 @@ def _component_row(row: dict[str, Any]) -> list[str]:
 
 
 def _size_tables(size: weight_memory.Footprint, parts: Mapping[str, int]) -> None:
-    """Print what weights take by the format of their numbers, and what the file consists of."""
+    """Print the bytes of weights by format, and of the file by kind of member."""
     rows = [[n, show.count(size.elements[n]), show.count(size.bytes[n])] for n in size.bytes]
     show.table(str(size), ["format", "numbers", "bytes"], rows)
     totals: dict[str, int] = {}
@@ -159,15 +159,15 @@ def _component(program: Program, name: str) -> dict[str, Any]:
 
 
 def _runs(calls: list[str]) -> list[str]:
-    """Write equal neighbours once: text_encoder, 25× unet, vae_decode."""
+    """Return runs of equal calls as text: text_encoder, 25× unet, vae_decode."""
     runs = [(name, len(list(group))) for name, group in groupby(calls)]
     return [name if times == 1 else f"{times}× {name}" for name, times in runs]
 
 
-def _steps(calls: list[str], found: list[call_tags.Tag | None]) -> list[list[str]]:
-    """Return a row for every call of one component and branch: the steps that make it."""
+def _steps(calls: list[str], tags: list[call_tags.Tag | None]) -> list[list[str]]:
+    """Return a row with the steps for each called body, component and branch."""
     steps: dict[tuple[str, str, int], list[int]] = {}
-    for name, tag in zip(calls, found, strict=True):
+    for name, tag in zip(calls, tags, strict=True):
         if tag is not None:
             steps.setdefault((name, tag.component, tag.branch), []).append(tag.step)
     return [
@@ -177,15 +177,15 @@ def _steps(calls: list[str], found: list[call_tags.Tag | None]) -> list[list[str
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Write neighbours as a range: 0, 2-4."""
-    # What grows as fast as its place in the list stays the same within a range.
+    """Return sorted numbers as text with ranges: 0, 2-4."""
+    # A number minus its index is constant within a range.
     groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ranges = [[number for _, number in group] for _, group in groups]
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in ranges)
 
 
 def problem(file: Path) -> str | None:
-    """Return what is wrong with a file, in one line, or None."""
+    """Return the problem of a file in one line, or None."""
     try:
         if file.suffix == ".program":
             Program.load(file).verify()

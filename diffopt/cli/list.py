@@ -1,4 +1,4 @@
-"""`diffopt passes` and `diffopt targets`: what there is, and which options it takes."""
+"""`diffopt passes` and `diffopt targets`: their names, options and descriptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def passes(name: str | None, as_json: bool) -> None:
     """Print all passes, or one with its options."""
     names = pass_names() if name is None else [name]
     rows = [
-        {"name": each, "kind": "exact" if cls.exact else "approximate", **_about(cls)}
+        {"name": each, "kind": "exact" if cls.exact else "approximate", **_facts(cls)}
         for each, cls in ((each, find_pass(each)) for each in names)
     ]
     if as_json:
@@ -32,7 +32,7 @@ def passes(name: str | None, as_json: bool) -> None:
 
 
 def targets(name: str | None, as_json: bool) -> None:
-    """Print all lowerings and devices, or what is called `name`, which can be one of each."""
+    """Print all lowerings and devices, or those called `name`, which can be one of each."""
     known = {*target_names(), *hardware_names()}
     if name is not None and name not in known:
         raise DiffoptError(f"there is no target '{name}'{spec.suggest(name, known)}")
@@ -53,17 +53,17 @@ def targets(name: str | None, as_json: bool) -> None:
 
 def _lowering(name: str) -> dict[str, Any]:
     cls = find_target(name)
-    return {"name": name, "kind": "lowering", **_about(cls), "devices": target.devices(cls)}
+    return {"name": name, "kind": "lowering", **_facts(cls), "devices": target.devices(cls)}
 
 
-def _device(own: Hardware) -> dict[str, Any]:
-    about = {**own.to_json(), "programmed": own.kind, "lowerings": lowerings(own)}
-    return {**about, "kind": "device"}
+def _device(device: Hardware) -> dict[str, Any]:
+    facts = {**device.to_json(), "programmed": device.kind, "lowerings": lowerings(device)}
+    return {**facts, "kind": "device"}
 
 
-def _about(cls: Any) -> dict[str, Any]:
+def _facts(cls: Any) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    about = {
+    facts = {
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
         "description": inspect.getdoc(inspect.getmodule(cls)) or "",
         "options": [
@@ -78,8 +78,8 @@ def _about(cls: Any) -> dict[str, Any]:
     }
     kind = spec.choice(cls)
     if kind is not None:
-        about["choices"] = [{"name": w, **_about(kind[1].find(w))} for w in kind[1].words()]
-    return about
+        facts["choices"] = [{"name": w, **_facts(kind[1].find(w))} for w in kind[1].words()]
+    return facts
 
 
 def _print_list(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -106,35 +106,40 @@ def _print_devices(devices: Sequence[Hardware]) -> None:
     columns = ["device", "GB", "GB/s", *FORMATS, SPARSE]
     rows = [
         [
-            own.name,
-            *(f"{value / 1e9:.4g}" for value in (own.memory, own.bandwidth)),
-            *(f"{own.peak[n] / 1e12:.4g}" if n in own.peak else "" for n in FORMATS),
-            "yes" if own.sparsity else "",
+            device.name,
+            *(f"{value / 1e9:.4g}" for value in (device.memory, device.bandwidth)),
+            *(f"{device.peak[n] / 1e12:.4g}" if n in device.peak else "" for n in FORMATS),
+            "yes" if device.sparsity else "",
         ]
-        for own in devices
+        for device in devices
     ]
     show.table("devices: 10¹² operations a second by format, dense, at most", columns, rows)
 
 
-def _print_device(own: Hardware) -> None:
-    facts = {"memory": f"{own.memory / 1e9:.4g} GB", "bandwidth": f"{own.bandwidth / 1e9:.4g} GB/s"}
-    if own.capability is not None:
-        facts["compute capability"] = ".".join(map(str, own.capability))
-    if own.cores:
-        facts["cores"] = str(own.cores)
+def _print_device(device: Hardware) -> None:
+    facts = {
+        "memory": f"{device.memory / 1e9:.4g} GB",
+        "bandwidth": f"{device.bandwidth / 1e9:.4g} GB/s",
+    }
+    if device.capability is not None:
+        facts["compute capability"] = ".".join(map(str, device.capability))
+    if device.cores:
+        facts["cores"] = str(device.cores)
     for number in FORMATS:
-        if number in own.peak:
+        if number in device.peak:
             facts[number] = (
-                f"{own.peak[number] / 1e12:.4g}·10¹² operations a second, dense, at most"
+                f"{device.peak[number] / 1e12:.4g}·10¹² operations a second, dense, at most"
             )
     for number in (*FORMATS, SPARSE):
-        if reason := own.lacks(number):
-            facts[number] = reason + ("; may hold weights" if own.can_store(number) else "")
+        if reason := device.lacks(number):
+            facts[number] = reason + ("; may hold weights" if device.can_store(number) else "")
     facts.setdefault(SPARSE, "products of weights with two zeros in every four")
-    ways = [own.name if way == own.kind else f"{own.name}:{way}" for way in lowerings(own)]
-    facts["targets"] = ", ".join(ways) or "no lowering takes it"
+    names = [f"{device.name}:{n}" if n != device.kind else device.name for n in lowerings(device)]
+    facts["targets"] = ", ".join(names) or "no lowering takes it"
     show.table(
-        f"device {own.name}: {own.title}", ["fact", "description"], [[*p] for p in facts.items()]
+        f"device {device.name}: {device.title}",
+        ["fact", "description"],
+        [[*p] for p in facts.items()],
     )
-    for source in own.sources:
+    for source in device.sources:
         show.stdout().print(f"source: {source}", markup=False)

@@ -1,4 +1,4 @@
-"""Finds what the command line calls MODEL, and the arguments of a call to it."""
+"""Loads the MODEL of the command line, and completes the arguments of a call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPT = "a cat"  # short: every model has room for it
 
 
 def load_model(text: str) -> Any:
-    """Return the pipeline, or the `Program`, that a MODEL argument means."""
+    """Return the pipeline or the `Program` of a MODEL argument."""
     path = Path(text)
     if path.suffix == ".program":
         if not path.is_file():
@@ -52,12 +52,12 @@ def _diffusers() -> Any:
     return diffusers
 
 
-def _from_pretrained(place: str | Path) -> Any:
+def _from_pretrained(model: str | Path) -> Any:
     pipeline = _diffusers().DiffusionPipeline
     with warnings.catch_warnings():
-        # The new name of torch_dtype is unknown to older diffusers, and the old one warns.
+        # Older diffusers lack the new name of torch_dtype, and the old one warns.
         warnings.simplefilter("ignore", FutureWarning)
-        return _quiet(pipeline.from_pretrained(place, torch_dtype=torch.float32))
+        return _quiet(pipeline.from_pretrained(model, torch_dtype=torch.float32))
 
 
 def _pipeline(path: Path) -> Any:
@@ -72,7 +72,7 @@ def _pipeline(path: Path) -> Any:
 def _hub(name: str) -> Any:
     try:
         return _from_pretrained(name)
-    except Exception as error:  # the hub's client raises many kinds, of several libraries
+    except Exception as error:  # the hub's client raises types of several libraries
         raise DiffoptError(
             f"{name} is no local directory, and could not be had from the hub: {_first_line(error)}"
         ) from error
@@ -134,47 +134,52 @@ def _read(text: str) -> Any:
 
 
 def trace_model(
-    text: str, given: Mapping[str, Any], steps: int | None, batch: int, dynamic: str
+    text: str, settings: Mapping[str, Any], steps: int | None, batch: int, dynamic: str
 ) -> Program:
     """Return the program of a MODEL argument: read from its file, or traced."""
     model = load_model(text)
     if isinstance(model, Program):
-        if given or steps or dynamic or batch != 1:
+        if settings or steps or dynamic or batch != 1:
             raise DiffoptError(f"{text} is traced already: trace its pipeline to change the call")
         return model
-    arguments = call_arguments(model, given, steps=steps, batch=batch)
+    arguments = call_arguments(model, settings, steps=steps, batch=batch)
     names = tuple(filter(None, dynamic.split(",")))
     return trace(model, dynamic=names, source=text, **arguments)
 
 
 def call_arguments(
-    pipe: Any, given: Mapping[str, Any], *, steps: int | None = None, batch: int = 1, seed: int = 0
+    pipe: Any,
+    settings: Mapping[str, Any],
+    *,
+    steps: int | None = None,
+    batch: int = 1,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Return arguments to call `pipe` with: those given, and stand-ins for those it must have.
+    """Return arguments to call `pipe` with: `settings`, and defaults for required ones.
 
-    What the stand-ins are worth does not matter to capture, which only needs one call to look at.
-    With several images to a call each has a generator of its own, so that seeds count up.
+    A default's value does not matter: capture needs any call. With several images in a call, each
+    has its own generator, and seeds count up.
     """
     parameters = inspect.signature(pipe).parameters
-    # Pipelines that also take **kwargs ignore what they do not know, and so a misspelt name.
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for name in given.keys() - parameters.keys():
-        if not free or difflib.get_close_matches(name, parameters):
+    # Pipelines with **kwargs ignore unknown names, and so misspelt ones.
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in settings.keys() - parameters.keys():
+        if not has_kwargs or difflib.get_close_matches(name, parameters):
             raise DiffoptError(f"{_name(pipe)} has no argument '{name}'{suggest(name, parameters)}")
     generators = [torch.Generator().manual_seed(seed + index) for index in range(batch)]
-    stand_ins = {
+    defaults = {
         "prompt": PROMPT if batch == 1 else [PROMPT] * batch,
         "class_labels": [0] * batch,
         "batch_size": batch,
         "generator": generators[0] if batch == 1 else generators,
         "num_inference_steps": steps,
     }
-    if "prompt_embeds" in given:
-        del stand_ins["prompt"]
+    if "prompt_embeds" in settings:
+        del defaults["prompt"]
     if steps is None:
-        del stand_ins["num_inference_steps"]
-    arguments = {name: value for name, value in stand_ins.items() if name in parameters}
-    arguments |= given
+        del defaults["num_inference_steps"]
+    arguments = {name: value for name, value in defaults.items() if name in parameters}
+    arguments |= settings
     missing = [
         name
         for name, p in parameters.items()

@@ -1,4 +1,4 @@
-"""What the command line prints: tables and JSON on stdout, progress on stderr."""
+"""Prints tables and JSON to stdout, progress to stderr."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = (
     *("kind", "summary", "type", "default", "help", "changed", "promise", "component", "steps"),
     *("description", "devices"),
 )
-WIDTH = 180  # of tables that do not go to a terminal: a file has no edge to wrap at
+WIDTH = 180  # of tables that are not printed to a terminal: a file has no width
 
 
 def stdout() -> Console:
@@ -39,16 +39,16 @@ def stderr() -> Console:
 
 @contextmanager
 def progress(first: str) -> Iterator[Progress]:
-    """Show on stderr what is being done; gives a function of a text and the fraction done."""
+    """Show a progress bar on stderr; yields the function that updates it."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = stderr()
-    quiet = not console.is_terminal  # a log has no use for a bar
+    quiet = not console.is_terminal  # no bars in logs
     with ProgressBar(*columns, console=console, transient=True, disable=quiet) as display:
         task = display.add_task(first, total=None)
 
         def report(what: str, fraction: float | None = None) -> None:
             total = None if fraction is None else 1.0
-            # Square brackets are markup to rich, and common in what passes report.
+            # Square brackets are markup to rich, and common in passes' texts.
             text = what.replace("[", r"\[")
             display.update(task, description=text, total=total, completed=fraction or 0.0)
 
@@ -71,7 +71,7 @@ def _finite(value: Any) -> Any:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column and those in TEXTS hold text, all others numbers."""
+    """Print a table; the first column and those in TEXTS are aligned as text, others as numbers."""
     grid = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         side: Literal["left", "right"] = "left" if index == 0 or column in TEXTS else "right"
@@ -82,7 +82,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def count(number: float) -> str:
-    """Write a number shortly: 950, 17.8 M, 5.92 G."""
+    """Return a number in three digits with its unit: 950, 17.8 M, 5.92 G."""
     for unit in ("", " k", " M", " G", " T"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"
@@ -91,7 +91,7 @@ def count(number: float) -> str:
 
 
 def records_table(records: Sequence[Record], *, timing: bool, stats: bool) -> None:
-    """Print what each pass did."""
+    """Print the records of passes as a table."""
     columns = ["pass", "changed", "promise", "max abs", "relative", "since capture"]
     columns += ["seconds"] if timing else []
     columns += ["nodes", "parameters", "FLOPs"] if stats else []
@@ -126,7 +126,7 @@ def _print_details(record: Record) -> None:
         console.print(f"{record.text}: allowed {record.tolerance}", markup=False)
     for key, value in record.notes.items():
         if step_map.is_map(value):
-            continue  # a table of its own
+            continue  # printed as a map
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             rows = [list(map(_number, row.values())) for row in value]
             table(f"{record.text}: {key}", list(value[0]), rows)
@@ -144,7 +144,7 @@ def _number(value: object) -> str:
 
 
 def step_maps(records: Sequence[Record]) -> None:
-    """Print what passes made the steps of a loop take from earlier ones, and what that saves."""
+    """Print the step maps of passes that reuse values of earlier steps, and the FLOPs they save."""
     for report in step_map.step_map_reports(records):
         flops = report.note["flops"]
         numbers = [flops["before"], flops["predicted"], flops["measured"]]
@@ -176,8 +176,8 @@ def _cell(report: step_map.StepMapReport, sign: str) -> Text:
 
 
 def _ruler(steps: int) -> str:
-    """Return the numbers of every fifth or tenth step, each where its column is."""
+    """Return the numbers of every fifth or tenth step, each at its column."""
     apart = 5 if steps <= 20 else 10
-    # With spaces it would be wrapped elsewhere than the rows.
+    # Spaces would be wrapped at other places than the rows.
     numbers = (str(step).ljust(apart, "·") for step in range(0, steps, apart))
     return "".join(numbers)[: max(steps, 1)]

@@ -1,4 +1,4 @@
-"""Times ways to make the same images against each other, and compares what they make."""
+"""Times several implementations of the same sampling against each other; compares their images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from diffopt.progress import Progress, silent
 
-Make = Callable[[int], Tensor]
-"""Makes images, with values from 0 to 1, from a seed."""
+Sampler = Callable[[int], Tensor]
+"""Samples images, with values from 0 to 1, from a seed."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Say how long one contender takes, and how far its images are from the reference's.
+    """The times of one contender, and the distance of its images from the reference's.
 
     Attributes:
         first: Seconds of the first call, which compiles where something compiles late.
@@ -49,7 +49,7 @@ class Result:
 
 
 def measure(
-    contenders: Mapping[str, Make],
+    contenders: Mapping[str, Sampler],
     reference: str,
     *,
     rounds: int = 10,
@@ -62,18 +62,18 @@ def measure(
     Every round has its own seed, the same for all; images are compared with `reference`'s.
     """
     first, seconds = {}, {name: list[float]() for name in contenders}
-    for name, make in contenders.items():
+    for name, sampler in contenders.items():
         progress(f"warming up {name}", None)
-        first[name] = _timed(make, seed)[0]
+        first[name] = _timed(sampler, seed)[0]
         for _ in range(warmup - 1):
-            make(seed)
+            sampler(seed)
     errors = {name: list[Tensor]() for name in contenders}
     for index in range(rounds):
         progress(f"round {index + 1} of {rounds}", index / rounds)
         images = {}
-        for name, make in contenders.items():
-            taken, images[name] = _timed(make, seed + index)
-            seconds[name].append(taken)
+        for name, sampler in contenders.items():
+            elapsed, images[name] = _timed(sampler, seed + index)
+            seconds[name].append(elapsed)
         for name in contenders:
             errors[name].append((images[name].double() - images[reference].double()).abs())
     return {
@@ -87,10 +87,10 @@ def measure(
     }
 
 
-def _timed(make: Make, seed: int) -> tuple[float, Tensor]:
+def _timed(sampler: Sampler, seed: int) -> tuple[float, Tensor]:
     _wait()
     started = time.perf_counter()
-    images = make(seed)
+    images = sampler(seed)
     _wait()
     return time.perf_counter() - started, images
 
@@ -109,7 +109,7 @@ def psnr(errors: Tensor) -> float:
 def compile_pipeline(pipe: Any, mode: str | None) -> None:
     """Compile a diffusers pipeline's models in place, as its users do.
 
-    Text encoders are left alone: they run once, and are not diffusers' own.
+    Text encoders are not compiled: they run once, and are not part of diffusers.
     """
     for module in pipe.components.values():
         if type(module).__module__.partition(".")[0] != "diffusers":

@@ -110,7 +110,7 @@ def measure(
                         "weights": weights,
                         "flops": flops,
                     }
-        contenders: dict[str, timing.Make] = {
+        contenders: dict[str, timing.Sampler] = {
             key: lambda seed, e=engine: e(**request, seed=seed, output_type="pt")[0]
             for key, engine in engines.items()
         }

@@ -232,7 +232,7 @@ def train(work: Path, count: int) -> Tensor:
     return kept_features(work / "train.pt", images(DEBIAN, "train")[:count] / 2 + 0.5)
 
 
-def images_of(study: Study, engine: diffopt.Engine) -> timing.Make:
+def images_of(study: Study, engine: diffopt.Engine) -> timing.Sampler:
     """Return an engine as a function from a seed to images."""
     return lambda seed: engine(**study.request(9, seed), output_type="pt")[0]
 

@@ -18,14 +18,14 @@ from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 
 
-def noisy(size: float) -> timing.Make:
+def noisy(size: float) -> timing.Sampler:
     return lambda seed: torch.full((1, 3, 2, 2), 0.5) + size
 
 
 def test_measure() -> None:
     calls: list[tuple[str, int]] = []
 
-    def counted(name: str, make: timing.Make) -> timing.Make:
+    def counted(name: str, make: timing.Sampler) -> timing.Sampler:
         def call(seed: int) -> torch.Tensor:
             calls.append((name, seed))
             return make(seed)

@@ -82,7 +82,7 @@ def compare(peer: Peer, options: argparse.Namespace, folder: Path) -> dict[str, 
     return row
 
 
-def differences(contenders: Mapping[str, timing.Make]) -> dict[str, float]:
+def differences(contenders: Mapping[str, timing.Sampler]) -> dict[str, float]:
     """Return how far the engine's images are from the peer's, and those from uncached ones."""
     made = {name: torch.stack([make(s) for s in range(SEEDS)]) for name, make in contenders.items()}
     engine, cached = ((made[EAGER] - made[name]).abs().double() for name in (ENGINE, UNCACHED))
@@ -104,7 +104,7 @@ def compiling() -> Iterator[None]:
         yield
 
 
-def compiled_contenders(peer: Peer, steps: int, row: dict[str, Any]) -> dict[str, timing.Make]:
+def compiled_contenders(peer: Peer, steps: int, row: dict[str, Any]) -> dict[str, timing.Sampler]:
     """Return the pipeline compiled, without a cache and with the peer's where that works.
 
     Writes into the row what compiling the peer's took.
@@ -131,7 +131,7 @@ def compiled_contenders(peer: Peer, steps: int, row: dict[str, Any]) -> dict[str
     return made
 
 
-def compiled(peer: Peer, steps: int) -> timing.Make:
+def compiled(peer: Peer, steps: int) -> timing.Sampler:
     """Return the pipeline with the peer's cache, compiled."""
     pipe = load(peer.model)
     net = denoiser(pipe)

@@ -25,7 +25,7 @@ def denoiser(pipe: Any) -> Any:
     return getattr(pipe, "unet", None) or pipe.transformer
 
 
-def images_of(model: str, pipe: Any, steps: int, begin: Begin = lambda: None) -> timing.Make:
+def images_of(model: str, pipe: Any, steps: int, begin: Begin = lambda: None) -> timing.Sampler:
     """Return the pipeline as a function from a seed to images."""
 
     def make(seed: int) -> torch.Tensor:

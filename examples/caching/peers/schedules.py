@@ -43,7 +43,7 @@ def computed_by_engine(cached: Program, peer: Peer, steps: int) -> list[set[str]
     return found
 
 
-def computed_by_peer(pipe: Any, make: timing.Make, paths: Collection[str]) -> list[set[str]]:
+def computed_by_peer(pipe: Any, make: timing.Sampler, paths: Collection[str]) -> list[set[str]]:
     """Return the layers that each step of a pipeline computes."""
     net = denoiser(pipe)
     found: list[set[str]] = []
