@@ -18,7 +18,7 @@ KIND = "application/x-test"
 TEXT, NOISE = b"again and " * 5000, torch.randint(0, 256, (4096,), dtype=torch.uint8)
 
 
-def container(path: Path, compress: int | None) -> container.Archive:
+def written(path: Path, compress: int | None) -> container.Archive:
     members = {"text": [TEXT[:100], TEXT[100:]], "noise": [container.raw_bytes(NOISE)], "empty": []}
     container.write(path, KIND, {}, members, compress)
     return container.Archive(path, KIND, "a test", "")
@@ -26,7 +26,7 @@ def container(path: Path, compress: int | None) -> container.Archive:
 
 @pytest.mark.parametrize("level", [None, 1, 22])
 def test_members_come_back(level: int | None, tmp_path: Path) -> None:
-    opened = container(tmp_path / "x", level)
+    opened = written(tmp_path / "x", level)
     opened.verify()
     assert bytes(opened.read("text")) == TEXT
     assert bytes(opened.read("noise")) == bytes(container.raw_bytes(NOISE))
@@ -50,8 +50,8 @@ def test_compressed_tensors_are_aligned_and_can_be_written_to(tmp_path: Path) ->
 @pytest.mark.parametrize("at", [0, 5, 20, -1])
 def test_a_damaged_member_is_one_line(at: int, tmp_path: Path) -> None:
     path = tmp_path / "x"
-    opened = container(path, 3)
-    start, size = opened._places["text"]
+    opened = written(path, 3)
+    start, size = opened._spans["text"]
     content = bytearray(path.read_bytes())
     content[start + at % size] ^= 0x55
     path.write_bytes(content)
@@ -66,7 +66,7 @@ def test_a_member_cut_short_or_too_long_is_damaged() -> None:
     assert frame is not None
     for size in (len(TEXT) - 1, len(TEXT) + 1):
         with pytest.raises(EOFError):
-            container._unpack(memoryview(frame), size)
+            container._decompress(memoryview(frame), size)
 
 
 def test_a_truncated_file_is_one_line(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_truncated_file_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("level", [0, 23, -1])
 def test_wrong_level(level: int, tmp_path: Path) -> None:
     with pytest.raises(DiffoptError) as caught:
-        container(tmp_path / "x", level)
+        written(tmp_path / "x", level)
     assert str(caught.value) == f"compress={level}: wants a level from 1 (fast) to 22 (small)"
     assert not list(tmp_path.iterdir())
 
