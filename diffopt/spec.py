@@ -5,11 +5,10 @@
     option = [NAME "="] value
     value  = WORD | STRING | "(" [value ("," value)*] ")"
 
-Options are the fields of a frozen dataclass, written in kebab-case; a value without a name is
-taken by position, and one behind a named option of several values belongs to that:
-`keep=first:2,last:2` is `keep=(first:2,last:2)`. A field whose type is a `Choice` is written as a
-word, and what is chosen brings its own options to the same call:
-`cache(deepcache,interval=3,max-cache-mb=64)`.
+Options are the fields of a frozen dataclass, written in kebab-case; a value without a name is bound
+by position, or to the named tuple option before it: `keep=first:2,last:2` is
+`keep=(first:2,last:2)`. A field whose type is a `Choice` is written as a word, and the options of
+the chosen class are written in the same call: `cache(deepcache,interval=3,max-cache-mb=64)`.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ Span = tuple[int, int]
 
 
 class Choice:
-    """A dataclass of options that a word chooses; the first field of a pass may have this type."""
+    """A dataclass of options, selected by a word; the first field of a pass may have this type."""
 
     name: ClassVar[str]
 
     @classmethod
     def find(cls, word: str) -> type[Choice]:
-        """Return what `word` chooses, or raise a DiffoptError that names what there is."""
+        """Return the class called `word`, or raise a DiffoptError that names all."""
         raise NotImplementedError
 
     @classmethod
     def words(cls) -> list[str]:
-        """Return what there is to choose from."""
+        """Return the names of all classes."""
         raise NotImplementedError
 
 
@@ -52,7 +51,7 @@ def option(default: T, help: str) -> T:
 
 @dataclass(frozen=True)
 class Value:
-    """Hold one written value: a word, a string in quotes, or a tuple of values."""
+    """A written value: a word, a string in quotes, or a tuple of values."""
 
     text: str
     span: Span
@@ -62,7 +61,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Argument:
-    """Hold one written option, with its name unless it was given by position."""
+    """A written option; its name is None if it is bound by position."""
 
     name: str | None
     span: Span
@@ -71,7 +70,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Call:
-    """Hold one written pass or target, its options and where it stands in the text."""
+    """A written pass or target, with its options and the span of its name in the text."""
 
     name: str
     span: Span
@@ -88,7 +87,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def parse(text: str, noun: str = "pass") -> list[Call]:
-    """Parse `text` into calls; `noun` is what the error messages call one of them."""
+    """Parse `text` into calls; `noun` is what error messages call one."""
     return _Parser(text, noun).calls()
 
 
@@ -167,13 +166,13 @@ class _Parser:
         return Value(token.group(), token.span())
 
     def peek(self, ahead: int = 0) -> str | None:
-        place = self.at + ahead
-        return self.tokens[place].group() if place < len(self.tokens) else None
+        index = self.at + ahead
+        return self.tokens[index].group() if index < len(self.tokens) else None
 
     def accept(self, mark: str) -> bool:
-        found = self.peek() == mark
-        self.at += found
-        return found
+        matches = self.peek() == mark
+        self.at += matches
+        return matches
 
     def word(self, message: str) -> re.Match[str]:
         if self.at == len(self.tokens) or self.tokens[self.at].lastgroup != "word":
@@ -190,28 +189,28 @@ class _Parser:
         raise DiffoptError(message, text=self.text, span=span)
 
 
-def bind(call: Call, cls: Callable[..., T], text: str, **given: Any) -> T:
-    """Make an instance of the dataclass `cls` with the options written in `call`.
+def bind(call: Call, cls: Callable[..., T], text: str, **fields: Any) -> T:
+    """Return an instance of the dataclass `cls` with the options written in `call`.
 
-    `given` are values of fields that are no options.
+    `fields` are values of fields that are no options.
     """
     hints = options(cls)
-    kind = choice(cls)
+    selector = choice(cls)
     first = call.arguments[0] if call.arguments else None
-    if kind is None or first is None or first.name not in (None, _kebab(kind[0])):
+    if selector is None or first is None or first.name not in (None, _kebab(selector[0])):
         values = _read(call.name, call.arguments, hints, text)
-        return _make(call, cls, {**values, **given}, text)
-    key, base = kind
+        return _make(call, cls, {**values, **fields}, text)
+    key, base = selector
     try:
         chosen = base.find(first.value.text)
     except DiffoptError as error:
         raise DiffoptError(error.message, text=text, span=first.value.span) from None
     del hints[key]
-    own = options(chosen)
+    inner_hints = options(chosen)
     name = f"{call.name}({chosen.name})"
-    values = _read(name, call.arguments[1:], {**own, **hints}, text)
-    inner = _make(call, chosen, {k: values.pop(k) for k in own if k in values}, text)
-    return _make(call, cls, {key: inner, **values, **given}, text)
+    values = _read(name, call.arguments[1:], {**inner_hints, **hints}, text)
+    inner = _make(call, chosen, {k: values.pop(k) for k in inner_hints if k in values}, text)
+    return _make(call, cls, {key: inner, **values, **fields}, text)
 
 
 def _make(call: Call, cls: Callable[..., T], values: Mapping[str, Any], text: str) -> T:
@@ -224,11 +223,11 @@ def _make(call: Call, cls: Callable[..., T], values: Mapping[str, Any], text: st
 def _read(
     name: str, arguments: Sequence[Argument], hints: Mapping[str, Any], text: str
 ) -> dict[str, Any]:
-    """Return the written values by field."""
+    """Return the written values by field; a wrong option or value is a DiffoptError."""
     by_position = iter(hints)
     values: dict[str, Any] = {}
-    for argument in _joined(arguments, hints):
-        key = next(by_position, None) if argument.name is None else _field(argument.name)
+    for argument in _join_tuples(arguments, hints):
+        key = next(by_position, None) if argument.name is None else _snake(argument.name)
         if key is None:
             message = f"{name} takes at most {len(hints)} options by position"
             raise DiffoptError(message, text=text, span=argument.span)
@@ -249,15 +248,15 @@ def _read(
     return values
 
 
-def _joined(arguments: Sequence[Argument], hints: Mapping[str, Any]) -> list[Argument]:
-    """Read `keep=first:2,last:2` as `keep=(first:2,last:2)` where the option takes several values.
+def _join_tuples(arguments: Sequence[Argument], hints: Mapping[str, Any]) -> list[Argument]:
+    """Return `keep=first:2,last:2` as `keep=(first:2,last:2)` where the option is a tuple.
 
-    Nothing else could follow an option with a name: what has no name comes before them.
+    An argument without a name behind a named one can mean nothing else.
     """
     joined: list[Argument] = []
     for argument in arguments:
         last = joined[-1] if joined else None
-        many = last is not None and last.name is not None and _takes_many(hints, last.name)
+        many = last is not None and last.name is not None and _is_tuple(hints, last.name)
         if last is None or argument.name is not None or not many:
             joined.append(argument)
             continue
@@ -269,23 +268,23 @@ def _joined(arguments: Sequence[Argument], hints: Mapping[str, Any]) -> list[Arg
     return joined
 
 
-def _takes_many(hints: Mapping[str, Any], name: str) -> bool:
-    return any(typing.get_origin(each) is tuple for each in _members(hints.get(_field(name))))
+def _is_tuple(hints: Mapping[str, Any], name: str) -> bool:
+    return any(typing.get_origin(each) is tuple for each in _members(hints.get(_snake(name))))
 
 
 def unparse(name: str, instance: Any) -> str:
-    """Return the text that binds back to `instance`: its name and the options that it changes."""
-    kind = choice(type(instance))
-    chosen = getattr(instance, kind[0]) if kind else None
-    if kind is None or chosen is None:
+    """Return the text that binds to `instance`: its name and the options that are not default."""
+    selector = choice(type(instance))
+    chosen = getattr(instance, selector[0]) if selector else None
+    if selector is None or chosen is None:
         written = _written(instance)
     else:
-        written = [chosen.name, *_written(chosen), *_written(instance, skip=kind[0])]
+        written = [chosen.name, *_written(chosen), *_written(instance, skip=selector[0])]
     return f"{name}({','.join(written)})" if written else name
 
 
 def _written(instance: Any, skip: str | None = None) -> list[str]:
-    """Return the options that differ from their defaults, as text."""
+    """Return the text of the options that differ from their defaults."""
     written = []
     leading = skip is None  # words at the front need no name: cache(auto,budget=0.02)
     for key, hint in options(type(instance)).items():
@@ -300,7 +299,7 @@ def _written(instance: Any, skip: str | None = None) -> list[str]:
 
 
 def choice(cls: Any) -> tuple[str, type[Choice]] | None:
-    """Return the field of a dataclass whose value a word chooses, and its type: the first only."""
+    """Return the name and type of a dataclass's first field if that is a `Choice`."""
     for key, hint in list(options(cls).items())[:1]:
         for kind in _members(hint):
             if isinstance(kind, type) and issubclass(kind, Choice):
@@ -309,10 +308,10 @@ def choice(cls: Any) -> tuple[str, type[Choice]] | None:
 
 
 def options(cls: Any) -> dict[str, Any]:
-    """Return the options of a dataclass in order, each with its type.
+    """Return the type of each option of a dataclass, in order.
 
-    A field with `written: False` in its metadata is none: what `bind` is given for it stands before
-    the parentheses.
+    A field with `written: False` in its metadata is no option: its value is not written in the
+    parentheses.
     """
     hints = typing.get_type_hints(cls)
     fields = [f for f in dataclasses.fields(cls) if f.init and f.metadata.get("written", True)]
@@ -320,7 +319,7 @@ def options(cls: Any) -> dict[str, Any]:
 
 
 def describe(hint: Any) -> str:
-    """Say a type in the user's words: "int or none", "one of int8, fp8"."""
+    """Return a type in the user's words: "int or none", "one of int8, fp8"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
@@ -335,7 +334,7 @@ def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _field(name: str) -> str:
+def _snake(name: str) -> str:
     return name.replace("-", "_")
 
 
@@ -343,12 +342,12 @@ def _default(cls: Any, key: str) -> Any:
     return next(f.default for f in dataclasses.fields(cls) if f.name == key)
 
 
-# In a union the narrowest type that reads the text wins, whatever order the union is written in.
+# A union is read as its narrowest type that can read the text, whatever order it is written in.
 _ORDER = (type(None), bool, int, float)
 
 
 def _convert(value: Value, hint: Any) -> Any:
-    """Read one written value as `hint`; ValueError when it is none."""
+    """Return a written value as type `hint`; raise a ValueError if it is none."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for each in sorted(
@@ -389,7 +388,7 @@ def _convert(value: Value, hint: Any) -> Any:
 
 
 def _format(value: Any, hint: Any) -> str:
-    """Write one value so that `_convert` reads it back as `hint`."""
+    """Return the text of a value that `_convert` reads back as `hint`."""
     if isinstance(value, tuple):
         (inner, *_) = [each for each in _members(hint) if typing.get_origin(each) is tuple]
         return f"({','.join(_format(item, typing.get_args(inner)[0]) for item in value)})"
