@@ -350,7 +350,7 @@ def test_a_dynamic_number():
         program(latents=latents, guidance_scale=0.5)
     assert re.fullmatch(
         r"guidance_scale=0\.5: the program was traced with guidance_scale > 1 true "
-        r"\(tests/test_capture\.py:\d+: if guidance_scale > 1:\); trace it again with this value",
+        r"\(capture/test_trace\.py:\d+: if guidance_scale > 1:\); trace it again with this value",
         str(caught.value),
     )
 
@@ -399,7 +399,7 @@ def test_what_cannot_be_captured_names_the_line(function, line, advice):
     with pytest.raises(CaptureError) as caught:
         diffopt.trace(Loop(function, net=net()), x=torch.randn(2, 4))
     message = str(caught.value)
-    assert re.match(r"tests/test_capture\.py:\d+: ", message), message
+    assert re.match(r"capture/test_trace\.py:\d+: ", message), message
     assert line in message
     assert advice in message
     assert "\n" not in message
