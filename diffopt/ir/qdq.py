@@ -1,18 +1,18 @@
-"""Quantized values in a graph: how they are written, and how they are found again.
+"""Quantized layers in a graph: how they are written, and how they are matched.
 
-A layer (a linear or a convolution) stays the operator that it was; what it reads is quantized and
-dequantized in front of it, in torch's own `quantized_decomposed` operators:
+A layer (a linear or a convolution) is the same operator as before; its input is quantized and
+dequantized, and its weight dequantized, by torch's own `quantized_decomposed` operators:
 
     %q: int8[4,8] = quantized_decomposed.quantize_per_tensor.tensor(%x, %scale, %zero, -128, 127, …)
     %d: float32[4,8] = quantized_decomposed.dequantize_per_tensor.tensor(%q, %scale, %zero, …)
     %w: float32[16,8] = quantized_decomposed.dequantize_per_channel(%values, %scales, None, 0, …)
     %y: float32[4,16] = aten.linear(%d, %w, %bias)
 
-Every target computes that as it stands; one with kernels for integers finds the pattern (`layers`,
-`weight`, `activation`) and takes these. Weights are stored as `Packed` is, those of 4 bits two in a
-byte. Activations are quantized with a scale and a zero point for the whole tensor, which are
-constants of the body, arguments of it (one row of a table for each step) or computed from the
-tensor; or with a scale for each row (token). E4M3 floats are scaled, clamped and cast.
+Every target can compute that; one with integer kernels matches it (`layers`, `weight`,
+`activation`). Weights are stored as `Packed` says, those of 4 bits two in a byte. An activation has
+a scale and a zero point for the whole tensor, which are constants of the body, arguments of it (one
+row of a table for each step) or computed from the tensor; or it has a scale for each row (token).
+E4M3 floats are scaled, clamped and cast.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from diffopt.ir.nodes import args, is_call
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
+to_copy = aten._to_copy.default
 
 Number = Literal["int8", "int4", "fp8"]
 """The format of stored numbers."""
@@ -94,8 +95,8 @@ class Packed:
             ones are widened in the graph.
         shape: Of the weight, [out, in, …].
         group: How many weights in a row share a scale; None: all of an output.
-        wide: Scales [out] with which the weight is rounded again, to int8: kernels for integers
-            take one scale for each output, and to int8 the finer ones of a group hardly matter.
+        wide: Scales [out] with which the weight is rounded again, to int8: integer kernels have
+            one scale for each output, and for int8 the finer ones of groups hardly matter.
     """
 
     number: Number
@@ -107,13 +108,13 @@ class Packed:
 
     @staticmethod
     def of(number: Number, values: Tensor, scales: Tensor, group: int | None = None) -> Packed:
-        """Return whole (or E4M3) numbers in the shape of the weight as they are stored."""
-        kept = pack_int4(values) if number == "int4" else values.contiguous()
-        return Packed(number, kept, scales, tuple(values.shape), group)
+        """Return int8, 4-bit or E4M3 numbers in the shape of the weight as they are stored."""
+        packed = pack_int4(values) if number == "int4" else values.contiguous()
+        return Packed(number, packed, scales, tuple(values.shape), group)
 
     @property
     def bytes(self) -> int:
-        """How much memory it takes."""
+        """The memory of the stored tensors, in bytes."""
         return self.values.nbytes + self.scales.nbytes
 
 
@@ -123,13 +124,13 @@ def place_weight(gm: fx.GraphModule, name: str, packed: Packed, dtype: torch.dty
     values = g.get_attr(gm, f"{name}_{packed.number}", packed.values)
     scales = g.get_attr(gm, f"{name}_scales", packed.scales)
     if packed.scales.dtype != torch.float32:
-        scales = g.call(graph, aten._to_copy.default, scales, dtype=torch.float32)
+        scales = g.call(graph, to_copy, scales, dtype=torch.float32)
     if packed.number == "fp8":
-        wide = g.call(graph, aten._to_copy.default, values, dtype=torch.float32)
+        wide = g.call(graph, to_copy, values, dtype=torch.float32)
         rows = [-1] + [1] * (len(packed.shape) - 1)
         scales = g.call(graph, aten.view.default, scales, rows)
         product = g.call(graph, aten.mul.Tensor, wide, scales)
-        return g.call(graph, aten._to_copy.default, product, dtype=dtype)
+        return g.call(graph, to_copy, product, dtype=dtype)
     low, high = LIMITS[packed.number]
     flat = packed.shape if packed.group is None else (packed.shape[0], -1)
     if packed.number == "int4":
@@ -177,7 +178,6 @@ class Weight:
     group: int | None
 
 
-to_copy = aten._to_copy.default
 _in_fp8 = condition(lambda x: x.meta["val"].dtype == FP8, "is not in E4M3")
 
 
@@ -214,7 +214,7 @@ def weight(node: fx.Node) -> Weight | None:
 
 
 def quantize(
-    gm: fx.GraphModule, x: fx.Node, scaling: Scaling, *given: fx.Node, number: Number = "int8"
+    gm: fx.GraphModule, x: fx.Node, scaling: Scaling, *qparams: fx.Node, number: Number = "int8"
 ) -> fx.Node:
     """Insert, at the graph's insertion point, a quantized and dequantized `x`; return its node.
 
@@ -222,13 +222,13 @@ def quantize(
         gm: Where.
         x: [..., features] for "rows".
         scaling: Where the scales come from.
-        given: For "static", the float32 scale and, for int8, the int32 zero point: tensors of one
-            element.
+        qparams: For "static", the float32 scale and, for int8, the int32 zero point: tensors of
+            one element.
         number: "int8" or "fp8".
     """
     graph, dtype = gm.graph, x.meta["val"].dtype
     if number == "fp8":
-        return _quantize_fp8(graph, x, scaling, given, dtype)
+        return _quantize_fp8(graph, x, scaling, qparams, dtype)
     limits: tuple[Any, ...] = (-128, 127, torch.int8)
     if scaling == "rows":
         wide = g.to_dtype(graph, x, torch.float32)
@@ -239,17 +239,16 @@ def quantize(
     if scaling == "dynamic":
         wide = g.to_dtype(graph, x, torch.float32)
         both = g.call(graph, qd.choose_qparams.tensor, wide, -128, 127, EPS, torch.int8)
-        found = [g.call(graph, operator.getitem, both, i) for i in (0, 1)]
-        types = (torch.float32, torch.int32)  # the operator has float64 and int64
-        pairs = zip(found, types, strict=True)
-        given = tuple(g.call(graph, aten._to_copy.default, n, dtype=t) for n, t in pairs)
-    limits = (*given, *limits)
+        types = (torch.float32, torch.int32)  # the operator returns float64 and int64
+        items = [(g.call(graph, operator.getitem, both, i), t) for i, t in enumerate(types)]
+        qparams = tuple(g.call(graph, to_copy, item, dtype=dtype) for item, dtype in items)
+    limits = (*qparams, *limits)
     q = g.call(graph, qd.quantize_per_tensor.tensor, x, *limits)
     return g.call(graph, qd.dequantize_per_tensor.tensor, q, *limits, out_dtype=dtype)
 
 
 def _quantize_fp8(
-    graph: fx.Graph, x: fx.Node, scaling: Scaling, given: tuple[fx.Node, ...], dtype: torch.dtype
+    graph: fx.Graph, x: fx.Node, scaling: Scaling, qparams: tuple[fx.Node, ...], dtype: torch.dtype
 ) -> fx.Node:
     wide = g.to_dtype(graph, x, torch.float32)
     if scaling == "rows":
@@ -259,13 +258,13 @@ def _quantize_fp8(
         least = g.call(graph, aten.clamp_min.default, most, EPS * FP8_MAX)
         scale = g.call(graph, aten.div.Tensor, least, FP8_MAX)
     else:
-        (scale,) = given
+        (scale,) = qparams
     scaled = g.call(graph, aten.div.Tensor, wide, scale)
     inside = g.call(graph, aten.clamp.default, scaled, -FP8_MAX, FP8_MAX)
-    q = g.call(graph, aten._to_copy.default, inside, dtype=FP8)
-    back = g.call(graph, aten._to_copy.default, q, dtype=torch.float32)
+    q = g.call(graph, to_copy, inside, dtype=FP8)
+    back = g.call(graph, to_copy, q, dtype=torch.float32)
     product = g.call(graph, aten.mul.Tensor, back, scale)
-    return g.call(graph, aten._to_copy.default, product, dtype=dtype)
+    return g.call(graph, to_copy, product, dtype=dtype)
 
 
 def _row_scale(graph: fx.Graph, x: fx.Node, high: float) -> fx.Node:
@@ -286,7 +285,7 @@ def rounded_rows(graph: fx.Graph, node: fx.Node, offset: int = 0) -> fx.Node:
     inside = g.call(graph, aten.clamp.default, whole, low, high)
     if offset:
         inside, dtype = g.call(graph, aten.add.Tensor, inside, offset), torch.uint8
-    return g.call(graph, aten._to_copy.default, inside, dtype=dtype)
+    return g.call(graph, to_copy, inside, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,20 +379,20 @@ def layer(node: fx.Node) -> Layer | None:
 
 def layers(gm: fx.GraphModule) -> list[Layer]:
     """Return the layers of a body, in order."""
-    found = (layer(node) for node in gm.graph.nodes if node.target in _LAYERS)
-    return [own for own in found if own is not None]
+    candidates = (layer(node) for node in gm.graph.nodes if node.target in _LAYERS)
+    return [candidate for candidate in candidates if candidate is not None]
 
 
-def is_stored_small(node: fx.Node) -> bool:
-    """Tell whether a node widens stored numbers: what nobody may evaluate ahead of time."""
-    widens = is_call(
+def dequantizes_weight(node: fx.Node) -> bool:
+    """Tell whether a node dequantizes a stored weight, which must not be evaluated beforehand."""
+    is_part = is_call(
         node,
         qd.quantize_per_channel.default,
         qd.dequantize_per_channel.default,
         qd.dequantize_per_channel_group.default,
         torch.ops.diffopt.unpack_int4.default,
     )
-    return widens or weight(node) is not None
+    return is_part or weight(node) is not None
 
 
 def is_fp8_scaling(node: fx.Node) -> bool:

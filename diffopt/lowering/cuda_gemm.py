@@ -6,20 +6,20 @@ A layer becomes one operator on the numbers that are stored; its scales and its 
             %w: bfloat16[256,128] = quantized_decomposed.dequantize_per_channel(%values, …)
             %y: bfloat16[64,256] = aten.linear(%d, %w, %bias)
 
-    setup:  %turned: int8[128,256] = aten.t(%values)
+    setup:  %transposed: int8[128,256] = aten.t(%values)
             %sums: int32[256] = aten.sum.dim_IntList(%values, [1])
 
-    after:  %1: int32[64,256] = aten._int_mm(%q, %turned)
+    after:  %1: int32[64,256] = aten._int_mm(%q, %transposed)
             %2: int32[64,256] = aten.sub.Tensor(%1, %sums * %zero)
             %y: bfloat16[64,256] = %2 * %scale * %scales + %bias
 
 A convolution over one place is such a product over the channels. The weights of layers that run on
-floats stay as small as they are stored: plain operators, which the compiler fuses, widen them in
-every call, and what these write is gone after the layer.
+floats are kept as small as they are stored: plain operators, which the compiler fuses, dequantize
+them in every call, and their results are freed after the layer.
 
 Not lowered when
-- the device has no products in the format, or its kernel does not take the sizes: `_int_mm` wants
-  more than 16 rows and multiples of 8 inputs and outputs, `_scaled_mm` multiples of 16;
+- the device has no products in the format, or its kernel does not support the sizes: `_int_mm` is
+  for more than 16 rows and multiples of 8 inputs and outputs, `_scaled_mm` for multiples of 16;
 - the weight has a scale for every few inputs, and the input is quantized as well;
 - a convolution is no such product.
 """
@@ -45,18 +45,18 @@ aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 unpack_int4 = torch.ops.diffopt.unpack_int4.default
 
-# What the matrix products take multiples of, as inputs and as outputs.
+# The matrix products are for numbers of inputs and of outputs that are multiples of these.
 _MULTIPLE: dict[qdq.Number, int] = {"int8": 8, "fp8": 16}
 _INT8_ROWS = 17  # the fewest
 
-# The kernel for 4-bit weights widens the whole weight again for every 16 rows, and was written for
-# a few: from some number on, it takes less to widen the weight once and multiply in bfloat16.
+# The kernel for 4-bit weights dequantizes the whole weight again for every 16 rows, and was written
+# for a few: for more, it is faster to dequantize the weight once and multiply in bfloat16.
 _INT4_ROWS = 64
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT4_TILES = (8, 4, 2)  # how many runs of 16 inputs are packed together, the fastest first
 
 # Sums of products in fp8 lose less in the tensor cores' own registers than their factors did by
-# rounding to 3 bits, and adding up elsewhere takes time.
+# rounding to 3 bits, and adding up elsewhere is slower.
 _FAST_SUMS = True
 
 
@@ -74,7 +74,7 @@ def lower(
     """
     lowered = load_time_graph.lower(
         components,
-        lambda gm: any(map(qdq.is_stored_small, gm.graph.nodes)),
+        lambda gm: any(map(qdq.dequantizes_weight, gm.graph.nodes)),
         lambda name, gm: _rewrite(gm, hardware, _Sizes(gm, (free or {}).get(name))),
         widen=False,
     )
@@ -108,13 +108,13 @@ def _shapes(
     """Return the shape of each value, with all free sizes at one end of their bounds."""
     if bounds:
         gm = g.clone(gm)
-        given = []
+        inputs = []
         for index, node in enumerate(g.placeholders(gm)):
             shape = list(node.meta["val"].shape)
             for axis, ends in bounds.get(index, {}).items():
                 shape[axis] = ends[end]
-            given.append(g.fake(torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")))
-        dynamic_sizes.propagate(gm, given, record=True)
+            inputs.append(g.fake(torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")))
+        dynamic_sizes.propagate(gm, inputs, record=True)
     values = {node.name: node.meta.get("val") for node in gm.graph.nodes}
     return {name: v.shape for name, v in values.items() if isinstance(v, torch.Tensor)}
 
@@ -126,9 +126,9 @@ def _rewrite(gm: fx.GraphModule, hardware: Hardware, shapes: _Sizes) -> load_tim
     """Put matrix products in place of layers."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    made: set[fx.Node] = set()
+    rewritten: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
-        layer = qdq.layer(node)  # as it is by now: what it reads may have been replaced
+        layer = qdq.layer(node)  # at this point: its input may have been replaced
         if layer is None or (weight := qdq.weight(layer.weight)) is None:
             continue
         x = qdq.activation(layer.x)
@@ -149,9 +149,9 @@ def _rewrite(gm: fx.GraphModule, hardware: Hardware, shapes: _Sizes) -> load_tim
             with gm.graph.inserting_before(layer.node):
                 result = _product(gm.graph, layer, weight, x, shapes)
             replace_node(layer.node, result)
-            made.add(result)
+            rewritten.add(result)
     return load_time_graph.Rewritten(
-        made, dict(counts), [f"{n} {text}" for text, n in reasons.items()]
+        rewritten, dict(counts), [f"{n} {text}" for text, n in reasons.items()]
     )
 
 
@@ -209,13 +209,13 @@ def _product(
     graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation | None, shapes: _Sizes
 ) -> fx.Node:
     """Insert a layer's matrix product, in the shape of the layer's result."""
-    given = _matrix(graph, layer.x if x is None else x.quantized, layer.convolution)
+    matrix = _matrix(graph, layer.x if x is None else x.quantized, layer.convolution)
     if x is None:
-        result = _int4(graph, layer, weight, given)
+        result = _int4(graph, layer, weight, matrix)
     elif x.number == "int8":
-        result = _int8(graph, layer, weight, x, given)
+        result = _int8(graph, layer, weight, x, matrix)
     else:
-        result = _fp8(graph, layer, weight, x, given)
+        result = _fp8(graph, layer, weight, x, matrix)
     shape = shapes.shape(layer.node)
     assert shape is not None
     if not layer.convolution:
@@ -248,11 +248,11 @@ def _values(graph: fx.Graph, weight: qdq.Weight) -> fx.Node:
 
 
 def _int8(
-    graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, given: fx.Node
+    graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, matrix: fx.Node
 ) -> fx.Node:
     values = _values(graph, weight)
-    turned = g.call(graph, aten.t.default, values)
-    result = g.call(graph, aten._int_mm.default, given, turned, like=layer.node)
+    transposed = g.call(graph, aten.t.default, values)
+    result = g.call(graph, aten._int_mm.default, matrix, transposed, like=layer.node)
     if x.zero is not None:  # (q - zero) @ w = q @ w - zero * sum(w)
         sums = g.call(graph, aten.sum.dim_IntList, values, [1], dtype=torch.int32)
         shift = g.call(graph, aten.mul.Tensor, sums, x.zero)
@@ -261,30 +261,30 @@ def _int8(
 
 
 def _fp8(
-    graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, given: fx.Node
+    graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, matrix: fx.Node
 ) -> fx.Node:
     """Insert a product that scales rows and columns; that is there for results in bfloat16."""
-    turned = g.call(graph, aten.t.default, _values(graph, weight))
+    transposed = g.call(graph, aten.t.default, _values(graph, weight))
     product, dtype = aten._scaled_mm.default, layer.node.meta["val"].dtype
     if dtype != torch.bfloat16:
         first = g.call(graph, aten.select.int, weight.scales, 0, 0)
         one = g.call(graph, aten.full_like.default, first, 1.0)
         end: tuple[Any, ...] = (None, None, torch.float32, _FAST_SUMS)
-        result = g.call(graph, product, given, turned, one, one, *end, like=layer.node)
+        result = g.call(graph, product, matrix, transposed, one, one, *end, like=layer.node)
         return _scaled(graph, layer, weight, x, result)
     rows = _rows(graph, x)
     if not x.rows:
-        column = g.call(graph, aten.slice.Tensor, given, 1, 0, 1)
+        column = g.call(graph, aten.slice.Tensor, matrix, 1, 0, 1)
         wide = g.call(graph, aten._to_copy.default, column, dtype=torch.float32)
         form = torch.contiguous_format
         ones = g.call(graph, aten.full_like.default, wide, 1.0, memory_format=form)
         rows = g.call(graph, aten.mul.Tensor, ones, x.scale)
     columns = g.call(graph, aten.view.default, weight.scales, [1, -1])
     end = (layer.bias, None, dtype, _FAST_SUMS)
-    return g.call(graph, product, given, turned, rows, columns, *end, like=layer.node)
+    return g.call(graph, product, matrix, transposed, rows, columns, *end, like=layer.node)
 
 
-def _int4(graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, given: fx.Node) -> fx.Node:
+def _int4(graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, matrix: fx.Node) -> fx.Node:
     """Insert a product with a packed weight, of which a group is (number - 8) * scale + zero."""
     out, inputs = weight.node.meta["val"].shape
     stored = args(weight.values)[0]
@@ -300,7 +300,7 @@ def _int4(graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, given: fx.Node)
     zeros = g.call(graph, aten.zeros_like.default, scales)
     both = g.call(graph, aten.stack.default, [scales, zeros], -1)
     target = aten._weight_int4pack_mm.default
-    result = g.call(graph, target, given, packed, weight.group, both, like=layer.node)
+    result = g.call(graph, target, matrix, packed, weight.group, both, like=layer.node)
     return result if layer.bias is None else g.call(graph, aten.add.Tensor, result, layer.bias)
 
 
@@ -322,17 +322,17 @@ def _rows(graph: fx.Graph, x: qdq.Activation) -> fx.Node:
     return g.call(graph, aten.reshape.default, x.scale, [-1, 1]) if x.rows else x.scale
 
 
-# What stays
+# Layers on floats
 
 
 def _write_out(gm: fx.GraphModule) -> None:
-    """Put plain operators in place of those that the compiler has no code for, or none for this."""
+    """Replace operators that the compiler has no code for by plain ones."""
     for node in list(gm.graph.nodes):
         for target, write in _PLAIN.items():
             if is_call(node, target):
                 with gm.graph.inserting_before(node):
-                    made = write(gm.graph, node)
-                replace_node(node, made)
+                    plain = write(gm.graph, node)
+                replace_node(node, plain)
     g.prune_unused(gm)
     gm.recompile()
 

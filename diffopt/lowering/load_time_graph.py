@@ -168,7 +168,7 @@ def _move(
         if is_pure(node) and constant.issuperset(node.all_input_nodes):
             constant.add(node)
             near = [node, *node.users] if widen else [node]
-            widens = widen and qdq.is_stored_small(node)
+            widens = widen and qdq.dequantizes_weight(node)
             begins = node.op != "get_attr" and (widens or not known.issuperset(near))
             if begins or not needs.isdisjoint(node.all_input_nodes):
                 needs.add(node)

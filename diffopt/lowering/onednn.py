@@ -38,11 +38,11 @@ mkldnn = torch.ops.mkldnn
 _Post = tuple[str, list[float], str]  # what a kernel applies to its results
 _NO_POST: _Post = ("none", [], "")
 _UNSIGNED = 128
-"""What is added to signed numbers: convolutions take unsigned ones alone, and for signed ones a CPU
+"""What is added to signed numbers: convolutions read unsigned ones alone, and for signed ones a CPU
 without AMX has a reference product that is hundreds of times as slow."""
 
-# A call of oneDNN takes some 10 µs more than torch's own product in float32, which turns weights
-# around as it reads them: with fewer multiply-adds that is more than a packed weight saves.
+# A call of oneDNN is some 10 µs slower than torch's own product in float32, which transposes
+# weights as it reads them: with fewer multiply-adds that is more than a packed weight saves.
 _WORTH_PACKING = 2**22
 
 
@@ -59,7 +59,7 @@ def lower(
     """
     return load_time_graph.lower(
         components,
-        lambda gm: pack or any(map(qdq.is_stored_small, gm.graph.nodes)),
+        lambda gm: pack or any(map(qdq.dequantizes_weight, gm.graph.nodes)),
         lambda name, gm: _lower_body(gm, pack, lack),
         widen=True,
     )
@@ -75,7 +75,7 @@ def _lower_body(gm: fx.GraphModule, pack: bool, lack: str | None) -> load_time_g
     changed: set[fx.Node] = set()
     inputs = _Inputs(gm)
     for node in list(gm.graph.nodes):
-        layer = qdq.layer(node)  # as it is by now: what it reads may have been replaced
+        layer = qdq.layer(node)  # at this point: its input may have been replaced
         if layer is None:
             continue
         weight, x = qdq.weight(layer.weight), qdq.activation(layer.x)
@@ -96,14 +96,14 @@ def _lower_body(gm: fx.GraphModule, pack: bool, lack: str | None) -> load_time_g
             if weight is not None and x is not None and reason is None:
                 last, post = _activated(layer, x.rows)
                 lowering = _convolution if layer.convolution else _linear
-                made = lowering(gm.graph, layer, weight, x, inputs, post)
+                new = lowering(gm.graph, layer, weight, x, inputs, post)
             else:
                 last, post = _activated(layer)
-                made = _float(gm.graph, layer, post)
-        replace_node(last, made)
+                new = _float(gm.graph, layer, post)
+        replace_node(last, new)
         if last is not layer.node:
             gm.graph.erase_node(layer.node)
-        changed.add(made)
+        changed.add(new)
     notes = [f"{n} layers with quantized inputs run on floats: {why}" for why, n in reasons.items()]
     return load_time_graph.Rewritten(changed, dict(counts), notes)
 
@@ -122,21 +122,21 @@ def _obstacle(layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation) -> str | 
 
 
 class _Inputs:
-    """A body's quantized inputs in the form that kernels take, each made once."""
+    """A body's quantized inputs in the form that kernels read, each inserted once."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._made: dict[tuple[fx.Node, bool], tuple[fx.Node, fx.Node]] = {}
+        self._inputs: dict[tuple[fx.Node, bool], tuple[fx.Node, fx.Node]] = {}
 
     def unsigned(self, x: qdq.Activation, line: bool = False) -> tuple[fx.Node, fx.Node]:
         """Return unsigned numbers and their zero point; a `line` gets the axis of an image."""
         key = x.quantized, line
-        if key not in self._made:
+        if key not in self._inputs:
             graph = self._gm.graph
             with graph.inserting_before(x.quantized):
-                made = _unsigned_rows(graph, x) if x.rows else _unsigned(graph, x, line)
-                self._made[key] = made
-        return self._made[key]
+                unsigned = _unsigned_rows(graph, x) if x.rows else _unsigned(graph, x, line)
+                self._inputs[key] = unsigned
+        return self._inputs[key]
 
 
 def _unsigned(graph: fx.Graph, x: qdq.Activation, line: bool) -> tuple[fx.Node, fx.Node]:
@@ -166,14 +166,14 @@ def _linear(
     zeros = _zeros(graph, weight)
     q, zero = inputs.unsigned(x)
     if not x.rows:
-        given: tuple[Any, ...] = (q, x.scale, zero, packed, weight.scales, zeros)
+        start: tuple[Any, ...] = (q, x.scale, zero, packed, weight.scales, zeros)
         end: tuple[Any, ...] = (_bias(graph, layer), 1.0, 0, _computed(dtype), *post)
-        result = g.call(graph, onednn.qlinear_pointwise.tensor, *given, *end, like=layer.node)
+        result = g.call(graph, onednn.qlinear_pointwise.tensor, *start, *end, like=layer.node)
         return g.to_dtype(graph, result, dtype)
     one = _full(graph, [1], 1.0, torch.float32)
-    given = (q, one, zero, packed, weight.scales, zeros)
+    start = (q, one, zero, packed, weight.scales, zeros)
     end = (None, 1.0, 0, torch.float32, *post)
-    product = g.call(graph, onednn.qlinear_pointwise.tensor, *given, *end, like=layer.node)
+    product = g.call(graph, onednn.qlinear_pointwise.tensor, *start, *end, like=layer.node)
     result = g.call(graph, aten.mul.Tensor, product, x.scale)
     if layer.bias is not None:
         result = g.call(graph, aten.add.Tensor, result, _bias(graph, layer))
@@ -194,11 +194,11 @@ def _convolution(
     if rank == 3:  # kernels have two axes or more
         values = g.call(graph, aten.unsqueeze.default, values, 2)
     q, zero = inputs.unsigned(x, line=rank == 3)
-    given = (values, weight.scales, 1.0, _UNSIGNED, *sizes, list(q.meta["val"].shape))
-    packed = _packed(graph, onednn.qconv_prepack.default, *given)
-    taken = (q, x.scale, zero, packed, weight.scales, _zeros(graph, weight), _bias(graph, layer))
+    unpacked = (values, weight.scales, 1.0, _UNSIGNED, *sizes, list(q.meta["val"].shape))
+    packed = _packed(graph, onednn.qconv_prepack.default, *unpacked)
+    start = (q, x.scale, zero, packed, weight.scales, _zeros(graph, weight), _bias(graph, layer))
     end: tuple[Any, ...] = (*sizes, 1.0, 0, _computed(dtype), *post)
-    result = g.call(graph, onednn.qconv_pointwise.tensor, *taken, *end, like=layer.node)
+    result = g.call(graph, onednn.qconv_pointwise.tensor, *start, *end, like=layer.node)
     if rank == 3:
         result = g.call(graph, aten.squeeze.dim, result, 2)
     return g.to_dtype(graph, result, dtype)
@@ -229,7 +229,7 @@ def _as_product(graph: fx.Graph, layer: qdq.Layer, changed: set[fx.Node]) -> qdq
 
 
 def _has_kernel(layer: qdq.Layer) -> bool:
-    """Tell whether a layer on floats has a kernel that takes a packed weight."""
+    """Tell whether a layer on floats has a kernel for a packed weight."""
     weight, dtype = layer.weight.meta["val"], layer.node.meta["val"].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
@@ -241,7 +241,7 @@ def _has_kernel(layer: qdq.Layer) -> bool:
 
 
 def _is_worth_packing(layer: qdq.Layer) -> bool:
-    """Tell whether a layer on floats is faster with the kernel that takes a packed weight."""
+    """Tell whether a layer on floats is faster with the kernel for a packed weight."""
     result = layer.node.meta["val"]
     if layer.convolution or result.dtype != torch.float32:
         return True
@@ -267,35 +267,35 @@ def _float(graph: fx.Graph, layer: qdq.Layer, post: _Post) -> fx.Node:
     if not layer.convolution:
         rows = math.prod(shape[:-1])
         packed = _packed(graph, mkldnn._reorder_linear_weight.default, layer.weight, rows)
-        given: tuple[Any, ...] = (layer.x, packed, layer.bias)
-        return g.call(graph, mkldnn._linear_pointwise.default, *given, *post, like=like)
+        arguments: tuple[Any, ...] = (layer.x, packed, layer.bias)
+        return g.call(graph, mkldnn._linear_pointwise.default, *arguments, *post, like=like)
     stride, padding, dilation, groups = _geometry(layer)
     sizes = (padding, stride, dilation, groups)
     target = mkldnn._reorder_convolution_weight.default
     packed = _packed(graph, target, layer.weight, *sizes, list(shape))
-    given = (layer.x, packed, layer.bias, *sizes)
-    return g.call(graph, mkldnn._convolution_pointwise.default, *given, *post, like=like)
+    arguments = (layer.x, packed, layer.bias, *sizes)
+    return g.call(graph, mkldnn._convolution_pointwise.default, *arguments, *post, like=like)
 
 
 def _geometry(layer: qdq.Layer) -> tuple[list[int], list[int], list[int], int]:
-    """Return a convolution's geometry; one axis gets another in front, which nothing happens to."""
+    """Return a convolution's geometry in two dimensions or more; a first one is left as it is."""
     stride, padding, dilation, groups = conv_geometry(layer.node)
     if len(stride) == 1:
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
     return stride, padding, dilation, groups
 
 
-def _packed(graph: fx.Graph, target: Any, values: fx.Node, *given: Any) -> fx.Node:
-    """Insert a packed weight. To a graph it is a plain tensor; how it lies is for kernels alone.
+def _packed(graph: fx.Graph, target: Any, values: fx.Node, *arguments: Any) -> fx.Node:
+    """Insert a packed weight. To a graph it is a plain tensor: its layout is for kernels alone.
 
-    It counts as contiguous however the weight lies: a compiler would turn another around.
+    It counts as contiguous, whatever the weight's layout: a compiler would transpose another one.
     """
-    node = graph.call_function(target, (values, *given))
+    node = graph.call_function(target, (values, *arguments))
     weight = values.meta["val"]
     with g.FAKE_MODE:
-        turned = target is onednn.qlinear_prepack.default
+        is_transposed = target is onednn.qlinear_prepack.default
         packed = torch.empty(weight.shape, dtype=weight.dtype)
-        node.meta["val"] = packed.t() if turned else packed
+        node.meta["val"] = packed.t() if is_transposed else packed
     return node
 
 
@@ -312,7 +312,7 @@ def _bias(graph: fx.Graph, layer: qdq.Layer) -> fx.Node | None:
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that a kernel is to give results in: it lacks some."""
+    """Return the type of a kernel's results: kernels lack some."""
     return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
@@ -321,7 +321,7 @@ def _computed(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def kernels() -> Iterator[None]:
-    """Let the compiler take packed weights that are arguments; its own rules want constants."""
+    """Let the compiler accept packed weights as arguments; its own rules want constants."""
     from torch._inductor import lowering, mkldnn_ir
 
     rules = {onednn.qlinear_pointwise.tensor: _rule(mkldnn_ir.QLinearPointwisePT2E, 3)}
@@ -346,13 +346,13 @@ def _rule(kernel: Any, at: int, known: Callable[..., Any] | None = None) -> Call
     from torch._inductor.lowering import view
     from torch._inductor.virtualized import V
 
-    def lower_call(x: Any, *given: Any) -> Any:
-        if known is not None and given[at - 1].get_name() in V.graph.constants:
-            return known(x, *given)
+    def lower_call(x: Any, *arguments: Any) -> Any:
+        if known is not None and arguments[at - 1].get_name() in V.graph.constants:
+            return known(x, *arguments)
         sizes = x.get_size()
-        matrices = [x, *given[: at - 1]] if known is not None else [x]
+        matrices = [x, *arguments[: at - 1]] if known is not None else [x]
         flat = [view(m, [-1, m.get_size()[-1]]) if len(sizes) != 2 else m for m in matrices]
-        result = TensorBox.create(kernel.create(*flat, *given[len(matrices) - 1 :]))
+        result = TensorBox.create(kernel.create(*flat, *arguments[len(matrices) - 1 :]))
         return view(result, [*sizes[:-1], result.get_size()[-1]]) if len(sizes) != 2 else result
 
     return lower_call

@@ -237,7 +237,7 @@ def _frozen(program: Program, names: Sequence[str], patterns: Sequence[str]) -> 
 
 def _computes_weight(node: fx.Node) -> bool:
     """Tell whether a node computes a weight from stored tensors."""
-    return qdq.is_stored_small(node) or node.target in (aten._to_copy.default, aten.view.default)
+    return qdq.dequantizes_weight(node) or node.target in (aten._to_copy.default, aten.view.default)
 
 
 def _read_by_layers(gm: fx.GraphModule) -> set[fx.Node]:

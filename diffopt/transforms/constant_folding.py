@@ -24,7 +24,7 @@ def fold_constants(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip:
     than their constant inputs together, quantized weights, and results larger than these.
     """
     constant = _constant_nodes(gm)
-    widened = [node for node in constant if qdq.is_stored_small(node)]
+    widened = [node for node in constant if qdq.dequantizes_weight(node)]
     kept = keep | g.ancestors(widened)
     made_of_small = g.descendants(widened)
     stack = [n for n in constant if any(user not in constant for user in n.users)]

@@ -25,7 +25,7 @@ Skip = Callable[[str, str], None]
 
 @dataclass(frozen=True, eq=False)
 class _Linear:
-    """A linear layer with stored weights, and where it gets its input."""
+    """A linear layer with stored weights, and its input."""
 
     graph: str
     node: fx.Node
@@ -35,7 +35,7 @@ class _Linear:
 
     @property
     def place(self) -> tuple[str, fx.Node]:
-        """Say whose result the layer takes; layers that share it can be merged."""
+        """Return the input and its graph; layers that share them can be merged."""
         return self.graph, self.source
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class _Linear:
 
 
 def merge_linears(program: Program, max_bytes: int, skip: Skip) -> int:
-    """Merge linear layers of one input; return how many layers went, over all components.
+    """Merge linear layers of one input; return how many fewer layers there are in all graphs.
 
     A weight that several components share is merged the same way in all of them, or not at all, so
     that none is stored twice.
@@ -96,7 +96,7 @@ def _layers(program: Program) -> list[_Linear]:
 
 
 def _skip_quantized(name: str, gm: fx.GraphModule, skip: Skip) -> None:
-    """Say of which layers nothing is looked for, though others read what they read."""
+    """Report quantized layers whose input other layers read too: they are not merged."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for layer in qdq.layers(gm):
         if not layer.convolution:
@@ -109,7 +109,7 @@ def _skip_quantized(name: str, gm: fx.GraphModule, skip: Skip) -> None:
 
 
 def _crowded(by_weight: dict[int, list[_Linear]]) -> set[tuple[str, fx.Node]]:
-    """Return the places that more than one weight takes its input from."""
+    """Return the inputs that layers with more than one weight read."""
     seen: dict[tuple[str, fx.Node], int] = {}
     for layers in by_weight.values():
         for place in {layer.place for layer in layers}:
@@ -134,7 +134,7 @@ def _chunks(group: list[list[_Linear]], max_bytes: int, skip: Skip) -> list[list
 
 
 def _merge(program: Program, chunk: list[list[_Linear]]) -> None:
-    """Merge layers of equal places, given as the uses of each weight."""
+    """Merge layers of equal places; `chunk` has the uses of each weight."""
     layers = [uses[0] for uses in chunk]
     weight = _parameter([layer.weight for layer in layers])
     bias = None
@@ -164,10 +164,10 @@ def _merge_nodes(
     before = [node.meta["val"] for node in g.outputs(gm)]
     graph = gm.graph
     with graph.inserting_before(first):
-        given = [args(first)[0], g.get_attr(gm, f"{stem}_merged_weight", weight)]
+        arguments = [args(first)[0], g.get_attr(gm, f"{stem}_merged_weight", weight)]
         if bias is not None:
-            given.append(g.get_attr(gm, f"{stem}_merged_bias", bias))
-        whole = g.call(graph, aten.linear.default, *given, like=first)
+            arguments.append(g.get_attr(gm, f"{stem}_merged_bias", bias))
+        whole = g.call(graph, aten.linear.default, *arguments, like=first)
         parts = g.call(graph, aten.split_with_sizes.default, whole, sizes, -1, like=first)
         whole.meta["module"] = _common([node.meta.get("module", "") for node in nodes])
         items = [g.call(graph, operator.getitem, parts, i, like=n) for i, n in enumerate(nodes)]

@@ -48,7 +48,7 @@ def rewrite(name: str, gm: fx.GraphModule) -> load_time_graph.Rewritten:
 
 
 def is_wanted(gm: fx.GraphModule) -> bool:
-    return any(map(qdq.is_stored_small, gm.graph.nodes))
+    return any(map(qdq.dequantizes_weight, gm.graph.nodes))
 
 
 def results(lowered: load_time_graph.Lowered, bodies: dict[str, fx.GraphModule]) -> list[Tensor]:
@@ -88,7 +88,7 @@ def test_where_weights_are_widened_that_no_kernel_takes(widen: bool) -> None:
     lowered = load_time_graph.lower(
         bodies, is_wanted, lambda name, gm: load_time_graph.Rewritten(set(), {}, []), widen
     )
-    stays = [node for node in lowered.bodies["one"].graph.nodes if qdq.is_stored_small(node)]
+    stays = [node for node in lowered.bodies["one"].graph.nodes if qdq.dequantizes_weight(node)]
     assert bool(stays) != widen
     made = results(lowered, bodies)
     assert len(made) == widen

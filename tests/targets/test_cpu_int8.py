@@ -187,7 +187,7 @@ def test_a_layer_runs_on_what_it_should_and_gives_the_same(name: str) -> None:
     for node in result.bodies["body"].graph.nodes:
         assert node.op != "call_function" or not inputs.isdisjoint(g.ancestors([node]))
     assert made["aten.gelu"] + made["aten.silu"] == (name == "rows, gelu")
-    assert not [node for node in result.bodies["body"].graph.nodes if qdq.is_stored_small(node)]
+    assert not [node for node in result.bodies["body"].graph.nodes if qdq.dequantizes_weight(node)]
     torch.testing.assert_close(
         result.bodies["body"](*SAMPLES, *further)[0], gm(*SAMPLES)[0], **TIGHT
     )

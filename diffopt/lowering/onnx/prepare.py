@@ -23,7 +23,7 @@ from diffopt.ir.nodes import args, argument, conv_geometry, is_call, replace_nod
 
 aten = torch.ops.aten
 
-# Operators along an axis that the exporter has for real numbers alone: where the axis is given.
+# Operators along an axis that the exporter has for real numbers alone: the position of the axis.
 _ALONG: dict[Any, int] = {
     aten.split.Tensor: 2,
     aten.split_with_sizes.default: 2,
@@ -71,37 +71,37 @@ class Prepared:
 
 def prepare(gm: fx.GraphModule) -> Prepared:
     """Return a copy of a component with operators that have a form in ONNX."""
-    made = Prepared(g.clone(gm))
-    for node in list(made.gm.graph.nodes):
-        with made.gm.graph.inserting_before(node):
+    prepared = Prepared(g.clone(gm))
+    for node in list(prepared.gm.graph.nodes):
+        with prepared.gm.graph.inserting_before(node):
             if is_call(node, torch.ops.diffopt.unpack_int4.default):
-                _unpack(made, node)
+                _unpack(prepared, node)
             elif is_call(node, aten.scaled_dot_product_attention.default):
-                _attention(made.gm.graph, node)
+                _attention(prepared.gm.graph, node)
             elif is_call(node, aten.expand.default, *_ALONG):
-                _complex(made.gm.graph, node)
+                _complex(prepared.gm.graph, node)
             elif is_call(node, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
                 _convolution(node)
             elif is_call(node, aten._to_copy.default, aten.mul.Tensor):
-                _fp8(made.gm.graph, node)
-    g.prune_unused(made.gm)
-    made.gm.recompile()
-    return made
+                _fp8(prepared.gm.graph, node)
+    g.prune_unused(prepared.gm)
+    prepared.gm.recompile()
+    return prepared
 
 
-def _unpack(made: Prepared, node: fx.Node) -> None:
+def _unpack(prepared: Prepared, node: fx.Node) -> None:
     """Put the numbers in the place of the bytes, in the shape that is dequantized."""
     source = args(node)[0]
-    packed = stored_tensor(made.gm, source)
+    packed = stored_tensor(prepared.gm, source)
     assert packed is not None
     values: Tensor = torch.ops.diffopt.unpack_int4(packed, args(node)[1])
     users = list(node.users)
     views = [user for user in users if is_call(user, aten.view.default)]
     last = views[0] if len(views) == len(users) == 1 else node
     name = str(source.target)
-    delattr(made.gm, name)
-    made.packed[name] = packed.detach()
-    replace_node(last, g.get_attr(made.gm, name, values.reshape(last.meta["val"].shape)))
+    delattr(prepared.gm, name)
+    prepared.packed[name] = packed.detach()
+    replace_node(last, g.get_attr(prepared.gm, name, values.reshape(last.meta["val"].shape)))
 
 
 def _fp8(graph: fx.Graph, node: fx.Node) -> None:
@@ -123,13 +123,13 @@ def _complex(graph: fx.Graph, node: fx.Node) -> None:
     if not x.meta["val"].is_complex():
         return
     rank = x.meta["val"].dim() + (node.target is aten.unsqueeze.default)
-    given = list(args(node)[1:])
+    arguments = list(args(node)[1:])
     # The pairs are one more axis, behind all others.
     if place is None:
-        given[0] = [*given[0], 2]
+        arguments[0] = [*arguments[0], 2]
     elif len(node.args) > place:
-        given[place - 1] %= rank
-    result = g.call(graph, node.target, g.call(graph, aten.view_as_real.default, x), *given)
+        arguments[place - 1] %= rank
+    result = g.call(graph, node.target, g.call(graph, aten.view_as_real.default, x), *arguments)
     if isinstance(node.meta["val"], torch.Tensor):
         replace_node(node, g.call(graph, aten.view_as_complex.default, result))
         return
@@ -158,6 +158,6 @@ def _attention(graph: fx.Graph, node: fx.Node) -> None:
     if node.kwargs.get("enable_gqa") and repeats > 1:
         repeat = aten.repeat_interleave.self_int
         key, value = (g.call(graph, repeat, n, repeats, -3) for n in (key, value))
-    given: tuple[Any, ...] = (query, key, value, mask)
+    arguments: tuple[Any, ...] = (query, key, value, mask)
     scale = node.kwargs.get("scale")
-    replace_node(node, g.call(graph, node.target, *given, like=node, scale=scale))
+    replace_node(node, g.call(graph, node.target, *arguments, like=node, scale=scale))

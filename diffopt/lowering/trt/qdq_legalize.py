@@ -1,18 +1,18 @@
-"""Rewrites quantized layers to what TensorRT has: zero points of 0, and scales that are constants.
+"""Rewrites quantized layers to what TensorRT has: zero points of 0, and constant scales.
 
-An activation x with any other scale s and zero point z is scaled in front of the layer, and the
-layer's result behind it. With u = x / s + z, a constant scale c, and W the weight:
+An activation x with any other scale s and zero point z is scaled before the layer, and the layer's
+result after it. With u = x / s + z, a constant scale c, and W the weight:
 
     layer(s * (round(u) - z)) = (layer(c * round(u)) - c * z * sum(W)) * s / c
 
 and c * round(u) is c * u quantized with the scale c and the zero point 0. That holds for one scale
-for the tensor, whatever it is computed from, and for one for each row. A convolution that pads with
-zeros gets them in front of that, where 0 is still 0. c is a power of two, so c * u is exact, and
-small enough that a sum of products fits into 16-bit floats.
+for the tensor, whatever it is computed from, and for one for each row. The input of a convolution
+that pads is padded before that, where zeros are still zeros. c is a power of two, so c * u is
+exact, and small enough that a sum of products fits into 16-bit floats.
 
 Weights of 4 bits get scales in the type of the product, the same one for every group of inputs
-where there is one for each output. Then the kernel of the product widens them; otherwise another
-kernel writes them to memory first.
+where there is one for each output. Then the kernel of the product dequantizes them; otherwise
+another kernel writes them to memory first.
 """
 
 from __future__ import annotations
@@ -28,43 +28,43 @@ from diffopt.transforms.constant_folding import evaluate
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 
-# What the largest number is scaled to lies just below 1.
+# With these scales the largest number is just below 1.
 _CONSTANT: dict[qdq.Number, float] = {"int8": 2.0**-7, "fp8": 2.0**-9}
 _GROUPS = (128, 64, 32)
 
 
 def rewrite(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a component whose quantized layers are in the form that TensorRT takes."""
-    made = g.clone(gm)
-    for layer in qdq.layers(made):
-        with made.graph.inserting_before(layer.node):
-            _weight(made, layer)
+    """Return a component with quantized layers in TensorRT's form."""
+    gm = g.clone(gm)
+    for layer in qdq.layers(gm):
+        with gm.graph.inserting_before(layer.node):
+            _weight(gm, layer)
     factors: dict[fx.Node, fx.Node] = {}
-    for layer in qdq.layers(made):
+    for layer in qdq.layers(gm):
         x, weight = qdq.activation(layer.x), qdq.weight(layer.weight)
-        with made.graph.inserting_before(layer.node):
+        with gm.graph.inserting_before(layer.node):
             if x is not None:
-                factor, shift = _activation(made, layer, x)
+                factor, shift = _activation(gm, layer, x)
             elif weight is not None and _is_read_alike(weight):
                 if weight.node not in factors:
-                    factors[weight.node] = _one_scale(made, layer, weight)
+                    factors[weight.node] = _one_scale(gm, layer, weight)
                 factor, shift = factors[weight.node], None
             else:
                 continue
-        _behind(made, layer, factor, shift)
-    g.prune_unused(made)
-    made.recompile()
-    return made
+        _scale_result(gm, layer, factor, shift)
+    g.prune_unused(gm)
+    gm.recompile()
+    return gm
 
 
 def _activation(
     gm: fx.GraphModule, layer: qdq.Layer, x: qdq.Activation
 ) -> tuple[fx.Node, fx.Node | None]:
-    """Scale in front of a layer; return what its result is to be multiplied by, and c * z."""
+    """Scale the input of a layer; return by what to multiply its result, and c * z."""
     graph, constant = gm.graph, _CONSTANT[x.number]
-    given, zero = [torch.tensor(constant)], None
+    qparams, zero = [torch.tensor(constant)], None
     if x.number == "int8":
-        given.append(torch.tensor(0, dtype=torch.int32))
+        qparams.append(torch.tensor(0, dtype=torch.int32))
         always = None if x.zero is None else stored_tensor(gm, x.zero)
         zero = x.zero if always is None or always.any() else None
     source = _padded(graph, layer, x.source) if zero and layer.convolution else x.source
@@ -75,7 +75,7 @@ def _activation(
         zero = g.to_dtype(graph, g.call(graph, aten.view.default, zero, []), torch.float32)
         zero = g.call(graph, aten.mul.Tensor, zero, constant)
         scaled = g.call(graph, aten.add.Tensor, scaled, zero)
-    constants = [g.get_attr(gm, "constant", tensor) for tensor in given]
+    constants = [g.get_attr(gm, "constant", tensor) for tensor in qparams]
     quantized = qdq.quantize(gm, scaled, "static", *constants, number=x.number)
     layer.node.update_arg(0, g.to_dtype(graph, quantized, layer.node.meta["val"].dtype))
     return factor, zero
@@ -83,9 +83,10 @@ def _activation(
 
 def _is_read_alike(weight: qdq.Weight) -> bool:
     """Tell whether linear layers alone read a weight with a scale for each output, unquantized."""
-    readers = [qdq.layer(user) for user in weight.node.users]
+    layers = [qdq.layer(user) for user in weight.node.users]
     return weight.group is None and all(
-        own is not None and not own.convolution and qdq.activation(own.x) is None for own in readers
+        layer is not None and not layer.convolution and qdq.activation(layer.x) is None
+        for layer in layers
     )
 
 
@@ -104,7 +105,9 @@ def _one_scale(gm: fx.GraphModule, layer: qdq.Layer, weight: qdq.Weight) -> fx.N
         return g.get_attr(gm, f"{name}_factor", (scales / middle).reshape(_rows(layer)))
 
 
-def _behind(gm: fx.GraphModule, layer: qdq.Layer, factor: fx.Node, shift: fx.Node | None) -> None:
+def _scale_result(
+    gm: fx.GraphModule, layer: qdq.Layer, factor: fx.Node, shift: fx.Node | None
+) -> None:
     """Scale the result of a layer, and shift it by so many times the sums of the weights."""
     graph, node, bias = gm.graph, layer.node, layer.bias
     if bias is not None:
@@ -153,7 +156,7 @@ def _padded(graph: fx.Graph, layer: qdq.Layer, source: fx.Node) -> fx.Node:
 
 
 def _weight(gm: fx.GraphModule, layer: qdq.Layer) -> None:
-    """Replace a quantized weight that TensorRT would widen in memory by one that it need not."""
+    """Replace a quantized weight that TensorRT would dequantize in memory by one in its form."""
     weight = qdq.weight(layer.weight)
     if weight is None or weight.number == "fp8":
         return
@@ -176,8 +179,8 @@ def _group(gm: fx.GraphModule, layer: qdq.Layer, weight: qdq.Weight) -> None:
         scales = scales[:, None].expand(-1, value.shape[1] // group).contiguous()
     if scales.abs().min() >= torch.finfo(value.dtype).tiny:  # else it would lose digits
         scales = scales.to(value.dtype)
-    given = g.get_attr(gm, f"{layer.node.name}_scales", scales)
-    limits = (given, None, *qdq.LIMITS["int4"], torch.int8, group, value.dtype)
+    stored = g.get_attr(gm, f"{layer.node.name}_scales", scales)
+    limits = (stored, None, *qdq.LIMITS["int4"], torch.int8, group, value.dtype)
     target = qd.dequantize_per_channel_group.default
     replace_node(weight.node, g.call(gm.graph, target, weight.values, *limits))
 
