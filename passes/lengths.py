@@ -78,7 +78,7 @@ class Lengths(Pass):
         for capture in captures:
             self._compare(program, capture)
         # The shapes to record are those that the inputs seen at capture give.
-        dynamic_sizes.propagate(
+        dynamic_sizes.infer_values(
             program.root, [g.fake(tensor) for tensor in program.sample], record=True
         )
         ctx.note("tokens", {n.text: f"{n.low} to {n.high}" for n in program.lengths})

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from diffopt.core import Context, Pass, option
 from diffopt.ir import graph as g
 from diffopt.ir.aliasing import clone_aliased_outputs, output_aliases
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.program import Program
 from diffopt.ir.step_tables import (
     first_after_arguments,
@@ -115,14 +116,16 @@ def _evaluate(
     """Return the values at every call; calls with the same constants share them."""
     body = program.components[name]
     formals = [g.placeholders(body)[i] for i in bound]
-    part = g.extract_subgraph(body, formals, values, name)
+    part = Interpreter(body, values)
     known: dict[tuple[str, ...], list[Tensor]] = {}
     rows = []
     for call in program.calls(name):
         key = tuple(str(call.args[i].target) for i in bound)  # type: ignore[union-attr]
         if key not in known:
             with torch.no_grad():
-                known[key] = [t.clone() for t in part(*(g.attribute(program.root, k) for k in key))]
+                constants = (g.attribute(program.root, k) for k in key)
+                computed = part.values(known=dict(zip(formals, constants, strict=True)))
+                known[key] = [computed[n].clone() for n in values]
         rows.append(known[key])
     return rows
 

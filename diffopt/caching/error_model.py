@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.caching.apply_plan import Plan, Reuse, Term
-from diffopt.execution.partial_evaluation import Evaluator, Values
+from diffopt.execution.partial_evaluation import PartialEvaluator, Values
 from diffopt.execution.trajectories import run_root
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import is_call
@@ -45,7 +45,7 @@ class ErrorModel:
         self.loop = loop
         self.inputs = inputs
         self.progress = progress
-        self.body = Evaluator(loop.body)
+        self.body = PartialEvaluator(loop.body)
         self._keys = {call: key for key, call in loop.calls.items()}
         self._arguments: list[dict[CallKey, list[Tensor]]] = []
         self._results: list[list[Tensor]] = []

@@ -1,18 +1,20 @@
-"""Runs a body with gradients to values that are given for some of its nodes, such as its weights.
+"""Runs a body with gradients to the values of some of its nodes, such as its weights.
 
-Roundings let gradients straight through (`ste`). What no argument and no given value changes is
+Roundings let gradients straight through. What depends on no argument and no such variable is
 computed once, so that each run does only what it has to, on the device that is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from diffopt.execution import straight_through
 from diffopt.ir import graph as g
+from diffopt.ir.interpreter import Interpreter
 from diffopt.transforms import request_dimension
 
 aten = torch.ops.aten
@@ -32,7 +34,7 @@ def read_weights(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
     return {n: t for n, t in nodes.items() if t.dtype in FLOATS and t.numel()}
 
 
-class Body:
+class DifferentiableBody:
     """A body that is run many times.
 
     Attributes:
@@ -42,7 +44,7 @@ class Body:
     def __init__(
         self,
         gm: fx.GraphModule,
-        given: Collection[fx.Node] = (),
+        variables: Collection[fx.Node] = (),
         keep: Sequence[fx.Node] = (),
         where: torch.device | None = None,
     ) -> None:
@@ -50,45 +52,29 @@ class Body:
 
         Args:
             gm: The body.
-            given: Nodes whose values each run brings.
+            variables: Nodes whose values each run brings, such as its weights.
             keep: What is wanted beside the results.
             where: The device; the CPU by default.
         """
         self.results = g.outputs(gm)
-        self._wanted = {*self.results, *keep}
-        self._takes = g.placeholders(gm)
+        self._placeholders = g.placeholders(gm)
         self._where = where or torch.device("cpu")
-        given = set(given)
-        needed = g.reachable(self._wanted, lambda n: () if n in given else n.all_input_nodes)
-        living = g.descendants([*self._takes, *given])
-        order = [n for n in gm.graph.nodes if n in needed]
-        self._nodes = [n for n in order if n in living and n.op == "call_function"]
-        self._nodes = [n for n in self._nodes if n not in given]
-        self._constants = self._fixed(gm, [n for n in order if n not in living])
-        self._last: dict[fx.Node, list[fx.Node]] = {}
-        seen = set(self._wanted)
-        for node in reversed(self._nodes):
-            self._last[node] = [n for n in node.all_input_nodes if n not in seen]
-            seen.update(self._last[node])
-
-    def _fixed(self, gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> straight_through.Values:
-        """Return the values that are the same in all runs, as far as these read them."""
-        values: straight_through.Values = {
-            n: g.attribute(gm, str(n.target)).detach() for n in nodes if n.op == "get_attr"
-        }
+        variables, wanted = set(variables), dict.fromkeys([*self.results, *keep])
+        needed = g.reachable(wanted, lambda n: () if n in variables else n.all_input_nodes)
+        variant = g.descendants([*self._placeholders, *variables])
+        constant = [n for n in gm.graph.nodes if n in needed and n not in variant]
+        self._interpreter = Interpreter(gm, wanted, [*variables, *constant])
+        read = [n for n in constant if n in wanted or not variant.isdisjoint(n.users)]
         with torch.no_grad():
-            straight_through.run((n for n in nodes if n.op == "call_function"), values)
-        read = {n for node in self._nodes for n in node.all_input_nodes} | self._wanted
-        return {
-            n: v.to(self._where) if isinstance(v, Tensor) else v
-            for n, v in values.items()
-            if n in read
+            values = Interpreter(gm, read).values()
+        self._constants = {
+            n: v.detach().to(self._where) if isinstance(v, Tensor) else v for n, v in values.items()
         }
 
     def __call__(
         self,
         arguments: Sequence[Tensor],
-        given: Mapping[fx.Node, Tensor] | None = None,
+        variables: Mapping[fx.Node, Tensor] | None = None,
         *,
         straight: bool = True,
     ) -> dict[fx.Node, Tensor]:
@@ -96,21 +82,22 @@ class Body:
 
         Args:
             arguments: Of the body, on any device.
-            given: The values of the nodes that were said to be given.
+            variables: The values of the variables.
             straight: Let gradients through roundings; numbers are floats all the way.
         """
-        values: straight_through.Values = {**self._constants, **(given or {})}
-        values |= {n: t.to(self._where) for n, t in zip(self._takes, arguments, strict=True)}
-        for node in self._nodes:
-            # Fused attention has a gradient, and does not store all scores.
-            fused = node.target is aten.scaled_dot_product_attention.default
-            straight_through.run([node], values, straight=straight and not fused)
-            for dead in self._last[node]:
-                values.pop(dead)
-        return {node: values[node] for node in self._wanted}
+        known = {**self._constants, **(variables or {})}
+        moved = [tensor.to(self._where) for tensor in arguments]
+        return self._interpreter.values(moved, known, _estimate if straight else None)
 
 
-class Calls:
+def _estimate(run: Interpreter, node: fx.Node) -> Any:
+    # Fused attention has a gradient, and does not store all scores.
+    if node.target is aten.scaled_dot_product_attention.default:
+        return run.run_node(node)
+    return straight_through.estimate(run, node)
+
+
+class DifferentiableCalls:
     """A body that is run for several calls at once, whose values have a leading dimension.
 
     A body that cannot have that dimension is run call by call.
@@ -119,24 +106,24 @@ class Calls:
     def __init__(
         self,
         gm: fx.GraphModule,
-        given: Collection[fx.Node] = (),
+        variables: Collection[fx.Node] = (),
         keep: Sequence[fx.Node] = (),
         where: torch.device | None = None,
     ) -> None:
-        """Prepare to run a body; see `Body`."""
+        """Prepare to run a body; see `DifferentiableBody`."""
         self._wanted = dict.fromkeys([*g.outputs(gm), *keep])
         self._batched = _batched(gm)
         if self._batched is None:
-            self._body = Body(gm, given, keep, where)
+            self._body = DifferentiableBody(gm, variables, keep, where)
             return
-        own = self._batched.nodes
-        nodes = [own[n] for n in given], [own[n] for n in keep]
-        self._body = Body(self._batched.graph, *nodes, where)
+        batched = self._batched.nodes
+        nodes = [batched[n] for n in variables], [batched[n] for n in keep]
+        self._body = DifferentiableBody(self._batched.graph, *nodes, where)
 
     def __call__(
         self,
         calls: Sequence[Sequence[Tensor]],
-        given: Mapping[fx.Node, Tensor] | None = None,
+        variables: Mapping[fx.Node, Tensor] | None = None,
         *,
         straight: bool = True,
     ) -> dict[fx.Node, Tensor]:
@@ -144,21 +131,23 @@ class Calls:
 
         Args:
             calls: The arguments of each.
-            given: The values of the nodes that were said to be given, for all of them.
+            variables: The values of the variables, the same for all calls.
             straight: Let gradients through roundings.
         """
-        given = given or {}
+        variables = variables or {}
         if self._batched is None:
-            made = [self._body(arguments, given, straight=straight) for arguments in calls]
-            return {n: torch.stack([values[n] for values in made]) for n in self._wanted}
+            each = [self._body(arguments, variables, straight=straight) for arguments in calls]
+            return {n: torch.stack([values[n] for values in each]) for n in self._wanted}
         rows = [torch.stack(list(column)) for column in zip(*calls, strict=True)]
         nodes = self._batched.nodes
-        own = {nodes[n]: value for n, value in given.items()}
-        values = self._body(rows, own, straight=straight)
-        found = {n: values[nodes[n]] for n in self._wanted}
+        batched = {nodes[n]: value for n, value in variables.items()}
+        values = self._body(rows, batched, straight=straight)
+        results = {n: values[nodes[n]] for n in self._wanted}
         # What no argument changes is the same for all calls, and has no such dimension.
-        changing = self._batched.batched
-        return {n: v if n in changing else v.expand(len(calls), *v.shape) for n, v in found.items()}
+        variant = self._batched.batched
+        return {
+            n: v if n in variant else v.expand(len(calls), *v.shape) for n, v in results.items()
+        }
 
 
 def _batched(gm: fx.GraphModule) -> request_dimension.Batched | None:

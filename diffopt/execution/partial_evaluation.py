@@ -1,4 +1,4 @@
-"""Evaluates a body with some of its values given, and only as far as what is asked for needs it."""
+"""Evaluates a body with some of its values replaced, as far as what is asked for needs it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.program import Program
 
 Values = dict[fx.Node, Tensor]
 
 
-class Evaluator:
-    """Runs a body, or the part of it that is needed."""
+class PartialEvaluator:
+    """Runs a body, or the part of it that is needed.
+
+    Attributes:
+        results: The nodes that the body returns.
+    """
 
     def __init__(self, body: fx.GraphModule) -> None:
         self.results = g.outputs(body)
-        self._takes = g.placeholders(body)
-        self._nodes = [n for n in body.graph.nodes if n.op == "call_function"]
-        self._constants: Values = {
-            n: g.attribute(body, str(n.target)) for n in body.graph.nodes if n.op == "get_attr"
+        self._body = body
+        self._operators = [n for n in body.graph.nodes if n.op == "call_function"]
+        self._weights: Values = {
+            n: g.attribute(body, str(n.target)) for n in body.graph.find_nodes(op="get_attr")
         }
-        self._orders: dict[Any, list[fx.Node]] = {}
+        self._interpreters: dict[Any, Interpreter] = {}
 
     def run(
         self,
         arguments: Sequence[Tensor],
-        given: Mapping[fx.Node, Tensor] | None = None,
+        replaced: Mapping[fx.Node, Tensor] | None = None,
         keep: Iterable[fx.Node] = (),
         known: Mapping[fx.Node, Tensor] | None = None,
     ) -> Values:
@@ -37,56 +42,42 @@ class Evaluator:
 
         Args:
             arguments: Of the body.
-            given: Values that are not computed.
+            replaced: Values that are not computed.
             keep: What to return beside the results.
-            known: All values for the same arguments without `given`, to use where that changes
+            known: All values for the same arguments without `replaced`, to use where that changes
                 nothing.
         """
-        given = given or {}
-        wanted = [*self.results, *keep]
-        env: dict[fx.Node, Any] = {**self._constants}
-        env.update(zip(self._takes, arguments, strict=True))
-        env.update(given)
-        for node in self._order(frozenset(given), tuple(wanted), known is not None):
-            args, kwargs = fx.map_arg(
-                (node.args, node.kwargs),
-                lambda n: env[n] if n in env else known[n],  # type: ignore[index]
-            )
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return {n: env[n] if n in env else known[n] for n in wanted}  # type: ignore[index]
+        replaced = replaced or {}
+        key = frozenset(replaced), (*self.results, *keep), known is not None
+        if key not in self._interpreters:
+            self._interpreters[key] = self._interpreter(*key)
+        values = {**(known or {}), **self._weights, **replaced}
+        return self._interpreters[key].values(arguments, values)
 
     def everything(self, arguments: Sequence[Tensor]) -> Values:
-        """Return all values."""
-        return self.run(arguments, keep=self._nodes)
+        """Return the values of all operators."""
+        return self.run(arguments, keep=self._operators)
 
-    def _order(
-        self, given: frozenset[fx.Node], wanted: tuple[fx.Node, ...], is_partial: bool
-    ) -> list[fx.Node]:
-        key = given, wanted, is_partial
-        if key not in self._orders:
-            changed = (g.descendants(given) if is_partial else set(self._nodes)) - given
-            needed = g.reachable(
-                changed.intersection(wanted), lambda n: changed.intersection(n.all_input_nodes)
-            )
-            self._orders[key] = [n for n in self._nodes if n in needed]
-        return self._orders[key]
+    def _interpreter(
+        self, replaced: frozenset[fx.Node], wanted: tuple[fx.Node, ...], is_partial: bool
+    ) -> Interpreter:
+        changed = g.descendants(replaced) if is_partial else set(self._operators)
+        known = [n for n in self._body.graph.nodes if n not in changed or n in replaced]
+        return Interpreter(self._body, wanted, known)
 
 
 def rerun(
-    program: Program, known: Mapping[fx.Node, Any], changed: Mapping[fx.Node, Any]
+    program: Program, known: Mapping[fx.Node, Any], changed: Mapping[fx.Node, Sequence[Tensor]]
 ) -> list[Tensor]:
-    """Return the outputs of a run whose calls would have given something else.
+    """Return the outputs of a run in which some calls had returned other results.
 
     Args:
         program: What was run.
         known: All values of the outer graph in that run.
-        changed: What some of its calls give now.
+        changed: The other results, by call.
     """
-    run = fx.Interpreter(program.root)
-    run.env = {**known, **{call: tuple(made) for call, made in changed.items()}}
-    late = g.descendants(changed) - set(changed)
+    late = g.descendants(changed)
+    early = [n for n in program.root.graph.nodes if n not in late or n in changed]
+    results = {call: tuple(tensors) for call, tensors in changed.items()}
     with torch.no_grad():
-        for node in program.root.graph.nodes:
-            if node in late:
-                run.env[node] = run.run_node(node)
-    return list(run.env[g.output_node(program.root)])
+        return list(Interpreter(program.root, known=early).run(initial_env={**known, **results}))

@@ -1,4 +1,4 @@
-"""Runs nodes of a graph, with gradients through what quantizes activations if wanted.
+"""Gradients through what quantizes activations: a hook for the interpreter.
 
 A rounding has no gradient. The straight-through estimator takes it for the identity, and lets no
 gradient through where a value is clipped.
@@ -15,25 +15,17 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import qdq
+from diffopt.ir.interpreter import Interpreter
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 
-Values = dict[fx.Node, Any]
 
-
-def run(nodes: Iterable[fx.Node], values: Values, *, straight: bool = False) -> None:
-    """Compute nodes, in order, from values of what they read; add their values.
-
-    Args:
-        nodes: Operators.
-        values: Of all that they read.
-        straight: Estimate gradients straight through: numbers are floats all the way.
-    """
-    for node in nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        call: Any = node.target
-        values[node] = (_RULES.get(call, call) if straight else call)(*args, **kwargs)
+def estimate(run: Interpreter, node: fx.Node) -> Any:
+    """Compute an operator with gradients straight through: numbers are floats all the way."""
+    args, kwargs = run.arguments(node)
+    target: Any = node.target
+    return _RULES.get(target, target)(*args, **kwargs)
 
 
 def roundings(nodes: Iterable[fx.Node]) -> Counter[Any]:
@@ -100,15 +92,13 @@ def _attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
-    dropout: float = 0.0,
-    causal: bool = False,
-    *,
+    *dropout_and_causal: Any,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if dropout or causal or enable_gqa:
+    if any(dropout_and_causal) or enable_gqa:
         fused: Tensor = aten.scaled_dot_product_attention.default(
-            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, mask, *dropout_and_causal, scale=scale, enable_gqa=enable_gqa
         )
         return fused
     # The fused operator has no rule for vmap: it would run for one call after the other.

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from diffopt.execution.calibration_inputs import requests
 from diffopt.ir import graph as g
+from diffopt.ir.interpreter import Interpreter, Values
 from diffopt.ir.printing import graph_fingerprint
 from diffopt.ir.program import Program
 from diffopt.progress import Progress, silent
@@ -28,6 +29,7 @@ __all__ = [
     "identity",
     "loop_identity",
     "requests",
+    "root_values",
     "run_root",
     "step_errors",
     "steps",
@@ -58,32 +60,20 @@ class Visit:
     values: dict[fx.Node, Tensor]
 
 
-class _Reader(fx.Interpreter):
-    """Runs a body, and keeps the values of some nodes while others are freed as usual."""
-
-    def __init__(self, body: fx.GraphModule, nodes: Iterable[fx.Node], only: bool = False) -> None:
-        super().__init__(body)
-        self.values: dict[fx.Node, Tensor] = {}
-        self._kept = {node for node in nodes if node.graph is body.graph}
-        self._runs = g.ancestors(self._kept) if only else set(body.graph.nodes)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op != "placeholder" and n not in self._runs:
-            return None
-        result = super().run_node(n)
-        if n in self._kept:
-            self.values[n] = result
-        return result
-
-
 def values(
     body: fx.GraphModule, arguments: Sequence[Tensor], nodes: Iterable[fx.Node]
 ) -> dict[fx.Node, Tensor]:
-    """Run as much of a body as gives the values of some of its nodes; return these."""
-    reader = _Reader(body, nodes, only=True)
+    """Compute as much of a body as some of its nodes need; return their values.
+
+    Nodes of other graphs are left out.
+    """
     with torch.no_grad():
-        reader.run(*arguments, enable_io_processing=False)
-    return reader.values
+        return Interpreter(body, _local(body, nodes)).values(arguments)
+
+
+def _local(body: fx.GraphModule, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    nodes = set(nodes)
+    return [n for n in body.graph.nodes if n in nodes]
 
 
 def steps(
@@ -99,53 +89,70 @@ def steps(
     """
     keys = {call: key for key, call in calls.items()}
     nodes = set(nodes)
-    needed = g.ancestors(calls.values())
-    outer = fx.Interpreter(program.root)
-    outer.args_iter = iter(inputs)
-    for node in program.root.graph.nodes:
-        if node.op != "placeholder" and node not in needed:
-            continue
-        if node not in keys:
-            with torch.no_grad():
-                outer.env[node] = outer.run_node(node)
-        else:
-            arguments, _ = outer.fetch_args_kwargs_from_env(node)
-            reader = _Reader(g.attribute(program.root, str(node.target)), nodes)
-            with torch.no_grad():
-                outer.env[node] = reader.run(*arguments)
-            yield Visit(*keys[node], list(arguments), reader.values)
-        for dead in outer.user_to_last_uses.get(node, ()):
-            del outer.env[dead]
+    bodies: dict[fx.GraphModule, Interpreter] = {}
+    visits: list[Visit] = []
+
+    def compute(run: Interpreter, node: fx.Node) -> Any:
+        with torch.no_grad():
+            if node not in keys:
+                return run.run_node(node)
+            body = program.components[str(node.target)]
+            local, outputs = _local(body, nodes), g.outputs(body)
+            if body not in bodies:
+                bodies[body] = Interpreter(body, [*outputs, *local])
+            arguments = list(run.arguments(node)[0])
+            computed = bodies[body].values(arguments)
+            visits.append(Visit(*keys[node], arguments, {n: computed[n] for n in local}))
+            return tuple(computed[n] for n in outputs)
+
+    for _ in Interpreter(program.root, (), also=list(keys)).steps(inputs, hook=compute):
+        yield from visits
+        visits.clear()
+
+
+Override = Callable[[fx.Node, list[Tensor]], Sequence[Tensor] | None]
+"""Returns the results of a component's call with some arguments; None: run it as it is."""
 
 
 def run_root(
-    program: Program,
-    inputs: Sequence[Tensor],
-    visit: Callable[[fx.Node, Sequence[Tensor]], Sequence[Tensor] | None],
-    known: dict[fx.Node, Any] | None = None,
+    program: Program, inputs: Sequence[Tensor], override: Override | None = None
 ) -> list[Tensor]:
-    """Run a program; `visit` may give the results of a call.
+    """Return the outputs of a program for the flat inputs of a request.
 
     Args:
         program: What to run.
         inputs: The flat inputs of the request.
-        visit: Called with each call of a component and its arguments; None: it runs as it is.
-        known: Where all values of the outer graph are put.
+        override: May compute calls of components in its place.
     """
+    outputs = g.outputs(program.root)
+    computed = _run_root(program, inputs, override, outputs)
+    return [computed[n] for n in outputs]
 
-    class Run(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            made = None
-            if n.op == "call_module":
-                given, _ = self.fetch_args_kwargs_from_env(n)
-                made = visit(n, list(given))
-            value = super().run_node(n) if made is None else tuple(made)
-            if known is not None:
-                known[n] = value
-            return value
 
+def root_values(
+    program: Program, inputs: Sequence[Tensor], override: Override | None = None
+) -> Values:
+    """Return all values of a program's outer graph for a request; see `run_root`."""
+    nodes = [n for n in program.root.graph.nodes if n.op != "output"]
+    return _run_root(program, inputs, override, nodes)
+
+
+def _run_root(
+    program: Program,
+    inputs: Sequence[Tensor],
+    override: Override | None,
+    wanted: Sequence[fx.Node],
+) -> Values:
+    def compute(run: Interpreter, node: fx.Node) -> Any:
+        if override is not None and node.op == "call_module":
+            results = override(node, list(run.arguments(node)[0]))
+            if results is not None:
+                return tuple(results)
+        return run.run_node(node)
+
+    calls = program.calls()
     with torch.no_grad():
-        return list(Run(program.root).run(*inputs))
+        return Interpreter(program.root, wanted, also=calls).values(inputs, hook=compute)
 
 
 # Measurements

@@ -40,7 +40,7 @@ def batch_axes(root: fx.GraphModule, size: int) -> Axes:
     for node in g.placeholders(root):
         value = node.meta["val"]
         inputs.append(g.fake(torch.empty([size + 1, *value.shape[1:]], dtype=value.dtype)))
-    results = dynamic_sizes.propagate(root, inputs, called)
+    results = dynamic_sizes.infer_values(root, inputs, called)
     for node, value in zip(g.outputs(root), results, strict=True):
         if _axis(node, value, size) != 0:
             raise VerifyError(f"output {node.name} has no dimension for requests")

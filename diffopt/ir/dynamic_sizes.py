@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from diffopt.errors import DiffoptError, VerifyError
 from diffopt.host.guards import mismatch
 from diffopt.ir import graph as g
+from diffopt.ir.interpreter import Interpreter
 
 Bounds = dict[int, dict[int, tuple[int, int]]]
 """By argument of a component: by axis that has no fixed size, the smallest and the largest."""
@@ -98,40 +99,43 @@ def free_axes(lengths: Sequence[Length], index: int) -> set[int]:
     return {axis for length in lengths for own, axis, _ in length.axes if own == index}
 
 
-def propagate(
+def infer_values(
     gm: fx.GraphModule,
-    given: Sequence[Any],
-    called: Callable[[str, fx.GraphModule, list[Any]], None] = lambda name, body, values: None,
+    arguments: Sequence[Any],
+    on_call: Callable[[str, fx.GraphModule, list[Any]], None] = lambda name, body, values: None,
     *,
     record: bool = False,
 ) -> list[Any]:
-    """Return the results for other arguments.
+    """Return the fake results for arguments of other shapes than those of the capture.
 
     Args:
         gm: The outer graph, or a component.
-        given: Fake arguments.
-        called: Gets each component that is called, with its arguments.
-        record: Whether the graphs keep these shapes as their values' own.
+        arguments: Fake values of the placeholders.
+        on_call: Called with the name, the graph and the arguments of each component that is called.
+        record: Whether to write what is inferred into the graphs' `meta["val"]`.
     """
-    env: dict[fx.Node, Any] = dict(zip(g.placeholders(gm), given, strict=True))
-    for node in gm.graph.nodes:
+
+    def infer(run: Interpreter, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            env[node] = node.meta["val"]
+            value = node.meta["val"]
         elif node.op == "call_module":
-            name, values = str(node.target), [env[a] for a in node.args]
+            name, (values, _) = str(node.target), run.arguments(node)
             body = g.attribute(gm, name)
-            called(name, body, values)
-            env[node] = tuple(propagate(body, values, called, record=record))
-        elif node.op == "call_function":
-            given, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            on_call(name, body, list(values))
+            value = tuple(infer_values(body, values, on_call, record=record))
+        else:
             with g.FAKE_MODE, torch.no_grad():
-                env[node] = node.target(*given, **kwargs)
-        if record and node in env:
-            node.meta["val"] = env[node]
-    results = [env[n] for n in g.outputs(gm)]
+                value = run.run_node(node)
+        if record:
+            node.meta["val"] = value
+        return value
+
+    results = Interpreter(gm, also=gm.graph.nodes).run(*arguments, hook=infer)
     if record:
-        g.output_node(gm).meta["val"] = tuple(results)
-    return results
+        g.output_node(gm).meta["val"] = results
+        for node, value in zip(g.placeholders(gm), arguments, strict=True):
+            node.meta["val"] = value
+    return list(results)
 
 
 def inputs(root: fx.GraphModule, lengths: Sequence[Length], counts: Sequence[int]) -> list[Tensor]:
@@ -166,7 +170,7 @@ def bounds(root: fx.GraphModule, lengths: Sequence[Length]) -> dict[str, Bounds]
 
     for counts in ([n.low for n in lengths], [n.high for n in lengths]):
         try:
-            propagate(root, inputs(root, lengths, counts), called)
+            infer_values(root, inputs(root, lengths, counts), called)
         except Exception as error:  # each operator has its own kinds
             reason = str(error).strip().splitlines()[0]
             tokens = ", ".join(map(str, counts))

@@ -114,7 +114,7 @@ def _shapes(
             for axis, ends in bounds.get(index, {}).items():
                 shape[axis] = ends[end]
             inputs.append(g.fake(torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")))
-        dynamic_sizes.propagate(gm, inputs, record=True)
+        dynamic_sizes.infer_values(gm, inputs, record=True)
     values = {node.name: node.meta.get("val") for node in gm.graph.nodes}
     return {name: v.shape for name, v in values.items() if isinstance(v, torch.Tensor)}
 

@@ -14,6 +14,7 @@ from diffopt.analysis.dtype_regions import SOFTMAX, DtypePlan, IslandKind, is_po
 from diffopt.analysis.reachability import packet
 from diffopt.execution import trajectories
 from diffopt.ir import graph as g
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.program import Program
 from diffopt.precision.cast_body import LowWeights, cast_body
 
@@ -64,7 +65,7 @@ class CastTrial:
     ) -> None:
         self.plan, self.calls, self.weights = plan, calls, weights
         self.overflows = torch.finfo(plan.low).max < torch.finfo(torch.float32).max / 2
-        self.reference = [_Run(plan.body, call, self.overflows) for call in calls]
+        self.reference = [_run(plan.body, call, self.overflows) for call in calls]
         self.unsupported: dict[str, str] = {}
 
     def measure(self, wide: Collection[fx.Node]) -> CastError:
@@ -87,7 +88,7 @@ class CastTrial:
         overflown: set[str] = set()
         for call, reference in zip(self.calls, self.reference, strict=True):
             arguments = [t.to(plan.low) if low else t for t, low in zip(call, is_low, strict=True)]
-            run = _Run(body, arguments, self.overflows)
+            run = _run(body, arguments, self.overflows)
             errors += map(_error, run.results, reference.results)
             overflown |= run.infinite - reference.infinite
         error = sum(errors) / max(1, len(errors))
@@ -167,29 +168,39 @@ def _first(body: fx.GraphModule, bad: Collection[str]) -> frozenset[str]:
     return frozenset(n.name for n in nodes if len(g.ancestors([n]) & nodes) == 1)
 
 
-class _Run(fx.Interpreter):
-    """Run a body once; record its results and the names of nodes that are not finite."""
+@dataclass(frozen=True)
+class _Run:
+    """A run of a body: its results, and the names of nodes whose values are not all finite."""
 
-    def __init__(self, body: fx.GraphModule, arguments: Sequence[Tensor], watch: bool) -> None:
-        super().__init__(body)
-        self.infinite: set[str] = set()
-        self.watch = watch
-        self.scores = _scores(body) if watch else set()
-        with torch.no_grad():
-            self.results: tuple[Tensor, ...] = self.run(*arguments, enable_io_processing=False)
+    results: tuple[Tensor, ...]
+    infinite: set[str]
 
-    def run_node(self, n: fx.Node) -> Any:
+
+def _run(body: fx.GraphModule, arguments: Sequence[Tensor], watch: bool) -> _Run:
+    """Run a body; look for values that are not finite if `watch` is set."""
+    infinite: set[str] = set()
+    scores = _scores(body) if watch else set()
+
+    def look(node: fx.Node, value: Any) -> None:
+        if not watch or not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        fine = value.isfinite() | (value == -torch.inf) if node in scores else value.isfinite()
+        if not bool(fine.all()):
+            infinite.add(node.name)
+
+    def compute(run: Interpreter, node: fx.Node) -> Any:
         try:
-            value = super().run_node(n)
+            value = run.run_node(node)
         except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedDtype(n.name, str(error).splitlines()[0]) from error
-        if self.watch and isinstance(value, Tensor) and value.is_floating_point():
-            expected = (
-                value.isfinite() | (value == -torch.inf) if n in self.scores else value.isfinite()
-            )
-            if not bool(expected.all()):
-                self.infinite.add(n.name)
+            raise UnsupportedDtype(node.name, str(error).splitlines()[0]) from error
+        look(node, value)
         return value
+
+    with torch.no_grad():
+        for node, value in zip(g.placeholders(body), arguments, strict=True):
+            look(node, value)
+        results = Interpreter(body, also=body.graph.nodes).run(*arguments, hook=compute)
+    return _Run(results, infinite)
 
 
 def _error(low: Tensor, wide: Tensor) -> float:

@@ -17,6 +17,7 @@ from diffopt.core.equivalence import squared_relative_error
 from diffopt.execution import trajectories
 from diffopt.ir import call_tags
 from diffopt.ir.flops import graph_flops
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.nodes import args
 from diffopt.ir.program import Program
 from diffopt.pruning import removal
@@ -57,8 +58,7 @@ class Ablation:
         self._visits: list[_Visit] = []
         probes = _probes(program, components)
         for turn, request in enumerate(inputs):
-            known: dict[fx.Node, Any] = {}
-            trajectories.run_root(program, request, lambda call, given: None, known)
+            known = trajectories.root_values(program, request)
             for family, steps in probes.items():
                 for calls in steps[turn % len(steps) :: len(inputs)]:
                     for call in calls:
@@ -86,9 +86,8 @@ class Ablation:
         """Return the squared relative error of what calls return: a mean for each component."""
         found: dict[str, list[float]] = {}
         for visit in self._visits:
-            run = fx.Interpreter(program.components[visit.name])
             with torch.no_grad():
-                made = run.run(*visit.arguments, enable_io_processing=False)
+                made = Interpreter(program.components[visit.name]).run(*visit.arguments)
             found.setdefault(visit.family, []).append(squared_relative_error(made, visit.results))
         return sum(sum(own) / len(own) for own in found.values())
 

@@ -31,7 +31,7 @@ from torch import Tensor, fx
 from diffopt.analysis.scope import choose_scope
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
-from diffopt.execution.differentiable import FLOATS, Body, device, read_weights
+from diffopt.execution.differentiable import FLOATS, DifferentiableBody, device, read_weights
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
@@ -99,7 +99,8 @@ class _Gradients:
         }
         self._reads = {n: read_weights(program.components[n]) for n in names}
         self._bodies = {
-            n: Body(program.components[n], self._reads[n], where=self._where) for n in names
+            n: DifferentiableBody(program.components[n], self._reads[n], where=self._where)
+            for n in names
         }
         self._calls = [c for c in program.calls() if str(c.target) in self._bodies]
 
@@ -164,7 +165,6 @@ class _Gradients:
         """Run a request; record the arguments and results of its calls."""
         arguments: dict[fx.Node, list[Tensor]] = {}
         results: dict[fx.Node, list[Tensor]] = {}
-        known: dict[fx.Node, Tensor] = {}
         self._progress("sampling", 0.5 * index / count)
 
         def visit(call: fx.Node, actual: Sequence[Tensor]) -> list[Tensor] | None:
@@ -175,7 +175,7 @@ class _Gradients:
             arguments[call], results[call] = list(actual), results_of_call
             return results_of_call
 
-        trajectories.run_root(self._program, tensors, visit, known)
+        known = trajectories.root_values(self._program, tensors, visit)
         return _Trajectory(arguments, results, known[noising.final])
 
     def _run(self, call: fx.Node, arguments: Sequence[Tensor]) -> list[Tensor]:

@@ -22,9 +22,10 @@ from torch import Tensor, fx
 from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.errors import DiffoptError
 from diffopt.execution import straight_through
-from diffopt.execution.segments import Part, Run, cut, results_of
+from diffopt.execution.segments import Sample, Segment, cut
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
+from diffopt.ir.interpreter import Hook, Values
 from diffopt.ir.nodes import stored_tensor
 from diffopt.progress import Progress, silent, within
 from diffopt.quantization import weight_rounding
@@ -74,25 +75,27 @@ def reconstruct(
     exact_blocks, blocks = _cut_both(body, quantized, [r.layer for r in roundings])
     samples = _fitting(samples, [*exact_blocks, *blocks], max_mb)
     count = len(g.placeholders(body))
-    exact_runs = [Run(body, sample[:count]) for sample in samples]
-    quantized_runs = [Run(quantized, sample) for sample in samples]
+    exact_samples = [Sample(body, sample[:count]) for sample in samples]
+    quantized_samples = [Sample(quantized, sample) for sample in samples]
     generator = torch.Generator().manual_seed(seed)
     settled: dict[str, qdq.Packed | None] = {}
-    for index, (exact_part, part) in enumerate(zip(exact_blocks, blocks, strict=True)):
-        constants = exact_part.constants()
-        targets = [run.advance(exact_part, constants) for run in exact_runs]
-        constants = part.constants()
-        inside = [r for r in roundings if r.layer in part.nodes]
+    for index, (exact, segment) in enumerate(zip(exact_blocks, blocks, strict=True)):
+        constants = exact.constants()
+        targets = [sample.advance(exact, constants) for sample in exact_samples]
+        constants = segment.constants()
+        inside = [r for r in roundings if r.layer in segment.nodes]
         # A weight that an earlier block shares is already learned there.
         constants |= _learned_weights(inside, settled)
         told = within(progress, index, len(blocks), f"rounding: block {index + 1} of {len(blocks)}")
-        block = _Block(part, constants, [run.inputs(part) for run in quantized_runs], targets)
+        block = _Block(
+            segment, constants, [sample.inputs(segment) for sample in quantized_samples], targets
+        )
         new = [r for r in inside if r.values not in settled]
         is_better = block.learn(new, steps, generator, told)
         settled |= {r.values: r.packed() if is_better else None for r in new}
         constants |= _learned_weights(inside, settled)
-        for run in quantized_runs:
-            run.advance(part, constants)
+        for sample in quantized_samples:
+            sample.advance(segment, constants)
     packed_by_layer = ((r.layer.name, settled[r.values]) for r in roundings)
     return {name: packed for name, packed in packed_by_layer if packed is not None}
 
@@ -156,9 +159,9 @@ def _roundings(body: fx.GraphModule, quantized: fx.GraphModule) -> list[_Roundin
 
 def _learned_weights(
     roundings: Sequence[_Rounding], settled: Mapping[str, qdq.Packed | None]
-) -> straight_through.Values:
+) -> Values:
     """Return the learned weights of layers, by the nodes that they read."""
-    values: straight_through.Values = {}
+    values: Values = {}
     for rounding in roundings:
         packed = settled.get(rounding.values)
         if packed is not None:
@@ -171,7 +174,7 @@ def _learned_weights(
 
 def _cut_both(
     body: fx.GraphModule, quantized: fx.GraphModule, layers: Sequence[fx.Node]
-) -> tuple[list[Part], list[Part]]:
+) -> tuple[list[Segment], list[Segment]]:
     """Return the blocks of both bodies, each with at least one of `layers` of the second."""
     names = {node.name: node for node in body.graph.nodes}
     twins = {n: names[n.name] for n in quantized.graph.nodes if n.name in names}
@@ -189,10 +192,10 @@ def _cut_both(
 
 
 def _fitting(
-    samples: Sequence[Sequence[Tensor]], parts: Sequence[Part], max_mb: float
+    samples: Sequence[Sequence[Tensor]], segments: Sequence[Segment], max_mb: float
 ) -> list[Sequence[Tensor]]:
     """Return as many samples, evenly spaced, as fit into memory."""
-    most = max((_bytes(part.kept) + _bytes(part.takes) for part in parts), default=0)
+    most = max((_bytes(s.kept) + _bytes(s.reads) for s in segments), default=0)
     count = max(2, min(len(samples), int(max_mb * 2**20 / max(1, 2 * most))))
     return [samples[i * len(samples) // count] for i in range(count)]
 
@@ -206,12 +209,12 @@ class _Block:
 
     def __init__(
         self,
-        part: Part,
-        constants: straight_through.Values,
+        segment: Segment,
+        constants: Values,
         inputs: Sequence[list[Tensor]],
         targets: Sequence[list[Tensor]],
     ) -> None:
-        self._part, self._constants = part, constants
+        self._segment, self._constants = segment, constants
         self._inputs, self._targets = inputs, targets
         held_out = range(_HELD_OUT - 1, len(inputs), _HELD_OUT) or [len(inputs) - 1]
         self._held_out = list(held_out)
@@ -249,30 +252,33 @@ class _Block:
         """The leading dimension of the block's first result in one call."""
         return int(self._targets[0][0].shape[0]) if self._targets[0][0].dim() else 1
 
-    def _error(self, samples: Sequence[int], fixed: straight_through.Values) -> float:
+    def _error(self, samples: Sequence[int], fixed: Values) -> float:
         """Return the mean squared error of samples, with the graph's operators."""
         total = 0.0
         for i in samples:
-            values = results_of(self._part, self._inputs[i], {**self._constants, **fixed})
-            outputs = [values[end] for end in self._part.ends]
+            with torch.no_grad():
+                outputs = self._run(fixed, self._inputs[i])
             total += float(_distance(outputs, self._targets[i]))
         return total / len(samples)
 
-    def _loss(
-        self, samples: Sequence[int], fixed: straight_through.Values, is_stacked: bool
-    ) -> Tensor:
+    def _loss(self, samples: Sequence[int], fixed: Values, is_stacked: bool) -> Tensor:
         """Return the same with gradients."""
         if not is_stacked:
             ones = [_distance(self._one(fixed, self._inputs[i]), self._targets[i]) for i in samples]
             return torch.stack(ones).mean()
         return _distance(self._many(fixed, samples), _stack(self._targets, samples)) / len(samples)
 
-    def _one(self, fixed: straight_through.Values, inputs: Sequence[Tensor]) -> list[Tensor]:
-        values = {**self._constants, **fixed, **dict(zip(self._part.takes, inputs, strict=True))}
-        straight_through.run(self._part.nodes, values, straight=True)
-        return [values[end] for end in self._part.ends]
+    def _one(self, fixed: Values, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return self._run(fixed, inputs, straight_through.estimate)
 
-    def _many(self, fixed: straight_through.Values, samples: Sequence[int]) -> list[Tensor]:
+    def _run(
+        self, fixed: Values, inputs: Sequence[Tensor], hook: Hook | None = None
+    ) -> list[Tensor]:
+        """Return the block's results for some inputs, with other values of some constants."""
+        values = self._segment.run(inputs, {**self._constants, **fixed}, hook)
+        return [values[end] for end in self._segment.ends]
+
+    def _many(self, fixed: Values, samples: Sequence[int]) -> list[Tensor]:
         stacked = _stack(self._inputs, samples)
         return list(torch.vmap(lambda *inputs: self._one(fixed, inputs))(*stacked))
 

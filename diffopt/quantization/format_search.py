@@ -181,7 +181,7 @@ class FormatSearch:
         choices = weight_choices(self.simulator, formats, measured, self.store)
         errors = torch.stack([torch.cat([torch.zeros(1), item.errors.sum(1)]) for item in choices])
         program, tries = self.simulator.program, 0
-        exact = [run_root(program, request, lambda call, args: None) for request in self.held_out]
+        exact = [run_root(program, request) for request in self.held_out]
 
         def measure(indices: Sequence[int]) -> float:
             nonlocal tries

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from diffopt.core.equivalence import squared_relative_error
 from diffopt.execution import trajectories
-from diffopt.execution.partial_evaluation import Evaluator, rerun
+from diffopt.execution.partial_evaluation import PartialEvaluator, rerun
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import args
 from diffopt.progress import Progress, silent
@@ -134,7 +134,7 @@ class _Profiler:
         progress: Progress,
     ) -> None:
         self._sim, self._candidates, self._inputs = simulator, candidates, inputs
-        self._bodies = {n: Evaluator(simulator.program.components[n]) for n in candidates}
+        self._bodies = {n: PartialEvaluator(simulator.program.components[n]) for n in candidates}
         self._probes = {n: _probes(len(simulator.steps[n])) for n in candidates}
         self._columns = len(next(iter(next(iter(candidates.values())).values())))
         self._progress = progress
@@ -151,10 +151,8 @@ class _Profiler:
         changed = {n: torch.zeros_like(measured) for n, measured in moved.items()}
         whole = torch.zeros(self._columns, dtype=torch.float64)
         for index, request in enumerate(self._inputs):
-            values: dict[fx.Node, Any] = {}
-            exact = trajectories.run_root(
-                self._sim.program, request, lambda call, arguments: None, values
-            )
+            values = trajectories.root_values(self._sim.program, request)
+            exact = [values[n] for n in g.outputs(self._sim.program.root)]
             for name, at, step in self._visits():
                 if (at - index) % len(self._inputs) == 0:  # takes long: one request a probe
                     errors[name][:, :, at] = self._errors(name, step, values)

@@ -16,6 +16,7 @@ from diffopt.analysis.scope import Scope
 from diffopt.execution.trajectories import run_root
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.nodes import args, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.quantization.quantize_body import Format, RangeOf, WeightStore, range_qparams
@@ -29,6 +30,7 @@ class Layers:
 
     def __init__(self, body: fx.GraphModule, ranges: RangeOf | None, store: WeightStore) -> None:
         self.body = body
+        self.interpreter = Interpreter(body)
         self.ranges = ranges
         self.by_node = {layer.node: layer for layer in qdq.layers(body)}
         self._store = store
@@ -106,19 +108,6 @@ def _placeholder(gm: fx.GraphModule, name: str, value: Any) -> fx.Node:
     return node
 
 
-class _Body(fx.Interpreter):
-    """Runs a component with some layers quantized."""
-
-    def __init__(self, layers: Layers, own: Mapping[fx.Node, Format], step: int) -> None:
-        super().__init__(layers.body)
-        self._layers, self._own, self._step = layers, own, step
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n not in self._own:
-            return super().run_node(n)
-        return self._layers.value(n, self._own[n], self._step, self.env.__getitem__)
-
-
 class Simulator:
     """Runs a program as if some layers of the components in scope were quantized.
 
@@ -147,20 +136,26 @@ class Simulator:
         self._site = {call: (name, step) for name, own in scope.calls.items() for call, step in own}
 
     def call(
-        self, name: str, own: Mapping[fx.Node, Format], step: int, given: Sequence[Tensor]
+        self, name: str, formats: Mapping[fx.Node, Format], step: int, arguments: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the results of a call of a component whose layers have some formats."""
-        body = _Body(self.layers[name], own, step)
+        layers = self.layers[name]
+
+        def compute(run: Interpreter, node: fx.Node) -> Any:
+            if node not in formats:
+                return run.run_node(node)
+            return layers.value(node, formats[node], step, run.env.__getitem__)
+
         with torch.no_grad():
-            return list(body.run(*given, enable_io_processing=False))
+            return list(layers.interpreter.run(*arguments, hook=compute))
 
     def run(
         self, inputs: Sequence[Tensor], formats: Mapping[str, Mapping[fx.Node, Format]]
     ) -> list[Tensor]:
         """Return the outputs of the program for a request if layers have some formats."""
 
-        def visit(call: fx.Node, given: Sequence[Tensor]) -> list[Tensor] | None:
+        def quantized(call: fx.Node, arguments: Sequence[Tensor]) -> list[Tensor] | None:
             name, step = self._site.get(call, ("", 0))
-            return self.call(name, formats[name], step, given) if name in formats else None
+            return self.call(name, formats[name], step, arguments) if name in formats else None
 
-        return run_root(self.program, inputs, visit)
+        return run_root(self.program, inputs, quantized)

@@ -17,7 +17,7 @@ from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.analysis.reachability import packet
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
-from diffopt.execution.differentiable import Body
+from diffopt.execution.differentiable import DifferentiableBody
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
 from diffopt.ir.printing import format_type
@@ -72,7 +72,7 @@ class PairedProgram:
             where: The device that these run on.
         """
         self.program = program
-        self.bodies = {n: Body(program.components[n], where=where) for n in names}
+        self.bodies = {n: DifferentiableBody(program.components[n], where=where) for n in names}
         self.calls = {call_key(program, c): c for c in program.calls() if str(c.target) in names}
         self._needed = g.ancestors(self.calls.values())
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from diffopt.execution.differentiable import FLOATS, Body, Calls
+from diffopt.execution.differentiable import FLOATS, DifferentiableBody, DifferentiableCalls
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
 from diffopt.training import call_pairs
@@ -56,14 +56,16 @@ class Matching:
         self._taps = found
         self.blocks = sum(map(len, found.values()))
         self._own = {
-            at: Calls(
+            at: DifferentiableCalls(
                 program.components[at[0]], trained.nodes[at[0]], [t.node for t in taps], where
             )
             for at, taps in found.items()
         }
         self._results = {at: g.outputs(program.components[at[0]]) for at in found}
         self._other = {
-            at: Calls(reference.components[at[1]], (), [t.reference for t in taps], where)
+            at: DifferentiableCalls(
+                reference.components[at[1]], (), [t.reference for t in taps], where
+            )
             for at, taps in found.items()
             if taps
         }
@@ -127,8 +129,10 @@ def _taps(
     body, other = program.components[pair.name], reference.components[pair.reference]
     taps = call_pairs.matching_blocks(body, other)
     with torch.no_grad():
-        mine = Body(body, (), [t.node for t in taps], where)(pair.arguments, straight=False)
-        theirs = Body(other, (), [t.reference for t in taps], where)(
+        mine = DifferentiableBody(body, (), [t.node for t in taps], where)(
+            pair.arguments, straight=False
+        )
+        theirs = DifferentiableBody(other, (), [t.reference for t in taps], where)(
             pair.reference_arguments, straight=False
         )
     taps = [t.aligned(mine[t.node], theirs[t.reference]) for t in taps]

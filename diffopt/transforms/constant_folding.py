@@ -11,7 +11,8 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.aliasing import storage_owner
-from diffopt.ir.nodes import is_pure, is_pure_graph, replace_node, stored_tensor
+from diffopt.ir.interpreter import Interpreter
+from diffopt.ir.nodes import is_pure, is_pure_graph, replace_node
 from diffopt.ir.program import Program
 
 Skip = Callable[[fx.Node, str], None]
@@ -39,9 +40,9 @@ def fold_constants(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip:
             stack += sources
         else:
             folded[node] = None
-    values: dict[fx.Node, Any] = {}
-    for node in [n for n in constant if n in folded]:
-        tensor = evaluate(gm, node, values)
+    with torch.no_grad():
+        values = Interpreter(gm, [n for n in constant if n in folded]).values()
+    for node, tensor in values.items():
         # A slice of a larger temporary would keep all of its memory.
         tensor = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
         with gm.graph.inserting_before(node):
@@ -82,23 +83,11 @@ def _is_kept(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> b
     return False
 
 
-def evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any] | None = None) -> Any:
-    """Return the value of a constant node; `values` caches those of the nodes above it."""
-    tensor = stored_tensor(gm, node)
-    if tensor is not None:
-        return tensor.detach()
-    values = {} if values is None else values
-    if node not in values:
-        for source in node.all_input_nodes:
-            values[source] = evaluate(gm, source, values)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-        with torch.no_grad():
-            if node.op == "call_module":
-                body = g.attribute(gm, str(node.target))
-                values[node] = fx.Interpreter(body).run(*args)
-            else:
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return values[node]
+def evaluate(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """Return the value of a constant node."""
+    with torch.no_grad():
+        value = Interpreter(gm, [node]).values()[node]
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def share_equal_constants(program: Program, keys: dict[int, tuple[Tensor, Any]]) -> int:

@@ -12,7 +12,7 @@ from diffopt.core import Pipeline
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
 from diffopt.execution import trajectories
-from diffopt.execution.partial_evaluation import Evaluator
+from diffopt.execution.partial_evaluation import PartialEvaluator
 from diffopt.ir.program import Program
 from diffopt.progress import silent
 from tests.zoo import traced
@@ -45,7 +45,7 @@ def relative_error(new: Program, old: Program, model: ErrorModel) -> float:
 
 
 def test_an_evaluation_of_a_part_is_what_the_whole_gives(model: ErrorModel) -> None:
-    evaluator, arguments = Evaluator(model.loop.body), model._arguments[0][2, 0]
+    evaluator, arguments = PartialEvaluator(model.loop.body), model._arguments[0][2, 0]
     known = evaluator.everything(arguments)
     expected = model.loop.body(*arguments)
     for value in model.candidates[:: len(model.candidates) // 8]:

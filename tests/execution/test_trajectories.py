@@ -4,6 +4,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from diffopt.execution import trajectories
 from diffopt.execution.calibration_inputs import read_prompts
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.program import Program
 from diffopt.storage import disk_cache
 from tests import loops
@@ -245,9 +247,19 @@ def test_what_is_not_asked_for_is_neither_run_nor_kept(
 
 
 def test_a_loop_ends_a_run(sd: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sd.components["vae_decode"], "forward", None)
+    called: list[object] = []
+
+    def call_module(self: Interpreter, target: object, args: Any, kwargs: Any) -> Any:
+        called.append(target)
+        return function(self, target, args, kwargs)
+
+    function = Interpreter.call_module
+    monkeypatch.setattr(Interpreter, "call_module", call_module)
     (inputs,) = trajectories.requests(sd, None, 1)
     assert len(list(trajectories.steps(sd, loop(sd), inputs))) == 3
+    assert called
+    assert "vae_decode" in sd.components
+    assert "vae_decode" not in called
 
 
 # Results on disk

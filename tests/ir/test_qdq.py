@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from diffopt.analysis import weight_memory
 from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.core import Pipeline, Record
-from diffopt.execution.partial_evaluation import Evaluator
+from diffopt.execution.partial_evaluation import PartialEvaluator
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
 from diffopt.ir.printing import format_graph
@@ -324,7 +324,7 @@ def test_values_of_a_quantized_body(pair: tuple[Program, Program]) -> None:
     loop = find_loop(pair[1])
     arguments = [torch.ones(n.meta["val"].shape) for n in g.placeholders(loop.body)]
     with torch.no_grad():
-        found = Evaluator(loop.body).everything(arguments)
+        found = PartialEvaluator(loop.body).everything(arguments)
         for node, value in zip(g.outputs(loop.body), loop.body(*arguments), strict=True):
             assert torch.equal(found[node], value)
 

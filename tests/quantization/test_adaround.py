@@ -301,7 +301,7 @@ def test_parts_compute_what_the_body_does_and_keep_what_is_read_later() -> None:
     named = {n.name: n for n in gm.graph.nodes}
     ends = [[named["mul_tensor"]], [named["add_tensor"]], g.outputs(gm)]
     parts = segments.cut(gm, ends)
-    run = segments.Run(gm, [randn(2, 16, seed=3)])
+    run = segments.Sample(gm, [randn(2, 16, seed=3)])
     results = [run.advance(part, part.constants()) for part in parts]
     assert torch.equal(results[-1][0], gm(randn(2, 16, seed=3))[0])
     assert [sorted(n.name for n in part.kept) for part in parts] == [
@@ -335,12 +335,10 @@ def test_straight_through_values_are_those_of_the_operators(scaling: Any) -> Non
     constants = part.constants()
     (weight,) = (layer.weight for layer in qdq.layers(low))
     for call in (x, 100 * x):
-        values = {**constants, part.takes[0]: call}
-        straight_through.run(part.nodes, values, straight=True)
+        values = part.run([call], constants, straight_through.estimate)
         torch.testing.assert_close(values[part.ends[0]], low(call)[0], rtol=1e-4, atol=1e-4)
         leaf = call.clone().requires_grad_()
-        values = {**constants, part.takes[0]: leaf}
-        straight_through.run(part.nodes, values, straight=True)
+        values = part.run([leaf], constants, straight_through.estimate)
         values[part.ends[0]].sum().backward()
         plain = constants[weight].sum(0).expand_as(x)
         inside = (call / 0.05 + 3).round().clamp(-128, 127) == (call / 0.05 + 3).round()
@@ -358,8 +356,7 @@ def test_fp8_lets_gradients_through() -> None:
         low = qdq.quantize(gm, node, "dynamic", number="fp8")
     g.set_outputs(gm, [low])
     (part,) = segments.cut(gm, [g.outputs(gm)])
-    values: straight_through.Values = {part.takes[0]: x}
-    straight_through.run(part.nodes, values, straight=True)
+    values = part.run([x], {}, straight_through.estimate)
     gm.recompile()
     torch.testing.assert_close(values[low], gm(x.detach())[0])
     values[low].sum().backward()

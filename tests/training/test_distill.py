@@ -13,7 +13,7 @@ from diffopt.core import Pipeline
 from diffopt.errors import DiffoptError
 from diffopt.execution import differentiable, straight_through, trajectories
 from diffopt.execution.calibration_inputs import requests
-from diffopt.execution.differentiable import Body, read_weights
+from diffopt.execution.differentiable import DifferentiableBody, read_weights
 from diffopt.ir import call_tags, qdq
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
@@ -60,10 +60,10 @@ def test_a_body_returns_what_the_graph_does(name: str) -> None:
     weights = read_weights(gm)
     for arguments in visits(made, loop)[:2]:
         expected = gm(*arguments)
-        plain = Body(gm)
+        plain = DifferentiableBody(gm)
         values = plain(arguments, straight=False)
         assert all(torch.equal(values[n], t) for n, t in zip(plain.results, expected, strict=True))
-        given = Body(gm, weights)
+        given = DifferentiableBody(gm, weights)
         values = given(arguments, weights)
         for node, tensor in zip(given.results, expected, strict=True):
             torch.testing.assert_close(values[node], tensor, rtol=1e-4, atol=1e-5)
@@ -78,7 +78,7 @@ def test_a_body_keeps_what_is_asked_for_and_has_gradients() -> None:
 
     gm = build.body(make, randn(4, 6))
     silu = next(n for n in gm.graph.nodes if n.target is aten.silu.default)
-    body = Body(gm, read_weights(gm), [silu])
+    body = DifferentiableBody(gm, read_weights(gm), [silu])
     leaves = {n: t.detach().clone().requires_grad_() for n, t in read_weights(gm).items()}
     x = randn(4, 6, seed=5)
     values = body([x], leaves)
@@ -107,7 +107,7 @@ def test_weights_begin_as_they_are_stored(how: str) -> None:
     made = program("dit", f"unroll,hoist,quantize({how})")
     (name,) = choose_scope(made, ("loop",)).loop
     trained, gm = TrainableWeights(made, [name]), made.components[name]
-    stored = Body(gm, (), trained.nodes[name])(visits(made, name)[0], straight=False)
+    stored = DifferentiableBody(gm, (), trained.nodes[name])(visits(made, name)[0], straight=False)
     values = trained.values(name)
     assert len(values) > 10
     for node, value in values.items():
@@ -137,7 +137,7 @@ def test_what_is_stored_is_what_was_trained(how: str) -> None:
     kept = {n.name for n in trained.nodes[name]}
     new = copy.components[name]
     nodes = [n for n in new.graph.nodes if n.name in kept]
-    stored = Body(new, (), nodes)(arguments, straight=False)
+    stored = DifferentiableBody(new, (), nodes)(arguments, straight=False)
     expected = {n.name: value for n, value in trained.values(name).items()}
     for node in nodes:
         assert_alike(expected[node.name], stored[node])
