@@ -49,14 +49,8 @@ def run(flags: BenchFlags, arguments: Mapping[str, Any]) -> None:
             contenders[name] = _engine(other, arguments, batch)
     contenders[str(file)] = _engine(engine, arguments, batch)
     with show.progress("benchmark") as progress:
-        results = timing.measure(
-            contenders,
-            "eager",
-            rounds=flags.rounds,
-            warmup=flags.warmup,
-            seed=flags.seed,
-            progress=progress,
-        )
+        settings = {"rounds": flags.rounds, "warmup": flags.warmup, "seed": flags.seed}
+        results = timing.measure(contenders, "eager", **settings, progress=progress)
     _print(results, torch.get_num_threads(), flags)
 
 
