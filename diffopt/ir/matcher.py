@@ -33,6 +33,7 @@ import. The design is that of onnxscript's rewriter.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -245,6 +246,10 @@ class _Search:
 
     def is_match(self, p: Any, value: Any, reader: fx.Node) -> bool:
         """Tell whether a value, which is an argument of `reader`, is as the pattern `p` says."""
+        if isinstance(p, (list, tuple)) and isinstance(value, (list, tuple)):
+            if len(p) != len(value):
+                return self._fail(reader, "reads {} values, expected {}", len(value), len(p))
+            return all(self.is_match(*pair, reader) for pair in zip(p, value, strict=True))
         if not isinstance(p, fx.Node) or p in self.values:
             known = self.values[p] if isinstance(p, fx.Node) else p
             if known is value or (known == value and not isinstance(value, fx.Node)):
@@ -313,13 +318,17 @@ _Arguments = list[tuple[Any, int, str, Any]]
 @cache
 def _expected(p: fx.Node, target: Any) -> tuple[_Arguments, _Arguments]:
     """Return a call's arguments as a pattern writes them, and with two swapped if that can be."""
-    parameters = target._schema.arguments
-    defaults = {a.name: a.default_value if a.has_default_value() else ... for a in parameters}
+    if isinstance(target, torch._ops.OpOverload):
+        parameters = target._schema.arguments
+        defaults = {a.name: a.default_value if a.has_default_value() else ... for a in parameters}
+    else:  # operator.getitem
+        defaults = dict.fromkeys(inspect.signature(target).parameters, ...)
     by_position = [value for value in args(p) if value is not ...]
     written = {**dict(zip(defaults, by_position, strict=False)), **p.kwargs}
     is_open = len(by_position) < len(p.args)
     expected = written if is_open else {**defaults, **written}
-    if ... in expected.values() or written.keys() - defaults.keys():
+    is_too_long = len(by_position) > len(defaults)
+    if ... in expected.values() or written.keys() - defaults.keys() or is_too_long:
         raise TypeError(f"{target} is called with {p.args} and {p.kwargs}")
     positions = list(defaults)
     rows = [(e, positions.index(name), name, defaults[name]) for name, e in expected.items()]

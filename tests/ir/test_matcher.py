@@ -150,6 +150,9 @@ def test_a_pattern_that_no_call_can_match(make):
     too_few = Pattern(lambda x: aten.add.Tensor(x))
     with pytest.raises(TypeError, match=r"aten.add.Tensor is called with \(x,\) and {}"):
         too_few.match(node)
+    too_many = Pattern(lambda x, y: aten.relu.default(x, y))
+    with pytest.raises(TypeError, match=r"aten.relu.default is called with"):
+        too_many.match(make(aten.relu.default, make.x))
     unknown = Pattern(lambda x, y: aten.add.Tensor(x, y, beta=2))
     with pytest.raises(TypeError, match=r"with \(x, y\) and {'beta': 2}"):
         unknown.match(node)
@@ -205,9 +208,26 @@ def test_literals(make):
     assert why(to_half, node) == "_to_copy_1 reads torch.float32, expected torch.float16"
     shape = Pattern(lambda x: aten.view.default(x, [2, -1]))
     assert values(shape, make(aten.view.default, make.x, [2, -1]))
-    assert why(shape, make(aten.view.default, make.x, [2, 3])) == (
-        "view_1 reads [2, 3], expected [2, -1]"
-    )
+    assert why(shape, make(aten.view.default, make.x, [2, 3])) == "view_1 reads 3, expected -1"
+    node = make(aten.view.default, make.x, [2])
+    assert why(shape, node) == "view_2 reads 1 values, expected 2"
+
+
+def test_nodes_in_lists(make):
+    pair = Pattern(lambda x, y, n: aten.cat.default([x, aten.relu.default(y)], n))
+    relu = make(aten.relu.default, make.y)
+    node = make(aten.cat.default, [make.x, relu], -1)
+    assert values(pair, node) == {"x": make.x, "y": make.y, "n": -1}
+    node = make(aten.cat.default, [relu, make.x])
+    assert why(pair, node) == "x is an argument, expected aten.relu"
+
+
+def test_items(make):
+    first = Pattern(lambda x, n: aten.split.Tensor(x, n)[0])
+    halves = make(aten.split.Tensor, make.x, 4)
+    assert values(first, make(operator.getitem, halves, 0)) == {"x": make.x, "n": 4}
+    node = make(operator.getitem, halves, 1)
+    assert why(first, node) == "getitem_1 reads 1, expected 0"
 
 
 def test_a_part_that_is_shared_is_one_node(make):
