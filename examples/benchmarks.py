@@ -1,11 +1,11 @@
-"""Times engines against the pipelines they were made from, and writes docs/benchmarks.md.
+"""Times engines against the pipelines that were traced, and writes docs/benchmarks.md.
 
     python examples/benchmarks.py            # all of it: `make bench`, about half an hour
     python examples/benchmarks.py --only fashion-sd --rounds 3 --out quick
 
-Contenders take turns, round by round, so a slow minute of the machine meets all of them. The raw
-times are written beside the document as JSON; what was not run stays as it is there. Run it on a
-machine that does nothing else.
+Contenders take turns, round by round, so that a slow minute of the machine affects all of them. The
+raw times are written beside the document as JSON; those of contenders that were not run are kept.
+Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def larger(
     """Make an SD-like pipeline around a UNet with random weights.
 
     Args:
-        channels: Of its levels; these make 17.8 M parameters.
-        heads: In an attention layer of each level.
+        channels: The channels of each level; the default has 17.8 M parameters.
+        heads: The heads of attention in each level.
     """
     pipe = fashion()
     torch.manual_seed(0)
@@ -147,7 +147,7 @@ def engine(program: diffopt.Program, target: str, folder: Path) -> timing.Sample
 
 
 def build_cost(passes: str, folder: Path) -> Any:
-    """Time the whole way from a pipeline to an engine for few and many steps, without a cache."""
+    """Time tracing, passes and building for few and many steps, with an empty cache."""
     rows = {}
     for steps in (10, 50):
         report(f"building an engine of {steps} steps")
@@ -198,7 +198,7 @@ def known(parser: argparse.ArgumentParser, path: Path, threads: int) -> dict[str
 
 
 def report(what: str, fraction: float | None = None) -> None:
-    """Say on the terminal what is being done."""
+    """Print progress to stderr."""
     done = "" if fraction is None else f" ({fraction:.0%})"
     print(f"{what}{done}", file=sys.stderr, flush=True)
 
@@ -220,12 +220,12 @@ def document(data: Mapping[str, Any]) -> str:
         ("larger", "SD-like UNet of 17.8 M parameters, random weights, 32×32 latents"),
     ):
         if name in data:
-            own = data[name]
+            row = data[name]
             about = (
-                f"{own['steps']} steps, medians of {own['rounds']} rounds. The engines' passes are"
-                f" `{own['passes']}`."
+                f"{row['steps']} steps, medians of {row['rounds']} rounds. The engines' passes are"
+                f" `{row['passes']}`."
             )
-            lines += ["", f"## {title}", "", about, "", *speed_table(own["contenders"])]
+            lines += ["", f"## {title}", "", about, "", *speed_table(row["contenders"])]
     if "build" in data:
         lines += ["", "## What more steps cost the build", "", *build_table(data["build"])]
     return "\n".join(lines) + "\n"

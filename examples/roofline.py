@@ -22,18 +22,18 @@ from diffopt.lowering.roofline import roofline
 
 
 def seconds(run: Callable[[], object], times: int) -> float:
-    """Return what a run takes: the median."""
+    """Return the median seconds of a run."""
     run()
-    found = []
+    samples = []
     for _ in range(times):
         begin = time.perf_counter()
         run()
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+        samples.append(time.perf_counter() - begin)
+    return statistics.median(samples)
 
 
 def here(size: int = 1024) -> Hardware:
-    """Describe one core of this CPU by what it does."""
+    """Describe one core of this CPU by its measured rates."""
     wide = torch.randn(size, size)
     low = wide.bfloat16()
     whole = wide.clamp(-3, 3).mul(40).to(torch.int8)
@@ -50,7 +50,7 @@ def here(size: int = 1024) -> Hardware:
 
 
 def main(*paths: str) -> None:
-    """Print what was predicted and what was measured for each engine."""
+    """Print the predicted and the measured time of each engine."""
     torch.set_num_threads(1)
     core = here()
     rates = ", ".join(f"{name} {rate / 1e9:.0f} G" for name, rate in core.peak.items())
@@ -61,9 +61,9 @@ def main(*paths: str) -> None:
         engine = diffopt.load(path)
         inputs = engine.program.sample_inputs()
         measured = seconds(lambda run=engine.run, given=inputs: run(given), 10)
-        found = roofline(engine.program, core)
-        times = [f"{1e3 * value:.1f}" for value in (found.limit, found.seconds, measured)]
-        print(f"| {path} | {' | '.join(times)} | {measured / found.seconds:.1f} |")
+        predicted = roofline(engine.program, core)
+        times = [f"{1e3 * t:.1f}" for t in (predicted.limit, predicted.seconds, measured)]
+        print(f"| {path} | {' | '.join(times)} | {measured / predicted.seconds:.1f} |")
 
 
 if __name__ == "__main__":

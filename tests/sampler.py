@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import diffopt
+from diffopt.engine.engine import Engine
 from diffopt.ir.program import Program
 
 
@@ -52,6 +53,15 @@ class Sampler:
         for t in torch.linspace(1.0, 0.2, steps):
             x = x - 0.3 * self.components["unet"](x, t)
         return {"images": self.components["vae"](x)}
+
+
+def check_images(engine: Engine, program: Program) -> None:
+    """Compare the images of an engine of the loop with those of its program."""
+    for seed in range(3):
+        # Kernels add up in another order than torch's operators.
+        images = engine(seed=seed)["images"]
+        torch.testing.assert_close(images, program(seed=seed)["images"], atol=1e-6, rtol=1e-5)
+    engine.verify()
 
 
 def program(**arguments: Any) -> Program:

@@ -1,4 +1,4 @@
-"""What is compared: the reference, policies, `auto`, and fewer steps with several schedulers."""
+"""The configurations: the reference, policies, `auto`, and fewer steps with several schedulers."""
 
 import re
 
@@ -28,7 +28,7 @@ CONFIGS = (
 
 
 def kind(config: str) -> str:
-    """Return what a configuration stands for."""
+    """Return the kind of a configuration."""
     if config == REFERENCE:
         return REFERENCE
     word = re.match(r"[\w-]+", config)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.caching.configurations import kind, shown
-from examples.caching.ranking import SLACK, best_of, distance, duels, front, measured
+from examples.caching.ranking import SLACK, best_of, distance, duels, measured, pareto_front
 from examples.study.document import floor_lines, left_out, milliseconds, number
 from examples.study.models import GUIDANCE
 from examples.study.study import REFERENCE
@@ -35,16 +35,16 @@ def section(data: Mapping[str, Any], folder: Path) -> str:
             " parentheses, the interquartile range. Promised is the ratio of the FLOPs of the"
             " whole program, text encoder and decoder included.",
         ]
-    for name, own in data.get("models", {}).items():
-        rows = {c: r for c, r in own["configs"].items() if "cost" in r}
-        lines += ["", f"### {name}", "", *table(rows), "", *floor_lines(own, rows)]
+    for name, model in data.get("models", {}).items():
+        rows = {c: r for c, r in model["configs"].items() if "cost" in r}
+        lines += ["", f"### {name}", "", *table(rows), "", *floor_lines(model, rows)]
         if duels(rows):
             lines += ["", *duel_table(rows)]
         lines += [
             "",
             *verdicts(rows),
-            *kid_goal(own, rows),
-            *left_out(own["configs"], "cost", shown),
+            *kid_goal(model, rows),
+            *left_out(model["configs"], "cost", shown),
         ]
         picture = picture_rows(rows)
         if (folder / f"caching-{name}.png").exists():
@@ -60,7 +60,7 @@ def table(rows: Mapping[str, Any]) -> list[str]:
         " | KID, held-out | KID, other seeds |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    best = front(rows)
+    best = pareto_front(rows)
     for config, row in sorted(rows.items(), key=lambda item: -item[1]["cost"]["denoiser"]):
         part, quality = row["cost"]["denoiser"], row.get("quality", {})
         name = f"**`{shown(config)}`**" if config in best else f"`{shown(config)}`"
@@ -105,10 +105,10 @@ def duel_table(rows: Mapping[str, Any]) -> list[str]:
 
 
 def verdicts(rows: Mapping[str, Any]) -> list[str]:
-    """Return what the numbers say, in sentences."""
+    """Return conclusions from the numbers, in sentences."""
     lines = []
-    for speedup, (own, *rivals) in duels(rows).items():
-        nearer = [c for c in rivals if c and distance(rows[c]) <= distance(rows[own])]
+    for speedup, (auto, *rivals) in duels(rows).items():
+        nearer = [c for c in rivals if c and distance(rows[c]) <= distance(rows[auto])]
         text = " and ".join(f"`{shown(c)}`" for c in nearer)
         verb = "is" if len(nearer) == 1 else "are"
         lines.append(
@@ -131,13 +131,13 @@ def verdicts(rows: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def kid_goal(own: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+def kid_goal(model: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
     """Return how `auto` at 2.5 times fewer FLOPs compares with the floors of KID."""
     config = "auto,speedup=2.5"
     row, base = (
         rows.get(c, {}).get("quality", {}).get("kid held-out") for c in (config, REFERENCE)
     )
-    floor = own.get("floors", {}).get("real")
+    floor = model.get("floors", {}).get("real")
     if not (row and base and floor):
         return []
     words = [

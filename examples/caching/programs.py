@@ -1,4 +1,4 @@
-"""Makes the programs that are compared, and says what they cost."""
+"""Makes the programs of configurations, and measures their cost."""
 
 from typing import Any
 
@@ -32,12 +32,12 @@ def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
 
 
 def _denoiser_flops(program: Program, unrolled: Program) -> int:
-    """Return the FLOPs of all calls of the loop's body, and of what a cache made of them."""
+    """Return the FLOPs of all calls of the denoiser, cached ones included."""
     calls = step_map.loop_calls(program, find_loop(unrolled))
     return sum(graph_flops(program.components[str(call.target)]) for call in calls)
 
 
 def relative_cost(study: Study, config: str) -> dict[str, Any]:
-    """Return what a configuration costs, its FLOPs next to the reference's."""
+    """Return the cost of a configuration, with FLOPs relative to the reference's."""
     full, cost = study.cost(REFERENCE), study.cost(config)
     return {**cost, **{key: cost[key] / full[key] for key in ("denoiser", "program")}}

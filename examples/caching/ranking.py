@@ -1,4 +1,4 @@
-"""Says which configurations are the best, by their rows in the results."""
+"""Ranks configurations by their results."""
 
 import math
 import statistics
@@ -14,8 +14,8 @@ SLACK = 1.03  # a rival may cost this much more: 17 of 50 steps are 2 % over a t
 
 def measured(row: Mapping[str, Any]) -> float:
     """Return how many times faster a configuration is than the reference beside it."""
-    at = row["time"]
-    return statistics.median(at["reference"]) / statistics.median(at["seconds"])
+    times = row["time"]
+    return statistics.median(times["reference"]) / statistics.median(times["seconds"])
 
 
 def distance(row: Mapping[str, Any]) -> float:
@@ -23,14 +23,14 @@ def distance(row: Mapping[str, Any]) -> float:
     return float(row["quality"]["distance"][0]) if "quality" in row else math.inf
 
 
-def front(rows: Mapping[str, Any]) -> set[str]:
-    """Return what no other is better than in FLOPs and distance at once."""
+def pareto_front(rows: Mapping[str, Any]) -> set[str]:
+    """Return the configurations of which no other has both fewer FLOPs and a smaller distance."""
     points = {c: (r["cost"]["denoiser"], distance(r)) for c, r in rows.items() if "quality" in r}
     return {
         c
-        for c, own in points.items()
+        for c, p in points.items()
         if c != REFERENCE
-        and not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in points.values())
+        and not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points.values())
     }
 
 
@@ -39,8 +39,8 @@ def best_of(rows: Mapping[str, Any], group: str, speedup: float) -> str | None:
 
     It may cost as much as `auto` does, or 1 / speedup if that is more, and a little on top.
     """
-    own = f"auto,speedup={speedup:g}"
-    cost = max(1 / speedup, rows[own]["cost"]["denoiser"] if own in rows else 0)
+    auto = f"auto,speedup={speedup:g}"
+    cost = max(1 / speedup, rows[auto]["cost"]["denoiser"] if auto in rows else 0)
     fitting = [
         c
         for c, r in rows.items()
@@ -52,7 +52,7 @@ def best_of(rows: Mapping[str, Any], group: str, speedup: float) -> str | None:
 def duels(rows: Mapping[str, Any]) -> dict[float, tuple[str, str | None, str | None]]:
     """Return, by speedup, `auto` and the best of the fixed policies and of fewer steps."""
     return {
-        s: (own, best_of(rows, "policy", s), best_of(rows, "fewer steps", s))
+        s: (auto, best_of(rows, "policy", s), best_of(rows, "fewer steps", s))
         for s in SPEEDUPS
-        if "quality" in rows.get(own := f"auto,speedup={s:g}", {})
+        if "quality" in rows.get(auto := f"auto,speedup={s:g}", {})
     }

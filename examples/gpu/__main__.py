@@ -83,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _results(options: argparse.Namespace) -> Results:
-    """Return what is known, in the file where more is to be kept."""
+    """Return the known results, in the file to which more are added."""
     options.work.mkdir(parents=True, exist_ok=True)
     beside = options.document.with_suffix(".json")
     path = options.out or beside
@@ -93,7 +93,7 @@ def _results(options: argparse.Namespace) -> Results:
 
 
 def _device(target: Target) -> str:
-    """Return where a target's engines run, and everything that they are compared with."""
+    """Return the device of a target's engines, and of what they are compared with."""
     if "cuda" not in target.kinds:
         return "cpu"
     if not torch.cuda.is_available():
@@ -105,7 +105,7 @@ def _device(target: Target) -> str:
 
 
 def _setup(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Return what results that belong together have in common."""
+    """Return the setup that all results in a file share."""
     return {
         "target": options.target,
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
@@ -135,9 +135,9 @@ def _measure(
             results.put(settings.steps, "models", name, "steps")
             with Team(settings, any(ROWS[row].kind == "engine" for row in wanted)) as team:
                 for row in wanted:
-                    found = _row(team, row, until)
-                    if "errors" in found or "errors" not in known.get(row, {}):
-                        results.put(found, "models", name, "rows", row)
+                    answer = _row(team, row, until)
+                    if "errors" in answer or "errors" not in known.get(row, {}):
+                        results.put(answer, "models", name, "rows", row)
 
 
 def _row(team: Team, name: str, until: float) -> Answer:
@@ -148,10 +148,10 @@ def _row(team: Team, name: str, until: float) -> Answer:
     if left <= 0:
         return {"stopped": "the time was over before it began"}
     report(f"{team.settings.model}: {row.title}, {left / 60:.1f} min left")
-    found = team.measure(row, min(left, 60 * row.minutes))
-    for what in WHY_NOT & found.keys():
-        report(f"{team.settings.model}: {row.title}: {what}: {found[what]}")
-    return found
+    answer = team.measure(row, min(left, 60 * row.minutes))
+    for what in WHY_NOT & answer.keys():
+        report(f"{team.settings.model}: {row.title}: {what}: {answer[what]}")
+    return answer
 
 
 def _count(options: argparse.Namespace, results: Results) -> None:

@@ -29,12 +29,12 @@ COLUMNS = (
 )
 
 WHY_NOT = {"failed", "stopped", "left out"}
-"""What a row has instead of measurements."""
+"""Keys of rows without measurements: the reason."""
 
 GOALS = {
     "sdxl": (("exact", BASELINE, 1.15), (ALL, REFERENCE, 3.5)),
 }
-"""Of a model: a row, the row that it is to be faster than, by how much."""
+"""By model: a row, the row that it has to be faster than, and the ratio."""
 
 Rows = Mapping[str, Any]
 
@@ -49,14 +49,14 @@ def section(data: Rows) -> str:
 
 def show(data: Rows, console: Console) -> None:
     """Print the times."""
-    for name, own in data.get("models", {}).items():
-        table = Table(title=_title(name, own, data))
+    for name, model in data.get("models", {}).items():
+        table = Table(title=_title(name, model, data))
         for column in COLUMNS:
             table.add_column(column, justify="right" if column else "left")
-        for cells in _cells(own):
+        for cells in _cells(model):
             table.add_row(*cells)
         console.print(table)
-        for line in [*_missing(own), *_goals(name, own)]:
+        for line in [*_missing(model), *_goals(name, model)]:
             console.print(line)
 
 
@@ -66,23 +66,23 @@ def _times(data: Rows) -> list[str]:
         return ["", "No times have been taken yet: no GPU was at hand."]
     setup = data["setup"]
     lines = ["", f"{setup['device']}, torch {setup['torch']}, target `{setup['target']}`."]
-    for name, own in models.items():
-        lines += ["", f"### {_title(name, own, data)}", ""]
+    for name, model in models.items():
+        lines += ["", f"### {_title(name, model, data)}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
-        lines += [f"| {' | '.join(cells)} |" for cells in _cells(own)]
-        notes = [*_missing(own), *_goals(name, own), *_steps(own)]
+        lines += [f"| {' | '.join(cells)} |" for cells in _cells(model)]
+        notes = [*_missing(model), *_goals(name, model), *_steps(model)]
         lines += ["", *notes] if notes else []
     return lines
 
 
-def _title(name: str, own: Rows, data: Rows) -> str:
+def _title(name: str, model: Rows, data: Rows) -> str:
     about = "tiny" if data["setup"]["tiny"] else MODELS[name].about
-    return f"{MODELS[name].title}, {about}, {own['steps']} steps"
+    return f"{MODELS[name].title}, {about}, {model['steps']} steps"
 
 
-def _cells(own: Rows) -> list[list[str]]:
-    """Return the table of a model's rows that were measured."""
-    rows = own["rows"]
+def _cells(model: Rows) -> list[list[str]]:
+    """Return the cells of a model's rows that were measured."""
+    rows = model["rows"]
     medians = {n: statistics.median(row["seconds"]) for n, row in rows.items() if "seconds" in row}
     table = []
     for name, about in ROWS.items():
@@ -99,7 +99,7 @@ def _cells(own: Rows) -> list[list[str]]:
                 milliseconds(row["seconds"]),
                 _ratio(medians, REFERENCE, name),
                 _ratio(medians, BASELINE, name),
-                f"{1e3 * medians[name] / own['steps']:.1f}",
+                f"{1e3 * medians[name] / model['steps']:.1f}",
                 f"{sum(row['build'].values()):.0f}",
                 f"{row['first']:.1f}",
                 "-" if row["memory"] is None else f"{row['memory'] / 1e9:.1f}",
@@ -113,33 +113,32 @@ def _ratio(medians: Mapping[str, float], slow: str, name: str) -> str:
     return f"{medians[slow] / medians[name]:.2f}" if slow in medians else "-"
 
 
-def _missing(own: Rows) -> list[str]:
+def _missing(model: Rows) -> list[str]:
     """Return what was not measured, and why."""
     lines = []
-    for name, row in own["rows"].items():
+    for name, row in model["rows"].items():
         for what in WHY_NOT & row.keys():
             lines.append(f"- {ROWS[name].title}: {what}: {row[what]}")
     return lines
 
 
-def _goals(model: str, own: Rows) -> list[str]:
-    """Return how the rows that were to be fast by so much have done."""
-    rows, lines = own["rows"], []
-    for name, other, goal in GOALS.get(model, ()):
-        if all("seconds" in rows.get(each, {}) for each in (name, other)):
-            times = (statistics.median(rows[each]["seconds"]) for each in (other, name))
-            slow, fast = times
+def _goals(name: str, model: Rows) -> list[str]:
+    """Return how rows compare with their goals."""
+    rows, lines = model["rows"], []
+    for row, other, goal in GOALS.get(name, ()):
+        if all("seconds" in rows.get(each, {}) for each in (row, other)):
+            slow, fast = (statistics.median(rows[each]["seconds"]) for each in (other, row))
             lines.append(
-                f"- {ROWS[name].title} against {ROWS[other].title}: {slow / fast:.2f}×, the goal"
+                f"- {ROWS[row].title} against {ROWS[other].title}: {slow / fast:.2f}×, the goal"
                 f" is {goal}×."
             )
     return lines
 
 
-def _steps(own: Rows) -> list[str]:
-    """Return what single steps cost: measured in diffusers, counted in engines."""
+def _steps(model: Rows) -> list[str]:
+    """Return the cost of single steps: seconds in diffusers, FLOPs in engines."""
     lines = []
-    for name, row in own["rows"].items():
+    for name, row in model["rows"].items():
         if "seconds of steps" in row:
             each = [1e3 * seconds for seconds in row["seconds of steps"]]
             lines.append(
@@ -179,17 +178,17 @@ def _weights(rows: Rows) -> list[str]:
     lines += [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     for name in MODELS:
         if name in rows:
-            own = rows[name]
-            before, after, kept = own["before"], own["after"], own["values"]
+            row = rows[name]
+            before, after, kept = row["before"], row["after"], row["values"]
             cells = (
-                f"{MODELS[name].title}, {own['steps']}",
-                f"{own['parameters'] / 1e9:.2f} B",
+                f"{MODELS[name].title}, {row['steps']}",
+                f"{row['parameters'] / 1e9:.2f} B",
                 f"{before / 1e9:.2f}",
                 f"{after / 1e9:.2f}",
                 _change(before, after),
                 f"{kept / 1e9:.2f}",
                 _change(before, after + kept),
-                " to ".join(f"{own['flops'][key] / 1e12:.1f}" for key in ("before", "after")),
+                " to ".join(f"{row['flops'][key] / 1e12:.1f}" for key in ("before", "after")),
             )
             lines.append(f"| {' | '.join(cells)} |")
     return lines

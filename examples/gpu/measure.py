@@ -1,4 +1,4 @@
-"""Measures one row: times of whole runs, what building took, memory, the error of the latents."""
+"""Measures one row: times of runs and of building, memory, the error of the latents."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from examples.gpu.models import DTYPE, MODELS
 from examples.gpu.rows import Row
 
 SEEDS = (0, 1)
-"""Of the calls, which take turns: what a kernel or CUDA graph keeps of one would show."""
+"""The seeds of calls, which take turns: state that a kernel or CUDA graph keeps would show."""
 
 Run = Callable[[int], Tensor]
-"""Makes the latents of a seed."""
+"""Returns the latents of a seed."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows of a model have in common.
+    """The settings of all rows of a model.
 
     Attributes:
-        model: Its name.
-        tiny: With the sizes that a CPU can run.
-        steps: Of sampling.
-        target: Of the engines; rows add options.
-        device: Where everything runs.
-        rounds: How many runs are timed.
-        work: A folder for engines, and for the latents that others are compared with.
+        model: The model's name.
+        tiny: Whether it has sizes that a CPU can run.
+        steps: The number of sampling steps.
+        target: The target of the engines, to which rows add options.
+        device: The device of pipelines and engines.
+        rounds: The number of timed runs.
+        work: A folder for engines and for the reference's latents.
     """
 
     model: str
@@ -58,20 +58,20 @@ class Settings:
 
     @property
     def reference(self) -> Path:
-        """Where the latents of diffusers are kept."""
+        """The file of the reference's latents."""
         return self.work / f"{self.model}-latents.pt"
 
     def arguments(self, seed: int, device: str, dtype: torch.dtype = DTYPE) -> dict[str, Any]:
         """Return the arguments of a call."""
-        made = MODELS[self.model].arguments(self.tiny, self.steps, seed)
+        arguments = MODELS[self.model].arguments(self.tiny, self.steps, seed)
         return {
             name: value.to(device, dtype) if isinstance(value, Tensor) else value
-            for name, value in made.items()
+            for name, value in arguments.items()
         }
 
 
 def capture(settings: Settings) -> Program:
-    """Capture a model on the CPU, which computes none of it."""
+    """Capture a model on the CPU, with fake tensors."""
     model = MODELS[settings.model]
     report(f"{settings.model}: capturing")
     pipe = model.build(settings.tiny, "cpu")
@@ -79,31 +79,31 @@ def capture(settings: Settings) -> Program:
 
 
 def rewrite(program: Program, passes: str) -> Program:
-    """Run passes without running the programs before and after, for which a CPU takes hours.
+    """Run passes without comparing programs, for which a CPU would take hours.
 
-    What they promise is checked all the same: latents are compared with those of diffusers.
+    Instead, the latents are compared with those of diffusers.
     """
     return Pipeline.parse(passes).run(program, compare=False)
 
 
 def reference(settings: Settings) -> dict[str, Any]:
-    """Keep the latents that others are compared with."""
-    _keep(settings, _latents(_run_of(settings, _pipe(settings))))
+    """Save the latents that others are compared with."""
+    _save(settings, _latents(_run_of(settings, _pipe(settings))))
     return {}
 
 
 def eager(settings: Settings) -> dict[str, Any]:
-    """Time the pipeline as it is."""
+    """Time the original pipeline."""
     started = time.perf_counter()
     pipe = _pipe(settings)
-    built = {"weights": _since(started)}
+    build = {"weights": _since(started)}
     run = _run_of(settings, pipe)
-    _keep(settings, _latents(run))
-    return {**timed(settings, run, built), "seconds of steps": step_seconds(settings, pipe)}
+    _save(settings, _latents(run))
+    return {**timed(settings, run, build), "seconds of steps": step_seconds(settings, pipe)}
 
 
 def float32(settings: Settings) -> dict[str, Any]:
-    """Compare with the pipeline in float32: by so much the types alone change latents."""
+    """Compare with the pipeline in float32: the error of the types alone."""
     torch.backends.cudnn.allow_tf32 = False
     pipe = _pipe(settings, torch.float32)
     return errors(settings, _latents(_run_of(settings, pipe, torch.float32)))
@@ -125,51 +125,51 @@ def compiled(settings: Settings, row: Row) -> dict[str, Any]:
         net.fuse_qkv_projections()
     if settings.device == "cuda":
         net.compile(mode="max-autotune", fullgraph=True)
-    else:  # there, all that can be tried is whether the denoiser is one graph
+    else:  # only checks that the denoiser is one graph
         net.compile(backend="aot_eager", fullgraph=True)
     return timed(settings, _run_of(settings, pipe), {"weights": _since(started)})
 
 
 def engine(settings: Settings, row: Row, captured: Program) -> dict[str, Any]:
     """Time an engine of the captured program."""
-    _clean(settings)  # of the engine before
+    _clean(settings)  # of the previous engine
     started = time.perf_counter()
     passes = row.pipeline(MODELS[settings.model])
     report(f"{settings.model}: {passes}")
     program = rewrite(captured, passes)
-    built = {"passes": _since(started)}
+    build = {"passes": _since(started)}
     target = f"{settings.target}({row.options})" if row.options else settings.target
     report(f"{settings.model}: building for {target}")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=settings.work) as folder:
-        made = diffopt.build(program, target, Path(folder) / "gpu.engine")
-        built["compile"] = _since(started)
-        found = timed(settings, _run_of(settings, made), built)
-    layers = {n: b["layers"] for n, b in made.manifest["components"].items() if "layers" in b}
-    return {**found, "passes": passes, "target": target, "layers": layers, **cost(program, target)}
+        built = diffopt.build(program, target, Path(folder) / "gpu.engine")
+        build["compile"] = _since(started)
+        times = timed(settings, _run_of(settings, built), build)
+    layers = {n: b["layers"] for n, b in built.manifest["components"].items() if "layers" in b}
+    return {**times, "passes": passes, "target": target, "layers": layers, **cost(program, target)}
 
 
 def cost(program: Program, target: str) -> dict[str, Any]:
-    """Return the operations of each step, and what the device takes for all of them at best."""
-    own = {name: graph_flops(gm) for name, gm in program.components.items()}
+    """Return the operations of each step, and the roofline's times for a run."""
+    flops = {name: graph_flops(gm) for name, gm in program.components.items()}
     steps: dict[int, int] = {}
     before = 0
     for call in program.calls():
         tag = call_tags.tag(call)
         if tag is None:
-            before += own[str(call.target)]
+            before += flops[str(call.target)]
         else:
-            steps[tag.step] = steps.get(tag.step, 0) + own[str(call.target)]
-    found = {"flops before": before, "flops of steps": [steps[step] for step in sorted(steps)]}
+            steps[tag.step] = steps.get(tag.step, 0) + flops[str(call.target)]
+    cost = {"flops before": before, "flops of steps": [steps[step] for step in sorted(steps)]}
     device = parse_target(target).hardware
     if device is None:
-        return found
+        return cost
     predicted = roofline(program, device)
-    return {**found, "predicted": predicted.seconds, "limit": predicted.limit}
+    return {**cost, "predicted": predicted.seconds, "limit": predicted.limit}
 
 
-def timed(settings: Settings, run: Run, built: dict[str, float]) -> dict[str, Any]:
-    """Time whole runs, and compare what they make; not the first ones, which compile and record."""
+def timed(settings: Settings, run: Run, build: dict[str, float]) -> dict[str, Any]:
+    """Time runs after the first ones, which compile and record; compare their latents."""
     first = _seconds(settings, run, SEEDS[0])
     for seed in SEEDS:
         run(seed)
@@ -180,7 +180,7 @@ def timed(settings: Settings, run: Run, built: dict[str, float]) -> dict[str, An
     ]
     memory = torch.cuda.max_memory_reserved() if settings.device == "cuda" else None
     return {
-        "build": built,
+        "build": build,
         "first": first,
         "seconds": seconds,
         "memory": memory,
@@ -190,12 +190,12 @@ def timed(settings: Settings, run: Run, built: dict[str, float]) -> dict[str, An
 
 
 def step_seconds(settings: Settings, pipe: Any) -> list[float]:
-    """Return what each step of a pipeline's run takes; the device waits after every one."""
-    _wait(settings)
+    """Return the seconds of each step of a pipeline's run, with the device synchronized."""
+    _synchronize(settings)
     times = [time.perf_counter()]
 
     def after(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        _wait(settings)
+        _synchronize(settings)
         times.append(time.perf_counter())
         return values
 
@@ -205,13 +205,13 @@ def step_seconds(settings: Settings, pipe: Any) -> list[float]:
 
 
 def errors(settings: Settings, latents: Tensor) -> dict[str, Any]:
-    """Return how far latents are from those of the reference, for each seed."""
+    """Return the relative error of latents against the reference's, for each seed."""
     if not latents.isfinite().all():
         raise DiffoptError("its latents are not finite")
     expected = torch.load(settings.reference)
     norm = torch.linalg.vector_norm
-    found = norm((latents - expected).flatten(1), dim=1) / norm(expected.flatten(1), dim=1)
-    return {"errors": found.tolist()}
+    relative = norm((latents - expected).flatten(1), dim=1) / norm(expected.flatten(1), dim=1)
+    return {"errors": relative.tolist()}
 
 
 def _pipe(settings: Settings, dtype: torch.dtype = DTYPE) -> Any:
@@ -226,11 +226,11 @@ def _denoiser(settings: Settings, pipe: Any) -> Any:
 
 
 def _run_of(settings: Settings, call: Callable[..., Any], dtype: torch.dtype = DTYPE) -> Run:
-    """Return a pipeline or an engine as a function of the seed; its inputs are made once."""
-    given = {seed: settings.arguments(seed, settings.device, dtype) for seed in SEEDS}
+    """Return a pipeline or an engine as a function of the seed, with inputs made beforehand."""
+    arguments = {seed: settings.arguments(seed, settings.device, dtype) for seed in SEEDS}
 
     def run(seed: int) -> Tensor:
-        latents: Tensor = call(**given[seed]).images
+        latents: Tensor = call(**arguments[seed]).images
         return latents
 
     return run
@@ -240,25 +240,25 @@ def _latents(run: Run) -> Tensor:
     return torch.stack([run(seed).float().cpu() for seed in SEEDS])
 
 
-def _keep(settings: Settings, latents: Tensor) -> None:
+def _save(settings: Settings, latents: Tensor) -> None:
     torch.save(latents, settings.reference)
 
 
 def _seconds(settings: Settings, run: Run, seed: int) -> float:
-    _wait(settings)
+    _synchronize(settings)
     started = time.perf_counter()
     run(seed)
-    _wait(settings)
+    _synchronize(settings)
     return time.perf_counter() - started
 
 
-def _wait(settings: Settings) -> None:
+def _synchronize(settings: Settings) -> None:
     if settings.device == "cuda":
         torch.cuda.synchronize()
 
 
 def _clean(settings: Settings) -> None:
-    """Give back what only building needed, so that the peak is that of running."""
+    """Free memory that only building needed, so that the peak is that of runs."""
     gc.collect()
     if settings.device == "cuda":
         torch.cuda.empty_cache()

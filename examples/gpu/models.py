@@ -1,7 +1,7 @@
-"""The models that are timed: made from their sizes, with random weights, without a hub.
+"""The models that are timed: built from their sizes, with random weights.
 
-They have no text encoders and no VAE: what these make is the input, and latents are the output, so
-that all that is timed is the sampling loop.
+They have no text encoders and no VAE: embeddings are the input and latents the output, so that only
+the sampling loop is timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffopt.errors import DiffoptError
 
 DTYPE = torch.bfloat16
-# Normal numbers that all weights are cut from: no layer's size is a multiple of how many.
+# Random numbers of which all weights are slices; no layer's size is a multiple of their number.
 POOL = (1 << 24) + 43
 FEW = 4096
 
@@ -28,20 +28,20 @@ Sizes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline with random weights, and how it is called.
+    """A pipeline with random weights, and the arguments of its calls.
 
     Attributes:
-        title: What it is called.
-        about: Of the full size, for people.
+        title: Its name in tables.
+        about: A description of the full size.
         denoiser: The name of the component that is called in every step.
-        steps: How many.
-        cache: The fixed schedule of caching that suits it.
-        products: Pattern of the layers that are matrix products, which fp8 is for.
-        sizes: Of the denoiser: its class's arguments.
-        tiny: The same for a small one, to try everything on a CPU.
+        steps: The number of steps.
+        cache: A fixed cache schedule.
+        products: A pattern of the layers that are quantized to fp8: matrix products.
+        sizes: The arguments of the denoiser's class.
+        tiny: The same for a small denoiser, to try everything on a CPU.
         network: The denoiser's class.
-        pipeline: Makes the pipeline of the denoiser.
-        inputs: Returns the shapes of the call's tensors, and its other arguments.
+        pipeline: Returns the pipeline of a denoiser.
+        inputs: Returns the shapes of a call's tensors, and its other arguments.
     """
 
     title: str
@@ -60,10 +60,10 @@ class Model:
         """Return the pipeline on a device, always with the same weights.
 
         Args:
-            tiny: Of the small sizes.
-            device: Where its weights are.
-            sparse: Leave all but the first values of each weight zero, in memory that is not taken
-                before it is written to.
+            tiny: Whether to build the small denoiser.
+            device: The device of its weights.
+            sparse: Leave all but the first values of each weight zero, in pages that are not
+                allocated before they are written.
         """
         with torch.device("meta"):
             net = self.network(**(self.tiny if tiny else self.sizes))
@@ -75,7 +75,7 @@ class Model:
         return pipe
 
     def arguments(self, tiny: bool, steps: int, seed: int) -> dict[str, Any]:
-        """Return the arguments of one call, seeded, as values of the weights' type."""
+        """Return the arguments of one call with a seed, tensors in the type of the weights."""
         shapes, others = self.inputs(self.tiny if tiny else self.sizes)
         generator = torch.Generator().manual_seed(seed)
         tensors = {
@@ -86,9 +86,9 @@ class Model:
 
 
 def fill(net: nn.Module, device: str, sparse: bool = False) -> None:
-    """Give a module without weights random ones, the same on every device.
+    """Fill a module on the meta device with random weights, the same on every device.
 
-    Matrices keep the scale of what they multiply, so that values stay finite over all steps.
+    Matrices preserve the scale of their inputs, so that values are finite in all steps.
     """
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).to(DTYPE).to(device)
     start = 0
@@ -107,7 +107,7 @@ def fill(net: nn.Module, device: str, sparse: bool = False) -> None:
 
 
 def _cut(pool: Tensor, start: int, scale: float, target: Tensor) -> int:
-    """Copy as many scaled numbers as there is room for, over and over; return where to go on."""
+    """Fill a tensor with scaled numbers of the pool, cyclically; return the next start."""
     done = 0
     while done < target.numel():
         count = min(target.numel() - done, len(pool) - start)

@@ -1,4 +1,4 @@
-"""What is measured, in order of worth: that is where a run that has little time begins."""
+"""The rows that are measured, the most important first, as the time of a run is limited."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Row:
     """One way to run a model.
 
     Attributes:
-        title: What it is, for people.
-        kind: diffusers as it is, in float32, compiled by torch, or an engine.
-        minutes: How long it may take, building included.
-        passes: Of an engine; the model fills in what is in braces.
-        options: Of an engine's target.
-        needs_gpu: Only a GPU has what the options ask for.
-        tuned: Compile with the settings that search for the fastest kernels longest.
+        title: Its name in tables.
+        kind: diffusers in bfloat16, in float32, compiled by torch, or an engine.
+        minutes: The limit of its time, building included.
+        passes: The passes of an engine; the model's values replace braces.
+        options: Options of the engine's target.
+        needs_gpu: Whether the options need a GPU.
+        tuned: Whether to compile with the settings that search longest for fast kernels.
     """
 
     title: str

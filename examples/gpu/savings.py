@@ -15,7 +15,7 @@ from examples.gpu.measure import rewrite
 from examples.gpu.models import MODELS
 
 PASSES = "unroll,hoist,simplify"
-"""Those of the exact passes that change which weights are needed when; `fuse` copies weights."""
+"""The exact passes that change which weights the loop reads; `fuse` copies weights."""
 
 
 def count(name: str, tiny: bool, steps: int) -> dict[str, Any]:
@@ -31,24 +31,24 @@ def count(name: str, tiny: bool, steps: int) -> dict[str, Any]:
         "steps": steps,
         "before": before,
         "after": after,
-        "values": _handed_on(program),
+        "values": _exported_bytes(program),
         "flops": {"before": captured.flops(), "after": program.flops()},
     }
 
 
 def _in_loop(program: Program) -> int:
     """Return the bytes of the weights that are not read before or after the loop alone."""
-    release = set(program.releasable())
-    kept = {
+    releasable = set(program.releasable())
+    in_loop = {
         id(tensor): tensor
         for name, gm in program.components.items()
         for key, tensor in g.named_tensors(gm)
-        if f"{name}.{key}" not in release
+        if f"{name}.{key}" not in releasable
     }
-    return g.tensor_bytes(kept.values())
+    return g.tensor_bytes(in_loop.values())
 
 
-def _handed_on(program: Program) -> int:
-    """Return the bytes of what is computed before the loop, and kept for it."""
+def _exported_bytes(program: Program) -> int:
+    """Return the bytes of what is computed before the loop and read in it."""
     once = [call for call in program.calls() if call_tags.tag(call) is None]
     return sum(g.tensor_bytes(call.meta["val"]) for call in once)

@@ -1,7 +1,7 @@
-"""A process that measures rows, and is ended when it takes too long.
+"""A process that measures rows, and is killed when it takes too long.
 
-A compiler cannot be stopped otherwise, a fault on the GPU spoils the process, and only a process
-that ends gives back all memory.
+A compiler cannot be interrupted otherwise, an error of the GPU leaves the process unusable, and
+only the end of a process frees all memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Answer = dict[str, Any]
 """What was measured, or why not: under "failed" or "stopped"."""
 
 PATIENCE = 3.0
-"""Seconds that a process gets to end by itself."""
+"""Seconds after which a process is killed that does not end by itself."""
 
 _SPOILED = "spoiled"
 
@@ -35,10 +35,10 @@ class Answers(Protocol):
     """Runs in the process."""
 
     def prepare(self) -> None:
-        """Do what takes no GPU, while others use that."""
+        """Do what needs no GPU, while others use it."""
 
     def __call__(self, what: Any) -> Answer:
-        """Return the answer to what is asked."""
+        """Return the answer to a question."""
 
 
 class Worker:
@@ -69,8 +69,8 @@ class Worker:
         return {"stopped": f"took longer than {seconds:.0f} s", _SPOILED: True}
 
     def close(self) -> None:
-        """End the process, and those that it has started."""
-        self._pipe.close()  # it ends by itself unless it is at work
+        """End the process and its children."""
+        self._pipe.close()  # it ends by itself unless it is measuring
         self._process.join(PATIENCE)
         pid = self._process.pid
         assert pid is not None
@@ -81,7 +81,7 @@ class Worker:
 
 
 def _serve(pipe: Any, answers: Answers) -> None:
-    os.setpgid(0, 0)  # compilers that it starts are in this group, and end with it
+    os.setpgid(0, 0)  # a process group, with the compilers that it starts
     with contextlib.suppress(Exception):  # the first answer will say what is wrong
         answers.prepare()
     while True:
@@ -97,7 +97,7 @@ def _answer(answers: Answers, what: Any) -> Answer:
         return answers(what)
     except DiffoptError as error:
         return {"failed": error.message}
-    except Exception as error:  # one that cannot be measured must not stop the others
+    except Exception as error:  # one failure must not stop the others
         traceback.print_exc()
         text = str(error).strip().partition("\n")[0]
         kind = type(error).__name__
@@ -105,7 +105,7 @@ def _answer(answers: Answers, what: Any) -> Answer:
 
 
 class Engines:
-    """Measures engines' rows: all of one captured program."""
+    """Measures the rows of engines, all of one captured program."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -125,15 +125,15 @@ class Engines:
 
 @dataclass(frozen=True)
 class Diffusers:
-    """Measures diffusers' rows."""
+    """Measures the rows of diffusers."""
 
     settings: Settings
 
     def prepare(self) -> None:
-        """Do nothing: all it does takes the GPU."""
+        """Do nothing: everything needs the GPU."""
 
     def __call__(self, what: Row | None) -> Answer:
-        """Measure a row; None: only keep the latents that rows are compared with."""
+        """Measure a row; None: only save the latents that rows are compared with."""
         if what is None:
             return measure.reference(self.settings)
         if what.kind == "compiled":
@@ -142,11 +142,11 @@ class Diffusers:
 
 
 class Team:
-    """Measures the rows of a model: engines' in one process, each of diffusers' in its own.
+    """Measures the rows of a model: engines in one process, each of diffusers in its own.
 
     Args:
-        settings: Of all rows.
-        ahead: There will be rows of engines: capture their program while others are measured.
+        settings: The settings of all rows.
+        ahead: Whether rows of engines follow: capture their program while others are measured.
     """
 
     def __init__(self, settings: Settings, ahead: bool) -> None:
@@ -166,23 +166,23 @@ class Team:
         if self._ahead:
             self._start()
         if row.kind != "eager" and not self.settings.reference.exists():
-            found = self._diffusers(None, seconds)
-            if found:
-                why = next(iter(found.values()))
+            failure = self._diffusers(None, seconds)
+            if failure:
+                why = next(iter(failure.values()))
                 return {"failed": f"there is nothing to compare with: {why}"}
         left = until - time.monotonic()
         if row.kind != "engine":
             return self._diffusers(row, left)
-        found = self._start().ask(row, left)
-        if found.pop(_SPOILED, False):
+        answer = self._start().ask(row, left)
+        if answer.pop(_SPOILED, False):
             self._end()
-        return found
+        return answer
 
     def _diffusers(self, row: Row | None, seconds: float) -> Answer:
         with contextlib.closing(Worker(Diffusers(self.settings))) as worker:
-            found = worker.ask(row, seconds)
-        found.pop(_SPOILED, None)
-        return found
+            answer = worker.ask(row, seconds)
+        answer.pop(_SPOILED, None)
+        return answer
 
     def _start(self) -> Worker:
         if self._engines is None:

@@ -15,6 +15,7 @@ import csv
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,22 +62,28 @@ def average(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
         ema[k].lerp_(v, 1 - decay)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Peak learning rate, batch size, and the decay of the averaged weights."""
+
+    lr: float
+    batch: int
+    ema_decay: float
+
+
 def train(
     name: str,
     model: nn.Module,
     loss_of: Callable[[Tensor], Tensor],
-    *,
-    args: argparse.Namespace,
-    lr: float,
-    batch: int,
     n: int,
-    ema_decay: float,
+    recipe: Recipe,
+    args: argparse.Namespace,
 ) -> None:
-    """Minimise a loss for `args.minutes`; leave the averaged weights in `<work>/<name>.pt`.
+    """Minimise a loss over `n` samples for `args.minutes`; save averaged weights in `<name>.pt`.
 
-    The state is saved every two minutes and picked up again when the file is there.
+    The state is saved every two minutes, and a later call resumes from it.
     """
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    opt = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     step, spent = 0, 0.0
     path, curve = args.work / f"{name}.pt", args.work / f"{name}.csv"
@@ -94,11 +101,11 @@ def train(
         path.with_suffix(".tmp").replace(path)
 
     losses, saved = [], spent
-    for rows in batches(n, batch, seed=step):
+    for rows in batches(n, recipe.batch, seed=step):
         began, done = time.monotonic(), spent / (60 * args.minutes)
         if done >= 1:
             break
-        opt.param_groups[0]["lr"] = learning_rate(lr, step, done)
+        opt.param_groups[0]["lr"] = learning_rate(recipe.lr, step, done)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(rows)
         loss.backward()
@@ -106,11 +113,11 @@ def train(
         opt.step()
         opt.zero_grad()
         step += 1
-        average(ema, model, min(ema_decay, (1 + step) / (10 + step)))
+        average(ema, model, min(recipe.ema_decay, (1 + step) / (10 + step)))
         losses.append(loss.item())
         spent += time.monotonic() - began
         if step % 50 == 0:
-            row = [step, f"{spent / 60:.2f}", step * batch, f"{np.mean(losses):.5f}"]
+            row = [step, f"{spent / 60:.2f}", step * recipe.batch, f"{np.mean(losses):.5f}"]
             with curve.open("a") as f:
                 csv.writer(f).writerow(row)
             losses.clear()
@@ -136,7 +143,7 @@ def train_vae(args: argparse.Namespace) -> None:
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return (fake - real).abs().mean() + mse_loss(fake, real) + sharp + 5e-4 * kl
 
-    train("vae", vae, loss_of, args=args, lr=2e-3, batch=32, n=len(x), ema_decay=0.995)
+    train("vae", vae, loss_of, len(x), Recipe(lr=2e-3, batch=32, ema_decay=0.995), args)
     export_latents(args, x)
 
 
@@ -200,7 +207,7 @@ def train_sd(args: argparse.Namespace) -> None:
 
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     plain_attention(both)
-    train("sd", both, loss_of, args=args, lr=1e-3, batch=64, n=len(z), ema_decay=0.999)
+    train("sd", both, loss_of, len(z), Recipe(lr=1e-3, batch=64, ema_decay=0.999), args)
 
 
 def train_dit(args: argparse.Namespace) -> None:
@@ -219,7 +226,7 @@ def train_dit(args: argparse.Namespace) -> None:
         c = classes[rows].masked_fill(torch.rand(len(rows)) < 0.1, NULL_CLASS)
         return denoising_loss(lambda x, t: fast(x, timestep=t, class_labels=c).sample, z[rows])
 
-    train("dit", dit, loss_of, args=args, lr=1e-3, batch=64, n=len(z), ema_decay=0.999)
+    train("dit", dit, loss_of, len(z), Recipe(lr=1e-3, batch=64, ema_decay=0.999), args)
 
 
 def plain_attention(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What is compared: what comes between `unroll` and `hoist`, and around `simplify,fuse`."""
+"""The configurations: passes between `unroll` and `hoist`, and around `simplify,fuse`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,24 +8,24 @@ from examples.study.study import REFERENCE
 from examples.study.texts import name_of, passes
 
 RATIOS = (0.15, 0.3, 0.5)
-GOAL = 0.3  # of the channels, whose KID is to be the reference's after training
-FLOPS = 0.7  # that `auto` leaves
+GOAL = 0.3  # the ratio whose KID is to be the reference's after training
+FLOPS = 0.7  # the target of `auto`
 RECOVER = "recover(steps=1000,samples=200,lr=0.001)"
 LONGER = "recover(steps=5000,samples=1000,lr=0.001)"
 INT8 = "cast(bf16),quantize(int8)"
 CACHE = "cache(auto,speedup=1.5)"
 TARGET = "cpu(pack=true)"
-"""Of the engines that are timed: the fastest one for the CPU that shares its weights."""
+"""The target of timed engines: the fastest one for the CPU that shares weights."""
 THEIRS = "torch-pruning"
 UNROLLED = "unroll"
-"""The program that passes begin with; it is not measured."""
+"""The program before pruning; it is not measured."""
 
 FEWER = {25: (21, 18, 16, 14, 12, 10), 8: (7, 6, 5, 4)}
-"""Steps of the whole model that cost what pruned ones do, by how many these have."""
+"""Steps of the unpruned model that cost as much as a pruned one, by the steps of that."""
 
 
 def channels(ratio: float, importance: str) -> str:
-    """Return the configuration that removes this share of each group of channels."""
+    """Return the configuration that removes this ratio of each group of channels."""
     return f"prune(channels,ratio={ratio:g},importance={importance})"
 
 
@@ -35,45 +35,45 @@ def fewer(steps: int) -> str:
 
 
 def recovered(config: str) -> str:
-    """Return the configuration that trains what another has left."""
+    """Return the configuration with training after another one."""
     return f"{config},{RECOVER}"
 
 
 def recovered_longer(config: str) -> str:
-    """Return the configuration that does so for long."""
+    """Return the configuration with longer training after another one."""
     return f"{config},{LONGER}"
 
 
 BY_IMPORTANCE = {ratio: {m: channels(ratio, m) for m in METHODS} for ratio in RATIOS}
 AUTO = f"prune(auto,flops={FLOPS})"
 UNIFORM = "prune(all,ratio=0.175)"
-"""What leaves as many FLOPs as `auto` does, by the same share of all groups."""
+"""As many FLOPs as `auto`, with the same ratio for all groups."""
 DIMS = f"prune((auto,dims),flops={FLOPS})"
-"""What does so and lets heads stay."""
+"""As many FLOPs as `auto`, with all heads kept."""
 PEERS: Mapping[str, tuple[Sequence[str], str]] = {
-    # It removes a channel of each group of a norm, of which all have 2 or 3: that is the least.
+    # Its least step is one channel of each group of the norms, which have 2 or 3 channels.
     "fashion-sd": (["prune(auto,flops=0.57)"], f"{THEIRS}(ratio=0.06)"),
     "fashion-dit": (
         [AUTO, "prune((auto,dims),flops=0.66)", "prune((dims,mlp),ratio=0.34)"],
         f"{THEIRS}(ratio=0.33)",
     ),
 }
-"""What leaves as many FLOPs, by diffopt and by torch-pruning."""
+"""Configurations with as many FLOPs: diffopt's, and torch-pruning's."""
 LOW_RANK = "low-rank(rank=0.4,data=true)"
 KINDS = ("prune(heads,ratio=0.25)", "prune(mlp,ratio=0.3)", "prune(blocks,ratio=0.15)")
 LONG = (BY_IMPORTANCE[GOAL]["taylor"], AUTO)
-"""What is trained for long, too, and what is measured with few steps."""
-LARGE = (REFERENCE, *(own["magnitude"] for own in BY_IMPORTANCE.values()), UNIFORM)
-"""What is timed of larger models, whose weights are random."""
+"""Configurations with longer training as well, which few steps are measured with."""
+LARGE = (REFERENCE, *(by_method["magnitude"] for by_method in BY_IMPORTANCE.values()), UNIFORM)
+"""Configurations of larger models, whose weights are random: only times are measured."""
 COMPOSED = f"{recovered(AUTO)},{CACHE},{INT8}"
 PARTS = (recovered(AUTO), CACHE, INT8)
 
 
 def smaller(model: str) -> list[str]:
-    """Return the configurations that are trained, those of the goals first."""
+    """Return the pruned configurations, those of the goals first."""
     main = BY_IMPORTANCE[GOAL]
     ours, theirs = PEERS[model]
-    rest = [own[m] for r, own in BY_IMPORTANCE.items() if r != GOAL for m in METHODS]
+    rest = [channels(ratio, m) for ratio in RATIOS if ratio != GOAL for m in METHODS]
     return [
         *(main[m] for m in METHODS if m != "random"),
         AUTO,
@@ -88,18 +88,18 @@ def smaller(model: str) -> list[str]:
 
 
 def configurations(model: str, steps: int) -> list[str]:
-    """Return what is measured of a model with so many steps, in that order."""
+    """Return the configurations of a model with so many steps, in order."""
     beginning = [REFERENCE, *map(fewer, FEWER.get(steps, ()))]
     if steps != max(FEWER):
-        return [*beginning, *(c for own in LONG for c in (own, recovered(own)))]
-    pairs = [config for own in smaller(model) for config in (own, recovered(own))]
+        return [*beginning, *(c for pruned in LONG for c in (pruned, recovered(pruned)))]
+    pairs = [config for pruned in smaller(model) for config in (pruned, recovered(pruned))]
     after = pairs.index(recovered(UNIFORM)) + 1
     pairs[after:after] = [CACHE, INT8, COMPOSED]
     return [*beginning, *pairs, *map(recovered_longer, LONG)]
 
 
 def is_timed(config: str) -> bool:
-    """Tell whether a configuration is timed: training and what is removed change no time."""
+    """Tell whether to time it: neither training nor the choice of channels changes times."""
     is_trained = config != untrained(config)
     has_twin = "importance=" in config and "importance=magnitude" not in config
     return config != REFERENCE and not is_trained and not has_twin

@@ -41,8 +41,8 @@ def section(data: Mapping[str, Any], folder: Path) -> str:
         "",
         *_about(data),
     ]
-    for title, own in data.get("models", {}).items():
-        lines += ["", f"### {title}", "", *_model(title, own, folder)]
+    for title, model in data.get("models", {}).items():
+        lines += ["", f"### {title}", "", *_model(title, model, folder)]
     if large := data.get("large"):
         lines += ["", "### Times of larger models", "", *_large(large)]
     return "\n".join(lines)
@@ -73,27 +73,28 @@ def _about(data: Mapping[str, Any]) -> list[str]:
 
 
 def _targets(data: Mapping[str, Any]) -> str:
-    rows = [row for own in data.get("models", {}).values() for row in own["configs"].values()]
+    models = data.get("models", {}).values()
+    rows = [row for model in models for row in model["configs"].values()]
     timed = [row["time"]["target"] for row in rows if "time" in row]
-    for own in data.get("large", {}).values():
-        timed += [key.rpartition(" on ")[2] for key in own.get("times", ())]
+    for model in data.get("large", {}).values():
+        timed += [key.rpartition(" on ")[2] for key in model.get("times", ())]
     return ", ".join(f"`{target}`" for target in dict.fromkeys(timed))
 
 
-def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:
-    rows = {config: row for config, row in own["configs"].items() if "cost" in row}
+def _model(title: str, results: Mapping[str, Any], folder: Path) -> list[str]:
+    rows = {config: row for config, row in results["configs"].items() if "cost" in row}
     model, _, rest = title.partition(", ")
     steps = int(rest.partition(" ")[0])
     if REFERENCE not in rows:
         return []
     blocks = [
         _table(rows, configurations(model, steps)),
-        floor_lines(own, rows),
+        floor_lines(results, rows),
         findings.importances(rows),
         findings.rivals(rows, model),
         findings.composed(rows),
-        _peer(own, rows, model),
-        [*findings.goals(rows), *left_out(own["configs"], "cost")],
+        _peer(results, rows, model),
+        [*findings.goals(rows), *left_out(results["configs"], "cost")],
         _picture(title, rows, folder),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block).split("\n")
@@ -113,15 +114,15 @@ def _table(rows: Rows, configs: Sequence[str]) -> list[str]:
         if is_long:
             row, trained = {**rows.get(untrained(config), {}), "cost": row["cost"]}, row
         kept = findings.kept_promise(rows, config)
-        qualities = [own.get("quality", {}) for own in (row, trained)]
+        qualities = [each.get("quality", {}) for each in (row, trained)]
         cells = [
             f"`{config}`" if config != COMPOSED else "all of these together (below)",
             f"{findings.share(rows, config):.2f}",
             f"{findings.share(rows, config, 'parameters'):.2f}",
             _time(rows, untrained(config)) if "time" in row else "-",
             f"{kept:.0%}" if kept is not None else "-",
-            *(number(own.get("distance"), 1, 4) for own in qualities),
-            *(number(own.get("kid held-out"), 1000, 2) for own in qualities),
+            *(number(quality.get("distance"), 1, 4) for quality in qualities),
+            *(number(quality.get("kid held-out"), 1000, 2) for quality in qualities),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -150,11 +151,13 @@ def _large(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _peer(own: Mapping[str, Any], rows: Rows, model: str) -> list[str]:
-    if "groups" not in own:
+def _peer(results: Mapping[str, Any], rows: Rows, model: str) -> list[str]:
+    if "groups" not in results:
         return []
-    version = own["groups"]["version"]
-    lines = [f"**torch-pruning {version}.** {' '.join(findings.grouped(own['groups']['found']))}"]
+    version = results["groups"]["version"]
+    lines = [
+        f"**torch-pruning {version}.** {' '.join(findings.grouped(results['groups']['found']))}"
+    ]
     return [*lines, *(f"- {line}" for line in findings.peer(rows, *PEERS[model]))]
 
 

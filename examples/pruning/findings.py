@@ -1,4 +1,4 @@
-"""Says what the measurements mean, in sentences that follow the numbers."""
+"""Draws conclusions from the measurements, in sentences."""
 
 import math
 import statistics
@@ -25,17 +25,17 @@ from examples.study.rows import Rows, ahead, distance, has_quality, median, verd
 from examples.study.study import REFERENCE
 
 KID_SLACK = 1.1
-PROMISE = 0.8  # of what the FLOPs promise, that the time is to fall by
-SLACK = 0.98  # a rival of as many FLOPs may have this part of them
+PROMISE = 0.8  # the part of the FLOPs' reduction that the time has to be reduced by
+SLACK = 0.98  # a rival may have this part of the FLOPs
 
 
 def share(rows: Rows, config: str, key: str = "flops") -> float:
-    """Return a configuration's part of the reference's FLOPs, or of another number."""
+    """Return the ratio of a configuration's FLOPs, or another cost, to the reference's."""
     return float(rows[config]["cost"][key] / rows[REFERENCE]["cost"][key])
 
 
 def kept_promise(rows: Rows, config: str) -> float | None:
-    """Return how much the time falls, next to how much the FLOPs do; None if it is not known."""
+    """Return the reduction of the time over that of the FLOPs, None if it is not known."""
     timed = untrained(config)
     if "time" not in rows.get(timed, {}):
         return None
@@ -43,26 +43,26 @@ def kept_promise(rows: Rows, config: str) -> float | None:
 
 
 def _kept(time: float, flops: float) -> float | None:
-    """Return how much the time falls, next to how much the FLOPs do, both as what is left."""
+    """Return the reduction of the time over that of the FLOPs, given what remains of both."""
     return (1 - time) / (1 - flops) if flops < 1 else None
 
 
 def large_share(times: Rows, key: str) -> float:
-    """Return a larger model's engine's part of the FLOPs of the first engine."""
+    """Return the ratio of an engine's FLOPs to those of the model's first engine."""
     return float(times[key]["flops"] / times[next(iter(times))]["flops"])
 
 
 def kept_promise_of(times: Rows, key: str) -> float | None:
-    """Return how much a larger model's time falls, next to how much the FLOPs do."""
-    own, whole = (statistics.median(times[k]["seconds"]) for k in (key, next(iter(times))))
-    return _kept(own / whole, large_share(times, key))
+    """Return the reduction of an engine's time over that of its FLOPs."""
+    pruned, whole = (statistics.median(times[k]["seconds"]) for k in (key, next(iter(times))))
+    return _kept(pruned / whole, large_share(times, key))
 
 
 def large_goals(data: Mapping[str, Any]) -> list[str]:
-    """Return how the times of larger models meet what was asked."""
+    """Return how the times of larger models meet the goals."""
     lines = []
-    for title, own in data.items():
-        times = own.get("times", {})
+    for title, model in data.items():
+        times = model.get("times", {})
         kept = {key: part for key in times if (part := kept_promise_of(times, key)) is not None}
         lines += [
             f"- {verdict(part >= PROMISE)}: {title}, `{key.partition(' on ')[0]}`:"
@@ -74,9 +74,9 @@ def large_goals(data: Mapping[str, Any]) -> list[str]:
 
 def rival(rows: Rows, config: str) -> str | None:
     """Return the fewest steps of the whole model that cost at least what a configuration does."""
-    own = share(rows, config)
+    flops = share(rows, config)
     known = [c for c in rows if c.startswith("unroll(") and has_quality(rows, c)]
-    enough = [c for c in known if share(rows, c) >= SLACK * own]
+    enough = [c for c in known if share(rows, c) >= SLACK * flops]
     return min(enough, key=lambda c: share(rows, c), default=None)
 
 
@@ -84,7 +84,7 @@ def rival(rows: Rows, config: str) -> str | None:
 
 
 def goals(rows: Rows) -> list[str]:
-    """Return how a model meets what was asked."""
+    """Return how a model meets the goals."""
     lines = [*_kid(rows), *_time(rows), *_ahead(rows)]
     return [f"- {line}" for line in lines]
 
@@ -115,7 +115,7 @@ def _kid(rows: Rows) -> list[str]:
 
 
 def _time(rows: Rows) -> list[str]:
-    wanted = [*(own["magnitude"] for own in BY_IMPORTANCE.values()), AUTO, UNIFORM]
+    wanted = [*(by_method["magnitude"] for by_method in BY_IMPORTANCE.values()), AUTO, UNIFORM]
     kept = {c: p for c in wanted if c in rows and (p := kept_promise(rows, c)) is not None}
     return [
         f"{verdict(part >= PROMISE)}: `{config}` leaves {share(rows, config):.0%} of the FLOPs and"
@@ -127,8 +127,8 @@ def _time(rows: Rows) -> list[str]:
 
 def _ahead(rows: Rows) -> list[str]:
     pairs = [
-        ("Diff-Pruning's importance is ahead of magnitude", own["diff-pruning"], own["magnitude"])
-        for own in BY_IMPORTANCE.values()
+        ("Diff-Pruning's importance is ahead of magnitude", by["diff-pruning"], by["magnitude"])
+        for by in BY_IMPORTANCE.values()
     ]
     pairs.append(("`auto` is ahead of a uniform share", AUTO, UNIFORM))
     lines = []
@@ -154,10 +154,10 @@ def _short(config: str) -> str:
 def importances(rows: Rows) -> list[str]:
     """Return the table of importances next to magnitude."""
     lines = []
-    for ratio, own in BY_IMPORTANCE.items():
+    for ratio, by_method in BY_IMPORTANCE.items():
         for method in METHODS:
             cells = [
-                _next_to(rows, change(own[method]), change(own["magnitude"]))
+                _next_to(rows, change(by_method[method]), change(by_method["magnitude"]))
                 for change in (str, recovered)
             ]
             if method != "magnitude" and any(cells):
@@ -190,14 +190,14 @@ def rivals(rows: Rows, model: str) -> list[str]:
         other = rival(rows, config) if has_quality(rows, config) else None
         if other is None:
             continue
-        own, theirs = (rows[c]["quality"] for c in (config, other))
+        qualities = [rows[c]["quality"] for c in (config, other)]
         more = share(rows, other) / share(rows, config)
         cells = [
             f"`{config}`",
             f"`{other}`",
             f"{more:.2f}",
-            *(number(row["distance"], 1, 4) for row in (own, theirs)),
-            *(number(row.get("kid held-out"), 1000, 2) for row in (own, theirs)),
+            *(number(row["distance"], 1, 4) for row in qualities),
+            *(number(row.get("kid held-out"), 1000, 2) for row in qualities),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
@@ -212,11 +212,11 @@ def rivals(rows: Rows, model: str) -> list[str]:
 
 
 def composed(rows: Rows) -> list[str]:
-    """Return what pruning, caching and quantization are together, and each alone."""
+    """Compare pruning, caching and quantization together with each alone."""
     if not has_quality(rows, COMPOSED, *PARTS):
         return []
-    own = [distance(rows[part])[0] for part in PARTS]
-    names = ", ".join(f"`{part}` {d:.4f}" for part, d in zip(PARTS, own, strict=True))
+    distances = [distance(rows[part])[0] for part in PARTS]
+    names = ", ".join(f"`{part}` {d:.4f}" for part, d in zip(PARTS, distances, strict=True))
     speed = ""
     if "time" in rows[COMPOSED]:
         parts = [COMPOSED, *PARTS]
@@ -230,19 +230,19 @@ def composed(rows: Rows) -> list[str]:
         )
     return [
         f"Together, `{COMPOSED}`: distance {number(rows[COMPOSED]['quality']['distance'], 1, 4)};"
-        f" alone {names}: their sum is {sum(own):.4f}, the root of the sum of their squares"
-        f" {math.hypot(*own):.4f}.{speed}"
+        f" alone {names}: their sum is {sum(distances):.4f}, the root of the sum of their squares"
+        f" {math.hypot(*distances):.4f}.{speed}"
     ]
 
 
-def grouped(found: list[dict[str, Any]]) -> list[str]:
-    """Return how the groups of torch-pruning compare with ours."""
-    wider = [row for row in found if row["only ours"]]
-    rest = [row for row in found if not row["only ours"]]
+def grouped(groups: list[dict[str, Any]]) -> list[str]:
+    """Compare the groups of torch-pruning with ours."""
+    wider = [row for row in groups if row["only ours"]]
+    rest = [row for row in groups if not row["only ours"]]
     same = [row for row in rest if row["ours"] and not row["only theirs"]]
     tables = [row for row in rest if row not in same]
     lines = [
-        f"Of its {len(found)} groups {len(same)} are the same weights and axes as ours."
+        f"Of its {len(groups)} groups {len(same)} are the same weights and axes as ours."
         + (
             f" {len(tables)} have the timestep's layers besides, or alone: `unroll` has computed"
             " these into a table."
@@ -260,19 +260,19 @@ def grouped(found: list[dict[str, Any]]) -> list[str]:
 
 
 def peer(rows: Rows, ours: Sequence[str], theirs: str) -> list[str]:
-    """Return how far both are from the reference, before and after the same training."""
+    """Compare the distances of both from the reference, before and after the same training."""
     lines = []
     for config in ours:
-        found = []
+        ratios = []
         for state, change in (("before training", str), ("after it", recovered)):
             one, two = change(config), change(theirs)
             if has_quality(rows, one, two):
                 ratio, errors = ahead(rows, one, two)
                 said = f"{ratio:.2f} times its distance {state} ({errors:+.1f} standard errors"
-                found.append(f"{said} ahead)")
-        if found:
+                ratios.append(f"{said} ahead)")
+        if ratios:
             lines.append(
                 f"`{config}`, with {share(rows, config):.2f} of the FLOPs, has"
-                f" {' and '.join(found)}; `{theirs}` leaves {share(rows, theirs):.2f}."
+                f" {' and '.join(ratios)}; `{theirs}` leaves {share(rows, theirs):.2f}."
             )
     return lines

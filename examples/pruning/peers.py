@@ -1,8 +1,8 @@
-"""Prunes with torch-pruning, and says which layers both packages prune together.
+"""Prunes with torch-pruning, and compares which layers both packages couple.
 
-It works on modules: a model is pruned in place, and traced then. What it does not know of a model
-it is told here, as its own examples do: how many heads attentions have, which layers have to keep
-their outputs, and the sizes that modules remember.
+torch-pruning works on modules: a model is pruned in place, and traced afterwards. As in its own
+examples, it is told the number of heads, and the layers whose outputs are kept; sizes that modules
+store are corrected here.
 """
 
 import importlib.metadata
@@ -20,9 +20,9 @@ from examples.pruning.configurations import THEIRS, UNROLLED
 from examples.study.models import load
 from examples.study.study import Study
 
-# The model, an example of its arguments, and the layers whose outputs have to stay: the last, and
-# in the transformer the first, as its residual stream meets a table of positions that is no
-# parameter, which torch-pruning does not follow.
+# The component, example arguments, and the layers whose outputs are kept: the last, and in the
+# transformer the first, as torch-pruning does not follow the table of positions, no parameter,
+# that is added to its residual stream.
 _MODELS: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
     "fashion-sd": (
         "unet",
@@ -69,7 +69,7 @@ def pruned(study: Study, call: str) -> Any:
 def _pruner(name: str, pipe: Any, ratio: float) -> tuple[Any, nn.Module]:
     import torch_pruning
 
-    component, arguments, stay = _MODELS[name]
+    component, arguments, kept = _MODELS[name]
     model: nn.Module = getattr(pipe, component).requires_grad_(True)
     heads = {
         layer: module.heads
@@ -82,7 +82,7 @@ def _pruner(name: str, pipe: Any, ratio: float) -> tuple[Any, nn.Module]:
         {**arguments, "return_dict": False},
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=1),
         pruning_ratio=ratio,
-        ignored_layers=[model.get_submodule(layer) for layer in stay],
+        ignored_layers=[model.get_submodule(layer) for layer in kept],
         num_heads=heads,
         root_module_types=[*ROOTS],
     )
@@ -96,7 +96,7 @@ Weights = frozenset[tuple[str, int]]
 
 
 def groups(study: Study) -> tuple[dict[str, Weights], list[tuple[str, Weights]]]:
-    """Return what goes together in the denoiser, by the layer that makes it.
+    """Return the coupled weights of the denoiser, by the layer whose outputs they are.
 
     Returns:
         Theirs, and ours, which may have several of one layer.
@@ -113,15 +113,15 @@ def _theirs(pruner: Any, names: Mapping[nn.Module, str]) -> dict[str, Weights]:
     import torch_pruning
 
     outputs = torch_pruning.prune_conv_out_channels, torch_pruning.prune_linear_out_channels
-    found = {}
+    groups = {}
     for group in pruner.DG.get_all_groups(pruner.ignored_layers, [*ROOTS]):
         members = [(dep.target.module, dep.handler) for dep, _ in group]
-        found[names[members[0][0]]] = frozenset(
+        groups[names[members[0][0]]] = frozenset(
             (names[module], 0 if handler in outputs else 1)
             for module, handler in members
             if isinstance(module, ROOTS)
         )
-    return found
+    return groups
 
 
 def _ours(
@@ -132,27 +132,27 @@ def _ours(
         for name, tensor in g.named_tensors(program.components[component])
         if name in weights
     }
-    found = []
+    groups = []
     for group in couple(program).groups:
         axes = {axis for unit in group.units for axis in unit.members}
-        own = frozenset((tensors[key], axis) for key, axis in axes if key in tensors)
-        if own:
-            found.append((group.name.partition(".")[2], own))
-    return found
+        members = frozenset((tensors[key], axis) for key, axis in axes if key in tensors)
+        if members:
+            groups.append((group.name.partition(".")[2], members))
+    return groups
 
 
 def compared(study: Study) -> list[dict[str, Any]]:
-    """Return each of their groups, beside ours that prune outputs of the same layers."""
+    """Return each of their groups, with ours that prune outputs of the same layers."""
     theirs, ours = groups(study)
     rows = []
     for name, weights in theirs.items():
-        makers = {(layer, axis) for layer, axis in weights if axis == 0}
-        own = [(other, axes) for other, axes in ours if axes & makers]
-        union = frozenset().union(*(axes for _, axes in own))
+        outputs = {(layer, axis) for layer, axis in weights if axis == 0}
+        overlapping = [(other, axes) for other, axes in ours if axes & outputs]
+        union = frozenset().union(*(axes for _, axes in overlapping))
         rows.append(
             {
                 "layer": name,
-                "ours": [other for other, _ in own],
+                "ours": [other for other, _ in overlapping],
                 "only theirs": sorted(f"{layer} {_SIDES[axis]}" for layer, axis in weights - union),
                 "only ours": sorted(f"{layer} {_SIDES[axis]}" for layer, axis in union - weights),
             }

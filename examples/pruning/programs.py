@@ -1,4 +1,4 @@
-"""Makes the programs that are compared, and says what they take."""
+"""Makes the programs of configurations, and measures their cost."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ from examples.study.texts import name_of
 
 
 def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
-    """Return the program of a configuration; its size, and what its passes noted."""
+    """Return the program of a configuration, its size, and the notes of its passes."""
     if config == UNROLLED:
         return Pipeline.parse("unroll").run(study.traced, verify=False), {}
     calls, traced = split(config), study.traced
@@ -23,7 +23,7 @@ def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
     program = Pipeline.parse(pipeline(calls)).run(
         traced, verify=False, enforce=False, seed=CALIBRATION, prompts=study.prompts
     )
-    # Without the folder that the file of the reference is in, which is this machine's.
+    # Without the path of the reference's file, which is specific to this machine.
     named = {
         re.sub(r",reference=[^,)]*", "", record["text"]): record
         for record in program.history[len(traced.history) :]

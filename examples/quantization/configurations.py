@@ -1,6 +1,6 @@
-"""What is compared: pipelines, which go on behind `unroll,hoist,simplify,fuse`.
+"""The configurations: passes after `unroll,hoist,simplify,fuse`.
 
-Passes in front that those have to follow (`unroll` with other steps, `cache`) take their place.
+Leading passes `unroll`, with other steps, and `cache` take their places in that.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from examples.study.study import REFERENCE
 from examples.study.texts import passes
 
 ONE_STEP = "ranges of one step: "
-"""In front of a configuration that is calibrated at the step in the middle alone."""
+"""The prefix of a configuration that is calibrated only at the step in the middle."""
 
 BF16 = "cast(bf16)"
 CACHE = "cache(auto,speedup=2)"
@@ -45,7 +45,7 @@ ACTIVATIONS = tuple(quantized(f"int8,activations={a}") for a in ("dynamic", "row
 OBSERVERS = tuple(quantized(f"int8,observer={o}") for o in ("percentile", "mse", "entropy"))
 INT4_WEIGHTS = quantized("int4,activations=none")
 LARGE = (REFERENCE, BF16, INT8, INT4, INT4_WEIGHTS, INT4_ALL)
-"""What is timed of larger models."""
+"""Configurations of larger models, which are only timed."""
 BUDGETS = tuple(quantized(f"auto,budget={b}") for b in (0.02, 0.05))
 
 
@@ -93,7 +93,7 @@ CONFIGS: Mapping[int, tuple[str, ...]] = {
 """By steps."""
 
 EMULATED = (FP8, INT8_ONE_STEP, INT8_ONE_GROUP, SHORTCUTS_INT8, SHORTCUTS_UNSPLIT, *OBSERVERS)
-"""What is not timed: the CPU has no kernels for it, or the same as others'."""
+"""Configurations that are not timed: the CPU has no kernels for them, or the same as for others."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ class Pair:
     """Two configurations that differ in one thing.
 
     Attributes:
-        what: The thing.
+        what: A description of the difference.
         having: The configuration that has it.
         lacking: The one that does not.
-        goal: Whether it is asked of quantization that the first is nearer to the reference.
+        goal: Whether it is a goal that the first is nearer to the reference.
     """
 
     what: str
@@ -127,25 +127,25 @@ PAIRS = (
 )
 
 SUMS = ((CACHE_INT8, (CACHE, INT8)), (f"{CACHE},{BF16}", (CACHE, BF16)))
-"""Configurations, and the parts that they are made of."""
+"""Configurations, and their parts."""
 
 FOUR_BITS = (INT4_ADAROUND, INT4_RANK, INT4_RANK_32, INT4_BOTH)
-"""Better than the nearest weights of 4 bits."""
+"""Configurations that improve on 4-bit weights rounded to nearest."""
 
 
 def split(config: str) -> tuple[str, str]:
-    """Return the configuration that a configuration goes on from, and the passes that follow."""
+    """Return the leading passes of a configuration, as a configuration, and the passes after."""
     text = config.removeprefix(ONE_STEP)
     if text == REFERENCE:
         return REFERENCE, ""
-    Pipeline.parse(text)  # says what is wrong with the text
+    Pipeline.parse(text)  # raises an error that shows what is wrong
     calls = passes(text)
     front = [*takewhile(_is_front, calls)]
     return ",".join(front) or REFERENCE, ",".join(calls[len(front) :])
 
 
 def beginning(front: str) -> str:
-    """Return the whole pipeline of a configuration that goes on from no other."""
+    """Return the whole pipeline of leading passes."""
     calls = [] if front == REFERENCE else passes(front)
     unroll = next((step for step in calls if step.startswith("unroll")), "unroll")
     caches = [step for step in calls if step.startswith("cache")]

@@ -41,8 +41,8 @@ def section(data: Mapping[str, Any], folder: Path) -> str:
         "",
         *_about(data),
     ]
-    for title, own in data.get("models", {}).items():
-        lines += ["", f"### {title}", "", *_model(title, own, folder)]
+    for title, model in data.get("models", {}).items():
+        lines += ["", f"### {title}", "", *_model(title, model, folder)]
     if "large" in data:
         lines += ["", "### Times of larger models", "", *_large(data["large"])]
     if "peers" in data:
@@ -78,15 +78,15 @@ def _about(data: Mapping[str, Any]) -> list[str]:
 # Trained models
 
 
-def _model(title: str, own: Mapping[str, Any], folder: Path) -> list[str]:
-    rows = {config: row for config, row in own["configs"].items() if "cost" in row}
+def _model(title: str, model: Mapping[str, Any], folder: Path) -> list[str]:
+    rows = {config: row for config, row in model["configs"].items() if "cost" in row}
     steps = int(title.partition(", ")[2].partition(" ")[0])
-    lines = [*_qualities(rows), "", *floor_lines(own, rows)]
+    lines = [*_qualities(rows), "", *floor_lines(model, rows)]
     timed = {config: row for config, row in rows.items() if "time" in row}
     blocks = [_timings(timed), findings.ablations(rows), findings.sums(rows)]
     for block in blocks:
         lines += ["", *block] if block else []
-    lines += ["", *findings.quality_goals(rows, steps), *left_out(own["configs"], "cost")]
+    lines += ["", *findings.quality_goals(rows, steps), *left_out(model["configs"], "cost")]
     picture = f"quantization-{title.replace(', ', '-').removesuffix(' steps')}.png"
     if (folder / picture).exists():
         names = ", ".join(f"`{config}`" for config in pictured(rows))
@@ -151,7 +151,7 @@ def _large(data: Mapping[str, Any]) -> list[str]:
         row, weights = times[key], times[key]["weights"]
         config, _, target = key.partition(" on ")
         base = times.get(f"{BF16} on {target}")
-        seconds = [statistics.median(own["seconds"]) for own in (base, row) if own]
+        seconds = [statistics.median(each["seconds"]) for each in (base, row) if each]
         return [
             f"`{config}` on `{target}`",
             milliseconds(row["seconds"]),
@@ -189,17 +189,18 @@ def _peers(data: Mapping[str, Any]) -> list[str]:
         f" the same {SAMPLES} requests. {THEIRS} has static shapes, and bf16 for what is not int8."
         " The error is relative to fp32 in the results of the calls of another request.",
     ]
-    for title, own in data.items():
+    for title, model in data.items():
         lines += [
             "",
-            f"{title}, {own['parameters'] / 1e6:.1f} M parameters, a batch of {own['shape'][0]}:",
+            f"{title}, {model['parameters'] / 1e6:.1f} M parameters,"
+            f" a batch of {model['shape'][0]}:",
             "",
             "| numbers | by | time, ms | against OpenVINO | error |",
             "| --- | --- | ---: | ---: | ---: |",
         ]
-        for key, row in own["contenders"].items():
+        for key, row in model["contenders"].items():
             kind, _, side = key.partition(", ")
-            base = statistics.median(own["contenders"][f"{kind}, {THEIRS}"]["seconds"])
+            base = statistics.median(model["contenders"][f"{kind}, {THEIRS}"]["seconds"])
             name = side if side == THEIRS else f"engine, `{side}`"
             lines.append(
                 f"| {kind} | {name} | {milliseconds(row['seconds'])}"

@@ -1,4 +1,4 @@
-"""Says what the measurements mean, in sentences that follow the numbers."""
+"""Draws conclusions from the measurements, in sentences."""
 
 import math
 import statistics
@@ -45,17 +45,16 @@ def ablations(rows: Rows) -> list[str]:
     for pair in pairs:
         ratio, difference = ahead(rows, pair.having, pair.lacking)
         cells = [number(rows[c]["quality"]["distance"], 1, 4) for c in (pair.having, pair.lacking)]
-        own = distance(rows[pair.having])[0] / base
-        lines.append(
-            f"| {pair.what} | {' | '.join(cells)} | {ratio:.2f} | {difference:+.1f} | {own:.2f} |"
-        )
+        to_int8 = distance(rows[pair.having])[0] / base
+        numbers = f"{ratio:.2f} | {difference:+.1f} | {to_int8:.2f}"
+        lines.append(f"| {pair.what} | {' | '.join(cells)} | {numbers} |")
     return lines
 
 
 def sums(rows: Rows) -> list[str]:
-    """Return the table of wholes and of the sums of their parts."""
-    found = [(whole, parts) for whole, parts in SUMS if has_quality(rows, whole, *parts)]
-    if not found:
+    """Return the table of configurations and of the sums of their parts."""
+    known = [(whole, parts) for whole, parts in SUMS if has_quality(rows, whole, *parts)]
+    if not known:
         return []
     lines = [
         "What is added by caching and by fewer bits, alone and together:",
@@ -63,12 +62,12 @@ def sums(rows: Rows) -> list[str]:
         "| the whole | its distance | sum of its parts' | root of their squares' sum | parts |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
-    for whole, parts in found:
-        own = [distance(rows[part])[0] for part in parts]
-        names = ", ".join(f"`{p}` {d:.4f}" for p, d in zip(parts, own, strict=True))
+    for whole, parts in known:
+        distances = [distance(rows[part])[0] for part in parts]
+        names = ", ".join(f"`{p}` {d:.4f}" for p, d in zip(parts, distances, strict=True))
         lines.append(
-            f"| `{whole}` | {number(rows[whole]['quality']['distance'], 1, 4)} | {sum(own):.4f}"
-            f" | {math.hypot(*own):.4f} | {names} |"
+            f"| `{whole}` | {number(rows[whole]['quality']['distance'], 1, 4)}"
+            f" | {sum(distances):.4f} | {math.hypot(*distances):.4f} | {names} |"
         )
     return lines
 
@@ -77,7 +76,7 @@ def sums(rows: Rows) -> list[str]:
 
 
 def quality_goals(rows: Rows, steps: int) -> list[str]:
-    """Return how one model's images meet what was asked."""
+    """Return how one model's images meet the goals."""
     lines = [*_kid(rows), *_pairs(rows), *_four_bits(rows), *_weights(rows), *_rivals(rows, steps)]
     return [f"- {line}" for line in lines]
 
@@ -87,15 +86,15 @@ def _kid(rows: Rows) -> list[str]:
         return []
     lines = []
     for key, what in (("kid held-out", "held-out images"), ("kid other seeds", "other seeds")):
-        own, floor = (rows[c]["quality"].get(key) for c in (INT8, REFERENCE))
-        if own is None:
+        kid, floor = (rows[c]["quality"].get(key) for c in (INT8, REFERENCE))
+        if kid is None:
             continue
-        # A floor of about zero has no 5 %: its deviation is what can be told apart.
+        # 5 % of a floor near zero cannot be told apart: its deviation is allowed instead.
         is_zero = abs(floor[0]) < 3 * floor[1]
         limit = floor[0] + (floor[1] if is_zero else (KID_SLACK - 1) * floor[0])
         more = "one deviation" if is_zero else f"{KID_SLACK - 1:.0%}"
         lines.append(
-            f"{verdict(own[0] <= limit)}: KID to {what} of W8A8 is {number(own, 1000, 2)}, the"
+            f"{verdict(kid[0] <= limit)}: KID to {what} of W8A8 is {number(kid, 1000, 2)}, the"
             f" reference's {number(floor, 1000, 2)}; asked is at most {more} more."
         )
     return lines
@@ -129,16 +128,16 @@ def _four_bits(rows: Rows) -> list[str]:
 
 
 def _weights(rows: Rows) -> list[str]:
-    found = {
+    ratios = {
         config: row["cost"]["weights"]["bytes"] / row["cost"]["weights"]["fp16 bytes"]
         for config, row in rows.items()
         if "quantize(int4" in config and "cost" in row
     }
-    if not found:
+    if not ratios:
         return []
-    best = min(found, key=lambda config: found[config])
+    best = min(ratios, key=lambda config: ratios[config])
     return [
-        f"{verdict(found[best] <= SIZE_GOAL)}: the weights take {found[best]:.0%} of fp16's"
+        f"{verdict(ratios[best] <= SIZE_GOAL)}: the weights take {ratios[best]:.0%} of fp16's"
         f" bytes with `{best}`; asked is at most {SIZE_GOAL:.0%}."
     ]
 
@@ -147,13 +146,15 @@ def _rivals(rows: Rows, steps: int) -> list[str]:
     """Compare int8 with fewer steps in bf16 that take at least as long."""
     if not ("time" in rows.get(INT8, {}) and has_quality(rows, INT8)):
         return []
-    own = median(rows, INT8) / median(rows, INT8, BF16)
+    int8_time = median(rows, INT8) / median(rows, INT8, BF16)
     known = [
         (n, c)
         for n in FEWER.get(steps, ())
         if "time" in rows.get(c := fewer(n, BF16), {}) and has_quality(rows, c)
     ]
-    slower = [(n, c) for n, c in known if median(rows, c) / median(rows, c, BF16) >= 0.98 * own]
+    slower = [
+        (n, c) for n, c in known if median(rows, c) / median(rows, c, BF16) >= 0.98 * int8_time
+    ]
     if not slower:
         return []
     n, rival = min(slower, key=lambda item: distance(rows[item[1]])[0])
@@ -161,17 +162,17 @@ def _rivals(rows: Rows, steps: int) -> list[str]:
     return [
         f"W8A8 is {'nearer to the reference than' if ahead else 'behind'} bf16 with {n} of"
         f" {steps} steps, which takes"
-        f" {median(rows, rival) / median(rows, rival, BF16) / own:.2f} times as long:"
+        f" {median(rows, rival) / median(rows, rival, BF16) / int8_time:.2f} times as long:"
         f" {distance(rows[INT8])[0]:.4f} and {distance(rows[rival])[0]:.4f}."
     ]
 
 
 def speed_goals(large: Mapping[str, Any]) -> list[str]:
-    """Return how the large models' engines meet what was asked."""
+    """Return how the engines of larger models meet the goals."""
     lines = []
-    for name, own in large.items():
-        lines += _large_sizes(name, own.get("times", {}))
-        times = {k: statistics.median(t["seconds"]) for k, t in own.get("times", {}).items()}
+    for name, model in large.items():
+        lines += _large_sizes(name, model.get("times", {}))
+        times = {k: statistics.median(t["seconds"]) for k, t in model.get("times", {}).items()}
         fastest = {
             config: min((t for k, t in times.items() if k.startswith(f"{config} on ")), default=0)
             for config in (BF16, INT8)
@@ -187,7 +188,7 @@ def speed_goals(large: Mapping[str, Any]) -> list[str]:
 
 
 def _large_sizes(name: str, times: Mapping[str, Any]) -> list[str]:
-    """Return how small a larger model's engine with weights of 4 bits is."""
+    """Return the size of a larger model's engine with 4-bit weights."""
     sizes = {
         k: t["weights"]["bytes"] / t["weights"]["fp16 bytes"]
         for k, t in times.items()
@@ -206,11 +207,11 @@ def _large_sizes(name: str, times: Mapping[str, Any]) -> list[str]:
 
 
 def peer_goals(peers: Mapping[str, Any]) -> list[str]:
-    """Return how engines compare with the peer, each at its fastest."""
+    """Compare engines with the peer, each at its fastest."""
     lines = []
-    for name, own in peers.items():
+    for name, model in peers.items():
         for kind in ("bf16", "int8"):
-            rows = {k: r for k, r in own["contenders"].items() if k.startswith(f"{kind}, ")}
+            rows = {k: r for k, r in model["contenders"].items() if k.startswith(f"{kind}, ")}
             theirs = rows.pop(f"{kind}, {THEIRS}")
             key, ours = min(rows.items(), key=lambda item: statistics.median(item[1]["seconds"]))
             times = [statistics.median(row["seconds"]) for row in (ours, theirs)]

@@ -1,4 +1,4 @@
-"""Looks at engines: the size of their files, and their own images."""
+"""Measures engines: the size of their files, and the distance of their images."""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Makes the programs that are compared, and says what they take."""
+"""Makes the programs of configurations, and measures their cost."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from examples.study.study import CALIBRATION, Study
 
 
 def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
-    """Return the program of a configuration; its weights' bytes, and what the last pass noted."""
+    """Return the program of a configuration, its weights' bytes, and the last pass's notes."""
     front, behind = split(config)
     base = study.program(front) if behind else study.traced
     one = one_step() if config.startswith(ONE_STEP) else contextlib.nullcontext()
@@ -25,9 +25,8 @@ def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
             base, verify=False, enforce=False, seed=CALIBRATION, prompts=study.prompts
         )
     records = program.history[len(base.history) :]
-    own = weight_memory.of_program(program)
     return program, {
-        "weights": own.to_json(),
+        "weights": weight_memory.of_program(program).to_json(),
         "seconds": sum(record["seconds"] for record in records),
         "notes": records[-1]["notes"],
         "program": program.flops(),
@@ -36,7 +35,7 @@ def make(study: Study, config: str) -> tuple[Program, dict[str, Any]]:
 
 @contextlib.contextmanager
 def one_step() -> Iterator[None]:
-    """Let every step have the ranges of the one in the middle of those that a value is seen in."""
+    """Replace the ranges of every step by those of the middle one in which a value occurs."""
     whole = ranges.measure
 
     def measure(*args: Any, **kwargs: Any) -> Any:

@@ -40,9 +40,9 @@ def milliseconds(seconds: Sequence[float]) -> str:
     return f"{middle * 1e3:.1f} ({(high - low) * 1e3:.1f})"
 
 
-def floor_lines(own: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
-    """Return what the numbers are to be compared with."""
-    floors = own.get("floors", {})
+def floor_lines(model: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+    """Return the floors of the metrics: what differs between seeds, and real images."""
+    floors = model.get("floors", {})
     lines = []
     if REFERENCE in rows and "quality" in rows[REFERENCE]:
         base = rows[REFERENCE]["quality"]
@@ -66,12 +66,12 @@ def floor_lines(own: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
 def left_out(
     configs: Mapping[str, Any], measured: str, shown: Callable[[str], str] = str
 ) -> list[str]:
-    """Return which configurations do not fit the model, and why: one line a reason.
+    """Return which configurations were not measured, and why: one line a reason.
 
     Args:
-        configs: Their rows in the results.
-        measured: What rows have that do fit.
-        shown: Returns a configuration as it is to be read.
+        configs: The rows of the results by configuration.
+        measured: The key that measured rows have.
+        shown: Returns a configuration as the document shows it.
     """
     reasons: dict[tuple[str, str], list[str]] = {}
     for config, row in configs.items():
@@ -88,22 +88,22 @@ def larger(
     """Return the tables of the times of larger models.
 
     Args:
-        data: What was measured, by model.
-        columns: The titles of the columns; the first is a name, the others are numbers.
+        data: The results by model.
+        columns: The titles of the columns: names, then numbers.
         cells: Returns the cells of an engine, from the rows of all and its key.
     """
     lines = []
-    for title, own in data.items():
-        if "times" not in own:
+    for title, model in data.items():
+        if "times" not in model:
             continue
         lines += [
             "",
-            f"{title}, denoiser of {own['parameters'] / 1e6:.1f} M parameters:",
+            f"{title}, denoiser of {model['parameters'] / 1e6:.1f} M parameters:",
             "",
             f"| {' | '.join(columns)} |",
             f"| --- |{' ---: |' * (len(columns) - 1)}",
-            *(f"| {' | '.join(cells(own['times'], key))} |" for key in own["times"]),
-            *left_out(own.get("configs", {}), "times"),
+            *(f"| {' | '.join(cells(model['times'], key))} |" for key in model["times"]),
+            *left_out(model.get("configs", {}), "times"),
         ]
     return lines
 

@@ -47,7 +47,7 @@ MAKE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "wide-unet": (partial(larger, (128, 256, 512), (2, 4, 8)), {"prompt": PROMPT}),
     "transformer": (transformer, {"class_labels": [9]}),
 }
-"""The models: how each is made, and what it is told to draw."""
+"""The models: a function that builds the pipeline, and the argument that says what to draw."""
 
 
 def base(name: str, steps: int, passes: str) -> tuple[Program, int]:
@@ -68,7 +68,7 @@ def base(name: str, steps: int, passes: str) -> tuple[Program, int]:
 
 
 def rewritten(program: Program, config: str) -> Program:
-    """Return what a configuration makes of a program."""
+    """Return a program after the passes of a configuration."""
     if config == REFERENCE:
         return program
     report(f"{config}: passes")

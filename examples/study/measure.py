@@ -21,7 +21,7 @@ from diffopt.progress import within
 from examples.benchmarks import report
 from examples.models.fashion import DEBIAN, images
 from examples.study.results import Results
-from examples.study.study import OTHER_SEEDS, REFERENCE, Study, kept_features
+from examples.study.study import OTHER_SEEDS, REFERENCE, Study, cached_features
 
 GROUP = 3  # engines that are timed in turn with the reference's
 
@@ -217,19 +217,19 @@ def _half(x: Tensor, y: Tensor) -> int:
 
 
 def held_out(work: Path) -> Tensor | None:
-    """Return the features of the 10,000 held-out images; None where the data is missing."""
+    """Return the features of the 10,000 held-out images, None without the dataset."""
     if not DEBIAN.exists():
         report(f"no KID against held-out images: install the data of {DEBIAN}")
         return None
     path = work / "held-out.pt"
     if not path.exists():
         report("features of the held-out images")
-    return kept_features(path, images(DEBIAN, "t10k") / 2 + 0.5)
+    return cached_features(path, images(DEBIAN, "t10k") / 2 + 0.5)
 
 
 def train(work: Path, count: int) -> Tensor:
-    """Return the features of real images that are not among the held-out ones."""
-    return kept_features(work / "train.pt", images(DEBIAN, "train")[:count] / 2 + 0.5)
+    """Return the features of `count` images of the training set."""
+    return cached_features(work / "train.pt", images(DEBIAN, "train")[:count] / 2 + 0.5)
 
 
 def images_of(study: Study, engine: diffopt.Engine) -> timing.Sampler:
@@ -238,7 +238,7 @@ def images_of(study: Study, engine: diffopt.Engine) -> timing.Sampler:
 
 
 class Clock:
-    """Says how much is done and how long the rest will take."""
+    """Reports progress, with an estimate of the remaining time."""
 
     def __init__(self, what: str, count: int) -> None:
         self.what = what

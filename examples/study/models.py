@@ -1,4 +1,4 @@
-"""The models of examples/models, and how they are called."""
+"""The models of examples/models, and the arguments of their pipelines."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 FOLDER = Path(__file__).parents[1] / "models"
-# How each model is told what to draw.
+# The argument that says what to draw.
 ARGUMENTS = {"fashion-sd": "prompt", "fashion-dit": "class_labels"}
 GUIDANCE = 2.0
 

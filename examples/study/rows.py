@@ -1,4 +1,4 @@
-"""Reads results: what was measured of configurations, and how two of them compare."""
+"""Reads the results of configurations, and compares two of them."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Rows = Mapping[str, Any]
-"""What was measured, by configuration."""
+"""Results by configuration."""
 
 
 def distance(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -21,23 +21,23 @@ def has_quality(rows: Rows, *configs: str) -> bool:
 
 
 def median(rows: Rows, config: str, other: str | None = None) -> float:
-    """Return a configuration's time, or that of another one which took turns with it."""
+    """Return the median time of a configuration, or of another one that was timed beside it."""
     return float(statistics.median(rows[config]["time"][other or "seconds"]))
 
 
 def ahead(rows: Rows, having: str, lacking: str) -> tuple[float, float]:
-    """Return the ratio of two configurations' distances, and how far apart they are.
+    """Return the ratio of two configurations' distances, and their difference.
 
-    That is the mean difference of the images of the same seeds in its standard errors, positive
-    where the first is nearer to the reference.
+    The difference is the mean over images of the same seeds, in its standard errors; positive where
+    the first is nearer to the reference.
     """
     one, two = (distance(rows[config])[0] for config in (having, lacking))
-    own, other = (rows[config]["quality"]["distances"] for config in (having, lacking))
-    gains = [b - a for a, b in zip(own, other, strict=True)]
+    ones, twos = (rows[config]["quality"]["distances"] for config in (having, lacking))
+    gains = [b - a for a, b in zip(ones, twos, strict=True)]
     spread = statistics.stdev(gains) / math.sqrt(len(gains))
     return one / two if two else math.inf, statistics.mean(gains) / (spread or math.inf)
 
 
 def verdict(met: bool) -> str:
-    """Return how a sentence about a goal begins."""
+    """Return the first words of a sentence about a goal."""
     return "Met" if met else "Not met"

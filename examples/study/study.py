@@ -1,4 +1,4 @@
-"""The programs, images and features of one model, each made once and kept on disk."""
+"""The programs, images and features of one model, each computed once and cached on disk."""
 
 import json
 import re
@@ -22,15 +22,15 @@ from examples.study.models import ARGUMENTS, GUIDANCE, load
 SIZE = 128  # of the images that features are computed of, as in models/evaluate.py
 CHUNK = 32  # requests of one run: more are no faster
 OTHER_SEEDS = 1000  # the first seed of the reference's second set of images
-CALIBRATION = 1_000_000  # far from all seeds that images are measured on
-REFERENCE = "reference"  # the configuration of the pipeline as it is
+CALIBRATION = 1_000_000  # far from the seeds of all images that are measured
+REFERENCE = "reference"  # the configuration of the original pipeline
 
 Make = Callable[["Study", str], tuple[Program, dict[str, Any]]]
-"""Makes the program of a configuration, and says as JSON what it costs."""
+"""Returns the program of a configuration, and its cost as JSON."""
 
 
 class Study:
-    """One model: its programs, images and features, each made once and kept on disk."""
+    """One model: its programs, images and features, each computed once and cached on disk."""
 
     def __init__(self, name: str, steps: int, work: Path, make: Make) -> None:
         self.name = name
@@ -48,7 +48,7 @@ class Study:
 
     @property
     def prompts(self) -> list[str]:
-        """What passes that measure values calibrate with."""
+        """The prompts with which passes calibrate."""
         by_label = ARGUMENTS[self.name] != "prompt"
         return [str(k) for k in range(len(CLASSES))] if by_label else [*CLASSES]
 
@@ -77,7 +77,7 @@ class Study:
         }
 
     def path(self, config: str, ending: str) -> Path:
-        """Return the file that belongs to a configuration."""
+        """Return the path of a configuration's file."""
         return self.folder / (re.sub(r"[^\w.=-]+", "_", config).strip("_") + ending)
 
     def forget(self, config: str) -> None:
@@ -91,12 +91,12 @@ class Study:
         return Program.load(self.file(config))
 
     def file(self, config: str) -> Path:
-        """Return the file of that program."""
+        """Return the file of a configuration's program."""
         self._need(config)
         return self.path(config, ".program")
 
     def cost(self, config: str) -> dict[str, Any]:
-        """Return what `make` said a configuration costs."""
+        """Return the cost of a configuration, as returned by `make`."""
         self._need(config)
         cost: dict[str, Any] = json.loads(self.path(config, ".json").read_text())
         return cost
@@ -112,50 +112,51 @@ class Study:
     def images(self, config: str, count: int, first: int, progress: Progress = silent) -> Tensor:
         """Return the images of seeds from `first` on, as a tensor [count, 1, 32, 32]."""
         path = self.path(config, f".{first}.pt")
-        made: Tensor = torch.load(path) if path.exists() else torch.empty(0, 1, 32, 32)
-        while len(made) < count:
+        images: Tensor = torch.load(path) if path.exists() else torch.empty(0, 1, 32, 32)
+        while len(images) < count:
             batched = self._batched(config)
-            progress(f"image {len(made)} of {count}", len(made) / count)
-            chunk = range(len(made), min(len(made) + CHUNK, count))
+            progress(f"image {len(images)} of {count}", len(images) / count)
+            chunk = range(len(images), min(len(images) + CHUNK, count))
             requests = [self.request(k, first + k) for k in chunk]
             flat = [batched.prepare(**request) for request in requests]
             outputs = batched.run([torch.stack(rows) for rows in zip(*flat, strict=True)])
             new = [
                 batched.pack([tensor[k] for tensor in outputs], "pt")[0] for k in range(len(chunk))
             ]
-            made = torch.cat([made, *new])
-            torch.save(made, path.with_suffix(".new"))
+            images = torch.cat([images, *new])
+            torch.save(images, path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
-        return made[:count]
+        return images[:count]
 
     def _batched(self, config: str) -> Program:
         if self._last is None or self._last[0] != config:
-            # The graph fixes no number of requests: one of two is the cheapest to check.
-            # Products over several requests sum in another order: in 16 bits that may be seen.
+            # `max` bounds only the check, which is cheapest for two requests. It is not enforced:
+            # products over several requests sum in another order, which 16 bits may show.
             program = Pipeline.parse("batch(max=2)").run(
                 self.program(config), verify=False, enforce=False
             )
             self._last = config, program
         return self._last[1]
 
-    def features(self, config: str, made: Tensor, first: int) -> Tensor:
+    def features(self, config: str, images: Tensor, first: int) -> Tensor:
         """Return the features of a configuration's images."""
-        return kept_features(self.path(config, f".{first}.features.pt"), made)
+        return cached_features(self.path(config, f".{first}.features.pt"), images)
 
-    def pipeline_error(self, made: Tensor) -> float:
-        """Return the largest difference of the first images from the pipeline's own."""
-        own = [self.pipe(**self._arguments(k, k))[0] for k in range(min(2, len(made)))]
-        pixels = torch.cat([torch.as_tensor(x).movedim(-1, 1) for x in own])
-        return float((pixels - made[: len(own)]).abs().max())
+    def pipeline_error(self, images: Tensor) -> float:
+        """Return the largest difference of the first images from those of the pipeline."""
+        expected = [self.pipe(**self._arguments(k, k))[0] for k in range(min(2, len(images)))]
+        pixels = torch.cat([torch.as_tensor(x).movedim(-1, 1) for x in expected])
+        return float((pixels - images[: len(pixels)]).abs().max())
 
 
-def kept_features(path: Path, made: Tensor) -> Tensor:
-    """Return features of images, from disk if these were computed before."""
+def cached_features(path: Path, images: Tensor) -> Tensor:
+    """Return features of images, from disk if they were computed for the same images."""
+    checksum = images.double().sum((1, 2, 3))
     if path.exists():
-        kept = torch.load(path)
-        if torch.equal(kept["sum"], made.double().sum((1, 2, 3))):
-            known: Tensor = kept["features"]
+        cached = torch.load(path)
+        if torch.equal(cached["sum"], checksum):
+            known: Tensor = cached["features"]
             return known
-    found = image_metrics.features(made, size=SIZE)
-    torch.save({"features": found, "sum": made.double().sum((1, 2, 3))}, path)
-    return found
+    features = image_metrics.features(images, size=SIZE)
+    torch.save({"features": features, "sum": checksum}, path)
+    return features

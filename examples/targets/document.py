@@ -29,11 +29,11 @@ def section(data: Rows) -> str:
         " build, s | products |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, own in models.items():
+    for name, model in models.items():
         title = f"{ARCHITECTURES[name]} (tiny)" if name in ARCHITECTURES else name
         for number in FORMATS:
-            if "components" in own.get(number, {}):
-                lines.append(_row(title, number, own[number]))
+            if "components" in model.get(number, {}):
+                lines.append(_row(title, number, model[number]))
     return "\n".join([*lines, "", *_left_out(models)])
 
 
@@ -41,8 +41,8 @@ def _dotless(device: str) -> str:
     return "".join(map(str, hardware(device).capability or ()))
 
 
-def _row(title: str, number: str, own: Rows) -> str:
-    rows = own["components"]
+def _row(title: str, number: str, result: Rows) -> str:
+    rows = result["components"]
     fits = [device for device in DEVICES if whole(rows, device)]
     plans = [[row["devices"][device] for row in rows.values()] for device in fits]
     sizes = sorted({f"{sum(p['bytes'] for p in each) / 1e6:.1f}" for each in plans}, key=float)
@@ -63,7 +63,7 @@ def _row(title: str, number: str, own: Rows) -> str:
 
 
 def _products(plans: Iterable[Rows]) -> str:
-    """Return how many products there are of what kind, as the builder says."""
+    """Return the number of products by kind, from the builder's report."""
     counts: Counter[str] = Counter()
     for plan in plans:
         counts.update({kind: n for kind, n in plan["steps"].items() if kind != "other"})
@@ -73,12 +73,12 @@ def _products(plans: Iterable[Rows]) -> str:
 def _left_out(models: Mapping[str, Rows]) -> list[str]:
     """Return what has no plan, and why: one line a reason."""
     reasons: dict[str, list[str]] = {}
-    for name, own in models.items():
-        for number, found in own.items():
-            for device, reason in found.get("refused", {}).items():
+    for name, model in models.items():
+        for number, result in model.items():
+            for device, reason in result.get("refused", {}).items():
                 kind = reason.partition(", and ")[2].partition(";")[0] or reason
                 reasons.setdefault(f"{device}, {number}: {kind}", [])
-            for component, row in found.get("components", {}).items():
+            for component, row in result.get("components", {}).items():
                 for reason in _failures(row):
                     reasons.setdefault(reason, []).append(f"{name} {component} in {number}")
     return [
@@ -90,5 +90,5 @@ def _left_out(models: Mapping[str, Rows]) -> list[str]:
 def _failures(row: Rows) -> list[str]:
     if "not exported" in row:
         return [f"not exported: {row['not exported']}"]
-    found = row["devices"].values()
-    return sorted({plan["refused"].partition(": ")[2] for plan in found if "refused" in plan})
+    plans = row["devices"].values()
+    return sorted({plan["refused"].partition(": ")[2] for plan in plans if "refused" in plan})

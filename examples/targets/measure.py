@@ -1,4 +1,4 @@
-"""Exports components and builds their plans, and keeps what came of it."""
+"""Exports components and builds their plans."""
 
 import time
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from diffopt.lowering.trt.builder import Settings, build
 
 
 def refused(program: Program, devices: list[str]) -> dict[str, str]:
-    """Return why devices do not take a program, of those that do not."""
-    found = {device: legality.unsupported(program, hardware(device)) for device in devices}
-    return {device: reason for device, reason in found.items() if reason}
+    """Return why devices cannot run a program, of those that cannot."""
+    reasons = {device: legality.unsupported(program, hardware(device)) for device in devices}
+    return {device: reason for device, reason in reasons.items() if reason}
 
 
 def component(name: str, gm: fx.GraphModule, devices: list[str]) -> dict[str, Any]:
-    """Build a component for some devices; return what it took, and what the builder says."""
+    """Build a component for some devices; return times, sizes and the builder's report."""
     started = time.perf_counter()
     row: dict[str, Any] = {"nodes": len(gm.graph.nodes)}
     try:

@@ -22,7 +22,7 @@ FORMATS = {
     "int4 weights": f"{EXACT},cast(fp16),quantize(int4,activations=none,ends=true)",
     CACHED_STEPS: f"{CACHED},cast(fp16)",
 }
-"""Passes by what they make of a program."""
+"""Passes by the format of the program."""
 
 ARCHITECTURES = {
     "sd": "Stable Diffusion 1",

@@ -47,7 +47,12 @@ ROWS = {
 
 
 def test_the_front() -> None:
-    assert ranking.front(ROWS) == {"auto,speedup=2", "auto,speedup=3", "fora,interval=3", SLOW}
+    assert ranking.pareto_front(ROWS) == {
+        "auto,speedup=2",
+        "auto,speedup=3",
+        "fora,interval=3",
+        SLOW,
+    }
 
 
 def test_rivals_may_cost_a_little_more() -> None:

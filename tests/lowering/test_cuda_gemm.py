@@ -302,9 +302,8 @@ def check_int_mm(a: Tensor, b: Tensor) -> None:
     assert b.stride() == (1, b.shape[0])
 
 
-def check_scaled_mm(
-    a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, bias: Any, _: Any, dtype: Any, fast: bool
-) -> None:
+def check_scaled_mm(a: Tensor, b: Tensor, *arguments: Any) -> None:
+    rows, columns, bias, _, dtype, fast = arguments
     assert not {a.shape[1] % 16, *(size % 16 for size in b.shape)} - {0}
     assert a.stride() == (a.shape[1], 1)
     assert b.stride() == (1, b.shape[0])

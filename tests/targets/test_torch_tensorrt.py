@@ -66,8 +66,19 @@ class Plan(nn.Module):
         return self.inside(*tensors)
 
 
+SETTINGS = {
+    "optimization_level",
+    "workspace_size",
+    "disable_tf32",
+    "truncate_double",
+    "attn_bias_is_causal",
+    "sparse_weights",
+}
+"""Options of `compile` that the stand-in notes and does nothing with."""
+
+
 class Library(ModuleType):
-    """Stands for torch_tensorrt; notes what it is called with."""
+    """Stands for torch_tensorrt; notes the arguments of its calls."""
 
     __version__ = "2.13.0"
     Input = Argument
@@ -84,15 +95,12 @@ class Library(ModuleType):
         *,
         arg_inputs: Sequence[Argument],
         min_block_size: int = 5,
-        optimization_level: int | None = None,
-        workspace_size: int = 0,
-        disable_tf32: bool = False,
-        truncate_double: bool = False,
-        attn_bias_is_causal: bool = True,
-        sparse_weights: bool = False,
+        **settings: Any,
     ) -> fx.GraphModule:
-        given = {k: v for k, v in locals().items() if k not in ("self", "exported_program")}
-        self.compiled.append(given)
+        assert settings.keys() <= SETTINGS
+        self.compiled.append(
+            {"arg_inputs": arg_inputs, "min_block_size": min_block_size, **settings}
+        )
         gm = exported_program.module(check_guards=False)
         assert isinstance(gm, fx.GraphModule)
         runs: list[tuple[bool, list[fx.Node]]] = []
@@ -103,16 +111,16 @@ class Library(ModuleType):
         runs = [(taken and len(nodes) >= min_block_size, nodes) for taken, nodes in runs]
         if not any(taken for taken, _ in runs):
             return gm
-        place = {node: index for index, (_, nodes) in enumerate(runs) for node in nodes}
-        cut = split_module(gm, gm, place.__getitem__)
-        for index, (taken, nodes) in enumerate(runs):
+        parts = {node: index for index, (_, nodes) in enumerate(runs) for node in nodes}
+        cut = split_module(gm, gm, parts.__getitem__)
+        for index, (is_plan, nodes) in enumerate(runs):
             part = cut.get_submodule(f"submod_{index}")
-            name = f"_run_on_{'acc' if taken else 'gpu'}_{index}"
+            name = f"_run_on_{'acc' if is_plan else 'gpu'}_{index}"
             for node in cut.graph.find_nodes(op="call_module", target=f"submod_{index}"):
                 node.target = name
             delattr(cut, f"submod_{index}")
-            cut.add_module(name, Plan(part) if taken else part)
-            if taken:
+            cut.add_module(name, Plan(part) if is_plan else part)
+            if is_plan:
                 report(f"TRT Engine #1 - {name}\n Number of Operators in Engine: {len(nodes)}\n")
         cut.recompile()
         return cut
@@ -127,8 +135,8 @@ class Library(ModuleType):
         dynamic_shapes: Any = None,
         retrace: bool = True,
     ) -> None:
-        given = {k: v for k, v in locals().items() if k not in ("self", "module", "file_path")}
-        self.saved.append(given)
+        options = {k: v for k, v in locals().items() if k not in ("self", "module", "file_path")}
+        self.saved.append(options)
         shapes = dynamic_shapes
         exported = torch.export.export(module, tuple(arg_inputs), dynamic_shapes=shapes)
         torch._inductor.aoti_compile_and_package(exported, package_path=file_path)
@@ -422,10 +430,11 @@ def test_there_is_no_number_of_operators_without_a_report() -> None:
 def test_the_real_package_takes_what_the_stand_in_takes() -> None:
     real = pytest.importorskip("torch_tensorrt")
     standin = Library()
-    for own, other in ((standin.compile, real.dynamo.compile), (standin.save, real.save)):
-        assert (
-            inspect.signature(own).parameters.keys() <= inspect.signature(other).parameters.keys()
-        )
+    for ours, theirs in ((standin.compile, real.dynamo.compile), (standin.save, real.save)):
+        names = {*inspect.signature(ours).parameters}
+        if "settings" in names:
+            names = names - {"settings"} | SETTINGS
+        assert names <= inspect.signature(theirs).parameters.keys()
 
 
 @pytest.mark.gpu
