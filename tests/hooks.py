@@ -1,4 +1,4 @@
-"""Hooks that make modules of a diffusers pipeline do what a cache does."""
+"""Hooks that let modules of a diffusers pipeline reuse their outputs, as a cache does."""
 
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -9,10 +9,10 @@ from torch import nn
 def hold_outputs(
     net: nn.Module, modules: Iterable[nn.Module], computed: Collection[int]
 ) -> Callable[[], int]:
-    """Let modules give their last output again, except in the steps computed.
+    """Let modules return their last output again, except in the steps `computed`.
 
     Returns:
-        What tells the step that the denoiser `net` is in; -1 before the first.
+        A function that returns the current step of the denoiser `net`; -1 before the first.
     """
     step = -1
 
@@ -22,12 +22,12 @@ def hold_outputs(
 
     net.register_forward_pre_hook(count)
     for module in modules:
-        kept: list[Any] = [None]
+        last: list[Any] = [None]
 
-        def hook(module: Any, args: Any, output: Any, kept: list[Any] = kept) -> Any:
+        def hook(module: Any, args: Any, output: Any, last: list[Any] = last) -> Any:
             if step in computed:
-                kept[0] = output
-            return kept[0]
+                last[0] = output
+            return last[0]
 
         module.register_forward_hook(hook)
     return lambda: step

@@ -61,7 +61,7 @@ class Loop:
 
 
 def arguments(seed: int = 0, **more: Any) -> dict[str, Any]:
-    """Return what a call of `Loop` takes."""
+    """Return the arguments of a call of `Loop`."""
     random = torch.Generator().manual_seed(seed)
     return {
         "text": torch.randn(1, 2, 8, generator=random),

@@ -1,8 +1,8 @@
-"""What a pruned program has to compute: the whole one, with zeros in place of what was removed.
+"""The reference of pruning: the whole program, with zeros in place of removed elements.
 
-Every value keeps its shape. After each operator the elements that units stand for are set to 0;
-norms and means take their statistics over the others. Group norms lose whole groups, and need no
-care if they have several.
+Every value keeps its shape. After each operator the elements of removed units are set to 0; norms
+and means have the statistics of the others. Group norms with several groups lose whole groups, so
+they need no change.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,15 +25,15 @@ def run(
 ) -> list[Tensor]:
     """Run `program`, which `coupling` is of and from which nothing was removed, without units."""
     labels = torch.tensor([unit.label for unit in units], dtype=torch.long)
-    gone = torch.isin(coupling.roots, labels)
+    removed = torch.isin(coupling.roots, labels)
     with torch.no_grad():
-        return _run(program, coupling, gone, "", program.root, inputs)
+        return _run(program, coupling, removed, "", program.root, inputs)
 
 
 def _run(
     program: Program,
     coupling: Coupling,
-    gone: Tensor,
+    removed: Tensor,
     name: str,
     gm: fx.GraphModule,
     inputs: Sequence[Tensor],
@@ -47,57 +47,57 @@ def _run(
             value: Any = stored_tensor(gm, node)
         elif node.op == "call_module":
             body = getattr(gm, str(node.target))
-            given = [env[a] for a in node.args]
-            value = _run(program, coupling, gone, str(node.target), body, given)
+            arguments = [env[a] for a in node.args]
+            value = _run(program, coupling, removed, str(node.target), body, arguments)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             rule = _NORMS.get(packet(node))
             if rule is None:
-                # What was masked may be laid out in another way.
+                # Masked values may have other strides.
                 is_view = node.target in (aten.view.default, aten._unsafe_view.default)
                 value = (aten.reshape.default if is_view else node.target)(*args, **kwargs)
             else:
                 source = node.args[0]
-                value = rule(node, args, kwargs, _mask(factors[source], gone, args[0]))
+                value = rule(node, args, kwargs, _mask(factors[source], removed, args[0]))
         if isinstance(value, Tensor) and factors[node]:
-            value = value.masked_fill(_mask(factors[node], gone, value), 0)
+            value = value.masked_fill(_mask(factors[node], removed, value), 0)
         env[node] = value
     return [env[node] for node in g.outputs(gm)]
 
 
-def _mask(factors: Sequence[Tensor], gone: Tensor, value: Tensor) -> Tensor:
+def _mask(factors: Sequence[Tensor], removed: Tensor, value: Tensor) -> Tensor:
     """Return which elements of a value were removed."""
     mask = torch.zeros(value.shape, dtype=torch.bool)
     for factor in factors:
-        mask |= gone[factor]
+        mask |= removed[factor]
     return mask
 
 
 def _layer_norm(node: fx.Node, args: Any, kwargs: Any, mask: Tensor) -> Tensor:
-    """Normalise what is left along the last axis."""
+    """Normalise the remaining elements along the last axis."""
     x, _, *rest = args
     lost = mask.flatten(0, -2)[0] if mask.dim() > 1 else mask
     keep = (~lost).nonzero()[:, 0]
     if len(keep) in (0, x.shape[-1]):
         return node.target(*args, **kwargs)
     weights = [w[keep] if isinstance(w, Tensor) else w for w in rest[:2]]
-    made = node.target(x[..., keep], [len(keep)], *weights, *rest[2:], **kwargs)
-    return torch.zeros_like(x).index_copy(-1, keep, made)
+    result = node.target(x[..., keep], [len(keep)], *weights, *rest[2:], **kwargs)
+    return torch.zeros_like(x).index_copy(-1, keep, result)
 
 
 def _group_norm(node: fx.Node, args: Any, kwargs: Any, mask: Tensor) -> Tensor:
-    """Normalise what is left of a single group."""
+    """Normalise the remaining channels of a single group."""
     x, groups, *rest = args
     keep = (~mask.flatten(2)[0, :, 0]).nonzero()[:, 0]
     if groups > 1 or len(keep) in (0, x.shape[1]):
         return node.target(*args, **kwargs)
     weights = [w[keep] if isinstance(w, Tensor) else w for w in rest[:2]]
-    made = node.target(x[:, keep], 1, *weights, *rest[2:], **kwargs)
-    return torch.zeros_like(x).index_copy(1, keep, made)
+    result = node.target(x[:, keep], 1, *weights, *rest[2:], **kwargs)
+    return torch.zeros_like(x).index_copy(1, keep, result)
 
 
 def _mean(node: fx.Node, args: Any, kwargs: Any, mask: Tensor) -> Tensor:
-    """Divide by the number of what is left; a mean of nothing is 0."""
+    """Divide by the number of remaining elements; a mean of none is 0."""
     x, dims, keepdim, *_ = [*args, *(None, False)[len(args) - 1 :]]
     count = (~mask).sum(dims, keepdim=keepdim).clamp_min(1)
     return x.sum(dims, keepdim=keepdim) / count

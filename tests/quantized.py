@@ -17,11 +17,11 @@ from tests.passes.build import body, parameter, program, randn
 aten = torch.ops.aten
 
 Ranges = dict[Tensor, tuple[float, float]]
-"""The least and the largest value that the layer with a weight reads."""
+"""The minimum and maximum of the inputs of each weight's layers."""
 
 
 def pack(weight: Tensor, number: qdq.Number, group: int | None = None) -> qdq.Packed:
-    """Round a weight to the nearest numbers, with scales that reach its extremes."""
+    """Round a weight to nearest, with scales of the absolute maximum."""
     wide = weight.detach().float()
     rows = wide.reshape(len(wide), -1, group or wide[0].numel())
     high = qdq.FP8_MAX if number == "fp8" else float(qdq.LIMITS[number][1])
@@ -43,16 +43,16 @@ def quantized(
     """Return a program whose components have quantized layers.
 
     Args:
-        program: Stays as it is.
-        number: Of the weights; activations are "fp8" if these are and "int8" otherwise.
-        scaling: Of the activations; None leaves them alone.
+        program: The program, which is not changed.
+        number: The format of weights; activations are "fp8" if weights are and "int8" otherwise.
+        scaling: The scaling of activations; None leaves them in floats.
         group: See `qdq.Packed`; a layer whose rows are no multiple of it has no groups.
-        is_wanted: Says which layers to quantize.
+        is_wanted: Tells which layers to quantize.
     """
-    made = program.clone()
-    ranges = _ranges(made) if scaling == "static" else {}
+    result = program.clone()
+    ranges = _ranges(result) if scaling == "static" else {}
     packed: dict[int, qdq.Packed] = {}
-    for gm in made.components.values():
+    for gm in result.components.values():
         for layer in qdq.layers(gm):
             weight = stored_tensor(gm, layer.weight)
             if weight is None or not is_wanted(layer):
@@ -62,9 +62,9 @@ def quantized(
                 packed[id(weight)] = pack(weight, number, group if fits else None)
             with gm.graph.inserting_before(layer.node):
                 _rewrite(gm, layer, packed[id(weight)], scaling, ranges.get(weight))
-    made.refresh()
-    made.verify()
-    return made
+    result.refresh()
+    result.verify()
+    return result
 
 
 def _rewrite(
@@ -78,14 +78,14 @@ def _rewrite(
     if scaling is not None:
         if scaling == "rows" and layer.convolution:
             scaling = "dynamic"
-        given = []
+        qparams = []
         kind: qdq.Number = "fp8" if packed.number == "fp8" else "int8"
         if scaling == "static":
             assert extremes is not None
-            given = [
+            qparams = [
                 g.get_attr(gm, f"{name}_{i}", t) for i, t in enumerate(_limits(*extremes, kind))
             ]
-        x = qdq.quantize(gm, x, scaling, *given, number=kind)
+        x = qdq.quantize(gm, x, scaling, *qparams, number=kind)
     weight = qdq.place_weight(gm, name, packed, layer.weight.meta["val"].dtype)
     layer.node.update_arg(0, x)
     layer.node.update_arg(1, weight)
@@ -100,16 +100,16 @@ def _limits(low: float, high: float, number: qdq.Number) -> list[Tensor]:
 
 
 def _ranges(program: Program) -> Ranges:
-    """Return the extremes that each weight's layers read in one run."""
-    found: Ranges = {}
+    """Return the extremes of the inputs of each weight's layers in one run."""
+    ranges: Ranges = {}
 
     class Inner(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             layer = qdq.layer(n)
             if layer is not None and layer.weight.op == "get_attr":
                 low, high = (float(v) for v in self.env[layer.x].aminmax())
-                before = found.get(self.env[layer.weight], (low, high))
-                found[self.env[layer.weight]] = min(low, before[0]), max(high, before[1])
+                before = ranges.get(self.env[layer.weight], (low, high))
+                ranges[self.env[layer.weight]] = min(low, before[0]), max(high, before[1])
             return super().run_node(n)
 
     class Outer(fx.Interpreter):
@@ -118,7 +118,7 @@ def _ranges(program: Program) -> Ranges:
 
     with torch.no_grad():
         Outer(program.root).run(*program.sample_inputs())
-    return found
+    return ranges
 
 
 def steps(rows: int = 16) -> Program:

@@ -1,4 +1,4 @@
-"""What a cached loop has to give: the uncached program, interpreted step by step."""
+"""The reference of caching: the uncached program, interpreted step by step with reuse."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ Record = dict[tuple[int, fx.Node], Tensor]
 
 
 class Body(fx.Interpreter):
-    """Interpret a body; what `reuses` says is looked up in `record`, and `record` is added to."""
+    """Interpret a body; values that `reuses` has are looked up in `record`, which grows."""
 
     def __init__(self, body: fx.GraphModule, step: int, plan: Plan, record: Record) -> None:
         super().__init__(body, garbage_collect_values=False)
@@ -31,15 +31,15 @@ class Body(fx.Interpreter):
             return self.record[reuse.terms[0].step, reuse.value]
         total: Any = 0.0
         for term in reuse.terms:
-            kept = self.record[term.step, reuse.value]
+            value = self.record[term.step, reuse.value]
             if reuse.base is not None:
-                kept = kept - self.record[term.step, reuse.base]
-            total = total + term.weight * kept
+                value = value - self.record[term.step, reuse.base]
+            total = total + term.weight * value
         return total if reuse.base is None else self.env[reuse.base] + total
 
 
 class Root(fx.Interpreter):
-    """Interpret a program; a plan says what the calls of its loop look up."""
+    """Interpret a program, the calls of its loop with the reuses of a plan."""
 
     def __init__(self, loop: Loop, plan: Plan) -> None:
         super().__init__(loop.program.root)
@@ -51,11 +51,11 @@ class Root(fx.Interpreter):
         if n not in self.keys:
             return super().run_node(n)
         step, branch = self.keys[n]
-        given, _ = self.fetch_args_kwargs_from_env(n)
-        return Body(self.loop.body, step, self.plan, self.records[branch]).run(*given)
+        arguments, _ = self.fetch_args_kwargs_from_env(n)
+        return Body(self.loop.body, step, self.plan, self.records[branch]).run(*arguments)
 
 
 def run(loop: Loop, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return what the loop's program gives if its steps look up what the plan says."""
+    """Return the outputs of the loop's program with the reuses of a plan."""
     with torch.no_grad():
         return list(Root(loop, plan).run(*inputs))

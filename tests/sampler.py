@@ -1,4 +1,4 @@
-"""A sampling loop as small as one can be, with everything that an engine has to carry."""
+"""A minimal sampling loop, with every part of a pipeline that an engine stores."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def check_images(engine: Engine, program: Program) -> None:
 
 
 def program(**arguments: Any) -> Program:
-    """Return the sampling loop as a program that takes a seed or a generator."""
+    """Return the sampling loop as a program with a seed or a generator as its parameter."""
     sampler = Sampler()
     arguments = arguments or {"generator": torch.Generator().manual_seed(0)}
     return diffopt.trace(sampler, source="tests.sampler:Sampler", **arguments)

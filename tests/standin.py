@@ -1,4 +1,4 @@
-"""The CPU in a GPU's place, to run what runs on GPUs."""
+"""The CPU as a stand-in for a GPU, to run code for GPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +12,17 @@ from diffopt.lowering import cuda_runtime
 
 
 def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Put the CPU in the GPU's place; return what streams are asked for, which grows."""
-    said: list[str] = []
+    """Replace the GPU by the CPU; return the log of calls of streams, which grows."""
+    log: list[str] = []
 
     def stream(name: str) -> Any:
         return SimpleNamespace(
-            wait_stream=lambda other: said.append(f"{name} waits for {other.name}"), name=name
+            wait_stream=lambda other: log.append(f"{name} waits for {other.name}"), name=name
         )
 
     @contextmanager
     def inside(own: Any) -> Iterator[None]:
-        said.append(f"on {own.name}")
+        log.append(f"on {own.name}")
         yield
 
     monkeypatch.setattr(cuda_runtime, "DEVICE", "cpu")
@@ -30,6 +30,6 @@ def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("caller"))
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda tensor, own: said.append(f"kept for {own.name}")
+        torch.Tensor, "record_stream", lambda tensor, own: log.append(f"kept for {own.name}")
     )
-    return said
+    return log

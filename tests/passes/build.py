@@ -47,16 +47,16 @@ Make = Callable[..., Any]
 def body(
     make: Make, *samples: Tensor, name: str = "body", **parts: fx.GraphModule
 ) -> fx.GraphModule:
-    """Return the graph that `make(builder, *placeholders)` adds nodes to and returns results of."""
+    """Return a graph of the nodes that `make(builder, *placeholders)` adds, and its results."""
     gm = g.new_body(name)
     for part, module in parts.items():
         gm.add_module(part, module)
-    takes = []
+    placeholders = []
     for index, sample in enumerate(samples):
-        takes.append(gm.graph.placeholder(f"x{index}" if len(samples) > 1 else "x"))
-        takes[-1].meta["val"] = g.fake(sample)
-    made = make(Builder(gm), *takes)
-    results: Sequence[fx.Node] = made if isinstance(made, (list, tuple)) else [made]
+        placeholders.append(gm.graph.placeholder(f"x{index}" if len(samples) > 1 else "x"))
+        placeholders[-1].meta["val"] = g.fake(sample)
+    returned = make(Builder(gm), *placeholders)
+    results: Sequence[fx.Node] = returned if isinstance(returned, (list, tuple)) else [returned]
     gm.graph.output(tuple(results))
     g.set_outputs(gm, results)
     gm.recompile()
