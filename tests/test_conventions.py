@@ -82,3 +82,23 @@ def test_library_code_never_prints(path: Path) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     assert "print" not in names
+
+
+LINES, PARAMETERS = 60, 7
+
+
+@pytest.mark.parametrize("folder", ["diffopt", "passes", "targets", "examples", "tests"])
+def test_functions_are_read_at_once(folder: str) -> None:
+    exceeding = []
+    for path in [*SOURCES, *(ROOT / "examples").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        if path.relative_to(ROOT).parts[0] != folder:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            names = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            parameters = len([name for name in names if name not in ("self", "cls")])
+            if lines > LINES or parameters > PARAMETERS:
+                exceeding.append(f"{path.name} {node.name}: {lines} lines, {parameters} parameters")
+    assert not exceeding
