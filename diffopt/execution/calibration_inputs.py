@@ -45,8 +45,8 @@ def requests(
 ) -> list[list[Tensor]]:
     """Return the flat inputs of `count` calls: seeds count up, the prompts take turns.
 
-    Everything else that the caller gave at capture (pictures, embeddings, numbers, latents) stays
-    what it was then.
+    Everything else that the caller gave at capture (pictures, embeddings, numbers, latents) keeps
+    the value of then.
 
     Args:
         program: What will be run; not one that serves several requests at once.
@@ -59,18 +59,18 @@ def requests(
     labels = {} if not texts or "prompt" in program.host.inputs() else _labels(program)
     places = [step.generator or () for step in program.host.steps if isinstance(step, Draw)]
     width = 1 + max((k for place in places for k in place if isinstance(k, int)), default=0)
-    made = []
+    calls = []
     for index in range(count):
         arguments: dict[str, Any] = {"seed": seed + index * width}
         if texts and not labels:
             arguments["prompt"] = _prompt(program, texts, index)
         tensors = _inputs(program, CallArguments(program.host, arguments))
         for at, rows in labels.items():
-            given = [_label(text, rows) for text in _turn(texts, index, tensors[at].numel())]
-            tensors[at] = torch.tensor(given, dtype=tensors[at].dtype).view_as(tensors[at])
+            values = [_label(text, rows) for text in _turn(texts, index, tensors[at].numel())]
+            tensors[at] = torch.tensor(values, dtype=tensors[at].dtype).view_as(tensors[at])
         _check(program, tensors, arguments.get("prompt"))
-        made.append(tensors)
-    return made
+        calls.append(tensors)
+    return calls
 
 
 def representative(
@@ -87,7 +87,7 @@ def representative(
 
 
 def _turn(texts: Sequence[str], index: int, size: int) -> list[str]:
-    """Return the texts of a call that takes `size` of them."""
+    """Return the texts of a call that has `size` of them."""
     return [texts[k % len(texts)] for k in range(index * size, (index + 1) * size)]
 
 
@@ -120,39 +120,39 @@ def _inputs(program: Program, call: CallArguments) -> list[Tensor]:
 
 
 def _is_at_hand(step: Processor, call: CallArguments) -> bool:
-    """Tell whether a call has all that a step takes: a program does not keep pictures."""
+    """Tell whether a call has all that a step reads: a program does not keep pictures."""
     return all(value_at(call.arguments, place[:1]) is not None for place in places_in(step.args))
 
 
 def _labels(program: Program) -> dict[int, int]:
     """Return the inputs that are class labels: by position, how many labels there can be."""
     steps = [step for step in program.host.steps for _ in range(step.count)]
-    takes = g.placeholders(program.root)
+    inputs = g.placeholders(program.root)
     rows = [
-        _rows(program, t) if isinstance(s, TensorArgument) else None
-        for s, t in zip(steps, takes, strict=True)
+        _rows(program, n) if isinstance(s, TensorArgument) else None
+        for s, n in zip(steps, inputs, strict=True)
     ]
-    found = {at: count for at, count in enumerate(rows) if count is not None}
-    if not found:
+    labels = {at: count for at, count in enumerate(rows) if count is not None}
+    if not labels:
         known = ", ".join(sorted(program.host.inputs()))
         raise DiffoptError(
             "the program takes neither a prompt nor class labels to calibrate with (its inputs"
             f" are: {known}); leave the prompts out"
         )
-    return found
+    return labels
 
 
-def _rows(program: Program, take: fx.Node) -> int | None:
+def _rows(program: Program, argument: fx.Node) -> int | None:
     """Return how many values an input may have that only picks rows of tables; else None."""
     rows: list[int] = []
-    stack = [(program.root, take)]
+    stack = [(program.root, argument)]
     while stack:
         gm, node = stack.pop()
         for user in node.users:
             if user.op == "call_module":
                 body = g.attribute(gm, str(user.target))
                 pairs = zip(g.placeholders(body), user.args, strict=True)
-                stack += [(body, formal) for formal, given in pairs if given is node]
+                stack += [(body, formal) for formal, actual in pairs if actual is node]
             elif user.target is aten.embedding.default and user.args[0] is not node:
                 rows.append(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
             elif user.target in _MOVES:
@@ -163,8 +163,8 @@ def _rows(program: Program, take: fx.Node) -> int | None:
 
 
 def _check(program: Program, tensors: Sequence[Tensor], prompt: object) -> None:
-    takes = g.placeholders(program.root)
-    for node, tensor, seen in zip(takes, tensors, program.sample, strict=True):
+    inputs = g.placeholders(program.root)
+    for node, tensor, seen in zip(inputs, tensors, program.sample, strict=True):
         if tensor.shape != seen.shape:
             raise DiffoptError(
                 f"the prompt {prompt!r} gives {node.name} the shape {list(tensor.shape)}; the"

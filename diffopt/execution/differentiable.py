@@ -153,10 +153,10 @@ class DifferentiableCalls:
 def _batched(gm: fx.GraphModule) -> request_dimension.Batched | None:
     """Return a body for several calls, if there is one that gradients go through alike."""
     try:
-        made = request_dimension.batch_body(gm, [True] * len(g.placeholders(gm)), 2)
+        batched = request_dimension.batch_body(gm, [True] * len(g.placeholders(gm)), 2)
     except request_dimension.Unbatchable:
         return None
-    alike = straight_through.roundings(made.graph.graph.nodes) == straight_through.roundings(
+    alike = straight_through.roundings(batched.graph.graph.nodes) == straight_through.roundings(
         gm.graph.nodes
     )
-    return made if alike else None
+    return batched if alike else None

@@ -1,6 +1,6 @@
 """Gradients through what quantizes activations: a hook for the interpreter.
 
-A rounding has no gradient. The straight-through estimator takes it for the identity, and lets no
+A rounding has no gradient. The straight-through estimator treats it as the identity, and lets no
 gradient through where a value is clipped.
 """
 
@@ -39,7 +39,7 @@ def fake_int8(x: Tensor, within: Tensor, *, rows: bool = False) -> Tensor:
     Args:
         x: An activation.
         within: Whose range is that of the numbers, if `rows` is not set.
-        rows: Give each row a scale for its own range.
+        rows: Use for each row a scale for its own range.
     """
     if rows:
         scale, zero = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=qdq.EPS), torch.zeros(())

@@ -1,6 +1,6 @@
 """What passes measure before they rewrite: seeded calls of a program, and values inside its loop.
 
-A loop is given by the calls of its body in the root graph, by (step, branch); see `tags`. Seeds and
+A loop is the calls of its body in the root graph, by (step, branch); see `call_tags`. Seeds and
 prompts make the same numbers in every run, so that measurements can be kept on disk.
 """
 
@@ -184,8 +184,8 @@ def loop_identity(
 ) -> dict[str, Any]:
     """Return what tells a loop on some requests from others; part of a `cached` key."""
     outer = {node: index for index, node in enumerate(program.root.graph.nodes)}
-    own = sorted([*at, outer[call]] for at, call in calls.items())
-    return {**identity(program, inputs), "calls": own}
+    places = sorted([*at, outer[call]] for at, call in calls.items())
+    return {**identity(program, inputs), "calls": places}
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -195,20 +195,20 @@ def _sha256(tensor: Tensor) -> str:
 def cached(
     key: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
 ) -> Mapping[str, Tensor]:
-    """Return the tensors that `make` makes, from disk if they were made before.
+    """Return the tensors that `make` computes, from disk if they were computed before.
 
     Args:
         key: All that they depend on, as JSON.
-        make: Makes them; also where the entry on disk is damaged.
+        make: Computes them; also where the entry on disk is damaged.
     """
     name = disk_cache.key(key)
     entry = disk_cache.get(name, "measurement")
     if entry is not None:
         return safetensors.torch.load(entry["values.safetensors"])
-    made = make()
-    content = b"".join(container.pack_tensors(made))
+    tensors = make()
+    content = b"".join(container.pack_tensors(tensors))
     disk_cache.put(name, {"values.safetensors": content}, "measurement")
-    return made
+    return tensors
 
 
 def step_errors(
@@ -217,10 +217,10 @@ def step_errors(
     groups: Mapping[str, Sequence[fx.Node]],
     inputs: Sequence[Sequence[Tensor]],
     *,
-    reach: int = 3,
+    max_gap: int = 3,
     progress: Progress = silent,
 ) -> Mapping[str, Tensor]:
-    """Return, for each group, how far the values of a step are from those of earlier steps.
+    """Return, for each group, the relative errors of earlier values in place of those of a step.
 
     Entry [i, k] is the mean of |v@i - v@(i-k)| / |v@i|, both norms sums of absolute values, over
     requests, branches and the nodes of the group. It is infinite where there is no step i-k.
@@ -230,7 +230,7 @@ def step_errors(
         calls: The loop.
         groups: Nodes of the loop's body, by a name of the group.
         inputs: The flat inputs of each request.
-        reach: The largest k.
+        max_gap: The largest k.
         progress: Called with what is being done and the fraction done.
     """
     place = {
@@ -240,9 +240,9 @@ def step_errors(
         "step errors": 1,
         **loop_identity(program, calls, inputs),
         "groups": {name: sorted(place[n] for n in group) for name, group in groups.items()},
-        "reach": reach,
+        "reach": max_gap,
     }
-    return cached(key, lambda: _step_errors(program, calls, groups, inputs, reach, progress))
+    return cached(key, lambda: _step_errors(program, calls, groups, inputs, max_gap, progress))
 
 
 def _body(program: Program, call: fx.Node) -> fx.GraphModule:
@@ -254,10 +254,10 @@ def _step_errors(
     calls: Calls,
     groups: Mapping[str, Sequence[fx.Node]],
     inputs: Sequence[Sequence[Tensor]],
-    reach: int,
+    max_gap: int,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    size = 1 + max(step for step, _ in calls), 1 + reach
+    size = 1 + max(step for step, _ in calls), 1 + max_gap
     total = {name: torch.zeros(size, dtype=torch.float64) for name in groups}
     count = {name: torch.zeros(size, dtype=torch.float64) for name in groups}
     nodes = {node for group in groups.values() for node in group}
@@ -267,8 +267,8 @@ def _step_errors(
             what = f"calibrating: request {index + 1} of {len(inputs)}, step {visit.step + 1}"
             progress(what, (index + done / len(calls)) / len(inputs))
             past[visit.step, visit.branch] = visit.values
-            past.pop((visit.step - reach - 1, visit.branch), None)
-            for back in range(1 + reach):
+            past.pop((visit.step - max_gap - 1, visit.branch), None)
+            for back in range(1 + max_gap):
                 before = past.get((visit.step - back, visit.branch), {})
                 for name, group in groups.items():
                     for node in group:

@@ -41,10 +41,10 @@ class Guards:
             values = self.body(*tensors)
         rows = zip(values, self.expected, self.where, self.from_text, strict=True)
         for value, expected, where, from_text in rows:
-            found = value.tolist() if isinstance(value, Tensor) else value
-            if found != expected:
+            actual = value.tolist() if isinstance(value, Tensor) else value
+            if actual != expected:
                 raise mismatch(
-                    f"{where.rstrip(':')}: this is {found} for these arguments and was "
+                    f"{where.rstrip(':')}: this is {actual} for these arguments and was "
                     f"{expected} at capture; trace the program again with arguments like these",
                     from_text=from_text,
                 )

@@ -24,7 +24,7 @@ def bounds_to_json(bounds: Bounds) -> list[Any]:
 
 
 def bounds_from_json(rows: Sequence[Any]) -> Bounds:
-    """Return what `bounds_to_json` was given."""
+    """Return the bounds that `bounds_to_json` wrote."""
     return {i: {axis: (low, high) for axis, (low, high) in axes} for i, axes in rows}
 
 
@@ -74,7 +74,7 @@ def lengths(roots: Sequence[fx.GraphModule], texts: Sequence[str]) -> list[Lengt
         texts: The arguments.
     """
     shapes = [[list(n.meta["val"].shape) for n in g.placeholders(root)] for root in roots]
-    found = []
+    rows = []
     for text, longer in zip(texts, shapes[1:], strict=True):
         grown = [
             (index, axis, size, other - size)
@@ -90,13 +90,13 @@ def lengths(roots: Sequence[fx.GraphModule], texts: Sequence[str]) -> list[Lengt
             )
         first = grown[0][2]
         axes = tuple((index, axis, size - first) for index, axis, size, _ in grown)
-        found.append(Length(text, first, first + grown[0][3], axes))
-    return found
+        rows.append(Length(text, first, first + grown[0][3], axes))
+    return rows
 
 
 def free_axes(lengths: Sequence[Length], index: int) -> set[int]:
     """Return the axes of an input that have no fixed size."""
-    return {axis for length in lengths for own, axis, _ in length.axes if own == index}
+    return {axis for length in lengths for place, axis, _ in length.axes if place == index}
 
 
 def infer_values(
@@ -140,14 +140,14 @@ def infer_values(
 
 def inputs(root: fx.GraphModule, lengths: Sequence[Length], counts: Sequence[int]) -> list[Tensor]:
     """Return fake inputs for a number of tokens of each text."""
-    takes = g.placeholders(root)
-    shapes = [list(node.meta["val"].shape) for node in takes]
+    nodes = g.placeholders(root)
+    shapes = [list(node.meta["val"].shape) for node in nodes]
     for length, count in zip(lengths, counts, strict=True):
         for index, axis, plus in length.axes:
             shapes[index][axis] = count + plus
     return [
         g.fake(torch.empty(shape, dtype=node.meta["val"].dtype, device="meta"))
-        for node, shape in zip(takes, shapes, strict=True)
+        for node, shape in zip(nodes, shapes, strict=True)
     ]
 
 
@@ -157,7 +157,7 @@ def bounds(root: fx.GraphModule, lengths: Sequence[Length]) -> dict[str, Bounds]
     All shapes are worked out for the shortest and for the longest texts. A graph that does not
     follow is a `VerifyError`.
     """
-    found: dict[str, Bounds] = {}
+    varying: dict[str, Bounds] = {}
     seen: dict[str, list[list[int]]] = {}
 
     def called(name: str, body: fx.GraphModule, values: list[Any]) -> None:
@@ -165,16 +165,16 @@ def bounds(root: fx.GraphModule, lengths: Sequence[Length]) -> dict[str, Bounds]
         for index, (old, new) in enumerate(zip(seen.setdefault(name, shapes), shapes, strict=True)):
             for axis, (a, b) in enumerate(zip(old, new, strict=True)):
                 if a != b:
-                    low, high = found.setdefault(name, {}).setdefault(index, {}).get(axis, (a, a))
-                    found[name][index][axis] = min(low, b), max(high, b)
+                    low, high = varying.setdefault(name, {}).setdefault(index, {}).get(axis, (a, a))
+                    varying[name][index][axis] = min(low, b), max(high, b)
 
     for counts in ([n.low for n in lengths], [n.high for n in lengths]):
         try:
             infer_values(root, inputs(root, lengths, counts), called)
-        except Exception as error:  # each operator has its own kinds
+        except Exception as error:  # each operator raises other kinds
             reason = str(error).strip().splitlines()[0]
             tokens = ", ".join(map(str, counts))
             raise VerifyError(f"the graph does not serve texts of {tokens} tokens: {reason}") from (
                 error
             )
-    return found
+    return varying

@@ -4,7 +4,7 @@
     Interpreter(gm, [node]).values([x, y])                        # {node: its value}
     Interpreter(gm, known=[node]).run(initial_env={node: value})  # the rest of a run
 
-torch's own opens a context for each node, so that errors and traces name it: that takes 5 µs, this
+torch's opens a context for each node, so that errors and traces name it: that takes 5 µs, this
 2 µs, and the search for formats or caching schedules runs small operators by the million. Its hooks
 are methods to override; here one function computes what a subclass would, and can close over what
 it measures.

@@ -1,6 +1,6 @@
 """Where the elements of a tensor lie in memory, which kernels and orders of sums depend on.
 
-torch's own `empty_like` and copies to another device keep no strides that leave gaps; these do.
+torch's `empty_like` and copies to another device keep no strides that leave gaps; these do.
 """
 
 from __future__ import annotations

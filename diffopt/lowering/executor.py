@@ -1,4 +1,8 @@
-"""Runs a program's outer graph as a flat list of calls, with little Python for each."""
+"""Runs a program's outer graph as a flat list of calls, with little Python for each.
+
+Engines run nothing else between their kernels, often thousands of small operators a call. So this
+is no `ir.interpreter`: arguments are looked up by number, and constants are bound beforehand.
+"""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ class Ablation:
 
     def key(self) -> dict[str, Any]:
         """Return what its numbers depend on beside the units, as JSON."""
-        own = trajectories.identity(self.program, self._inputs)
-        return {"ablation": 1, **own, "components": self.components, "steps": STEPS}
+        identity = trajectories.identity(self.program, self._inputs)
+        return {"ablation": 1, **identity, "components": self.components, "steps": STEPS}
 
     def without(self, units: Sequence[Unit]) -> Program:
         """Return the program without some units."""
@@ -84,12 +84,13 @@ class Ablation:
 
     def error(self, program: Program) -> float:
         """Return the squared relative error of what calls return: a mean for each component."""
-        found: dict[str, list[float]] = {}
+        errors: dict[str, list[float]] = {}
         for visit in self._visits:
             with torch.no_grad():
-                made = Interpreter(program.components[visit.name]).run(*visit.arguments)
-            found.setdefault(visit.family, []).append(squared_relative_error(made, visit.results))
-        return sum(sum(own) / len(own) for own in found.values())
+                results = Interpreter(program.components[visit.name]).run(*visit.arguments)
+            error = squared_relative_error(results, visit.results)
+            errors.setdefault(visit.family, []).append(error)
+        return sum(sum(each) / len(each) for each in errors.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +105,13 @@ class _Visit:
 
 def _probes(program: Program, components: Sequence[str]) -> dict[str, list[list[fx.Node]]]:
     """Return the calls of a few steps, by step, of each component in all of its bodies."""
-    found: dict[str, dict[int, list[fx.Node]]] = {}
+    calls: dict[str, dict[int, list[fx.Node]]] = {}
     for call in program.calls():
         name, tag = str(call.target), call_tags.tag(call)
         if name in components:
             family, step = (tag.component, tag.step) if tag else (name, 0)
-            found.setdefault(family, {}).setdefault(step, []).append(call)
-    return {family: [own[step] for step in _spread(sorted(own))] for family, own in found.items()}
+            calls.setdefault(family, {}).setdefault(step, []).append(call)
+    return {family: [steps[s] for s in _spread(sorted(steps))] for family, steps in calls.items()}
 
 
 def _spread(steps: Sequence[int]) -> list[int]:
@@ -120,7 +121,7 @@ def _spread(steps: Sequence[int]) -> list[int]:
 
 
 def _moved(coupling: Coupling, program: Program, clone: Program) -> Coupling:
-    """Return what goes together in a clone: as in the program, whose weights it shares."""
+    """Return what is coupled in a clone: as in the program, whose weights it shares."""
     nodes: dict[fx.Node, fx.Node] = {}
     for name, gm in program.graphs.items():
         nodes.update(zip(gm.graph.nodes, clone.graphs[name].graph.nodes, strict=True))
@@ -128,11 +129,12 @@ def _moved(coupling: Coupling, program: Program, clone: Program) -> Coupling:
     moved = replace(
         flow,
         gathers={
-            nodes[n]: [replace(each, operand=nodes[each.operand]) for each in own]
-            for n, own in flow.gathers.items()
+            nodes[n]: [replace(each, operand=nodes[each.operand]) for each in constraints]
+            for n, constraints in flow.gathers.items()
         },
         values={
-            name: {nodes[n]: value for n, value in own.items()} for name, own in flow.values.items()
+            name: {nodes[n]: value for n, value in body.items()}
+            for name, body in flow.values.items()
         },
     )
     return replace(coupling, flow=moved)

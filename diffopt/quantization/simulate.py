@@ -1,6 +1,6 @@
 """Runs a program with some of its layers quantized, without rewriting it.
 
-A layer is computed by a small graph of its own, in which `qdq` has written the same operators that
+A layer is computed by a small graph, in which `qdq` has written the same operators that
 it writes into a quantized program, so that the numbers are those that this would give.
 """
 
@@ -49,18 +49,18 @@ class Layers:
         layer = self.by_node[node]
         if (node, how) not in self._known:
             self._known[node, how] = self._body(layer, how)
-        body, takes = self._known[node, how]
-        given = [self._weight(layer, how)]
-        for n in takes:
+        body, reads = self._known[node, how]
+        arguments = [self._weight(layer, how)]
+        for n in reads:
             is_stored = n.op == "get_attr"
-            given.append(g.attribute(self.body, str(n.target)) if is_stored else read(n))
+            arguments.append(g.attribute(self.body, str(n.target)) if is_stored else read(n))
         if how.activations == "static":
             assert self.ranges is not None
             scale, zero = range_qparams(how.input, *self.ranges(layer.x, step))
-            given.append(torch.tensor(scale))
-            given += [] if how.input == "fp8" else [torch.tensor(zero, dtype=torch.int32)]
-        made: Tensor = body(*given)[0]
-        return made
+            arguments.append(torch.tensor(scale))
+            arguments += [] if how.input == "fp8" else [torch.tensor(zero, dtype=torch.int32)]
+        result: Tensor = body(*arguments)[0]
+        return result
 
     def _weight(self, layer: qdq.Layer, how: Format) -> Tensor:
         """Return the weight that a quantized one stands for; little ones are kept."""
@@ -80,26 +80,26 @@ class Layers:
         return self._wide[key]
 
     def _body(self, layer: qdq.Layer, how: Format) -> tuple[fx.GraphModule, list[fx.Node]]:
-        """Return a graph of one layer, and what it takes between its weight and its scales."""
+        """Return a graph of one layer, and what it reads between its weight and its scales."""
         gm, node = g.new_body("layer"), layer.node
         weight = _placeholder(gm, "weight", layer.weight.meta["val"])
-        takes = [n for n in node.all_input_nodes if n is not layer.weight]
-        env = {n: _placeholder(gm, f"x{i}", n.meta["val"]) for i, n in enumerate(takes)}
-        given: list[fx.Node] = []
+        reads = [n for n in node.all_input_nodes if n is not layer.weight]
+        env = {n: _placeholder(gm, f"x{i}", n.meta["val"]) for i, n in enumerate(reads)}
+        qparams: list[fx.Node] = []
         if how.activations == "static":
-            given = [_placeholder(gm, "scale", g.fake(torch.tensor(1.0)))]
+            qparams = [_placeholder(gm, "scale", g.fake(torch.tensor(1.0)))]
             if how.input != "fp8":
                 zero = g.fake(torch.tensor(0, dtype=torch.int32))
-                given.append(_placeholder(gm, "zero", zero))
+                qparams.append(_placeholder(gm, "zero", zero))
         x = env[layer.x]
         if how.activations != "none":
-            x = qdq.quantize(gm, x, how.activations, *given, number=how.input)
+            x = qdq.quantize(gm, x, how.activations, *qparams, number=how.input)
         rest = fx.map_arg(args(node)[2:], env.__getitem__)
         more: dict[str, Any] = fx.map_arg(node.kwargs, env.__getitem__)
         result = g.call(gm.graph, node.target, x, weight, *rest, **more)
         gm.graph.output((result,))
         gm.recompile()
-        return gm, takes
+        return gm, reads
 
 
 def _placeholder(gm: fx.GraphModule, name: str, value: Any) -> fx.Node:
@@ -132,8 +132,10 @@ class Simulator:
         self.program, self.scope = program, scope
         bodies = program.components
         self.layers = {n: Layers(bodies[n], ranges.get(n), store) for n in scope.calls}
-        self.steps = {n: sorted({step for _, step in own}) for n, own in scope.calls.items()}
-        self._site = {call: (name, step) for name, own in scope.calls.items() for call, step in own}
+        self.steps = {n: sorted({step for _, step in calls}) for n, calls in scope.calls.items()}
+        self._site = {
+            call: (name, step) for name, calls in scope.calls.items() for call, step in calls
+        }
 
     def call(
         self, name: str, formats: Mapping[fx.Node, Format], step: int, arguments: Sequence[Tensor]

@@ -27,7 +27,7 @@ from diffopt.progress import Progress, silent
 from diffopt.storage import checkpoints as storage
 from diffopt.storage import disk_cache
 from diffopt.training import call_pairs
-from diffopt.training.distillation_loss import Matching
+from diffopt.training.distillation_loss import DistillationLoss
 from diffopt.training.distributed import Workers
 from diffopt.training.trainable_weights import TrainableWeights
 
@@ -217,7 +217,7 @@ class _Trainer:
         count = min(HELD_CALLS, len(out))
         self._held_out = [out[i * len(out) // count] for i in range(count)]
         every = [*self._pairs, *self._held_out]
-        self._matching = Matching(
+        self._matching = DistillationLoss(
             task.program, task.reference, every, weights, settings.features, workers.device
         )
         self._optimizer = torch.optim.AdamW(weights.leaves, betas=_BETAS, weight_decay=0.0)

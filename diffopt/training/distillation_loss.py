@@ -1,4 +1,4 @@
-"""How far calls of a program are from what its reference returns and has for the same latents."""
+"""The error of a program's calls against its reference, on the same latents."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TOGETHER = 2**29
 """Bytes of values that calls which are run at once may have, but for the first."""
 
 At = tuple[str, str]
-"""A component and the one of the reference that it stands for."""
+"""A component, and the one of the reference that it replaces."""
 
 
-class Matching:
-    """Calls of a program, and those of its reference.
+class DistillationLoss:
+    """The error of a program's calls against those of its reference.
 
     Attributes:
         blocks: How many blocks' results are compared.
@@ -49,36 +49,35 @@ class Matching:
         """
         self._trained, self._features = trained, features
         first = {_at(pair): pair for pair in reversed(pairs)}
-        found = {
+        self._taps = {
             at: _taps(program, reference, pair, where) if features else []
             for at, pair in first.items()
         }
-        self._taps = found
-        self.blocks = sum(map(len, found.values()))
-        self._own = {
+        self.blocks = sum(map(len, self._taps.values()))
+        self._student = {
             at: DifferentiableCalls(
                 program.components[at[0]], trained.nodes[at[0]], [t.node for t in taps], where
             )
-            for at, taps in found.items()
+            for at, taps in self._taps.items()
         }
-        self._results = {at: g.outputs(program.components[at[0]]) for at in found}
-        self._other = {
+        self._results = {at: g.outputs(program.components[at[0]]) for at in first}
+        self._teacher = {
             at: DifferentiableCalls(
                 reference.components[at[1]], (), [t.reference for t in taps], where
             )
-            for at, taps in found.items()
+            for at, taps in self._taps.items()
             if taps
         }
-        self._together = {at: _fitting(program.components[at[0]]) for at in found}
+        self._together = {at: _fitting(program.components[at[0]]) for at in first}
 
     def chunks(self, pairs: Sequence[CallPair]) -> Iterator[list[CallPair]]:
         """Yield calls that are run at once: of the same components, as many as fit."""
         alike: dict[At, list[CallPair]] = {}
         for pair in pairs:
             alike.setdefault(_at(pair), []).append(pair)
-        for at, own in alike.items():
+        for at, same in alike.items():
             size = self._together[at]
-            yield from (own[start : start + size] for start in range(0, len(own), size))
+            yield from (same[start : start + size] for start in range(0, len(same), size))
 
     def losses(self, chunk: Sequence[CallPair]) -> Tensor:
         """Return the loss of each call, with gradients to the weights.
@@ -87,13 +86,13 @@ class Matching:
             chunk: One of `chunks`.
         """
         at = _at(chunk[0])
-        values = self._own[at]([p.arguments for p in chunk], self._trained.values(at[0]))
+        values = self._student[at]([p.arguments for p in chunk], self._trained.values(at[0]))
         loss = self._errors(chunk, values)
         taps = self._taps[at]
         if not taps:
             return loss
         with torch.no_grad():
-            wanted = self._other[at]([p.reference_arguments for p in chunk], straight=False)
+            wanted = self._teacher[at]([p.reference_arguments for p in chunk], straight=False)
         matched = [error(values[t.node], t.targets(wanted[t.reference])) for t in taps]
         return loss + self._features * torch.stack(matched).mean(0)
 
@@ -101,8 +100,8 @@ class Matching:
     def errors(self, chunk: Sequence[CallPair]) -> Tensor:
         """Return the squared relative error of what each call returns."""
         at = _at(chunk[0])
-        own = self._trained.values(at[0])
-        return self._errors(chunk, self._own[at]([p.arguments for p in chunk], own, straight=False))
+        weights, arguments = self._trained.values(at[0]), [p.arguments for p in chunk]
+        return self._errors(chunk, self._student[at](arguments, weights, straight=False))
 
     def _errors(self, chunk: Sequence[CallPair], values: Mapping[fx.Node, Tensor]) -> Tensor:
         # The program may return more, for later steps.
@@ -136,7 +135,7 @@ def _taps(
             pair.reference_arguments, straight=False
         )
     taps = [t.aligned(mine[t.node], theirs[t.reference]) for t in taps]
-    # What is called the same and is nothing like it is something else.
+    # Blocks of one name whose results have nothing in common are others.
     return [
         t
         for t in taps

@@ -342,7 +342,7 @@ def test_errors_of_values_that_are_known() -> None:
     assert {branch for _, branch in calls} == {0, 1}
     node = g.outputs(net)[0]
     found = trajectories.step_errors(
-        built, calls, {"all": [node], "none": []}, [[randn(3)]], reach=3
+        built, calls, {"all": [node], "none": []}, [[randn(3)]], max_gap=3
     )
     for step in range(5):
         for back in range(4):
@@ -358,7 +358,7 @@ def test_errors_are_means_over_requests_and_nodes(program: Program) -> None:
     groups = {"one": nodes[:1], "all": nodes}
     told: list[tuple[str, float | None]] = []
     found = trajectories.step_errors(
-        program, loop(program), groups, inputs, reach=2, progress=lambda *row: told.append(row)
+        program, loop(program), groups, inputs, max_gap=2, progress=lambda *row: told.append(row)
     )
     runs = [list(trajectories.steps(program, loop(program), row, nodes)) for row in inputs]
     for name, group in groups.items():
@@ -384,7 +384,7 @@ def test_errors_are_measured_once(dit: Program, monkeypatch: pytest.MonkeyPatch)
     assert len(runs) == 1
     trajectories.step_errors(dit, loop(dit), {"b": nodes}, inputs)
     trajectories.step_errors(dit, loop(dit), {"a": nodes[:1]}, inputs)
-    trajectories.step_errors(dit, loop(dit), {"a": nodes}, inputs, reach=1)
+    trajectories.step_errors(dit, loop(dit), {"a": nodes}, inputs, max_gap=1)
     trajectories.step_errors(
         dit, loop(dit), {"a": nodes}, trajectories.requests(dit, None, 1, seed=1)
     )

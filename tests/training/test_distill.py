@@ -17,9 +17,8 @@ from diffopt.execution.differentiable import DifferentiableBody, read_weights
 from diffopt.ir import call_tags, qdq
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
-from diffopt.training import call_pairs, distill
-from diffopt.training import distillation_loss as matching_module
-from diffopt.training.distillation_loss import Matching
+from diffopt.training import call_pairs, distill, distillation_loss
+from diffopt.training.distillation_loss import DistillationLoss
 from diffopt.training.distributed import Workers
 from diffopt.training.trainable_weights import TrainableWeights
 from diffopt.transforms import request_dimension
@@ -348,14 +347,14 @@ def test_a_batch_for_all_processes() -> None:
 
 def matching_of(
     made: Program, reference: Program
-) -> tuple[Matching, TrainableWeights, list[call_pairs.CallPair]]:
+) -> tuple[DistillationLoss, TrainableWeights, list[call_pairs.CallPair]]:
     names = choose_scope(made, ("loop",)).loop
     pairs, trained = pairs_of(made, reference), TrainableWeights(made, names)
-    return Matching(made, reference, pairs, trained, 1.0, CPU), trained, pairs
+    return DistillationLoss(made, reference, pairs, trained, 1.0, CPU), trained, pairs
 
 
 def gradients_of(
-    matching: Matching, trained: TrainableWeights, chunks: list[list[call_pairs.CallPair]]
+    matching: DistillationLoss, trained: TrainableWeights, chunks: list[list[call_pairs.CallPair]]
 ) -> Any:
     for leaf in trained.leaves:
         leaf.grad = None
@@ -420,6 +419,6 @@ def test_only_so_many_calls_are_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     values = [n.meta["val"] for n in body.graph.nodes if n.op == "call_function"]
     size = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
     for room, counts in ((2 * size, [2, 1]), (size // 2, [1, 1, 1])):
-        monkeypatch.setattr(matching_module, "TOGETHER", room)
+        monkeypatch.setattr(distillation_loss, "TOGETHER", room)
         matching, _, _ = matching_of(made, made)
         assert [len(chunk) for chunk in matching.chunks(pairs)] == counts

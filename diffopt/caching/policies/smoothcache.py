@@ -68,7 +68,12 @@ class Smoothcache(Policy):
             f"cache({self.name})", loop.program, ctx.prompts, self.calls, ctx.seed
         )
         tables = trajectories.step_errors(
-            loop.program, loop.calls, groups, inputs, reach=self.max_interval, progress=ctx.progress
+            loop.program,
+            loop.calls,
+            groups,
+            inputs,
+            max_gap=self.max_interval,
+            progress=ctx.progress,
         )
         reach = range(1, min(self.max_interval, loop.steps - 1) + 1)
         return {kind: [table[k:, k].tolist() for k in reach] for kind, table in tables.items()}
