@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from diffopt.errors import VerifyError
 
@@ -141,9 +142,26 @@ def set_outputs(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
     output_node(gm).meta["val"] = tuple(n.meta["val"] for n in nodes)
 
 
+class _CompileOnCall:
+    """The `forward` of a graph whose code is written when it is first asked for."""
+
+    def __get__(self, gm: "_Body | None", owner: type) -> Any:
+        if gm is None:
+            return self
+        gm._real_recompile()
+        return gm.forward
+
+
+class _Body(_LazyGraphModule):
+    """A graph that is compiled when it is called, not each time that it is copied or changed."""
+
+    # torch's own stands for every signature, and exporters read the arguments' names.
+    forward = _lazy_forward = _CompileOnCall()
+
+
 def new_body(name: str) -> fx.GraphModule:
     """Return an empty GraphModule to build a component in."""
-    return fx.GraphModule(torch.nn.Module(), fx.Graph(), class_name=name)
+    return _Body(torch.nn.Module(), fx.Graph(), class_name=name)
 
 
 def copy_nodes(
