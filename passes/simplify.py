@@ -85,7 +85,7 @@ class Simplify(Pass):
 
             g.prune_unused(gm)
             apart = _copies_of_outputs(gm) if gm is program.root else set()
-            for node in apart:
+            for node in [node for node in gm.graph.nodes if node in apart]:
                 skip(node, "without this copy an output would share memory")
             idle, views = _drop_idle(gm, apart)
             counts["no-ops"] += idle

@@ -79,7 +79,7 @@ class Unroll(Pass):
         varying = [
             k for k in range(len(values)) if not all(torch.equal(r[k], rows[0][k]) for r in rows)
         ]
-        for k in set(range(len(values))) - set(varying):
+        for k in [k for k in range(len(values)) if k not in varying]:
             with body.graph.inserting_before(first_after_arguments(body)):
                 constant = g.get_attr(body, "bound", rows[0][k])
             values[k].replace_all_uses_with(constant)

@@ -170,7 +170,7 @@ def apply(program: Program, loop: Loop, plan: Plan) -> PlanCost:
     _check_branches(loop, steps)
     variants = _bodies_of_steps(loop, steps)
     _pass_values(program, loop, steps, variants)
-    for name in {v.name for v in variants if v.body is not loop.body}:
+    for name in dict.fromkeys(v.name for v in variants if v.body is not loop.body):
         component_signatures.trim_outputs(program, name)
         component_signatures.drop_unread_arguments(program, name)
     program.refresh()

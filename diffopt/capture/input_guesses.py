@@ -45,7 +45,7 @@ def array_recipes(
             size = (final.shape[layout.index("w")], final.shape[layout.index("h")])
             resamples = [0] if size == picture.size else [1, 2, 3, 0]
             for mode, resample, scale in itertools.product(
-                {picture.mode, "RGB", "L"}, resamples, scales
+                dict.fromkeys((picture.mode, "RGB", "L")), resamples, scales
             ):
                 yield Picture(place, mode, size, resample, scale, layout)
 

@@ -140,7 +140,7 @@ class Session:
         for gm in root.modules():
             if isinstance(gm, fx.GraphModule):
                 gm.recompile()
-        used = {step.asset for step in steps if isinstance(step, Processor)}
+        used = sorted({step.asset for step in steps if isinstance(step, Processor)})
         host = Host(
             steps,
             output,
@@ -330,7 +330,7 @@ def _result_structure(result: Any, recorder: Recorder) -> Any:
             isinstance(value, dict) and type(value) is not dict
         ):
             fields = dict(value) if isinstance(value, dict) else vars(value)
-            names = fields.keys() | getattr(value, "__dataclass_fields__", {}).keys()
+            names = {**fields, **getattr(value, "__dataclass_fields__", {})}
             ordered = [n for n in getattr(value, "__dataclass_fields__", names) if n in names]
             kind = f"{type(value).__module__}:{type(value).__qualname__}"
             return {"class": [kind, {n: visit(getattr(value, n)) for n in ordered}]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ Settings = Mapping[str, Any]
 """Inductor's configuration, without the output path."""
 
 KIND = "application/x-diffopt-job"
+# In an ELF file a note: the lengths of a name and of a hash of all that was linked, then these.
+_BUILD_ID = re.compile(rb"(\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0).{20}", re.DOTALL)
 _WORK = "import sys; from diffopt.lowering import aoti; aoti.run_job(sys.argv[1], sys.argv[2])"
 
 
@@ -87,7 +90,17 @@ def _compile(
         shapes = dynamic_shapes(len(arguments), sizes)
         exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
         module = exported.module()
-    return torch._inductor.aot_compile(module, arguments, options=options)
+    files = torch._inductor.aot_compile(module, arguments, options=options)
+    for path in Path(folder).rglob("*.so"):
+        _forget_folder(path, folder)
+    return files
+
+
+def _forget_folder(path: Path, folder: str) -> None:
+    """Take out of a library where it was compiled: the same source gives the same library."""
+    if sys.platform != "darwin":  # there a library that was changed has to be signed again
+        content = path.read_bytes().replace(os.fsencode(folder), b"." * len(os.fsencode(folder)))
+        path.write_bytes(_BUILD_ID.sub(rb"\g<1>" + bytes(20), content))
 
 
 def compile_bodies(

@@ -176,8 +176,8 @@ def _move(
     above = g.ancestors(ends)
     env: dict[fx.Node, fx.Node] = {}
     g.copy_nodes([n for n in gm.graph.nodes if n in above], gm, setup.gm, env)
-    for node in above:
-        if node.op == "get_attr":
+    for node in gm.graph.find_nodes(op="get_attr"):  # in order: a set's is another in each process
+        if node in above:
             setup.sources.setdefault(str(env[node].target), (name, str(node.target)))
     first = next(n for n in gm.graph.nodes if n.op != "placeholder")
     for index, node in enumerate(ends):

@@ -68,7 +68,8 @@ def _weights(gm: fx.GraphModule, branches: Sequence[Branch]) -> frozenset[int]:
 
 def block_score(block: ResidualBlock, importance: Mapping[int, Tensor]) -> float:
     """Return the importance of a block: the sum over its weights."""
-    return sum(float(importance[key].sum()) for key in block.weights if key in importance)
+    # In the order of `importance`: a set's would give other sums in each process.
+    return sum(float(values.sum()) for key, values in importance.items() if key in block.weights)
 
 
 def remove_blocks(blocks: Sequence[ResidualBlock]) -> None:

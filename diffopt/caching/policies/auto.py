@@ -253,12 +253,12 @@ class _ScheduleSearch:
         improved = True
         while improved and len(self._errors) < self.trials:
             improved = False
-            near = {
+            near = dict.fromkeys(
                 two
                 for one in self._neighbours(chosen, (None, *range(len(self.modes))))
                 for two in self._swaps(chosen, one)
                 if two.cost <= cost and two not in self._errors
-            }
+            )
             for other in sorted(near, key=lambda s: s.error)[: max(1, self.trials // 8)]:
                 if len(self._errors) >= self.trials:
                     break
