@@ -1,6 +1,9 @@
 """Settings that all tests share."""
 
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,22 @@ LONG = (
     *("test_docs", "benchmark", "test_examples", "tests/targets", "test_zoo", "test_recover"),
     "tests/capture/test_pipelines",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        # One cache for a session and its workers, and not the user's.
+        folder = tempfile.mkdtemp(prefix="diffopt-cache-")
+        os.environ["DIFFOPT_CACHE"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    elif hasattr(os, "sched_setaffinity"):
+        # To each its share of the cores: what one does in parallel would only take turns with the
+        # others. On one core kernels are compiled in the worker itself, and not in a process for
+        # each, which imports torch first.
+        cores = sorted(os.sched_getaffinity(0))
+        number, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        os.sched_setaffinity(0, cores[number % len(cores) :: count])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

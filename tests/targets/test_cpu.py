@@ -368,6 +368,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     for place in places.values():
         place.mkdir()
     code = (
+        "import os\n"
+        "os.sched_getaffinity = lambda _: {0, 1}\n"  # compiles in processes of its own
         "from diffopt.engine.engine import build\n"
         "from tests.sampler import program\n"
         "say = lambda what, fraction: print(what, flush=True)\n"
