@@ -39,6 +39,7 @@ Settings = Mapping[str, Any]
 KIND = "application/x-diffopt-job"
 # In an ELF file a note: the lengths of a name and of a hash of all that was linked, then these.
 _BUILD_ID = re.compile(rb"(\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0).{20}", re.DOTALL)
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _WORK = "import sys; from diffopt.lowering import aoti; aoti.run_job(sys.argv[1], sys.argv[2])"
 
 
@@ -98,9 +99,13 @@ def _compile(
 
 def _forget_folder(path: Path, folder: str) -> None:
     """Take out of a library where it was compiled: the same source gives the same library."""
-    if sys.platform != "darwin":  # there a library that was changed has to be signed again
-        content = path.read_bytes().replace(os.fsencode(folder), b"." * len(os.fsencode(folder)))
-        path.write_bytes(_BUILD_ID.sub(rb"\g<1>" + bytes(20), content))
+    if sys.platform == "darwin":  # there a library that was changed has to be signed again
+        return
+    content = path.read_bytes()
+    # The hash in a kernel's name is of its source, in which the folder is named.
+    for name in [folder, *(file.name for file in Path(folder).rglob("*.kernel.cpp"))]:
+        content = content.replace(os.fsencode(name), b"." * len(os.fsencode(name)))
+    path.write_bytes(_BUILD_ID.sub(rb"\g<1>" + bytes(20), content))
 
 
 def compile_bodies(
@@ -335,11 +340,19 @@ def quiet_inductor(folder: str | None = None) -> Iterator[None]:
     No folder for GPU kernels: the processes that compile these outlive the context.
     """
     from torch._inductor import select_algorithm
+    from torch._inductor.ir import ExternKernel
+
+    named = ExternKernel.get_op_name
+
+    def op_name(kernel: ExternKernel) -> str:
+        """Name an operator without the address of a function that its pattern put there."""
+        return _ADDRESS.sub("", named(kernel))
 
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
         mock.patch.object(select_algorithm, "PRINT_AUTOTUNE", False),
+        mock.patch.object(ExternKernel, "get_op_name", op_name),
         mock.patch.dict(os.environ, {} if folder is None else {"TMPDIR": folder}),
     ):
         warnings.simplefilter("ignore")
