@@ -96,7 +96,9 @@ def test_functions_are_read_at_once(folder: str) -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
-            names = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+            args = node.args
+            every = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+            names = [a.arg for a in every if a is not None]
             lines = (node.end_lineno or 0) - node.lineno + 1
             parameters = len([name for name in names if name not in ("self", "cls")])
             if lines > LINES or parameters > PARAMETERS:

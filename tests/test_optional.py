@@ -10,7 +10,8 @@ from diffopt.errors import DiffoptError
 
 
 def test_a_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    for name in ("torchmetrics", "torchmetrics.image.kid"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DiffoptError) as caught:
         optional.require("torchmetrics.image.kid", "measuring quality", "diffopt[quality]")
     assert str(caught.value) == "measuring quality needs torchmetrics: pip install diffopt[quality]"
