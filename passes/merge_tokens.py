@@ -43,15 +43,14 @@ from typing import Literal
 import torch
 from torch import fx
 
-from diffopt.analysis.axes import Unfit
 from diffopt.analysis.scope import choose_scope
+from diffopt.analysis.token_attention import ATTENTION, Site, Unfit, find_site
 from diffopt.core import Context, Pass, option
 from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 from diffopt.quantization import quantize_body
 from diffopt.transforms import token_merging
-from diffopt.transforms.token_merging import Site
 
 MOST = 1 - 1 / token_merging.CELL**2
 """The share of tokens that are no destinations."""
@@ -121,12 +120,12 @@ class MergeTokens(Pass):
     ) -> list[Site]:
         """Return the attentions to merge in, all of which are found before any is changed."""
         found = []
-        for node in gm.graph.find_nodes(op="call_function", target=token_merging.ATTENTION):
+        for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
             path = quantize_body.module_path(node)
             if not patterns.matches(name, path):
                 continue
             try:
-                found.append(token_merging.find_site(node, self.merge == "all"))
+                found.append(find_site(node, self.merge == "all"))
             except Unfit as reason:
                 ctx.skip(f"{name}.{path}", str(reason))
         return found

@@ -25,7 +25,7 @@ def run(
 ) -> list[Tensor]:
     """Run `program`, which `coupling` is of and from which nothing was removed, without units."""
     labels = torch.tensor([unit.label for unit in units], dtype=torch.long)
-    removed = torch.isin(coupling.roots, labels)
+    removed = torch.isin(coupling.classes, labels)
     with torch.no_grad():
         return _run(program, coupling, removed, "", program.root, inputs)
 

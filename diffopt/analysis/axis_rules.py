@@ -1,9 +1,19 @@
-"""Parts of values, such as half of a batch: what an operator needs of its arguments for one.
+"""What each operator does to the axes of its tensors: one table, which all analyses ask.
 
-A part is the k-th of n equal parts of a value along one axis. Every rule is exact: the part that an
-operator computes from parts of its arguments is the part of what it computes from the whole ones,
-up to the order of sums. A reshape keeps a part where its axis is the outermost factor of the
-dimension that it is merged into, or split off from.
+An operator is described by the indices that it runs over, as an einsum is. Each axis of an operand
+and of the result is made of such indices, the outermost first:
+
+    linear       ...i,oi,o->...o               i is summed, the others are kept
+    attention    ...ld,...md,...mv->...lv      m and d are summed
+    softmax      ab->ab                        b, the dimension, is mixed
+    slice, cat   ab->ab                        b, the dimension, is moved
+    view         [4, 6, 8] -> [24, 2, 4]       a b (cd) -> (ab) c d
+
+An operand's axis of size 1 is broadcast where the index is longer. An axis without an index is of
+size 1. This is how Shardy writes sharding rules (`sdy.op_sharding_rule`, whose factors are these
+indices), and torch's DTensor those of products and views (`einop_rule`, `DimSpec`).
+
+To add an operator, add its name to a row of `_RULES`. Those that torch tags as pointwise need none.
 """
 
 from __future__ import annotations
@@ -11,346 +21,349 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from diffopt.ir.nodes import args, argument, is_call
-from diffopt.ir.op_sets import FOLDED_BATCH, RESHAPES
+from diffopt.analysis.reachability import packet
+from diffopt.ir.nodes import args, schema_argument
 
 aten = torch.ops.aten
 
-Axes = dict[fx.Node, int]
-"""The arguments of which a part is enough, and the axis that it is taken along."""
+Kind = Literal["kept", "moved", "mixed", "summed"]
+"""What an entry of the result needs of the operands along an index.
 
-SPLITS = (
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-)
-_RESHAPES = (
-    *RESHAPES,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-)
-_SAME_SHAPE = (
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.dropout.default,
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-)
-_ALONG = (
-    aten.softmax.int,
-    aten._softmax.default,
-    aten.log_softmax.int,
-    aten._log_softmax.default,
-    aten.cumsum.default,
-    aten.glu.default,
-)
-"""Their second argument, by default the last, is the dimension that they mix."""
-_REDUCTIONS = (
-    aten.mean.dim,
-    aten.sum.dim_IntList,
-    aten.amax.default,
-    aten.amin.default,
-    aten.var.correction,
-    aten.std.correction,
-    aten.linalg_vector_norm.default,
-)
-_PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
-_BIASED_PRODUCTS = (aten.addmm.default, aten.baddbmm.default)
+- kept: the entry at the same place;
+- moved: one entry at another place, as slices, concatenations and lookups read;
+- mixed: several entries, as softmax, norms and the places of a convolution read;
+- summed: all entries, in any order; the result lacks the index.
+"""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of `count` equal parts of a value along some axis."""
+class Index:
+    """One of the indices that an operator runs over."""
 
-    index: int
-    count: int
+    name: str
+    kind: Kind
 
-    def bounds(self, size: int) -> tuple[int, int]:
-        """Return where it begins and ends in an axis of this size."""
-        length = size // self.count
-        return self.index * length, (self.index + 1) * length
 
-    def divides(self, node: fx.Node, axis: int) -> bool:
-        """Tell whether a value has such parts."""
-        shape = _shape(node)
-        return axis < len(shape) and shape[axis] > 0 and shape[axis] % self.count == 0
-
-    def shape(self, shape: Sequence[int], axis: int) -> list[int]:
-        """Return the shape of the part."""
-        return [n // self.count if i == axis else n for i, n in enumerate(shape)]
-
-    def cut(self, tensor: Tensor, axis: int) -> Tensor:
-        """Return the part of a tensor."""
-        begin, end = self.bounds(tensor.shape[axis])
-        return tensor.narrow(axis, begin, end - begin)
-
-    def cut_by(self, node: fx.Node) -> int | None:
-        """Return the axis along which a node cuts just this part out of its argument."""
-        if not is_call(node, aten.slice.Tensor) or argument(node, 4, "step", 1) != 1:
-            return None
-        source = args(node)[0]
-        axis = argument(node, 1, "dim", 0) % len(_shape(source))
-        size = _shape(source)[axis]
-        bounds = slice(argument(node, 2, "start"), argument(node, 3, "end")).indices(size)[:2]
-        return axis if self.divides(source, axis) and bounds == self.bounds(size) else None
+Axis = tuple[Index, ...]
+Axes = tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
-class Way:
-    """How an operator computes a part of its result: the axes of arguments, and its new ones."""
+class Relation:
+    """What the axes of an operator's operands and of its result have to do with each other.
 
-    axes: Axes
-    target: Any
-    args: tuple[Any, ...]
+    Attributes:
+        operands: The tensors that it reads, each with the indices of all its axes.
+        result: The indices of the axes of its result, or of each of its results.
+    """
+
+    operands: tuple[tuple[fx.Node, Axes], ...]
+    result: Axes
+
+    def sources(self, axis: int) -> list[tuple[fx.Node, int]]:
+        """Return the operands' axes that have just the indices of an axis of the result."""
+        wanted = self.result[axis]
+        return [(n, i) for n, axes in self.operands for i, own in enumerate(axes) if own == wanted]
+
+    def merged(self, axis: int) -> list[int]:
+        """Return the axes of the first operand that are merged into one of the result."""
+        axes, whole = self.operands[0][1], self.result[axis]
+        parts = [i for i, indices in enumerate(axes) if indices and {*indices} <= {*whole}]
+        return parts if sum((axes[i] for i in parts), ()) == whole else []
+
+    def of_kind(self, operand: int, kind: Kind) -> list[int]:
+        """Return the axes of an operand that have an index of a kind."""
+        axes = self.operands[operand][1]
+        return [i for i, indices in enumerate(axes) if any(index.kind == kind for index in indices)]
+
+
+def is_reshape(node: fx.Node) -> bool:
+    """Tell whether an operator gives its argument another shape, with its elements in order."""
+    return _TABLE.get(packet(node)) is _reshaped
+
+
+def relate(node: fx.Node) -> Relation | None:
+    """Return the relation of an operator's axes; None if it is not known."""
+    if node.op != "call_function":
+        return None
+    rule = _TABLE.get(packet(node))
+    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        rule = _pointwise
+    return None if rule is None else rule(node)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of a value, or of the first of several."""
+    value = node.meta["val"]
+    return tuple((value if isinstance(value, Tensor) else value[0]).shape)
+
+
+Rule = Callable[[fx.Node], Relation | None]
+Dims = Callable[[fx.Node, int], Iterable[int]]
+"""Returns some dimensions of a node's first argument, whose rank is the second argument."""
+
+_LETTERS = "abcdefghijkl"
+
+
+def _relation(
+    operands: Iterable[tuple[fx.Node, Sequence[str]]],
+    result: tuple[fx.Node, Sequence[str]],
+    mixed: str = "",
+    moved: str = "",
+) -> Relation:
+    """Return a relation of axes that have one index each; the name "" says that one has none.
+
+    Indices are summed if the result lacks them, else kept; if sizes disagree, they are mixed.
+    """
+    operands = list(operands)
+    sizes: dict[str, set[int]] = {}
+    for node, names in [*operands, result]:
+        for name, size in zip(names, shape(node), strict=True):
+            sizes.setdefault(name, {1}).add(size)
+
+    def axis(name: str) -> Axis:
+        kind: Kind = "kept" if name in result[1] else "summed"
+        if name in moved:
+            kind = "moved"
+        elif name in mixed or len(sizes[name]) > 2:
+            kind = "mixed"
+        return (Index(name, kind),) if name else ()
+
+    return Relation(
+        tuple((node, tuple(map(axis, names))) for node, names in operands),
+        tuple(map(axis, result[1])),
+    )
+
+
+def _product(
+    node: fx.Node, formula: str, operands: Sequence[Any], mixed: str = "", moved: str = ""
+) -> Relation | None:
+    """Return the relation that a formula says of some operands, which may be None.
+
+    "..." are leading axes that fit each other by the last of them; an operand may have fewer.
+    """
+    inputs, _, result = formula.partition("->")
+    outer = len(shape(node)) - len(result.removeprefix("..."))
+    if outer < 0 or (outer > 0 and not result.startswith("...")):
+        return None
+    result, *terms = (
+        term.replace("...", "ABCDEFGH"[:outer]) for term in (result, *inputs.split(","))
+    )
+    named = []
+    for operand, term in zip(operands, terms, strict=True):
+        if isinstance(operand, fx.Node):
+            missing = len(term) - len(shape(operand))
+            if missing < 0 or not {*term[:missing]} <= {*result}:
+                return None
+            named.append((operand, term[missing:]))
+    return _relation(named, (node, result), mixed, moved)
+
+
+# Arguments
+
+
+def _dims(node: fx.Node, rank: int) -> list[int]:
+    """Return the dimensions that "dim" names; all, if it names none."""
+    dims = schema_argument(node, "dim")
+    dims = [dims] if isinstance(dims, int) else dims or range(rank)
+    return [dim % rank for dim in dims]
+
+
+def _cut_dim(node: fx.Node, rank: int) -> list[int]:
+    """Return the dimension of a slice, unless all of it is read."""
+    (dim,), size = _dims(node, rank), shape(args(node)[0])
+    bounds = slice(*(schema_argument(node, name) for name in ("start", "end", "step")))
+    return [] if bounds.indices(size[dim]) == (0, size[dim], 1) else [dim]
+
+
+def _padded_dims(node: fx.Node, rank: int) -> list[int]:
+    pads = args(node)[1]
+    return [rank - 1 - i for i in range(len(pads) // 2) if any(pads[2 * i : 2 * i + 2])]
+
+
+def _norm_dims(node: fx.Node, rank: int) -> range:
+    return range(rank - len(args(node)[1]), rank)
+
+
+def _places(node: fx.Node, rank: int) -> range:
+    """Return the last dimensions, as many as an operator's name says: `avg_pool2d`."""
+    return range(rank - int(str(packet(node))[-2]), rank)
 
 
 # Rules
 
 
-def way(node: fx.Node, axis: int, part: Part) -> Way | None:
-    """Return how a part of a value is computed from parts of others; None: only from the whole."""
-    if node.op != "call_function":
-        return None
-    if node.target is operator.getitem:
+def _axes(kind: Kind = "kept", dims: Dims = lambda node, rank: ()) -> Rule:
+    """Return the rule of what keeps all axes of its first argument, but for some dimensions.
+
+    The result lacks these dimensions if it has fewer than the argument.
+    """
+
+    def rule(node: fx.Node) -> Relation | None:
         source = args(node)[0]
-        inner = _split(source, axis, part) if is_call(source, *SPLITS) else None
-        return None if inner is None else Way({source: axis}, node.target, args(node))
-    if node.target in SPLITS:
-        return _split(node, axis, part)
-    if not isinstance(node.meta["val"], Tensor) or not part.divides(node, axis):
-        return None
-    for targets, rule in _RULES:
-        if node.target in targets:
-            return rule(node, axis, part)
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return _as_it_is(node, _aligned(node, node.all_input_nodes, axis))
-    return None
+        names = _LETTERS[: len(shape(source))]
+        some = "".join(names[dim] for dim in dims(node, len(names)))
+        result = ["" if kind == "summed" and name in some else name for name in names]
+        if len(shape(node)) < len(names):
+            result = [name for name in names if name not in some]
+        if len(shape(node)) != len(result):
+            return None  # one of several results, of different ranks
+        kinds = {kind: some} if kind in ("mixed", "moved") else {}
+        return _relation([(source, names)], (node, result), **kinds)
+
+    return rule
 
 
-def _as_it_is(node: fx.Node, axes: Axes | None) -> Way | None:
-    return None if axes is None else Way(axes, node.target, args(node))
-
-
-def _aligned(node: fx.Node, sources: Sequence[fx.Node], axis: int) -> Axes:
-    """Return the axes of arguments that fit each other by their last dimensions."""
-    rank, axes = len(_shape(node)), Axes()
-    for source in sources:
-        own = axis - rank + len(_shape(source))
-        if own >= 0 and _shape(source)[own] == _shape(node)[axis]:
-            axes[source] = own
-    return axes
-
-
-def _split(node: fx.Node, axis: int, part: Part) -> Way | None:
-    source = args(node)[0]
-    rank = len(_shape(source))
-    dim = argument(node, 1 if node.target is aten.unbind.int else 2, "dim", 0) % rank
-    own = axis + (node.target is aten.unbind.int and axis >= dim)
-    if own == dim or not part.divides(source, own):
-        return None
-    return _as_it_is(node, {source: own})
-
-
-def _first(node: fx.Node, axis: int, part: Part) -> Way | None:
-    """A batch is the first dimension of the first argument; the others are weights."""
-    source = args(node)[0]
-    rank = FOLDED_BATCH.get(node.target)
-    if axis or (rank is not None and len(_shape(source)) != rank):
-        return None
-    return _as_it_is(node, {source: 0})
-
-
-def _same(node: fx.Node, axis: int, part: Part) -> Way | None:
-    return _as_it_is(node, {args(node)[0]: axis})
-
-
-def _along(node: fx.Node, axis: int, part: Part) -> Way | None:
-    dim = argument(node, 1, "dim", -1) % len(_shape(node))
-    return None if axis == dim else _same(node, axis, part)
-
-
-def _rows(node: fx.Node, axis: int, part: Part) -> Way | None:
-    """Works on the last dimension, or on those of a norm's shape."""
-    is_norm = node.target is not aten.linear.default
-    own = len(args(node)[1]) if is_norm else 1
-    return None if axis >= len(_shape(node)) - own else _same(node, axis, part)
-
-
-def _lookup(node: fx.Node, axis: int, part: Part) -> Way | None:
-    index = args(node)[1]
-    return _as_it_is(node, {index: axis}) if axis < len(_shape(index)) else None
-
-
-def _reshaped(node: fx.Node, axis: int, part: Part) -> Way | None:
-    source, shape = args(node)[0], _shape(node)
-    before, inner = math.prod(shape[:axis]), _shape(source)
-    fits = (i for i in range(len(inner)) if math.prod(inner[:i]) == before)
-    own = next((i for i in fits if part.divides(source, i)), None)
-    if own is None:
-        return None
-    # Not a view: a part that is computed alone can be laid out in another way than in the whole.
-    return Way({source: own}, aten.reshape.default, (source, part.shape(shape, axis)))
-
-
-def _expanded(node: fx.Node, axis: int, part: Part) -> Way | None:
-    source = args(node)[0]
-    sizes = part.shape(_shape(node), axis)
-    return Way(_aligned(node, [source], axis), node.target, (source, sizes))
-
-
-def _repeated(node: fx.Node, axis: int, part: Part) -> Way | None:
-    source, repeats = args(node)
-    own = axis - len(repeats) + len(_shape(source))
-    if repeats[axis] == 1 and own >= 0:
-        return _as_it_is(node, {source: own})
-    if repeats[axis] % part.count:
-        return None
-    return Way({}, node.target, (source, part.shape(repeats, axis)))
-
-
-def _permuted(node: fx.Node, axis: int, part: Part) -> Way | None:
-    source, rank = args(node)[0], len(_shape(node))
+def _permuted(node: fx.Node) -> Relation:
+    source, rank = args(node)[0], len(shape(node))
     order = list(range(rank))
-    if node.target is aten.permute.default:
+    if packet(node) is aten.permute:
         order = [dim % rank for dim in args(node)[1]]
-    else:
-        a, b = args(node)[1:] if node.target is aten.transpose.int else (0, rank - 1)
-        order[a], order[b] = order[b], order[a]
-    return _as_it_is(node, {source: order[axis]})
+    elif rank > 1:
+        one, other = args(node)[1:3] if packet(node) is aten.transpose else (0, 1)
+        order[one], order[other] = order[other], order[one]
+    return _relation([(source, _LETTERS[:rank])], (node, [_LETTERS[axis] for axis in order]))
 
 
-def _sliced(node: fx.Node, axis: int, part: Part) -> Way | None:
+def _reshaped(node: fx.Node) -> Relation | None:
+    """Cut both shapes at all borders of their axes: an index is what lies between two cuts.
+
+    A border is the product of the sizes before it. Where one does not divide the next, an axis of
+    either shape has a part of one of the other, and all up to the next common border is mixed.
+    """
     source = args(node)[0]
-    dim = argument(node, 1, "dim", 0) % len(_shape(source))
-    if axis != dim:
-        return _same(node, axis, part)
-    if argument(node, 4, "step", 1) != 1:
+    shapes = shape(source), shape(node)
+    if math.prod(shapes[0]) != math.prod(shapes[1]) or 0 in shapes[0]:
         return None
-    size = _shape(source)[dim]
-    start, end, _ = slice(argument(node, 2, "start"), argument(node, 3, "end")).indices(size)
-    if (start, end) == (0, size):
-        return Way({source: axis}, node.target, (source, dim, 0, size // part.count))
-    first, last = part.bounds(end - start)
-    return Way({}, node.target, (source, dim, start + first, start + last))
+    old, new = ([*itertools.accumulate(sizes, operator.mul, initial=1)] for sizes in shapes)
+    indices: dict[tuple[int, int], Axis] = {}
+    for block in itertools.pairwise(sorted({*old} & {*new})):
+        cuts = sorted(cut for cut in {*old, *new} if block[0] <= cut <= block[1])
+        pairs = [*itertools.pairwise(cuts)]
+        if all(after % before == 0 for before, after in pairs):
+            indices |= {pair: (Index(str(pair[0]), "kept"),) for pair in pairs}
+        else:
+            indices[block] = (Index(str(block[0]), "mixed"),)
+
+    def axis(begin: int, end: int) -> Axis:
+        return sum((indices[cut] for cut in indices if cut[0] < end and begin < cut[1]), ())
+
+    before, after = (
+        tuple(axis(*pair) for pair in itertools.pairwise(borders)) for borders in (old, new)
+    )
+    return Relation(((source, before),), after)
 
 
-def _selected(node: fx.Node, axis: int, part: Part) -> Way | None:
-    source, dim, _ = args(node)
-    dim %= len(_shape(source))
-    return _as_it_is(node, {source: axis + (axis >= dim)})
+def _aligned(node: fx.Node, sources: Iterable[fx.Node], moved: str = "") -> Relation:
+    """Relate axes that fit each other by the last of them."""
+    names = _LETTERS[: len(shape(node))]
+    return _relation(
+        [(n, names[len(names) - len(shape(n)) :]) for n in sources], (node, names), moved=moved
+    )
 
 
-def _joined(node: fx.Node, axis: int, part: Part) -> Way | None:
-    sources, dim = args(node)[0], argument(node, 1, "dim", 0) % len(_shape(node))
-    is_stack = node.target is aten.stack.default
-    if not is_stack and any(len(_shape(n)) != len(_shape(node)) for n in sources):
+def _pointwise(node: fx.Node) -> Relation:
+    return _aligned(node, (n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)))
+
+
+def _repeated(node: fx.Node) -> Relation:
+    source, repeats = args(node)
+    return _aligned(node, [source], "".join(_LETTERS[i] for i, n in enumerate(repeats) if n != 1))
+
+
+def _joined(node: fx.Node) -> Relation | None:
+    """Relate the axes of a concatenation, or of a stack, whose new axis its operands lack."""
+    sources, names = args(node)[0], _LETTERS[: len(shape(node))]
+    (dim,) = _dims(node, len(names))
+    own = names[:dim] + names[dim + 1 :] if packet(node) is aten.stack else names
+    if any(len(shape(source)) != len(own) for source in sources):
         return None
-    if axis != dim:
-        return _as_it_is(node, dict.fromkeys(sources, axis - (is_stack and axis > dim)))
-    sizes = [1 if is_stack else _shape(n)[dim] for n in sources]
-    ends = [0, *itertools.accumulate(sizes)]
-    first, last = part.bounds(ends[-1])
-    if first not in ends or last not in ends:
+    return _relation([(n, own) for n in sources], (node, names), moved=names[dim])
+
+
+def _formula(formula: str, order: Sequence[int] = (0, 1, 2), **kinds: str) -> Rule:
+    """Return the rule of a product of the arguments at some positions."""
+    order = order[: formula.count(",") + 1]
+
+    def rule(node: fx.Node) -> Relation | None:
+        names = [p.name for p in node.target._schema.arguments]  # type: ignore[union-attr]
+        return _product(node, formula, [schema_argument(node, names[i]) for i in order], **kinds)
+
+    return rule
+
+
+def _einsum(node: fx.Node) -> Relation | None:
+    formula, operands = args(node)[:2]
+    formula = formula.replace(" ", "")
+    if "->" not in formula or "." in formula:
         return None
-    return Way({}, node.target, (sources[ends.index(first) : ends.index(last)], dim))
-
-
-def _product(node: fx.Node, axis: int, part: Part) -> Way | None:
-    biased = node.target in _BIASED_PRODUCTS
-    bias, (a, b) = args(node)[: int(biased)], args(node)[int(biased) : int(biased) + 2]
-    rank, ranks = len(_shape(node)), (len(_shape(a)), len(_shape(b)))
-    if min(ranks) < 2:
+    if any(len({*term}) < len(term) for term in formula.replace("->", ",").split(",")):
         return None
-    if axis == rank - 2:
-        axes = {a: ranks[0] - 2}
-    elif axis == rank - 1:
-        axes = {b: ranks[1] - 1}
-    else:
-        axes = _aligned(node, [a, b], axis)
-    if a is b and axis >= rank - 2:
-        return None
-    return _as_it_is(node, _aligned(node, bias, axis) | axes) if {*bias}.isdisjoint(axes) else None
+    return _product(node, formula, operands)
 
 
-def _einsum(node: fx.Node, axis: int, part: Part) -> Way | None:
-    equation, sources = args(node)[:2]
-    inputs, arrow, result = equation.replace(" ", "").partition("->")
-    if not arrow or "." in equation or len(set(sources)) < len(sources):
-        return None
-    places = {
-        n: word.find(result[axis]) for n, word in zip(sources, inputs.split(","), strict=True)
-    }
-    return _as_it_is(node, {n: place for n, place in places.items() if place >= 0})
+def _attention(node: fx.Node) -> Relation | None:
+    operands = [*args(node)[:3], schema_argument(node, "attn_mask")]
+    mixed = "l" if schema_argument(node, "is_causal") else ""  # a mask of places
+    return _product(node, "...ld,...md,...mv,...lm->...lv", operands, mixed=mixed)
 
 
-def _attention(node: fx.Node, axis: int, part: Part) -> Way | None:
-    heads, mask = args(node)[:3], argument(node, 3, "attn_mask")
-    rank = len(_shape(node))
-    same = {_shape(n)[: rank - 2] for n in heads if len(_shape(n)) == rank}
-    if axis >= rank - 2 or len(same) > 1 or any(len(_shape(n)) != rank for n in heads):
-        return None
-    axes = dict.fromkeys(heads, axis)
-    return _as_it_is(node, axes | (_aligned(node, [mask], axis) if mask is not None else {}))
+def _convolution(node: fx.Node) -> Relation | None:
+    count = len(shape(node)) - 2
+    places, kernel = "xyz"[:count], "pqr"[:count]
+    transposed = "transpose" in str(packet(node)) or schema_argument(node, "transposed")
+    formula = f"bi{places},{'io' if transposed else 'oi'}{kernel},o->bo{places}"
+    mixed = places if schema_argument(node, "groups") == 1 else places + "io"
+    return _product(node, formula, [*args(node)[:2], schema_argument(node, "bias")], mixed=mixed)
 
 
-def _reduced(node: fx.Node, axis: int, part: Part) -> Way | None:
-    source = args(node)[0]
-    rank = len(_shape(source))
-    position = 2 if node.target is aten.linalg_vector_norm.default else 1
-    dims = argument(node, position, "dim")
-    gone = {dim % rank for dim in dims} if dims else set(range(rank))
-    left = list(range(rank))
-    if len(_shape(node)) < rank:
-        left = [dim for dim in left if dim not in gone]
-    own = left[axis]
-    return None if own in gone else _as_it_is(node, {source: own})
+def _batch_norm(node: fx.Node) -> Relation | None:
+    if args(node)[5]:
+        return None  # its statistics are those of the batch
+    names = _LETTERS[: len(shape(node))]
+    return _product(node, f"{names},b,b,b,b->{names}", args(node)[:5])
 
 
-def _padded(node: fx.Node, axis: int, part: Part) -> Way | None:
-    own = len(args(node)[1]) // 2
-    return None if axis >= len(_shape(node)) - own else _same(node, axis, part)
-
-
-Rule = Callable[[fx.Node, int, Part], Way | None]
-
-_RULES: tuple[tuple[Sequence[Any], Rule], ...] = (
-    (_RESHAPES, _reshaped),
-    (_SAME_SHAPE, _same),
-    ((aten.linear.default, aten.layer_norm.default, aten.rms_norm.default), _rows),
-    ((*FOLDED_BATCH, aten.pixel_shuffle.default, aten.pixel_unshuffle.default), _first),
-    ((aten.scaled_dot_product_attention.default,), _attention),
-    ((*_PRODUCTS, *_BIASED_PRODUCTS), _product),
-    ((aten.einsum.default,), _einsum),
-    ((aten.embedding.default,), _lookup),
-    ((aten.expand.default,), _expanded),
-    ((aten.repeat.default,), _repeated),
-    ((aten.permute.default, aten.transpose.int, aten.t.default), _permuted),
-    ((aten.slice.Tensor,), _sliced),
-    ((aten.select.int,), _selected),
-    ((aten.cat.default, aten.stack.default), _joined),
-    (_ALONG, _along),
-    (_REDUCTIONS, _reduced),
-    ((aten.constant_pad_nd.default, aten.pad.default), _padded),
+_RULES: tuple[tuple[Rule, str], ...] = (
+    (_axes(), "alias clone contiguous detach dropout lift_fresh_copy _to_copy to type_as"),
+    (_axes(), "zeros_like ones_like full_like empty_like"),
+    (_reshaped, "view _unsafe_view reshape flatten unflatten squeeze unsqueeze"),
+    (_permuted, "permute transpose t"),
+    (lambda node: _aligned(node, [args(node)[0]]), "expand expand_as"),
+    (_repeated, "repeat"),
+    (_axes("moved", _dims), "repeat_interleave"),
+    (_joined, "cat concat concatenate stack"),
+    (_axes("moved", _cut_dim), "slice"),
+    (_axes("moved", _dims), "split split_with_sizes chunk unsafe_split unsafe_chunk select unbind"),
+    (_axes("summed", _dims), "mean sum amax amin var std linalg_vector_norm"),
+    (_axes("mixed", _dims), "softmax _softmax log_softmax _log_softmax cumsum glu"),
+    (_axes("mixed", _norm_dims), "layer_norm rms_norm"),
+    (_axes("mixed", lambda node, rank: range(1, rank)), "group_norm"),
+    (_axes("mixed", lambda node, rank: range(rank - 3, rank)), "pixel_shuffle pixel_unshuffle"),
+    (_axes("mixed", _padded_dims), "pad constant_pad_nd reflection_pad2d replication_pad2d"),
+    (_axes("mixed", _places), "avg_pool1d avg_pool2d avg_pool3d max_pool2d"),
+    (_axes("mixed", _places), "adaptive_avg_pool1d adaptive_avg_pool2d"),
+    (_axes("mixed", _places), "upsample_nearest1d upsample_nearest2d upsample_nearest3d"),
+    (_axes("mixed", _places), "_upsample_nearest_exact1d _upsample_nearest_exact2d"),
+    (_axes("mixed", _places), "_upsample_nearest_exact3d upsample_linear1d upsample_trilinear3d"),
+    (_axes("mixed", _places), "upsample_bilinear2d upsample_bicubic2d"),
+    (_batch_norm, "batch_norm"),
+    (_formula("vd,...->...d", moved="v"), "embedding"),
+    (_formula("...i,oi,o->...o"), "linear"),
+    (_formula("...mk,...kn->...mn"), "matmul mm bmm"),
+    (_formula("...mk,...kn,...mn->...mn", (1, 2, 0)), "addmm baddbmm"),
+    (_einsum, "einsum"),
+    (_attention, "scaled_dot_product_attention"),
+    (_convolution, "conv1d conv2d conv3d convolution"),
+    (_convolution, "conv_transpose1d conv_transpose2d conv_transpose3d"),
 )
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
+_TABLE: dict[Any, Rule] = {operator.getitem: _axes()} | {
+    getattr(aten, name): rule for rule, names in _RULES for name in names.split()
+}

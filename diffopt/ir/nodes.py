@@ -36,6 +36,14 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return args(node)[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def schema_argument(node: fx.Node, name: str) -> Any:
+    """Return an argument by its name in the operator's schema, or its default; None: no such."""
+    for position, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if parameter.name == name:
+            return argument(node, position, name, parameter.default_value)
+    return None
+
+
 def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
     """Return a convolution's strides, paddings and dilations, each by spatial axis, and groups."""
     count = args(node)[1].meta["val"].dim() - 2

@@ -6,6 +6,8 @@ aten = torch.ops.aten
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 """Give the first argument another shape, with the order of its elements kept."""
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+"""Cut one dimension of the first argument into several results."""
 FOLDED_BATCH = {
     **{getattr(aten, f"conv{n}d").default: n + 2 for n in (1, 2, 3)},
     **{getattr(aten, f"conv{n}d").padding: n + 2 for n in (1, 2, 3)},

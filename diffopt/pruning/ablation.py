@@ -128,9 +128,9 @@ def _moved(coupling: Coupling, program: Program, clone: Program) -> Coupling:
     flow = coupling.flow
     moved = replace(
         flow,
-        gathers={
-            nodes[n]: [replace(each, operand=nodes[each.operand]) for each in constraints]
-            for n, constraints in flow.gathers.items()
+        index_selects={
+            nodes[n]: [replace(each, operand=nodes[each.operand]) for each in selects]
+            for n, selects in flow.index_selects.items()
         },
         values={
             name: {nodes[n]: value for n, value in body.items()}

@@ -1,11 +1,12 @@
-"""Which indices of which weights go together: groups of units that a program can lose.
+"""Which indices of which weights are coupled: groups of units that can be removed from a program.
 
-Every index of every axis of a stored tensor has a label (`labels`). Following them through all
-bodies (`labelrules`) ties those that have to go together: what a residual adds, what a norm scales,
-what one layer makes and others read, the parts of a head, the halves of a gate. What is left are
-units, each some indices of some tensors' axes. Units that concern the same axes are a group.
+Every index of every axis of a stored tensor has a label (`index_labels` has an example). Following
+them through all bodies (`label_rules`) unites those that are coupled: what a residual adds, what a
+norm scales, what one layer computes and others read, the inside of a head, the halves of a gate.
+The equivalence classes are units, each some indices of some tensors' axes. Units of the same axes
+are a group.
 
-What a body takes and returns keeps its shape, and so does what an operator without a rule reads.
+A body's arguments and results keep their shapes, and so does what an operator without a rule reads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir.program import Program
-from diffopt.pruning.index_labels import along, changes, constant, narrow, varying
+from diffopt.pruning.index_labels import along, constant, narrow, varying, varying_by_class
 from diffopt.pruning.label_propagation import Flow, Source
 from diffopt.pruning.label_rules import RULES
 
@@ -33,7 +34,7 @@ Axis = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What goes as a whole: some indices of axes of stored tensors."""
+    """What is removed as a whole: some indices of axes of stored tensors."""
 
     label: int
     members: dict[Axis, Tensor]
@@ -41,93 +42,93 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that concern the same axes.
+    """Units of the same axes.
 
     Attributes:
-        name: The layer that makes them, the first in the graph, with its component.
+        name: The layer that computes them, the first in the graph, with its component.
         kind: Heads of an attention; what is in all of its heads; the inside of layers in a row; or
             channels, all the rest.
         units: In the order of the first layer's outputs.
-        layers: The names of all layers that make them.
-        made: The axes of those layers' weights.
-        parts: Some of the units, as labels, of each of which one has to stay: values that have no
-            others, such as slices.
+        layers: The names of all layers that compute them.
+        output_axes: The axes of those layers' weights.
+        keep_one_of: Sets of units, as labels, of each of which one has to be kept: values that have
+            no others, such as slices.
     """
 
     name: str
     kind: Kind
     units: tuple[Unit, ...]
     layers: tuple[str, ...]
-    made: tuple[Axis, ...]
-    parts: tuple[frozenset[int], ...] = ()
+    output_axes: tuple[Axis, ...]
+    keep_one_of: tuple[frozenset[int], ...] = ()
 
     def width(self, unit: Unit) -> int:
         """Return how many outputs of its first layer a unit is."""
-        return len(unit.members[self.made[0]])
+        return len(unit.members[self.output_axes[0]])
 
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """What goes together in a program.
+    """What is coupled in a program.
 
     Attributes:
         flow: The labels of all values.
-        roots: Of each label, the least one that it goes together with.
-        groups: What can go, in the graphs' order.
-        fixed: Layers none of whose outputs can go, each with the reason.
+        classes: Of each label, its equivalence class: the least label of it.
+        groups: What can be removed, in the graphs' order.
+        fixed: Layers none of whose outputs can be removed, each with the reason.
     """
 
     flow: Flow
-    roots: Tensor
+    classes: Tensor
     groups: tuple[Group, ...]
     fixed: tuple[tuple[str, str], ...]
 
 
 def couple(program: Program, *, in_heads: bool = False) -> Coupling:
-    """Find out what goes together in all bodies of a program at once.
+    """Return what is coupled in all bodies of a program at once.
 
     Args:
         program: Where to look.
-        in_heads: Let heads of attentions stay, and what is in them go, the same in all of them.
+        in_heads: Keep heads of attentions, and remove what is in them, the same in all of them.
     """
     flow = Flow(in_heads=in_heads)
     for name, gm in {**program.components, "": program.root}.items():
         flow.read(name, gm, RULES)
-    roots = _settled(flow)
+    classes = _with_one_axis(flow)
     for check in flow.checks:
-        check(roots)
-    roots = flow.labels.roots()
+        check(classes)
+    classes = flow.labels.classes()
     values: dict[bytes, Tensor] = {}
     for factor in _factors(flow):
-        left = _labels(factor, roots)
+        left = _labels(factor, classes)
         if len(left) == 1:
-            flow.labels.pin(factor, "nothing would be left of it")
+            flow.labels.constrain(factor, "nothing would be left of it")
         values[left.numpy().tobytes()] = left
-    reasons = _reasons(flow, roots)
-    groups = tuple(_with_parts([*_groups(flow, roots, reasons)], [*values.values()], len(roots)))
-    return Coupling(flow, roots, groups, tuple(_fixed(flow, roots, reasons)))
+    reasons = _reasons(flow, classes)
+    groups = _with_subsets([*_groups(flow, classes, reasons)], [*values.values()], len(classes))
+    return Coupling(flow, classes, tuple(groups), tuple(_fixed(flow, classes, reasons)))
 
 
-def _with_parts(groups: list[Group], values: list[Tensor], count: int) -> Iterator[Group]:
-    """Give groups their parts: the labels of values that have some of a group's, and no others."""
+def _with_subsets(groups: list[Group], values: list[Tensor], count: int) -> Iterator[Group]:
+    """Yield groups with `keep_one_of`: values all of whose labels are some of the group's."""
     owner = torch.full((count,), -1)
     for number, group in enumerate(groups):
         owner[[unit.label for unit in group.units]] = number
-    parts: list[list[frozenset[int]]] = [[] for _ in groups]
+    subsets: list[list[frozenset[int]]] = [[] for _ in groups]
     for labels in values:
         number = int(owner[labels[0]]) if len(labels) else -1
         if number < 0 or len(labels) >= len(groups[number].units):
             continue
         if bool((owner[labels] == number).all()):
-            parts[number].append(frozenset(labels.tolist()))
-    for group, own in zip(groups, parts, strict=True):
-        yield dataclasses.replace(group, parts=tuple(own))
+            subsets[number].append(frozenset(labels.tolist()))
+    for group, sets in zip(groups, subsets, strict=True):
+        yield dataclasses.replace(group, keep_one_of=tuple(sets))
 
 
-def _labels(factor: Tensor, roots: Tensor) -> Tensor:
-    """Return the roots of all labels of a factor, each once."""
-    found: Tensor = roots[narrow(factor, constant(factor))].unique()  # type: ignore[no-untyped-call]
-    return found
+def _labels(factor: Tensor, classes: Tensor) -> Tensor:
+    """Return the classes of all labels of a factor, each once."""
+    unique: Tensor = classes[narrow(factor, constant(factor))].unique()  # type: ignore[no-untyped-call]
+    return unique
 
 
 def _factors(flow: Flow) -> Iterator[Tensor]:
@@ -142,71 +143,73 @@ def _factors(flow: Flow) -> Iterator[Tensor]:
                         yield factor
 
 
-def _settled(flow: Flow) -> Tensor:
-    """Tie labels until no value changes along several axes; return the roots.
+def _with_one_axis(flow: Flow) -> Tensor:
+    """Unite labels until no factor varies along several axes; return the classes.
 
     Where an axis was split (into heads and what is in them) and nothing else decides, whole rows
-    go: what is in them may be positions or angles. What is in heads that stay goes itself.
+    are removed: what is in them may be positions or angles. In heads that are kept, what is in them
+    is removed.
     """
     joint = [f for f in _factors(flow) if len(varying(f)) > 1]
     while True:
-        roots = flow.labels.roots()
-        open_axes = [(factor, changes(factor, roots)) for factor in joint]
+        classes = flow.labels.classes()
+        open_axes = [(factor, varying_by_class(factor, classes)) for factor in joint]
         open_axes = [(factor, axes) for factor, axes in open_axes if len(axes) > 1]
         if not open_axes:
-            return roots
-        dims = _roots_of(flow.dims, roots)
+            return classes
+        dims = _classes_of(flow.dims, classes)
         for factor, axes in open_axes:
-            inside = not dims.isdisjoint(_labels(factor, roots).tolist())
+            inside = not dims.isdisjoint(_labels(factor, classes).tolist())
             flow.labels.collapse(factor, axes[:-1] if inside else axes[1:])
 
 
-def _reasons(flow: Flow, roots: Tensor) -> dict[int, str]:
-    """Return why labels stay, by their roots."""
+def _reasons(flow: Flow, classes: Tensor) -> dict[int, str]:
+    """Return why labels are kept, by their classes."""
     reasons: dict[int, str] = {}
-    for labels, reason in flow.labels.pins:
-        for root in set(roots[labels].tolist()):
-            reasons.setdefault(root, reason)
+    for labels, reason in flow.labels.constraints:
+        for label in set(classes[labels].tolist()):
+            reasons.setdefault(label, reason)
     return reasons
 
 
-def _groups(flow: Flow, roots: Tensor, reasons: dict[int, str]) -> Iterator[Group]:
-    """Put free units that concern the same axes together."""
-    units = _units(flow, roots, reasons)
-    heads, dims, sums = (_roots_of(own, roots) for own in (flow.heads, flow.dims, flow.sums))
+def _groups(flow: Flow, classes: Tensor, reasons: dict[int, str]) -> Iterator[Group]:
+    """Yield groups: the units of the same axes, of those without a constraint."""
+    heads, dims, sums = (_classes_of(f, classes) for f in (flow.heads, flow.dims, flow.sums))
     sources: dict[Axis, list[Source]] = collections.defaultdict(list)
     for source in flow.sources:
         sources[id(source.tensor), source.axis].append(source)
     order = {axis: number for number, axis in enumerate(sources)}
     alike: dict[tuple[Kind, frozenset[Axis]], list[Unit]] = collections.defaultdict(list)
-    for unit in units:
+    for unit in _units(flow, classes, reasons):
         alike[_kind(flow, unit, heads, dims, sums), frozenset(unit.members)].append(unit)
-    found: list[tuple[tuple[int, int], Kind, list[Axis], list[Unit]]] = []
-    for (kind, axes), own in alike.items():
-        made = sorted(axes & sources.keys(), key=order.__getitem__)
-        if made:
-            own.sort(key=lambda unit: int(unit.members[made[0]][0]))
-            found.append(((order[made[0]], int(own[0].members[made[0]][0])), kind, made, own))
+    rows: list[tuple[tuple[int, int], Kind, list[Axis], list[Unit]]] = []
+    for (kind, axes), units in alike.items():
+        outputs = sorted(axes & sources.keys(), key=order.__getitem__)
+        if outputs:
+            units.sort(key=lambda unit: int(unit.members[outputs[0]][0]))
+            place = order[outputs[0]], int(units[0].members[outputs[0]][0])
+            rows.append((place, kind, outputs, units))
     count: collections.Counter[str] = collections.Counter()
-    for _, kind, made, own in sorted(found, key=lambda row: row[0]):
-        own_sources = [s for axis in made for s in sources[axis]]
-        layers = tuple(dict.fromkeys(_name(s.component, s.node) for s in own_sources))
+    for _, kind, outputs, units in sorted(rows, key=lambda row: row[0]):
+        layers = tuple(
+            dict.fromkeys(_name(s.component, s.node) for axis in outputs for s in sources[axis])
+        )
         count[layers[0]] += 1
         name = layers[0] if count[layers[0]] == 1 else f"{layers[0]}:{count[layers[0]]}"
-        yield Group(name, kind, tuple(own), layers, tuple(made))
+        yield Group(name, kind, tuple(units), layers, tuple(outputs))
 
 
-def _units(flow: Flow, roots: Tensor, reasons: dict[int, str]) -> list[Unit]:
-    """Return all units that may go, with their members."""
+def _units(flow: Flow, classes: Tensor, reasons: dict[int, str]) -> list[Unit]:
+    """Return all units that can be removed, with their members."""
     members: dict[int, dict[Axis, Tensor]] = collections.defaultdict(dict)
     for axis, labels in _axes(flow):
         indices: dict[int, list[int]] = collections.defaultdict(list)
-        for index, root in enumerate(roots[labels].tolist()):
-            indices[root].append(index)
-        for root, own in indices.items():
-            if root not in reasons:
-                members[root][axis] = torch.tensor(own)
-    return [Unit(root, own) for root, own in members.items()]
+        for index, label in enumerate(classes[labels].tolist()):
+            indices[label].append(index)
+        for label, at in indices.items():
+            if label not in reasons:
+                members[label][axis] = torch.tensor(at)
+    return [Unit(label, axes) for label, axes in members.items()]
 
 
 def _kind(flow: Flow, unit: Unit, heads: set[int], dims: set[int], sums: set[int]) -> Kind:
@@ -226,15 +229,12 @@ def _axes(flow: Flow) -> Iterator[tuple[Axis, Tensor]]:
             yield (key, axis), along(factor, axis)
 
 
-def _roots_of(factors: Iterable[Tensor], roots: Tensor) -> set[int]:
-    found: set[int] = set()
-    for factor in factors:
-        found.update(_labels(factor, roots).tolist())
-    return found
+def _classes_of(factors: Iterable[Tensor], classes: Tensor) -> set[int]:
+    return {label for factor in factors for label in _labels(factor, classes).tolist()}
 
 
-def _fixed(flow: Flow, roots: Tensor, reasons: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """Yield the layers of which no output can go, and why."""
+def _fixed(flow: Flow, classes: Tensor, reasons: dict[int, str]) -> Iterator[tuple[str, str]]:
+    """Yield the layers of which no output can be removed, and why."""
     seen: set[Axis] = set()
     for source in flow.sources:
         axis = id(source.tensor), source.axis
@@ -243,10 +243,10 @@ def _fixed(flow: Flow, roots: Tensor, reasons: dict[int, str]) -> Iterator[tuple
         seen.add(axis)
         if axis[1] not in flow.stored[axis[0]]:
             continue  # of size 1
-        found = roots[along(flow.stored[axis[0]][axis[1]], axis[1])].tolist()
-        if all(root in reasons for root in found):
-            yield _name(source.component, source.node), reasons[found[0]]
-    for name in dict.fromkeys(_name(*own) for own in flow.computed):
+        labels = classes[along(flow.stored[axis[0]][axis[1]], axis[1])].tolist()
+        if all(label in reasons for label in labels):
+            yield _name(source.component, source.node), reasons[labels[0]]
+    for name in dict.fromkeys(_name(*layer) for layer in flow.computed):
         yield name, "its weight is computed"
 
 

@@ -19,7 +19,7 @@ from diffopt.ir.nodes import args, argument, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.ir.propagation import infer_or_reshape, restore_output_layouts
 from diffopt.pruning.coupling import Coupling, Unit
-from diffopt.pruning.index_labels import along, changes, constant, narrow
+from diffopt.pruning.index_labels import along, constant, narrow, varying_by_class
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ def remove(program: Program, coupling: Coupling, units: Iterable[Unit]) -> None:
     dropped = torch.tensor([unit.label for unit in units], dtype=torch.long)
     if not len(dropped):
         return
-    gone = torch.isin(coupling.roots, dropped)
+    gone = torch.isin(coupling.classes, dropped)
     smaller = _weights(coupling, gone)
     for name, gm in program.graphs.items():
         before = [node.meta["val"] for node in g.outputs(gm)]
@@ -66,7 +66,7 @@ class _Body:
         gm: fx.GraphModule,
         smaller: dict[int, Tensor],
     ) -> None:
-        self.flow, self.roots, self.gone = coupling.flow, coupling.roots, gone
+        self.flow, self.classes, self.gone = coupling.flow, coupling.classes, gone
         self.gm, self.smaller = gm, smaller
         self.values = coupling.flow.values[name]
         self.old = {node: node.meta["val"] for node in gm.graph.nodes if "val" in node.meta}
@@ -92,7 +92,7 @@ class _Body:
         for factor in self.values[node] if factors is None else factors:
             if not bool(self.gone[narrow(factor, constant(factor))].any()):
                 continue
-            (axis,) = changes(factor, self.roots)
+            (axis,) = varying_by_class(factor, self.classes)
             keep = ~self.gone[along(factor, axis)]
             if axis in left:
                 both = torch.zeros_like(keep)
@@ -123,7 +123,7 @@ class _Body:
     def _pick(self, node: fx.Node) -> bool:
         """Let a node read what is left of operands that have all indices; tell whether it does."""
         done: dict[fx.Node, fx.Node] = {}
-        for gather in self.flow.gathers.get(node, ()):
+        for gather in self.flow.index_selects.get(node, ()):
             keep = ~self.gone[gather.labels]
             if bool(keep.all()):
                 continue

@@ -96,7 +96,8 @@ def _kept_units(group: Group, scores: Tensor) -> set[int]:
     """Return the units that are always kept: the most important one of each part."""
     at = {unit.label: index for index, unit in enumerate(group.units)}
     return {
-        max((at[label] for label in part), key=lambda i: (scores[i], i)) for part in group.parts
+        max((at[label] for label in part), key=lambda i: (scores[i], i))
+        for part in group.keep_one_of
     }
 
 

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from diffopt.analysis.axis_rules import SPLITS, Part, way
+from diffopt.analysis.sharding import Shard, shard_call
 from diffopt.ir import call_tags, nodes
 from diffopt.ir import graph as g
 from diffopt.ir.cse import argument_key
 from diffopt.ir.flops import graph_flops
 from diffopt.ir.nodes import args, is_call
+from diffopt.ir.op_sets import SPLITS
 from diffopt.ir.printing import format_type, target_name
 from diffopt.ir.program import Program
 from diffopt.ir.propagation import propagate_layouts
@@ -32,7 +33,7 @@ from diffopt.transforms import batch_slice
 
 aten = torch.ops.aten
 
-HALVES = Part(0, 2), Part(1, 2)
+HALVES = Shard(0, 2), Shard(1, 2)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Guidance:
 
     picks: dict[fx.Node, fx.Node]
     guided: dict[fx.Node, fx.Node]
-    conditional: Part
+    conditional: Shard
 
 
 class Unguided(Exception):
@@ -55,55 +56,55 @@ class Unguided(Exception):
 
 
 def drop(
-    program: Program, call: fx.Node, known: dict[object, tuple[str, batch_slice.Halved]]
+    program: Program, call: fx.Node, known: dict[object, tuple[str, batch_slice.ShardedBody]]
 ) -> None:
     """Let a call compute the conditional half of its batch alone.
 
-    Calls that take values of this one come first, so that it is known which half they take.
+    Calls that read values of this one come first, so that it is known which half they read.
 
     Args:
         program: The program to rewrite.
         call: A call whose result's first axis has the two branches.
-        known: The bodies made so far, which calls share.
+        known: The bodies so far, which calls share.
 
     Raises:
         Unguided: It must compute both.
     """
-    result, kept = _results(call)
-    found = find(result)
-    part = found.conditional
+    result, loop_carried = _results(call)
+    guidance = find(result)
+    half = guidance.conditional
     results: dict[int, int | None] = {args(result)[1]: 0}
-    results |= {args(node)[1]: _axis_taken(node, part) for node in kept}
-    name, halved = _body(program, str(call.target), results, part, known)
-    cutter = batch_slice.Cutter(program.root, part)
-    given = [(call.args[index], axis) for index, axis in halved.takes]
+    results |= {args(node)[1]: _axis_read(node, half) for node in loop_carried}
+    name, sharded = _body(program, str(call.target), results, half, known)
+    cutter = batch_slice.Cutter(program.root, half)
+    whole = [(args(call)[index], axis) for index, axis in sharded.parameters]
     with program.root.graph.inserting_before(call):
-        own = [node if axis is None else cutter.cut(node, axis) for node, axis in given]  # type: ignore[arg-type]
-        made = program.insert_call(name, own, call_tags.tag(call))
-    for node, new in zip(kept, made[1:], strict=True):
-        _hand_over(node, new, results[args(node)[1]], part)
-    _replace(program, result, made[0], found)
+        arguments = [node if axis is None else cutter.cut(node, axis) for node, axis in whole]
+        new_result, *new = program.insert_call(name, arguments, call_tags.tag(call))
+    for node, by in zip(loop_carried, new, strict=True):
+        _replace_result(node, by, results[args(node)[1]], half)
+    _replace(program, result, new_result, guidance)
     g.sort_topologically(program.root)
 
 
 def _results(call: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Return the result that guidance reads, and those that later calls alone take."""
+    """Return the result that guidance reads, and those that later calls alone read."""
     read = [node for node in call.users if node.users]
-    kept = [node for node in read if all(_goes_to_calls(user) for user in node.users)]
-    others = [node for node in read if node not in kept]
+    loop_carried = [node for node in read if all(_is_argument(user) for user in node.users)]
+    others = [node for node in read if node not in loop_carried]
     if len(others) != 1:
         raise Unguided(f"{len(others)} of its results are read outside of calls")
-    return others[0], kept
+    return others[0], loop_carried
 
 
-def _goes_to_calls(node: fx.Node) -> bool:
+def _is_argument(node: fx.Node) -> bool:
     is_cut = is_call(node, aten.slice.Tensor)
     return node.op == "call_module" or (is_cut and all(u.op == "call_module" for u in node.users))
 
 
-def _axis_taken(node: fx.Node, part: Part) -> int | None:
-    """Return the axis along which all readers of a value cut out the same part of it."""
-    axes = {part.cut_by(user) for user in node.users}
+def _axis_read(node: fx.Node, half: Shard) -> int | None:
+    """Return the axis along which all readers of a value cut out the same half of it."""
+    axes = {half.cut_by(user) for user in node.users}
     return axes.pop() if len(axes) == 1 else None
 
 
@@ -111,42 +112,42 @@ def _body(
     program: Program,
     name: str,
     results: dict[int, int | None],
-    part: Part,
-    known: dict[object, tuple[str, batch_slice.Halved]],
-) -> tuple[str, batch_slice.Halved]:
-    """Return the name of the body that computes the part, and the body."""
-    key = name, tuple(results.items()), part
+    half: Shard,
+    known: dict[object, tuple[str, batch_slice.ShardedBody]],
+) -> tuple[str, batch_slice.ShardedBody]:
+    """Return the name of the body that computes the half, and the body."""
+    key = name, tuple(results.items()), half
     if key not in known:
         whole = program.components[name]
-        halved = batch_slice.halve(whole, results, part)
-        costs = graph_flops(halved.body), graph_flops(whole)
+        sharded = batch_slice.shard_body(whole, results, half)
+        costs = graph_flops(sharded.body), graph_flops(whole)
         if costs[0] >= costs[1]:
-            reasons = [target_name(node) for node in halved.blocked[:1]]
+            reasons = [target_name(node) for node in sharded.blocked[:1]]
             raise Unguided(f"{reasons[0] if reasons else 'nothing'} needs both halves of it")
-        if batch_slice.error(whole, halved, results, part) > 1:
+        if batch_slice.error(whole, sharded, results, half) > 1:
             raise Unguided("its half of the batch gives other results alone")
-        known[key] = program.add_component(f"{name}_half", halved.body), halved
+        known[key] = program.add_component(f"{name}_half", sharded.body), sharded
     return known[key]
 
 
-def _hand_over(node: fx.Node, new: fx.Node, axis: int | None, part: Part) -> None:
-    """Let those who cut a result take what is that part now."""
+def _replace_result(node: fx.Node, new: fx.Node, axis: int | None, half: Shard) -> None:
+    """Let what reads a result, or cuts the half out of it, read the new one."""
     for user in list(node.users):
-        if axis is not None and part.cut_by(user) == axis and _goes_to_calls(user):
+        if axis is not None and half.cut_by(user) == axis and _is_argument(user):
             user.replace_all_uses_with(new)
         elif axis is None:
             user.replace_input_with(node, new)
 
 
-def _replace(program: Program, result: fx.Node, half: fx.Node, found: Guidance) -> None:
+def _replace(program: Program, result: fx.Node, half: fx.Node, guidance: Guidance) -> None:
     """Let the conditional half stand for both."""
     graph = program.root.graph
-    cutter = batch_slice.Cutter(program.root, found.conditional)
+    cutter = batch_slice.Cutter(program.root, guidance.conditional)
     cutter.known[result, 0] = half
-    for node, conditional in found.guided.items():
+    for node, conditional in guidance.guided.items():
         node.replace_all_uses_with(conditional)  # u + s (c - u) with u = c
     changed = set()
-    for pick, value in found.picks.items():
+    for pick, value in guidance.picks.items():
         new = cutter.cut(value, 0)
         if pick.meta["val"].dim() < value.meta["val"].dim():
             with graph.inserting_before(pick):
@@ -178,31 +179,31 @@ def find(result: fx.Node) -> Guidance:
         if (half := _half(node, both)) is not None:
             picks[node] = half
             sides[node] = {half[1]}
-        elif both.issuperset(sources) and _goes_by_rows(node, sources):
+        elif both.issuperset(sources) and _keeps_rows(node, sources):
             both.add(node)
         else:
-            own = [sides.get(n, set()) for n in sources]
-            sides[node] = set().union(*own)
-            if len(sides[node]) == 2 and all(len(side) < 2 for side in own):
+            read = [sides.get(n, set()) for n in sources]
+            sides[node] = set().union(*read)
+            if len(sides[node]) == 2 and all(len(side) < 2 for side in read):
                 joins.append(node)
     if not joins:
         raise Unguided("no guidance joins two halves of its result")
     known = _Join(picks, sides, later)
     guided: dict[fx.Node, fx.Node] = {}
-    found = {known.follow(node, guided) for node in joins}
-    if len(found) > 1:
+    conditional = {known.follow(node, guided) for node in joins}
+    if len(conditional) > 1:
         raise Unguided("its halves take turns in being the conditional one")
     cut = {pick: value for pick, (value, _) in picks.items()}
-    return Guidance(cut, guided, HALVES[found.pop()])
+    return Guidance(cut, guided, HALVES[conditional.pop()])
 
 
 def _half(node: fx.Node, both: set[fx.Node]) -> tuple[fx.Node, int] | None:
     """Return the value that a node cuts a half out of, and which half."""
     if node.op != "call_function" or not isinstance(source := args(node)[0], fx.Node):
         return None
-    if is_call(node, operator.getitem) and is_call(source, *SPLITS):
+    if is_call(node, operator.getitem) and is_call(source, *SPLITS, aten.unbind.int):
         value, count = args(source)[0], len(source.meta["val"])
-        if value in both and count == 2 and way(source, 0, HALVES[0]) is None:
+        if value in both and count == 2 and shard_call(source, 0, HALVES[0]) is None:
             first, second = source.meta["val"]
             return (value, args(node)[1]) if first.shape == second.shape else None
     elif source in both and is_call(node, aten.select.int) and args(node)[1] == 0:
@@ -212,9 +213,9 @@ def _half(node: fx.Node, both: set[fx.Node]) -> tuple[fx.Node, int] | None:
     return None
 
 
-def _goes_by_rows(node: fx.Node, sources: Sequence[fx.Node]) -> bool:
-    found = way(node, 0, HALVES[0])
-    return found is not None and all(found.axes.get(n) == 0 for n in sources)
+def _keeps_rows(node: fx.Node, sources: Sequence[fx.Node]) -> bool:
+    call = shard_call(node, 0, HALVES[0])
+    return call is not None and all(call.axes.get(n) == 0 for n in sources)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Finds attentions of tokens with themselves, and merges tokens in front of them: ToMe for SD.
+"""Merges tokens in front of attentions of tokens with themselves: ToMe for SD.
 
 The matching is that of "Token Merging for Fast Stable Diffusion" (Bolya and Hoffman 2023): some
 tokens are destinations, every other one finds its most similar destination, and the pairs that are
@@ -12,134 +12,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from diffopt.analysis.axes import Unfit, carried, origins, resized
-from diffopt.analysis.reachability import FUSED, LAYERS, packet
+from diffopt.analysis.token_attention import Site
 from diffopt.ir import graph as g
-from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, is_call
+from diffopt.ir.nodes import args, is_call
+from diffopt.ir.op_sets import RESHAPES
 
 aten = torch.ops.aten
 
-ATTENTION = aten.scaled_dot_product_attention.default
-LINEAR = aten.linear.default
-
 CELL = 2
 """One token of each square of so many is a destination; of a sequence, one in that squared."""
-
-_PIECES = (operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """An attention of tokens with themselves.
-
-    Attributes:
-        attention: The operator.
-        x: What its queries, keys and values are projections of: [batch, tokens, features].
-        y: The projection of its result; None where queries are not merged.
-        nodes: What works on fewer tokens, in order, each with its axis of them.
-        grid: The sizes that the tokens are the product of; one where they are a sequence.
-    """
-
-    attention: fx.Node
-    x: fx.Node
-    y: fx.Node | None
-    nodes: Mapping[fx.Node, int]
-    grid: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """How many tokens there are."""
-        return int(self.x.meta["val"].shape[1])
-
-
-def find_site(attention: fx.Node, queries: bool = True) -> Site:
-    """Return what can be merged around an attention; raise `Unfit` with the reason if nothing.
-
-    Without `queries`, keys and values alone are of merged tokens.
-    """
-    mask, causal = argument(attention, 3, "attn_mask"), argument(attention, 5, "is_causal", False)
-    if mask is not None or causal:
-        raise Unfit("it has a mask, which says which tokens see which")
-    x = _source(attention)
-    if qdq.activation(x) is not None:
-        raise Unfit("its layers are quantized: run merge-tokens before quantize")
-    if is_merged(x):
-        raise Unfit("its tokens are merged already")
-    if x.meta["val"].dim() != 3:
-        raise Unfit("its tokens are no [batch, tokens, features]")
-    axes = {x: 1}
-    above = g.ancestors([attention])
-    below = g.descendants([x])
-    inner = [node for node in attention.graph.nodes if node in above & below and node is not x]
-    for node in inner:
-        axes[node] = carried(node, axes)
-    y = _projection(attention, axes) if queries else None
-    del axes[x]
-    if not queries:
-        needed = g.ancestors([args(attention)[0]])
-        if needed & g.ancestors(args(attention)[1:3]) & axes.keys():
-            raise Unfit("one layer projects queries and keys: run merge-tokens before fuse")
-        axes = {n: axis for n, axis in axes.items() if n not in needed}
-    ends = {attention if y is None else y}
-    if any(not node.users.keys() <= axes.keys() for node in axes if node not in ends):
-        raise Unfit("its projections are read elsewhere as well")
-    return Site(attention, x, y, axes, origins(x, 1))
-
-
-def is_merged(x: fx.Node) -> bool:
-    """Tell whether a value is tokens that `merge` has merged."""
-    inner = args(x)[0] if is_call(x, aten._to_copy.default) else x
-    means = args(inner)[0][-1] if is_call(inner, aten.cat.default) else inner
-    if not is_call(means, aten.div.Tensor) or not is_call(args(means)[0], aten.add.Tensor):
-        return False
-    return is_call(args(args(means)[0])[1], aten.matmul.default)
-
-
-def _source(attention: fx.Node) -> fx.Node:
-    """Return the one value that queries, keys and values are projections of."""
-    sources = [_sources(node) for node in args(attention)[:3]]
-    if not all(sources):
-        raise Unfit("it is cross attention" if any(sources) else "no linear projects its tokens")
-    while len(every := set().union(*sources)) > 1 and any(map(_factored, every)):
-        # Adapters and factored weights are two linears one after the other.
-        sources = [{_factored(n) or n for n in own} for own in sources]
-    if len(every) == 1:
-        return every.pop()
-    if sources[0].isdisjoint(sources[1]):
-        raise Unfit("it is cross attention")
-    raise Unfit("tokens from several places are joined in it")
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """Return what the nearest linears that a value is computed from read."""
-    near = g.reachable([node], lambda n: () if packet(n) in LAYERS | FUSED else n.all_input_nodes)
-    return {args(n)[0] for n in near if is_call(n, LINEAR)}
-
-
-def _factored(node: fx.Node) -> fx.Node | None:
-    """Return what a linear reads of which a value is the result, or a piece of it."""
-    while is_call(node, *_PIECES):
-        node = args(node)[0]
-    return args(node)[0] if is_call(node, LINEAR) else None
-
-
-def _projection(attention: fx.Node, axes: dict[fx.Node, int]) -> fx.Node:
-    """Follow the result of an attention to the linear that projects it; add to `axes`."""
-    node = attention
-    while not is_call(node, LINEAR):
-        if len(node.users) != 1:
-            raise Unfit("its result is read in several places before it is projected")
-        node = next(iter(node.users))
-        axes[node] = carried(node, axes)
-    if axes[node] != 1 or node.meta["val"].dim() != 3:
-        raise Unfit("its result is no [batch, tokens, features]")
-    return node
 
 
 # Which tokens
@@ -190,7 +75,7 @@ def merge(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> None:
     new = {site.x: means}
     for node in site.nodes:
         with graph.inserting_before(node):
-            made = resized(node, site.nodes, new, left)
+            made = _resized(node, site.nodes, new, left)
         new[node] = made
     end, back = site.y, new[site.y or site.attention]
     if end is not None:
@@ -202,6 +87,19 @@ def merge(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> None:
     (end or site.attention).replace_all_uses_with(back)
     for node in reversed(list(site.nodes)):
         graph.erase_node(node)
+
+
+def _resized(
+    node: fx.Node, axes: Mapping[fx.Node, int], new: Mapping[fx.Node, fx.Node], size: int
+) -> fx.Node:
+    """Insert a copy of a node that reads `new` values, whose axis has another size."""
+    arguments, kwargs = fx.map_arg((args(node), node.kwargs), lambda n: new.get(n, n))
+    if is_call(node, *RESHAPES):
+        shape = list(arguments[1])
+        if shape[axes[node]] != -1:
+            shape[axes[node]] = size
+        arguments = arguments[0], shape
+    return g.call(node.graph, node.target, *arguments, like=node, **kwargs)
 
 
 def _merged(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> tuple[fx.Node, fx.Node]:

@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from diffopt.analysis.axis_rules import Part, way
+from diffopt.analysis.sharding import Shard, shard_call
 from diffopt.ir import graph as g
 from diffopt.ir.printing import format_graph, format_type
-from diffopt.transforms.batch_slice import error, halve
+from diffopt.transforms.batch_slice import error, shard_body
 from tests.passes.build import Builder, aten, body, randn
 
-SECOND = Part(1, 2)
+SECOND = Shard(1, 2)
 Make = Callable[..., Any]
 
 
-def check(make: Make, *samples: Tensor, axis: int = 0, part: Part = SECOND) -> fx.GraphModule:
+def check(make: Make, *samples: Tensor, axis: int = 0, part: Shard = SECOND) -> fx.GraphModule:
     """Return the body that computes a part alone, from a part of the first argument."""
     whole = body(make, *samples)
-    halved = halve(whole, {0: axis}, part)
+    halved = shard_body(whole, {0: axis}, part)
     assert error(whole, halved, {0: axis}, part) < 0.1
     assert not halved.blocked
-    (first, *_) = halved.takes
+    (first, *_) = halved.parameters
     assert first[0] == 0
     assert first[1] is not None
     for node in halved.body.graph.nodes:
@@ -93,8 +93,8 @@ EVERY: dict[str, tuple[Make, tuple[Tensor, ...], int]] = {
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("part", [Part(0, 2), SECOND])
-def test_every_rule(name: str, part: Part) -> None:
+@pytest.mark.parametrize("part", [Shard(0, 2), SECOND])
+def test_every_rule(name: str, part: Shard) -> None:
     make, samples, axis = EVERY[name]
     check(make, *samples, axis=axis, part=part)
 
@@ -115,9 +115,9 @@ ACROSS: dict[str, tuple[Make, Tensor, int]] = {
 def test_what_mixes_the_rows_is_computed_whole(name: str) -> None:
     make, sample, axis = ACROSS[name]
     whole = body(make, sample)
-    halved = halve(whole, {0: axis}, SECOND)
+    halved = shard_body(whole, {0: axis}, SECOND)
     assert error(whole, halved, {0: axis}, SECOND) < 0.1
-    assert halved.takes == [(0, None)]
+    assert halved.parameters == [(0, None)]
     assert len(halved.blocked) == 1
 
 
@@ -127,7 +127,7 @@ def test_a_value_that_is_read_whole_as_well_is_cut() -> None:
         return b(aten.mul.Tensor, y, b(aten.mean.dim, y, [0], True))
 
     whole = body(make, X)
-    halved = halve(whole, {0: 0}, SECOND)
+    halved = shard_body(whole, {0: 0}, SECOND)
     assert format_graph(halved.body).splitlines()[1:] == [
         "%1: float32[4,6,8] = aten.relu(%x)",
         "%2: float32[2,6,8] = aten.slice.Tensor(%1, 0, 2, 4)",
@@ -143,25 +143,25 @@ def test_rows_of_a_table_are_cut_where_they_are_taken() -> None:
         part = b(aten.view.default, b(aten.slice.Tensor, row, 0, 2, 10), [4, 2])
         return b(aten.add.Tensor, x, part)
 
-    halved = halve(body(make, randn(4, 2), randn(12)), {0: 0}, SECOND)
-    assert halved.takes == [(0, 0), (1, None)]
+    halved = shard_body(body(make, randn(4, 2), randn(12)), {0: 0}, SECOND)
+    assert halved.parameters == [(0, 0), (1, None)]
     assert "%2: float32[4] = aten.slice.Tensor(%x1, 0, 6, 10)" in format_graph(halved.body)
 
 
 def test_an_error_in_a_half_is_seen() -> None:
     whole = body(lambda b, x: b(aten.relu.default, x), X)
-    first = halve(whole, {0: 0}, Part(0, 2))
-    assert error(whole, first, {0: 0}, Part(0, 2)) == 0
-    wrong = halve(body(lambda b, x: b(aten.neg.default, x), X), {0: 0}, Part(0, 2))
-    assert error(whole, wrong, {0: 0}, Part(0, 2)) > 1
+    first = shard_body(whole, {0: 0}, Shard(0, 2))
+    assert error(whole, first, {0: 0}, Shard(0, 2)) == 0
+    wrong = shard_body(body(lambda b, x: b(aten.neg.default, x), X), {0: 0}, Shard(0, 2))
+    assert error(whole, wrong, {0: 0}, Shard(0, 2)) > 1
 
 
 def test_results_that_are_not_wanted_go_with_what_only_they_need() -> None:
     def make(b: Builder, x: fx.Node, y: fx.Node) -> Any:
         return b(aten.relu.default, x), b(aten.neg.default, y), b(aten.exp.default, x)
 
-    halved = halve(body(make, X, X), {2: 1, 0: None}, SECOND)
-    assert halved.takes == [(0, None)]
+    halved = shard_body(body(make, X, X), {2: 1, 0: None}, SECOND)
+    assert halved.parameters == [(0, None)]
     assert [format_type(n.meta["val"]) for n in g.outputs(halved.body)] == [
         "float32[4,3,8]",
         "float32[4,6,8]",
@@ -171,5 +171,5 @@ def test_results_that_are_not_wanted_go_with_what_only_they_need() -> None:
 def test_an_odd_size_has_no_halves() -> None:
     graph = body(lambda b, x: b(aten.relu.default, x), randn(3, 4))
     (relu,) = g.outputs(graph)
-    assert way(relu, 0, SECOND) is None
-    assert way(relu, 1, SECOND) is not None
+    assert shard_call(relu, 0, SECOND) is None
+    assert shard_call(relu, 1, SECOND) is not None

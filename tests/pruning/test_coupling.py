@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from diffopt.pruning.coupling import Coupling, Group, couple
-from diffopt.pruning.index_labels import Labels, changes, compressed, reshaped, varying
+from diffopt.pruning.index_labels import Labels, compressed, reshaped, varying, varying_by_class
 from tests.passes.build import Builder, body, parameter, program, randn
 
 aten = torch.ops.aten
@@ -251,7 +251,7 @@ def test_what_is_all_of_a_value_stays() -> None:
 
     coupling = found(make, IMAGE)
     (group,) = coupling.groups
-    members = [unit.members[group.made[0]].tolist() for unit in group.units]
+    members = [unit.members[group.output_axes[0]].tolist() for unit in group.units]
     assert members == [[0, 1], [4, 5], [6, 7]]
 
 
@@ -261,17 +261,17 @@ def test_what_is_all_of_a_value_stays() -> None:
 def test_labels_that_are_tied_have_one_root() -> None:
     labels = Labels()
     one, two, three = (labels.fresh(4) for _ in range(3))
-    labels.tie(one, two)
-    labels.tie(two, three)
-    assert labels.roots().tolist() == [0, 1, 2, 3] * 3
+    labels.union(one, two)
+    labels.union(two, three)
+    assert labels.classes().tolist() == [0, 1, 2, 3] * 3
 
 
 def test_a_chain_of_ties() -> None:
     labels = Labels()
     chain = labels.fresh(1000)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
-    labels.tie(chain[order[:-1]], chain[order[1:]])
-    assert labels.roots().unique().tolist() == [0]
+    labels.union(chain[order[:-1]], chain[order[1:]])
+    assert labels.classes().unique().tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -292,4 +292,4 @@ def test_axes_along_which_nothing_changes_cost_nothing() -> None:
     assert reshaped(factor, [64, 8, 4096 // 64]).untyped_storage().nbytes() == 64
     repeated = compressed(factor.repeat(1, 2, 1))
     assert varying(repeated) == (1,)
-    assert changes(repeated, torch.zeros(200, dtype=torch.long)) == ()
+    assert varying_by_class(repeated, torch.zeros(200, dtype=torch.long)) == ()

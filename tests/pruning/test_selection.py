@@ -283,7 +283,7 @@ def some_units(coupling: Coupling, seed: int) -> list[Unit]:
     source, units = random.Random(seed), []
     for group in coupling.groups:
         own = source.sample(group.units, source.randrange(len(group.units)))
-        for part in group.parts:
+        for part in group.keep_one_of:
             if part <= {unit.label for unit in own}:
                 own = [unit for unit in own if unit.label != min(part)]
         units += own

@@ -61,7 +61,7 @@ class TGate(Policy):
 
 def _drop_halves(loop: Loop, after: list[int], ctx: Context) -> None:
     """Remove the unconditional half of a batch of both branches."""
-    known: dict[object, tuple[str, batch_slice.Halved]] = {}
+    known: dict[object, tuple[str, batch_slice.ShardedBody]] = {}
     reasons: dict[str, list[int]] = {}
     for step in reversed(after):
         call = loop.calls[step, 0]
