@@ -1,175 +1,124 @@
-"""What an operator computes from parts of its arguments is the part of what it computes of all."""
+"""What the table says of operators' axes, written as indices: kept, ~moved, ?mixed, summed."""
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, fx
 
-from diffopt.analysis.sharding import Shard, shard_call
+from diffopt.analysis.axis_rules import Axes, relate
 from diffopt.ir import graph as g
-from diffopt.ir.printing import format_graph, format_type
-from diffopt.transforms.batch_slice import error, shard_body
-from tests.passes.build import Builder, aten, body, randn
+from tests.passes.build import aten, body, randn
 
-SECOND = Shard(1, 2)
-Make = Callable[..., Any]
-
-
-def check(make: Make, *samples: Tensor, axis: int = 0, part: Shard = SECOND) -> fx.GraphModule:
-    """Return the body that computes a part alone, from a part of the first argument."""
-    whole = body(make, *samples)
-    halved = shard_body(whole, {0: axis}, part)
-    assert error(whole, halved, {0: axis}, part) < 0.1
-    assert not halved.blocked
-    (first, *_) = halved.parameters
-    assert first[0] == 0
-    assert first[1] is not None
-    for node in halved.body.graph.nodes:
-        if node.op == "call_function":
-            assert format_type(g.infer_value(node)) == format_type(node.meta["val"])
-    return halved.body
-
-
+MARKS = {"kept": "", "moved": "~", "mixed": "?", "summed": ""}
 X = randn(4, 6, 8)
 IMAGE = randn(2, 4, 8, 8)
-HEADS = randn(2, 3, 5, 4)
-EVERY: dict[str, tuple[Make, tuple[Tensor, ...], int]] = {
-    "pointwise": (lambda b, x, y: b(aten.add.Tensor, x, y), (X, randn(4, 1, 8)), 0),
-    "broadcast": (lambda b, x, y: b(aten.mul.Tensor, x, y), (X, randn(6, 8)), 1),
-    "whole": (lambda b, x, y: b(aten.mul.Tensor, x, y), (X, randn(8)), 0),
-    "cast": (lambda b, x: b(aten._to_copy.default, x, dtype=torch.float64), (X,), 0),
-    "merge": (lambda b, x: b(aten.view.default, x, [24, -1]), (X,), 0),
-    "split off": (lambda b, x: b(aten.view.default, x, [2, 2, 6, 8]), (X,), 0),
-    "merge inner": (lambda b, x: b(aten.view.default, x, [4, -1]), (X,), 1),
-    "squeeze": (lambda b, x: b(aten.squeeze.default, x), (randn(2, 1, 3),), 0),
-    "unsqueeze": (lambda b, x: b(aten.unsqueeze.default, x, 0), (X,), 1),
-    "flatten": (lambda b, x: b(aten.flatten.using_ints, x, 0, 1), (X,), 0),
-    "permute": (lambda b, x: b(aten.permute.default, x, [2, 0, 1]), (X,), 1),
-    "transpose": (lambda b, x: b(aten.transpose.int, x, 0, 2), (X,), 2),
-    "t": (lambda b, x: b(aten.t.default, x), (randn(4, 3),), 1),
-    "expand": (lambda b, x: b(aten.expand.default, x, [2, -1, 6, -1]), (randn(4, 1, 8),), 1),
-    "repeat": (lambda b, x: b(aten.repeat.default, x, [1, 2, 1]), (X,), 0),
-    "slice": (lambda b, x: b(aten.slice.Tensor, x, 1, 1, 5), (X,), 0),
-    "all of it": (lambda b, x: b(aten.slice.Tensor, x, 0, 0, 2**62), (X,), 0),
-    "select": (lambda b, x: b(aten.select.int, x, 0, 1), (X,), 0),
-    "split": (lambda b, x: b(operator.getitem, b(aten.split.Tensor, x, 3, 1), 1), (X,), 0),
-    "chunk": (lambda b, x: b(operator.getitem, b(aten.chunk.default, x, 2, -1), 0), (X,), 0),
-    "unbind": (lambda b, x: b(operator.getitem, b(aten.unbind.int, x, 1), 5), (X,), 1),
-    "cat": (lambda b, x, y: b(aten.cat.default, [x, y], 1), (X, randn(4, 2, 8)), 0),
-    "stack": (lambda b, x, y: b(aten.stack.default, [x, y], 1), (X, X), 2),
-    "linear": (lambda b, x: b(aten.linear.default, x, randn(5, 8)), (X,), 1),
-    "norm": (lambda b, x: b(aten.layer_norm.default, x, [8]), (X,), 1),
-    "group norm": (lambda b, x: b(aten.group_norm.default, x, 2), (IMAGE,), 0),
-    "conv": (lambda b, x: b(aten.conv2d.default, x, randn(3, 4, 3, 3)), (IMAGE,), 0),
-    "shuffle": (lambda b, x: b(aten.pixel_shuffle.default, x, 2), (IMAGE,), 0),
-    "upsample": (
-        lambda b, x: b(aten.upsample_nearest2d.vec, x, None, [2.0, 2.0]),
-        (IMAGE,),
-        0,
+
+
+def text(axes: Axes) -> str:
+    """Return the indices of each axis; "." is one without, and a name stands for several."""
+    return " ".join(
+        "".join(MARKS[index.kind] + index.name for index in axis) or "." for axis in axes
+    )
+
+
+def described(make: Any, *samples: Any) -> str | None:
+    (node,) = g.outputs(body(make, *samples))
+    relation = relate(node)
+    if relation is None:
+        return None
+    return f"{', '.join(text(axes) for _, axes in relation.operands)} -> {text(relation.result)}"
+
+
+RELATIONS: dict[str, tuple[str | None, Any, tuple[Any, ...]]] = {
+    "pointwise": ("a b c, b c -> a b c", lambda b, x, y: b(aten.add.Tensor, x, y), (X, X[0])),
+    "linear": (
+        "A B i, o i, o -> A B o",
+        lambda b, x: b(aten.linear.default, x, randn(5, 8), randn(5)),
+        (X,),
     ),
-    "matmul": (lambda b, x, y: b(aten.matmul.default, x, y), (X, randn(4, 8, 3)), 0),
-    "rows": (lambda b, x, y: b(aten.matmul.default, x, y), (X, randn(4, 8, 3)), 1),
-    "bmm": (lambda b, x, y: b(aten.bmm.default, x, y), (X, randn(4, 8, 3)), 0),
-    "mm": (lambda b, x, y: b(aten.mm.default, x, y), (randn(4, 8), randn(8, 3)), 0),
     "addmm": (
+        "m k, k n, n -> m n",
         lambda b, x, y, z: b(aten.addmm.default, x, y, z),
-        (randn(4, 3), randn(4, 8), randn(8, 3)),
-        0,
+        (randn(3), randn(4, 8), randn(8, 3)),
     ),
-    "einsum": (lambda b, x, y: b(aten.einsum.default, "bij,bkj->kib", [x, y]), (X, X), 2),
+    "vectors": (None, lambda b, x, y: b(aten.matmul.default, x, y), (X, randn(8))),
     "attention": (
-        lambda b, q, k, m: b(aten.scaled_dot_product_attention.default, q, k, k, m),
-        (HEADS, randn(2, 3, 7, 4), randn(2, 1, 1, 7)),
-        0,
+        "A B l d, A B m d, A B m v, l m -> A B l v",
+        lambda b, q, m: b(aten.scaled_dot_product_attention.default, q, q, q, m),
+        (IMAGE, randn(8, 8)),
     ),
-    "softmax": (lambda b, x: b(aten.softmax.int, x, -1), (X,), 0),
-    "mean": (lambda b, x: b(aten.mean.dim, x, [1]), (X,), 1),
-    "variance": (lambda b, x: b(aten.var.correction, x, [0, -1], keepdim=True), (X,), 1),
-    "pad": (lambda b, x: b(aten.constant_pad_nd.default, x, [1, 1]), (X,), 1),
+    "causal": (
+        "A B ?l d, A B m d, A B m v -> A B ?l v",
+        lambda b, q: b(aten.scaled_dot_product_attention.default, q, q, q, None, 0.0, True),
+        (IMAGE,),
+    ),
+    "fewer heads of keys": (
+        "A ?B l d, A ?B m d, A ?B m v -> A ?B l v",
+        lambda b, q, k: b(aten.scaled_dot_product_attention.default, q, k, k, enable_gqa=True),
+        (IMAGE, IMAGE[:, :2]),
+    ),
+    "convolution": (
+        "b i ?x ?y, o i p q -> b o ?x ?y",
+        lambda b, x: b(aten.conv2d.default, x, randn(3, 4, 3, 3)),
+        (IMAGE,),
+    ),
+    "convolution in groups": (
+        "b ?i ?x ?y, ?o ?i p q -> b ?o ?x ?y",
+        lambda b, x: b(aten.conv2d.default, x, randn(4, 2, 3, 3), groups=2),
+        (IMAGE,),
+    ),
+    "transposed convolution": (
+        "b i ?x, i o p -> b o ?x",
+        lambda b, x: b(aten.conv_transpose1d.default, x, randn(6, 3, 2)),
+        (X,),
+    ),
+    "embedding": (
+        "~v d, A B -> A B d",
+        lambda b, x: b(aten.embedding.default, randn(5, 3), x),
+        (randn(2, 4).long(),),
+    ),
+    "einsum": (
+        "a b c, a b k -> c a k",
+        lambda b, x: b(aten.einsum.default, "abc,abk->cak", [x, x]),
+        (X,),
+    ),
+    "trace": (None, lambda b, x: b(aten.einsum.default, "aa->a", [x]), (randn(3, 3),)),
+    "softmax": ("a b ?c -> a b ?c", lambda b, x: b(aten.softmax.int, x, -1), (X,)),
+    "layer norm": ("a ?b ?c -> a ?b ?c", lambda b, x: b(aten.layer_norm.default, x, [6, 8]), (X,)),
+    "pool": ("a b ?c ?d -> a b ?c ?d", lambda b, x: b(aten.avg_pool2d.default, x, 2), (IMAGE,)),
+    "pad": ("a ?b c -> a ?b c", lambda b, x: b(aten.pad.default, x, [0, 0, 1, 1]), (X,)),
+    "sum": ("a b c -> a c", lambda b, x: b(aten.sum.dim_IntList, x, [1]), (X,)),
+    "mean": ("a b c -> . b .", lambda b, x: b(aten.mean.dim, x, [0, -1], True), (X,)),
+    "slice": ("a ~b c -> a ~b c", lambda b, x: b(aten.slice.Tensor, x, 1, 1, 5), (X,)),
+    "whole slice": ("a b c -> a b c", lambda b, x: b(aten.slice.Tensor, x, 1, 0, 2**62), (X,)),
+    "select": ("a ~b c -> a c", lambda b, x: b(aten.select.int, x, 1, 2), (X,)),
+    "item": (
+        "a b c -> a b c",
+        lambda b, x: b(operator.getitem, b(aten.split.Tensor, x, 3, 1), 1),
+        (X,),
+    ),
+    "stack": ("a c, a c -> a ~b c", lambda b, x, y: b(aten.stack.default, [x, y], 1), (X[0],) * 2),
+    "permute": ("a b c -> c a b", lambda b, x: b(aten.permute.default, x, [2, 0, -2]), (X,)),
+    "repeat": ("b ~c d -> ~a b ~c d", lambda b, x: b(aten.repeat.default, x, [2, 1, 3, 1]), (X,)),
+    "expand": ("b -> a b", lambda b, x: b(aten.expand.default, x, [3, 5]), (randn(1),)),
+    "unknown": (None, lambda b, x: b(aten.flip.default, x, [0]), (X,)),
 }
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("part", [Shard(0, 2), SECOND])
-def test_every_rule(name: str, part: Shard) -> None:
-    make, samples, axis = EVERY[name]
-    check(make, *samples, axis=axis, part=part)
+@pytest.mark.parametrize("name", RELATIONS)
+def test_relations(name: str) -> None:
+    expected, make, samples = RELATIONS[name]
+    assert described(make, *samples) == expected
 
 
-ACROSS: dict[str, tuple[Make, Tensor, int]] = {
-    "softmax": (lambda b, x: b(aten.softmax.int, x, 0), X, 0),
-    "norm": (lambda b, x: b(aten.layer_norm.default, x, [6, 8]), X, 1),
-    "merge": (lambda b, x: b(aten.view.default, x, [8, 24]), X, 1),
-    "group norm": (lambda b, x: b(aten.group_norm.default, x, 2), IMAGE, 1),
-    "conv": (lambda b, x: b(aten.conv2d.default, x, randn(4, 4, 3, 3)), IMAGE, 2),
-    "flip": (lambda b, x: b(aten.flip.default, x, [0]), X, 0),
-    "sum over": (lambda b, x: b(aten.cumsum.default, x, 0), X, 0),
-    "self product": (lambda b, x: b(aten.matmul.default, x, x), randn(2, 4, 4), 1),
-}
-
-
-@pytest.mark.parametrize("name", ACROSS)
-def test_what_mixes_the_rows_is_computed_whole(name: str) -> None:
-    make, sample, axis = ACROSS[name]
-    whole = body(make, sample)
-    halved = shard_body(whole, {0: axis}, SECOND)
-    assert error(whole, halved, {0: axis}, SECOND) < 0.1
-    assert halved.parameters == [(0, None)]
-    assert len(halved.blocked) == 1
-
-
-def test_a_value_that_is_read_whole_as_well_is_cut() -> None:
-    def make(b: Builder, x: fx.Node) -> Any:
-        y = b(aten.relu.default, x)
-        return b(aten.mul.Tensor, y, b(aten.mean.dim, y, [0], True))
-
-    whole = body(make, X)
-    halved = shard_body(whole, {0: 0}, SECOND)
-    assert format_graph(halved.body).splitlines()[1:] == [
-        "%1: float32[4,6,8] = aten.relu(%x)",
-        "%2: float32[2,6,8] = aten.slice.Tensor(%1, 0, 2, 4)",
-        "%3: float32[1,6,8] = aten.mean.dim(%1, [0], True)",
-        "%4: float32[2,6,8] = aten.mul.Tensor(%2, %3)",
-        "return %4",
-    ]
-    assert error(whole, halved, {0: 0}, SECOND) < 0.1
-
-
-def test_rows_of_a_table_are_cut_where_they_are_taken() -> None:
-    def make(b: Builder, x: fx.Node, row: fx.Node) -> Any:
-        part = b(aten.view.default, b(aten.slice.Tensor, row, 0, 2, 10), [4, 2])
-        return b(aten.add.Tensor, x, part)
-
-    halved = shard_body(body(make, randn(4, 2), randn(12)), {0: 0}, SECOND)
-    assert halved.parameters == [(0, 0), (1, None)]
-    assert "%2: float32[4] = aten.slice.Tensor(%x1, 0, 6, 10)" in format_graph(halved.body)
-
-
-def test_an_error_in_a_half_is_seen() -> None:
-    whole = body(lambda b, x: b(aten.relu.default, x), X)
-    first = shard_body(whole, {0: 0}, Shard(0, 2))
-    assert error(whole, first, {0: 0}, Shard(0, 2)) == 0
-    wrong = shard_body(body(lambda b, x: b(aten.neg.default, x), X), {0: 0}, Shard(0, 2))
-    assert error(whole, wrong, {0: 0}, Shard(0, 2)) > 1
-
-
-def test_results_that_are_not_wanted_go_with_what_only_they_need() -> None:
-    def make(b: Builder, x: fx.Node, y: fx.Node) -> Any:
-        return b(aten.relu.default, x), b(aten.neg.default, y), b(aten.exp.default, x)
-
-    halved = shard_body(body(make, X, X), {2: 1, 0: None}, SECOND)
-    assert halved.parameters == [(0, None)]
-    assert [format_type(n.meta["val"]) for n in g.outputs(halved.body)] == [
-        "float32[4,3,8]",
-        "float32[4,6,8]",
-    ]
-
-
-def test_an_odd_size_has_no_halves() -> None:
-    graph = body(lambda b, x: b(aten.relu.default, x), randn(3, 4))
-    (relu,) = g.outputs(graph)
-    assert shard_call(relu, 0, SECOND) is None
-    assert shard_call(relu, 1, SECOND) is not None
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ([4, 6, 8], [24, 2, 4], "1 4 2448 -> 14 24 48"),
+        ([24, 1, 8], [4, 6, 8, 1], "14 . 24 -> 1 4 24 ."),
+        ([6, 4, 5], [4, 6, 5], "?1 ?1 24 -> ?1 ?1 24"),
+    ],
+)
+def test_reshapes(old: list[int], new: list[int], expected: str) -> None:
+    """An index is named by the product of the sizes before it."""
+    assert described(lambda b, x: b(aten.view.default, x, new), randn(*old)) == expected

@@ -50,7 +50,45 @@ def parts(b: Builder, target: Any, *args: Any, count: int) -> list[fx.Node]:
     return [b(operator.getitem, whole, i) for i in range(count)]
 
 
-# What goes together
+# What is coupled
+
+
+def test_the_example_of_index_labels() -> None:
+    def make(b, x):
+        h = linear(b, x, 4, 6, seed=0)
+        y = b(aten.add.Tensor, h, linear(b, b(aten.relu.default, h), 4, 4, seed=1))
+        return linear(b, y, 3, 4, seed=2)
+
+    coupling = found(make, randn(2, 6))
+    classes = coupling.classes.tolist()
+    assert classes[:10] == [*range(10)]
+    assert classes[10:18] == [0, 1, 2, 3] * 2
+    assert classes[18:] == [18, 19, 20, 0, 1, 2, 3]
+    constrained = torch.cat([labels for labels, _ in coupling.flow.labels.constraints]).tolist()
+    assert sorted(constrained) == [4, 5, 6, 7, 8, 9, 18, 19, 20]
+    (group,) = coupling.groups
+    assert [unit.label for unit in group.units] == [0, 1, 2, 3]
+    assert rows(coupling, group, 1) == [
+        *(([4, 6], 0, [1]), ([4, 4], 0, [1]), ([4, 4], 1, [1]), ([3, 4], 1, [1]))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("use", "units"),
+    [
+        (lambda b, x: b(aten.glu.default, x, 1), 6),
+        (lambda b, x: b(aten.amax.default, x, [1]), 6),
+        (lambda b, x: b(aten.std.correction, x, [1], correction=0, keepdim=True), 6),
+    ],
+)
+def test_what_mixes_tokens_does_not_constrain_channels(use, units) -> None:
+    """These have no rule of labels: the table of axes says it."""
+
+    def make(b, x):
+        return linear(b, use(b, linear(b, x, 6, 8, seed=0)), 5, 6, seed=1)
+
+    (group,) = found(make, randn(2, 4, 8)).groups
+    assert len(group.units) == units
 
 
 def test_a_residual_ties_what_makes_it_and_what_reads_it() -> None:
@@ -258,7 +296,7 @@ def test_what_is_all_of_a_value_stays() -> None:
 # Labels
 
 
-def test_labels_that_are_tied_have_one_root() -> None:
+def test_labels_that_are_united_are_one_class() -> None:
     labels = Labels()
     one, two, three = (labels.fresh(4) for _ in range(3))
     labels.union(one, two)
@@ -266,7 +304,7 @@ def test_labels_that_are_tied_have_one_root() -> None:
     assert labels.classes().tolist() == [0, 1, 2, 3] * 3
 
 
-def test_a_chain_of_ties() -> None:
+def test_a_chain_of_unions() -> None:
     labels = Labels()
     chain = labels.fresh(1000)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
