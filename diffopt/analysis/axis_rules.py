@@ -70,7 +70,8 @@ class Relation:
     def sources(self, axis: int) -> list[tuple[fx.Node, int]]:
         """Return the operands' axes that have just the indices of an axis of the result."""
         wanted = self.result[axis]
-        return [(n, i) for n, axes in self.operands for i, own in enumerate(axes) if own == wanted]
+        every = ((n, i, own) for n, axes in self.operands for i, own in enumerate(axes))
+        return [(n, i) for n, i, own in every if own and own == wanted]
 
     def merged(self, axis: int) -> list[int]:
         """Return the axes of the first operand that are merged into one of the result."""
@@ -221,15 +222,20 @@ def _axes(kind: Kind = "kept", dims: Dims = lambda node, rank: ()) -> Rule:
     return rule
 
 
-def _permuted(node: fx.Node) -> Relation:
-    source, rank = args(node)[0], len(shape(node))
-    order = list(range(rank))
+def permutation(node: fx.Node) -> list[int]:
+    """Return which dimension of its argument each dimension of a permutation is."""
+    order = list(range(len(shape(node))))
     if packet(node) is aten.permute:
-        order = [dim % rank for dim in args(node)[1]]
-    elif rank > 1:
-        one, other = args(node)[1:3] if packet(node) is aten.transpose else (0, 1)
+        return [order[dim] for dim in args(node)[1]]
+    if order:
+        one, other = args(node)[1:3] if packet(node) is aten.transpose else (0, -1)
         order[one], order[other] = order[other], order[one]
-    return _relation([(source, _LETTERS[:rank])], (node, [_LETTERS[axis] for axis in order]))
+    return order
+
+
+def _permuted(node: fx.Node) -> Relation:
+    result = [_LETTERS[dim] for dim in permutation(node)]
+    return _relation([(args(node)[0], _LETTERS[: len(result)])], (node, result))
 
 
 def _reshaped(node: fx.Node) -> Relation | None:

@@ -29,6 +29,7 @@ from diffopt.analysis.reachability import FUSED, LAYERS, PRODUCTS, packet
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.nodes import args, stored_tensor
+from diffopt.ir.op_sets import NORMS
 from diffopt.ir.program import Program
 from diffopt.ir.step_tables import is_view
 
@@ -43,10 +44,6 @@ HALVES = (torch.bfloat16, torch.float16)
 _ROUNDING: dict[qdq.Number, float] = {"int8": 1 / 255, "fp8": 1 / 16}
 
 SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
-_NORMS = {
-    *(aten.layer_norm, aten.group_norm, aten.rms_norm, aten.native_layer_norm),
-    *(aten.native_group_norm, aten.instance_norm, aten.batch_norm, aten._fused_rms_norm),
-}
 # From a value to the root of its mean square, in norms that are decomposed.
 _MOMENTS = {*(aten.mean, aten.var, aten.sum, aten.pow, aten.square, aten.add, aten.mul, aten.abs)}
 
@@ -199,7 +196,7 @@ def _norms(plan: DtypePlan) -> set[fx.Node]:
     for node in plan.body.graph.nodes:
         if node.op != "call_function" or node in plan.layers:
             continue
-        if packet(node) in _NORMS:
+        if packet(node) in {*NORMS, aten.batch_norm}:
             norms.add(node)
         elif packet(node) is aten.rsqrt:
             norms |= _decomposed_norm(node)

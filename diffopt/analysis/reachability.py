@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
+from diffopt.ir.op_sets import NORMS
 
 aten = torch.ops.aten
 
@@ -34,7 +35,6 @@ FUSED = _packets(
 _ACTIVATIONS = _packets(
     "gelu silu relu relu6 leaky_relu elu tanh sigmoid mish softplus hardswish hardtanh glu prelu"
 )
-_NORMS = _packets("layer_norm group_norm rms_norm native_layer_norm native_group_norm rsqrt")
 _ARITHMETIC = _packets("add sub mul div")
 _LAYOUT = _packets(
     "view _unsafe_view reshape permute transpose t clone contiguous alias detach _to_copy to "
@@ -105,7 +105,7 @@ class Reach:
         self.layers = self.calling(LAYERS | PRODUCTS | FUSED)
         self.spatial = self.bits(n for n in self.nodes if _mixes_space(n))
         self.activations = self.calling(_ACTIVATIONS)
-        self.nonlinear = self.activations | self.calling(_NORMS | FUSED)
+        self.nonlinear = self.activations | self.calling(NORMS | FUSED | {aten.rsqrt})
 
     def bits(self, nodes: Iterable[fx.Node]) -> int:
         """Return a bit set of nodes."""

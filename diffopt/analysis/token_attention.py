@@ -14,6 +14,7 @@ from diffopt.analysis.reachability import FUSED, LAYERS, packet
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.nodes import args, argument, is_call
+from diffopt.ir.op_sets import SPLITS
 from diffopt.ir.printing import target_name
 
 aten = torch.ops.aten
@@ -22,7 +23,6 @@ ATTENTION = aten.scaled_dot_product_attention.default
 LINEAR = aten.linear.default
 
 JOINED = "tokens from several places are joined in it"
-_PIECES = (operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
 class Unfit(Exception):
@@ -119,7 +119,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
 
 def _factored(node: fx.Node) -> fx.Node | None:
     """Return what a linear reads of which a value is the result, or a piece of it."""
-    while is_call(node, *_PIECES):
+    while is_call(node, operator.getitem, *SPLITS):
         node = args(node)[0]
     return args(node)[0] if is_call(node, LINEAR) else None
 

@@ -13,17 +13,14 @@ from torch import Tensor, fx
 from diffopt.errors import DiffoptError
 from diffopt.host.inputs import CallArguments, Draw, Processor, TensorArgument, places_in, value_at
 from diffopt.ir import graph as g
+from diffopt.ir.op_sets import COPIES, VIEWS
 from diffopt.ir.program import Program
 
 aten = torch.ops.aten
 log = logging.getLogger("diffopt")
 
 # Operators whose result has no other values than their arguments have.
-_MOVES = {
-    *(aten.view.default, aten.reshape.default, aten.cat.default, aten.clone.default),
-    *(aten._to_copy.default, aten.expand.default, aten.repeat.default, aten.slice.Tensor),
-    *(aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.alias.default),
-}
+_MOVES = {*VIEWS, *COPIES, aten.cat.default, aten.repeat.default}
 
 
 def read_prompts(path: Path) -> list[str]:

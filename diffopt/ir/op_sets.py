@@ -5,9 +5,38 @@ import torch
 aten = torch.ops.aten
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-"""Give the first argument another shape, with the order of its elements kept."""
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+"""Give the first argument the shape that the second says, with the order of its elements kept."""
+SQUEEZES = (*(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),)
+"""Add or remove dimensions of size 1."""
+PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
+"""Order the dimensions of the first argument in another way."""
+REARRANGEMENTS = (*RESHAPES, *SQUEEZES, *PERMUTES)
+"""Have all elements of the first argument, in another shape."""
+VIEWS = frozenset(
+    {
+        *(*REARRANGEMENTS, aten.expand.default, aten.slice.Tensor, aten.select.int),
+        *(aten.alias.default, aten.detach.default),
+    }
+)
+"""Say how the first argument's memory is read, mostly without a copy."""
+SPLITS = (
+    *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default),
+    *(aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default),
+)
 """Cut one dimension of the first argument into several results."""
+COPIES = (aten.clone.default, aten._to_copy.default)
+"""Have the first argument's elements in memory of their own."""
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+"""Have a weight [out, in, places...] as the second argument."""
+ROWWISE = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
+"""Work on the last dimensions of the first argument; the others are weights."""
+NORMS = frozenset(
+    {
+        *(aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten._fused_rms_norm),
+        *(aten.group_norm, aten.native_group_norm, aten.instance_norm),
+    }
+)
+"""Normalize by statistics of the values themselves, whichever overload: not linear in them."""
 FOLDED_BATCH = {
     **{getattr(aten, f"conv{n}d").default: n + 2 for n in (1, 2, 3)},
     **{getattr(aten, f"conv{n}d").padding: n + 2 for n in (1, 2, 3)},
@@ -27,25 +56,3 @@ FOLDED_BATCH = {
     aten.upsample_trilinear3d.vec: 5,
 }
 """With a batch as the first of the first argument's dimensions: so many, or (None) any number."""
-
-# Operators that only say how memory is read: cheaper to repeat in a body than to hand over.
-VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.expand.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.alias.default,
-        aten.detach.default,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-    }
-)

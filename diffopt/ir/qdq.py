@@ -29,6 +29,7 @@ from diffopt.ir import graph as g
 from diffopt.ir import qdq_vmap
 from diffopt.ir.matcher import Pattern, Var, any_of, condition, constant, maybe, named
 from diffopt.ir.nodes import args, is_call
+from diffopt.ir.op_sets import CONVOLUTIONS
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -46,12 +47,7 @@ FP8_MAX = torch.finfo(FP8).max
 LIMITS: dict[Number, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
 """Of weights. Activations of 8 bits have -128 as well."""
 
-_LAYERS = {
-    aten.linear.default,
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-}
+_LAYERS = (aten.linear.default, *CONVOLUTIONS)
 EPS = 2.0**-24  # the least scale of an activation: a tensor of zeros has to have one
 
 qdq_vmap.register()

@@ -6,13 +6,14 @@ row by views, which cost nothing once compiled.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir.op_sets import VIEWS
+from diffopt.ir.op_sets import SPLITS, VIEWS
 
 aten = torch.ops.aten
 
@@ -21,7 +22,7 @@ def is_view(node: fx.Node) -> bool:
     """Tell whether a node is a view of its input, or an entry of a tuple."""
     if node.op != "call_function":
         return False
-    return node.target in VIEWS or getattr(node.target, "__name__", "") == "getitem"
+    return node.target in (*VIEWS, *SPLITS, operator.getitem)
 
 
 def frontier(early: set[fx.Node], gm: fx.GraphModule) -> list[fx.Node]:

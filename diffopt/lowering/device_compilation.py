@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from diffopt.ir import graph as g
 from diffopt.ir import serialize, strides
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json, bounds_to_json
+from diffopt.ir.op_sets import RESHAPES
 from diffopt.ir.program import Program
 from diffopt.ir.strides import restore_outputs, with_strides
 from diffopt.lowering import aoti, compile_inputs, cuda_gemm, cuda_runtime, load_time_graph
@@ -40,7 +41,6 @@ _SETUP = "(setup).json"
 _COMPILER = "(made).json"
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 log = logging.getLogger("diffopt")
 
@@ -283,7 +283,7 @@ def move_to_device(gm: fx.GraphModule, device: str) -> None:
         elif node.op == "get_attr":
             node.meta["val"] = g.fake(g.attribute(gm, str(node.target)))
         elif node.op == "call_function":
-            if node.target in _VIEWS:  # strides may have changed
+            if node.target in RESHAPES:  # strides may have changed
                 node.target = aten.reshape.default
             node.meta["val"] = g.infer_value(node)
     restore_outputs(gm, before)

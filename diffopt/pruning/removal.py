@@ -16,6 +16,7 @@ from diffopt.analysis.reachability import packet
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import args, argument, stored_tensor
+from diffopt.ir.op_sets import SPLITS
 from diffopt.ir.program import Program
 from diffopt.ir.propagation import infer_or_reshape, restore_output_layouts
 from diffopt.pruning.coupling import Coupling, Unit
@@ -176,7 +177,7 @@ def _mend(body: _Body, node: fx.Node) -> None:
     elif kind in _FLAT or (kind is aten.squeeze and _shrinks_to_one(body, node)):
         node.target = aten.reshape.default
         node.args, node.kwargs = (args(node)[0], body.shape(node)), {}
-    elif kind in _SPLITS:
+    elif node.target in SPLITS:
         _mend_split(body, node)
     elif kind is aten.slice:
         _mend_slice(body, node)
@@ -208,7 +209,6 @@ def _shrinks_to_one(body: _Body, node: fx.Node) -> bool:
 
 
 _FLAT = (aten.flatten, aten.unflatten)
-_SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_chunk, aten.unsafe_split)
 _CONVOLUTIONS = {
     aten.conv1d: 6,
     aten.conv2d: 6,

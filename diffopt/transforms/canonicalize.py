@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from diffopt.analysis.axis_rules import permutation
 from diffopt.ir import graph as g
 from diffopt.ir.aliasing import storage_owner
 from diffopt.ir.nodes import (
@@ -18,6 +19,7 @@ from diffopt.ir.nodes import (
     same_layout,
     stored_tensor,
 )
+from diffopt.ir.op_sets import COPIES, PERMUTES, SPLITS, VIEWS
 
 aten = torch.ops.aten
 
@@ -32,13 +34,7 @@ _LAYOUT = {
     *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.positive.default),
     *(aten.flatten.using_ints, aten.unflatten.int),
 }
-_SPLITS = {
-    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes),
-    aten.unsafe_chunk.default,
-}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-_PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default}
-_COPIES = {aten.clone.default, aten._to_copy.default}
 
 
 def identity_source(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -64,7 +60,7 @@ def _same_layout(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 def _only_chunk(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     whole = args(node)[0]
-    if not is_call(node, operator.getitem) or not is_call(whole, *_SPLITS):
+    if not is_call(node, operator.getitem) or not is_call(whole, *SPLITS):
         return None
     return args(whole)[0] if len(whole.meta["val"]) == 1 else None
 
@@ -125,21 +121,10 @@ def _neutral(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _not_permuted(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    if node.target not in _PERMUTES:
+    if node.target not in PERMUTES:
         return None
-    order = _permutation(node)
+    order = permutation(node)
     return args(node)[0] if order == list(range(len(order))) else None
-
-
-def _permutation(node: fx.Node) -> list[int]:
-    """Return, for each dimension of a permutation, that of its argument."""
-    order = list(range(args(node)[0].meta["val"].dim()))
-    if node.target is aten.permute.default:
-        return [order[d] for d in args(node)[1]]
-    one, other = args(node)[1:3] if node.target is aten.transpose.int else (0, -1)
-    if order:
-        order[one], order[other] = order[other], order[one]
-    return order
 
 
 def _holds(gm: fx.GraphModule, value: Any, check: Callable[[Tensor], Any]) -> bool:
@@ -185,17 +170,10 @@ def collapse_views(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def _chain(node: fx.Node) -> list[fx.Node]:
     """Return the chain of views that ends in `node`, the first one first."""
     chain: list[fx.Node] = []
-    while node.op == "call_function" and node.target in _VIEWS and _is_view(node):
+    while node.op == "call_function" and node.target in VIEWS and _is_view(node):
         chain.insert(0, node)
         node = args(node)[0]
     return chain
-
-
-_VIEWS = {
-    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default),
-    *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.slice.Tensor, aten.select.int, *_PERMUTES),
-}
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -210,10 +188,10 @@ def _as_one(node: fx.Node, chain: list[fx.Node], source: fx.Node, value: Tensor)
     targets = {link.target for link in chain}
     shape = list(value.shape)
     candidates: list[tuple[Any, list[int]]] = []
-    if targets <= _PERMUTES:
+    if targets <= {*PERMUTES}:
         order = list(range(value.dim()))
         for link in chain:
-            order = [order[d] for d in _permutation(link)]
+            order = [order[d] for d in permutation(link)]
         candidates.append((aten.permute.default, order))
     elif targets == {aten.expand.default}:
         candidates.append((aten.expand.default, shape))
@@ -232,7 +210,7 @@ def _as_one(node: fx.Node, chain: list[fx.Node], source: fx.Node, value: Tensor)
 
 def keeps_output_apart(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether `node` copies an output that would share memory with others without it."""
-    if node.target not in _COPIES:
+    if node.target not in COPIES:
         return False
     if all(n.op != "placeholder" for n in g.ancestors([node])):
         return True  # a constant, which is stored

@@ -16,6 +16,7 @@ from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.matcher import Pattern, Var, any_of, named, through
 from diffopt.ir.nodes import args, is_call, replace_node, same_layout, stored_tensor
+from diffopt.ir.op_sets import REARRANGEMENTS
 from diffopt.transforms.weight_folding import (
     LAYER,
     PLUS,
@@ -32,18 +33,13 @@ from diffopt.transforms.weight_folding import (
 
 aten = torch.ops.aten
 
-_RESHAPES = (
-    *(aten.view.default, aten.transpose.int, aten.permute.default, aten.reshape.default),
-    *(aten.unsqueeze.default, aten.squeeze.dim),
-)
-
 
 def _layer_of(node: fx.Node) -> fx.Node | None:
     """Return the layer whose result, perhaps in another shape, is `node` and has no other use."""
     while len(node.users) == 1:
         if LAYER.match(node):
             return node
-        if not is_call(node, *_RESHAPES):
+        if not is_call(node, *REARRANGEMENTS):
             return None
         node = args(node)[0]
     return None

@@ -4,15 +4,16 @@ A scale s and a shift t of the channels of x are a scale of the input channels o
 linear layer or convolution, and a shift of its bias: W (s x + t) + b = (W s) x + (W t + b).
 """
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from diffopt.analysis.axis_rules import relate
 from diffopt.ir.matcher import Match, Pattern, Var, any_of, condition, constant_or_none
-from diffopt.ir.nodes import args, conv_geometry, is_call, replace_node, same_layout, stored_tensor
+from diffopt.ir.nodes import conv_geometry, is_call, replace_node, same_layout, stored_tensor
+from diffopt.ir.op_sets import REARRANGEMENTS
 from diffopt.ir.program import Program
 from diffopt.transforms.weight_folding import (
     LAYER,
@@ -33,7 +34,6 @@ from diffopt.transforms.weight_folding import (
 aten = torch.ops.aten
 
 _NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default)
 
 _computed = condition(lambda v: isinstance(v, fx.Node) and v.op != "get_attr", "is a constant")
 
@@ -101,28 +101,16 @@ def _readers(node: fx.Node) -> list[tuple[fx.Node, int]]:
         if LAYER.match(user) and user.args[0] is node:
             readers.append((user, node.meta["val"].dim() + channel_axis(user)))
             continue
-        inner = _readers(user) if is_call(user, *_VIEWS) else []
-        before = [(layer, _before_view(user, axis)) for layer, axis in inner]
-        if not before or any(axis is None for _, axis in before):
+        inner = _readers(user) if is_call(user, *REARRANGEMENTS) else []
+        relation = relate(user) if inner else None
+        if relation is None:
             return []
-        readers += [(layer, axis) for layer, axis in before if axis is not None]
+        for layer, axis in inner:
+            before = relation.sources(axis)
+            if not before:
+                return []
+            readers.append((layer, before[0][1]))
     return readers
-
-
-def _before_view(view: fx.Node, axis: int) -> int | None:
-    """Return which dimension of what a view is of became its dimension `axis`."""
-    source: Tensor = args(view)[0].meta["val"]
-    result: Tensor = view.meta["val"]
-    if view.target is aten.transpose.int:
-        one, other = (int(dim) % result.dim() for dim in args(view)[1:3])
-        return other if axis == one else one if axis == other else axis
-    if view.target is aten.permute.default:
-        return int(args(view)[1][axis]) % result.dim()
-    inner = math.prod(result.shape[axis + 1 :])
-    for dim in range(source.dim()):
-        if source.shape[dim] == result.shape[axis] and math.prod(source.shape[dim + 1 :]) == inner:
-            return dim
-    return None
 
 
 Constants = tuple[Tensor | None, Tensor | None, tuple[Any, ...]]

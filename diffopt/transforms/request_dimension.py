@@ -24,14 +24,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import args
-from diffopt.ir.op_sets import FOLDED_BATCH, RESHAPES
+from diffopt.ir.op_sets import FOLDED_BATCH, RESHAPES, ROWWISE
 from diffopt.ir.printing import target_name
 
 aten = torch.ops.aten
 
 SUFFIX = "_batch"
-LAST = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
-"""On the last dimensions of the first argument; the others are weights."""
 SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default)
 """Write the second argument into a part of the first, which the third's dimension names."""
 FILLED = (aten.copy.default, aten.fill.Tensor)
@@ -209,7 +207,7 @@ class _Rewriter:
             made = self._reshaped(node, self.env[own[0]], node.meta["val"].shape)
         elif target is aten.expand.default:
             made = self._expanded(node)
-        elif (target in LAST and own == [first]) or self._is_row_lookup(node, own):
+        elif (target in ROWWISE and own == [first]) or self._is_row_lookup(node, own):
             made = self._call(node, target, *self._mapped(node.args), **self._mapped(node.kwargs))
         elif (
             target in FOLDED_BATCH

@@ -18,12 +18,12 @@ from torch import Tensor, fx
 from diffopt.ir import graph as g
 from diffopt.ir.matcher import Pattern, Var, any_of, condition, constant_or_none, is_stored
 from diffopt.ir.nodes import args, replace_node, stored_tensor, weight_uses
+from diffopt.ir.op_sets import CONVOLUTIONS
 from diffopt.ir.program import Program
 
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
-CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 TIMES: dict[Any, Any] = {aten.mul.Tensor: operator.mul, aten.div.Tensor: operator.truediv}
 PLUS: dict[Any, Any] = {aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub}
 
@@ -177,7 +177,7 @@ def _is_stored_in_floats(value: Any) -> bool:
 
 def stored_layer(x: Var, weight: Var, bias: Var) -> Var:
     """Return, in a pattern, what a linear layer or convolution with stored weights computes."""
-    return any_of(LINEAR, *CONVS)(x, _in_floats(weight), constant_or_none(bias), ...)
+    return any_of(LINEAR, *CONVOLUTIONS)(x, _in_floats(weight), constant_or_none(bias), ...)
 
 
 LAYER = Pattern(stored_layer)
@@ -198,7 +198,7 @@ def double(tensor: Tensor | None) -> Tensor | None:
 
 def channel_axis(layer: fx.Node) -> int:
     """Return which dimension, from the end, of a layer's input and result the channels are."""
-    return -1 if layer.target is LINEAR else -2 - CONVS.index(layer.target)
+    return -1 if layer.target is LINEAR else -2 - CONVOLUTIONS.index(layer.target)
 
 
 # Numbers

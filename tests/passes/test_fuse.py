@@ -357,6 +357,14 @@ return %3""",
     assert record.notes == {"scales folded": 4}
 
 
+def test_a_scale_behind_any_rearrangement():
+    def make(b, x):
+        rows = b(aten.squeeze.dims, b(aten._unsafe_view.default, linear(b, x, Q), [2, 1, 4]), [1])
+        return b(aten.mul.Tensor, b(aten.t.default, rows), 0.3)
+
+    assert fuse(make, only="scales")[1].notes == {"scales folded": 1}
+
+
 def test_a_scale_behind_a_change_of_shape():
     def make(b, x):
         heads = b(aten.transpose.int, b(aten.view.default, linear(b, x, Q), [2, 2, 2]), 0, 1)
@@ -542,6 +550,12 @@ def rms_norm(b, x):
         (lambda b, x: padded(b, b(aten.mul.Tensor, x, randn(3, 1, 1))), IMAGE, "scales"),
         (lambda b, x: one_by_one(b, b(aten.sub.Tensor, x, randn(3, 1, 1))), IMAGE, "scales"),
         (lambda b, x: flat(b, b(aten.mul.Tensor, x, randn(3, 1, 1))), IMAGE, "scales"),
+        (
+            lambda b, x: linear(
+                b, b(aten.unsqueeze.default, b(aten.mul.Tensor, x, randn(3)), 1), Q
+            ),
+            *(X, "scales"),
+        ),
     ],
 )
 def test_what_is_folded_into_the_next_layer(make, sample, folded):

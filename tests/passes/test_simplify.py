@@ -235,6 +235,7 @@ def test_dead_code_goes():
         lambda b, x: b(aten.constant_pad_nd.default, x, [0, 0]),
         lambda b, x: b(aten.cat.default, [x]),
         lambda b, x: b(operator.getitem, b(aten.split.Tensor, x, 2), 0),
+        lambda b, x: b(operator.getitem, b(aten.unsafe_split.Tensor, x, 2), 0),
         lambda b, x: b(aten.mul.Tensor, x, 1),
         lambda b, x: b(aten.mul.Tensor, torch.ones(2, 3), x),
         lambda b, x: b(aten.div.Tensor, x, torch.tensor(1.0)),

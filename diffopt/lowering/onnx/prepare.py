@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.nodes import args, argument, conv_geometry, is_call, replace_node, stored_tensor
+from diffopt.ir.op_sets import CONVOLUTIONS
 
 aten = torch.ops.aten
 
@@ -80,7 +81,7 @@ def prepare(gm: fx.GraphModule) -> Prepared:
                 _attention(prepared.gm.graph, node)
             elif is_call(node, aten.expand.default, *_ALONG):
                 _complex(prepared.gm.graph, node)
-            elif is_call(node, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+            elif is_call(node, *CONVOLUTIONS):
                 _convolution(node)
             elif is_call(node, aten._to_copy.default, aten.mul.Tensor):
                 _fp8(prepared.gm.graph, node)
