@@ -12,9 +12,10 @@ rewritten by `torch.vmap`.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -144,6 +145,61 @@ def _rewrite(
     g.set_outputs(new, [work.env[n] for n in returned])
     new.recompile()
     return Batched(new, [n in work.batched for n in returned], work.env, work.batched)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an operator reads a value, by its position among all that it reads."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class _Form:
+    """All of a call of an operator that decides what `torch.vmap` makes of it.
+
+    Attributes:
+        target: The operator.
+        text: Its arguments as text, in which 1, 1.0 and True are three; values are places.
+        arguments: The same: (args, kwargs).
+        values: The shape and the type of each value, and whether it has the dimension.
+    """
+
+    target: Callable[..., Any]
+    text: str
+    arguments: Any = field(compare=False)
+    values: tuple[tuple[torch.Size, torch.dtype, bool], ...]
+
+    @classmethod
+    def of(cls, node: fx.Node, sources: Sequence[fx.Node], batched: Sequence[bool]) -> _Form:
+        """Return the form of a node, which does not keep the node's graph alive."""
+        places: dict[fx.Node, Any] = {source: _Place(i) for i, source in enumerate(sources)}
+        arguments = fx.map_arg((node.args, node.kwargs), places.__getitem__)
+        of_sources = zip((n.meta["val"] for n in sources), batched, strict=True)
+        values = tuple((value.shape, value.dtype, many) for value, many in of_sources)
+        assert callable(node.target)
+        return cls(node.target, repr(arguments), arguments, values)
+
+
+@functools.lru_cache(maxsize=1024)  # layers are alike, and tracing takes long
+def _trace(form: _Form, size: int) -> fx.GraphModule:
+    """Return what `torch.vmap` makes of an operator where the dimension has a size."""
+
+    def call(*tensors: Tensor) -> Any:
+        args, kwargs = fx.node.map_aggregate(
+            form.arguments, lambda a: tensors[a.index] if isinstance(a, _Place) else a
+        )
+        return form.target(*args, **kwargs)
+
+    examples = [
+        torch.zeros([size, *shape] if many else shape, dtype=dtype)
+        for shape, dtype, many in form.values
+    ]
+    dims = tuple(0 if many else None for *_, many in form.values)
+    with torch.no_grad():
+        traced = make_fx(torch.vmap(call, in_dims=dims), tracing_mode="fake")(*examples)
+    assert isinstance(traced, fx.GraphModule)
+    return traced
 
 
 class _Rewriter:
@@ -379,7 +435,12 @@ class _Rewriter:
             for source in sources:  # of a list, such as cat's, every item
                 self.spread(source)
         batched = [n in self.batched for n in sources]
-        one, other = (self._trace(node, sources, batched, size) for size in (2, 3))
+        form = _Form.of(node, sources, batched)
+        try:
+            one, other = (_trace(form, size) for size in (2, 3))
+        except Exception as error:  # vmap raises many kinds
+            reason = str(error).strip().splitlines()[0]
+            raise Unbatchable(f"{_named(node)} cannot be batched: {reason}") from error
         if len(one.graph.nodes) != len(other.graph.nodes):
             raise Unbatchable(f"{_named(node)} cannot be batched: torch.vmap makes a loop of it")
         inner: dict[fx.Node, fx.Node] = {}
@@ -397,30 +458,6 @@ class _Rewriter:
             else:
                 raise Unbatchable(f"{_named(node)} cannot be batched: it needs a constant")
         return [inner[n] for n in result] if isinstance(result, (list, tuple)) else inner[result]
-
-    @staticmethod
-    def _trace(
-        node: fx.Node, sources: Sequence[fx.Node], batched: Sequence[bool], size: int
-    ) -> fx.GraphModule:
-        def call(*values: Tensor) -> Any:
-            env = dict(zip(sources, values, strict=True))
-            given, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            return node.target(*given, **kwargs)  # type: ignore[operator]
-
-        examples = []
-        for source, many in zip(sources, batched, strict=True):
-            value = source.meta["val"]
-            shape = [size, *value.shape] if many else value.shape
-            examples.append(torch.zeros(shape, dtype=value.dtype))
-        dims = tuple(0 if many else None for many in batched)
-        try:
-            with torch.no_grad():
-                traced = make_fx(torch.vmap(call, in_dims=dims), tracing_mode="fake")(*examples)
-                assert isinstance(traced, fx.GraphModule)
-                return traced
-        except Exception as error:  # vmap raises many kinds
-            reason = str(error).strip().splitlines()[0]
-            raise Unbatchable(f"{_named(node)} cannot be batched: {reason}") from error
 
     def _sized(self, one: Any, other: Any, inner: Mapping[fx.Node, fx.Node], node: fx.Node) -> Any:
         """Return arguments traced at sizes 2 and 3 as they are at any size."""
