@@ -70,8 +70,8 @@ class Relation:
     def sources(self, axis: int) -> list[tuple[fx.Node, int]]:
         """Return the operands' axes that have just the indices of an axis of the result."""
         wanted = self.result[axis]
-        every = ((n, i, own) for n, axes in self.operands for i, own in enumerate(axes))
-        return [(n, i) for n, i, own in every if own and own == wanted]
+        every = ((n, i, axis) for n, axes in self.operands for i, axis in enumerate(axes))
+        return [(n, i) for n, i, axis in every if axis and axis == wanted]
 
     def merged(self, axis: int) -> list[int]:
         """Return the axes of the first operand that are merged into one of the result."""
@@ -86,7 +86,7 @@ class Relation:
 
 
 def is_reshape(node: fx.Node) -> bool:
-    """Tell whether an operator gives its argument another shape, with its elements in order."""
+    """Tell whether an operator changes its argument's shape alone, with the elements in order."""
     return _TABLE.get(packet(node)) is _reshaped
 
 
@@ -288,10 +288,10 @@ def _joined(node: fx.Node) -> Relation | None:
     """Relate the axes of a concatenation, or of a stack, whose new axis its operands lack."""
     sources, names = args(node)[0], _LETTERS[: len(shape(node))]
     (dim,) = _dims(node, len(names))
-    own = names[:dim] + names[dim + 1 :] if packet(node) is aten.stack else names
-    if any(len(shape(source)) != len(own) for source in sources):
+    before = names[:dim] + names[dim + 1 :] if packet(node) is aten.stack else names
+    if any(len(shape(source)) != len(before) for source in sources):
         return None
-    return _relation([(n, own) for n in sources], (node, names), moved=names[dim])
+    return _relation([(n, before) for n in sources], (node, names), moved=names[dim])
 
 
 def _formula(formula: str, order: Sequence[int] = (0, 1, 2), **kinds: str) -> Rule:

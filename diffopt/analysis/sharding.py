@@ -91,10 +91,10 @@ def shard_call(node: fx.Node, axis: int, shard: Shard) -> ShardedCall | None:
 def _shards(relation: Relation, index: Index, shard: Shard) -> dict[fx.Node, int] | None:
     """Return along which axes of operands the shard is; None if some operand has none."""
     axes: dict[fx.Node, int | None] = {}
-    for operand, own in relation.operands:
+    for operand, indices in relation.operands:
         long = (axis for axis, size in enumerate(shape(operand)) if size > 1)
-        at = next((axis for axis in long if index in own[axis]), None)
-        if at is not None and (own[at][0] != index or not shard.divides(operand, at)):
+        at = next((axis for axis in long if index in indices[axis]), None)
+        if at is not None and (indices[at][0] != index or not shard.divides(operand, at)):
             return None
         if axes.setdefault(operand, at) != at:
             return None  # it is read twice, in different ways

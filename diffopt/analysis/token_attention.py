@@ -103,7 +103,7 @@ def _source(attention: fx.Node) -> fx.Node:
         raise Unfit("it is cross attention" if any(sources) else "no linear projects its tokens")
     while len(every := set().union(*sources)) > 1 and any(map(_factored, every)):
         # Adapters and factored weights are two linears one after the other.
-        sources = [{_factored(n) or n for n in own} for own in sources]
+        sources = [{_factored(n) or n for n in side} for side in sources]
     if len(every) == 1:
         return every.pop()
     if sources[0].isdisjoint(sources[1]):
@@ -141,7 +141,7 @@ def _projection(attention: fx.Node, axes: dict[fx.Node, int]) -> fx.Node:
 
 
 def token_axis(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
-    """Return the axis of tokens of a node's result, given those of the tokens that it reads.
+    """Return the axis of tokens of a node's result, from those of the values that it reads.
 
     Raises:
         Unfit: An entry of the result needs more than the entry of the same token.
@@ -153,7 +153,7 @@ def token_axis(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
     relation = relate(node)
     if relation is None:
         raise between
-    read = {own[axes[n]] for n, own in relation.operands if n in axes}
+    read = {indices[axes[n]] for n, indices in relation.operands if n in axes}
     if len(read) != 1 or len(indices := read.pop()) == 0 or indices not in relation.result:
         raise between
     axis = relation.result.index(indices)
@@ -161,8 +161,8 @@ def token_axis(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
         raise Unfit(_MOVED[target]) if (target := node.target) in _MOVED else between
     if any(index.kind != "kept" for index in indices):
         raise between
-    others = [(n, own) for n, own in relation.operands if n not in axes]
-    if any(own[i] == indices and size > 1 for n, own in others for i, size in enumerate(shape(n))):
+    sources = relation.sources(axis)
+    if any(n not in axes and shape(n)[i] > 1 for n, i in sources):
         position = f"{target_name(node)} gives each token something of its own (a position)"
         raise Unfit(position) if torch.Tag.pointwise in node.target.tags else between  # type: ignore[union-attr]
     return axis
@@ -175,7 +175,7 @@ _MOVED = {
 
 
 def token_grid(node: fx.Node, axis: int) -> tuple[int, ...]:
-    """Return the sizes of the axes that one was merged of, far back; its own if it never was."""
+    """Return the sizes of the axes that one was merged of, far back; its size if it never was."""
     size = shape(node)[axis]
     stack, seen = [(node, axis)], set[tuple[fx.Node, int]]()
     while stack:
@@ -185,6 +185,6 @@ def token_grid(node: fx.Node, axis: int) -> tuple[int, ...]:
             continue
         seen.add(at)
         if len(merged := relation.merged(axis)) > 1:
-            return tuple(shape(relation.operands[0][0])[own] for own in merged)
-        stack += [(n, own) for n, own in relation.sources(axis) if shape(n)[own] == size]
+            return tuple(shape(relation.operands[0][0])[i] for i in merged)
+        stack += [(n, i) for n, i in relation.sources(axis) if shape(n)[i] == size]
     return (size,)

@@ -100,10 +100,10 @@ def couple(program: Program, *, in_heads: bool = False) -> Coupling:
     classes = flow.labels.classes()
     values: dict[bytes, Tensor] = {}
     for factor in _factors(flow):
-        left = _labels(factor, classes)
-        if len(left) == 1:
+        labels = _labels(factor, classes)
+        if len(labels) == 1:
             flow.labels.constrain(factor, "nothing would be left of it")
-        values[left.numpy().tobytes()] = left
+        values[labels.numpy().tobytes()] = labels
     reasons = _reasons(flow, classes)
     groups = _with_subsets([*_groups(flow, classes, reasons)], [*values.values()], len(classes))
     return Coupling(flow, classes, tuple(groups), tuple(_fixed(flow, classes, reasons)))

@@ -289,7 +289,7 @@ def combine(body: BodyLabels, node: fx.Node) -> Factors:
 def by_axes(body: BodyLabels, node: fx.Node) -> Any:
     """Do what the table of axes says of an operator on one value.
 
-    Labels along kept axes stay where they are, or are reshaped; moved ones are moved by the
+    Labels along kept axes are kept in place, or are reshaped; moved ones are moved by the
     operator itself. Labels along summed axes are united, and those along mixed ones constrained.
     """
     relation = relate(node)

@@ -1,7 +1,7 @@
-"""Takes units out of a program: smaller dense weights, and graphs with the shapes that follow.
+"""Removes units from a program: smaller dense weights, and graphs with the shapes that follow.
 
-What is left of a value is known from its labels (`coupling`), so every shape that a graph names can
-be mended by itself; propagation then has to give the same shape.
+What is kept of a value is known from its labels (`coupling`), so every size that a graph names can
+be updated by itself; shape propagation then has to arrive at the same shapes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from diffopt.analysis.reachability import packet
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, argument, stored_tensor
+from diffopt.ir.nodes import args, argument, schema_argument, stored_tensor
 from diffopt.ir.op_sets import SPLITS
 from diffopt.ir.program import Program
 from diffopt.ir.propagation import infer_or_reshape, restore_output_layouts
@@ -24,88 +24,88 @@ from diffopt.pruning.index_labels import along, constant, narrow, varying_by_cla
 
 aten = torch.ops.aten
 
-Left = dict[int, Tensor]
-"""Of a value: what is left of the axes of which something goes, as indices."""
+Kept = dict[int, Tensor]
+"""The indices of a value that are kept, by axis, of the axes of which some are removed."""
 
 
 def remove(program: Program, coupling: Coupling, units: Iterable[Unit]) -> None:
     """Remove units from a program, in place."""
-    dropped = torch.tensor([unit.label for unit in units], dtype=torch.long)
-    if not len(dropped):
+    labels = torch.tensor([unit.label for unit in units], dtype=torch.long)
+    if not len(labels):
         return
-    gone = torch.isin(coupling.classes, dropped)
-    smaller = _weights(coupling, gone)
+    removed = torch.isin(coupling.classes, labels)
+    smaller = _weights(coupling, removed)
     for name, gm in program.graphs.items():
         before = [node.meta["val"] for node in g.outputs(gm)]
-        _Body(coupling, gone, name, gm, smaller).mend()
+        _Shrinker(coupling, removed, name, gm, smaller).run()
         restore_output_layouts(program, name, before)
 
 
-def _weights(coupling: Coupling, gone: Tensor) -> dict[int, Tensor]:
+def _weights(coupling: Coupling, removed: Tensor) -> dict[int, Tensor]:
     """Return the smaller tensors, by the identity of those that they replace."""
     smaller = {}
     for key, factors in coupling.flow.stored.items():
         old = tensor = coupling.flow.tensors[key]
         for axis, factor in factors.items():
-            keep = ~gone[along(factor, axis)]
-            if not bool(keep.all()):
-                tensor = tensor.detach().index_select(axis, keep.nonzero()[:, 0])
+            kept = ~removed[along(factor, axis)]
+            if not bool(kept.all()):
+                tensor = tensor.detach().index_select(axis, kept.nonzero()[:, 0])
         if tensor is not old:
             parameter = isinstance(old, torch.nn.Parameter)
             smaller[key] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     return smaller
 
 
-class _Body:
-    """Mends one graph."""
+class _Shrinker:
+    """Follows the shapes of smaller weights through one graph."""
 
     def __init__(
         self,
         coupling: Coupling,
-        gone: Tensor,
+        removed: Tensor,
         name: str,
         gm: fx.GraphModule,
         smaller: dict[int, Tensor],
     ) -> None:
-        self.flow, self.classes, self.gone = coupling.flow, coupling.classes, gone
+        self.flow, self.classes, self.removed = coupling.flow, coupling.classes, removed
         self.gm, self.smaller = gm, smaller
         self.values = coupling.flow.values[name]
         self.old = {node: node.meta["val"] for node in gm.graph.nodes if "val" in node.meta}
-        self.picked: dict[Any, fx.Node] = {}
+        self.selected: dict[Any, fx.Node] = {}
 
-    def mend(self) -> None:
-        """Put the smaller weights in, and follow their shapes through the graph."""
+    def run(self) -> None:
+        """Put the smaller weights in, and update all sizes that follow from them."""
         for node in list(self.gm.graph.nodes):
             if node.op == "get_attr":
                 self._weight(node)
             if node.op != "call_function":
                 continue
-            picked = self._pick(node)
-            if picked or any(n.meta["val"] is not self.old[n] for n in node.all_input_nodes):
-                _mend(self, node)
+            selected = self._select(node)
+            if selected or any(n.meta["val"] is not self.old[n] for n in node.all_input_nodes):
+                _update_sizes(self, node)
                 node.meta["val"] = infer_or_reshape(node)
                 self._check(node)
         g.set_outputs(self.gm, g.outputs(self.gm))
 
-    def left(self, node: fx.Node, factors: Any = None) -> Left:
-        """Return what is left of a value's axes."""
-        left: Left = {}
+    def kept(self, node: fx.Node, factors: Any = None) -> Kept:
+        """Return the indices of a value that are kept."""
+        kept: Kept = {}
         for factor in self.values[node] if factors is None else factors:
-            if not bool(self.gone[narrow(factor, constant(factor))].any()):
+            if not bool(self.removed[narrow(factor, constant(factor))].any()):
                 continue
             (axis,) = varying_by_class(factor, self.classes)
-            keep = ~self.gone[along(factor, axis)]
-            if axis in left:
-                both = torch.zeros_like(keep)
-                both[left[axis]] = True
-                keep &= both
-            left[axis] = keep.nonzero()[:, 0]
-        return left
+            mask = ~self.removed[along(factor, axis)]
+            if axis in kept:
+                both = torch.zeros_like(mask)
+                both[kept[axis]] = True
+                mask &= both
+            kept[axis] = mask.nonzero()[:, 0]
+        return kept
 
     def shape(self, node: fx.Node, factors: Any = None, value: Any = None) -> list[int]:
-        """Return the shape that is left of a value."""
+        """Return the shape of what is kept of a value."""
         shape = list((self.old[node] if value is None else value).shape)
-        for axis, indices in self.left(node, factors).items():
+        for axis, indices in self.kept(node, factors).items():
             shape[axis] = len(indices)
         return shape
 
@@ -121,45 +121,49 @@ class _Body:
             self.gm._buffers[name] = new
         node.meta["val"] = g.fake(new)
 
-    def _pick(self, node: fx.Node) -> bool:
-        """Let a node read what is left of operands that have all indices; tell whether it does."""
+    def _select(self, node: fx.Node) -> bool:
+        """Select the kept indices of operands that have all; tell whether there are any such."""
         done: dict[fx.Node, fx.Node] = {}
-        for gather in self.flow.index_selects.get(node, ()):
-            keep = ~self.gone[gather.labels]
-            if bool(keep.all()):
+        for select in self.flow.index_selects.get(node, ()):
+            mask = ~self.removed[select.labels]
+            if bool(mask.all()):
                 continue
-            source = done.get(gather.operand, gather.operand)
-            key = source, gather.axis, tuple(keep.tolist())
-            if key not in self.picked:
-                self.picked[key] = self._picked(node, source, gather.axis, keep.nonzero()[:, 0])
-                self.old[self.picked[key]] = self.old[gather.operand]
-            node.replace_input_with(source, self.picked[key])
-            done[gather.operand] = self.picked[key]
+            source = done.get(select.operand, select.operand)
+            key = source, select.axis, tuple(mask.tolist())
+            if key not in self.selected:
+                self.selected[key] = self._insert_select(
+                    node, source, select.axis, mask.nonzero()[:, 0]
+                )
+                self.old[self.selected[key]] = self.old[select.operand]
+            node.replace_input_with(source, self.selected[key])
+            done[select.operand] = self.selected[key]
         return bool(done)
 
-    def _picked(self, node: fx.Node, operand: fx.Node, axis: int, indices: Tensor) -> fx.Node:
+    def _insert_select(
+        self, node: fx.Node, operand: fx.Node, axis: int, indices: Tensor
+    ) -> fx.Node:
         tensor = stored_tensor(self.gm, operand)
         graph = self.gm.graph
         with graph.inserting_before(node):
             if tensor is not None:
                 part = tensor.index_select(axis, indices)
                 return g.get_attr(self.gm, f"{operand.target}_kept", part)
-            if operand.meta["val"].stride(axis) == 0:  # the same at all indices: stays a view
+            if operand.meta["val"].stride(axis) == 0:  # the same at all indices: a view
                 return g.call(graph, aten.slice.Tensor, operand, axis, 0, len(indices), like=node)
             kept = g.get_attr(self.gm, f"{operand.name}_kept", indices)
             return g.call(graph, aten.index_select.default, operand, axis, kept, like=node)
 
     def _check(self, node: fx.Node) -> None:
-        """Check that propagation gives the shapes that the labels give."""
+        """Check that propagation arrives at the shapes that the labels say."""
         values, factors = node.meta["val"], self.values[node]
         if not isinstance(values, (list, tuple)):
             values, factors, old = [values], [factors], [self.old[node]]
         else:
             old = self.old[node]
             factors = factors or [[] for _ in values]
-        for value, own, before in zip(values, factors, old, strict=True):
+        for value, labels, before in zip(values, factors, old, strict=True):
             if isinstance(value, Tensor):
-                expected = self.shape(node, own, before)
+                expected = self.shape(node, labels, before)
                 if 0 in expected and 0 not in before.shape:
                     raise DiffoptError(
                         f"nothing would be left of {node.name}, which reads some of the channels"
@@ -169,31 +173,33 @@ class _Body:
                     raise AssertionError(f"{node.format_node()}: {value.shape}, not {expected}")
 
 
-def _mend(body: _Body, node: fx.Node) -> None:
-    """Write the sizes that a node names as they are now."""
+def _update_sizes(body: _Shrinker, node: fx.Node) -> None:
+    """Update the sizes that a node names."""
     kind = packet(node)
     if kind in (aten.view, aten._unsafe_view, aten.reshape, aten.expand):
         node.update_arg(1, body.shape(node))
-    elif kind in _FLAT or (kind is aten.squeeze and _shrinks_to_one(body, node)):
+    elif kind in (aten.flatten, aten.unflatten) or (
+        kind is aten.squeeze and _shrinks_to_one(body, node)
+    ):
         node.target = aten.reshape.default
         node.args, node.kwargs = (args(node)[0], body.shape(node)), {}
     elif node.target in SPLITS:
-        _mend_split(body, node)
+        _update_split(body, node)
     elif kind is aten.slice:
-        _mend_slice(body, node)
+        _update_slice(body, node)
     elif kind is aten.select:
         source, axis, index = args(node)
         axis %= body.old[source].dim()
-        if axis in (left := body.left(source)):
+        if axis in (kept := body.kept(source)):
             index %= body.old[source].shape[axis]
-            node.args = source, axis, int((left[axis] < index).sum())
+            node.args = source, axis, int((kept[axis] < index).sum())
     elif kind in (aten.layer_norm, aten.rms_norm):
         count = len(args(node)[1])
         node.update_arg(1, list(args(node)[0].meta["val"].shape[-count:]))
     elif kind is aten.group_norm:
-        _mend_groups(body, node, 1)
-    elif kind in _CONVOLUTIONS:
-        _mend_convolution(body, node)
+        _update_groups(body, node, "num_groups")
+    elif kind in (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution):
+        _update_groups(body, node, "groups")
     elif kind is aten.repeat_interleave:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "output_size"}
     elif kind is aten.scaled_dot_product_attention:
@@ -203,24 +209,15 @@ def _mend(body: _Body, node: fx.Node) -> None:
             node.kwargs = {**node.kwargs, "scale": before**-0.5}
 
 
-def _shrinks_to_one(body: _Body, node: fx.Node) -> bool:
-    """Tell whether a squeeze would take an axis away that was longer."""
-    return any(len(indices) == 1 for indices in body.left(args(node)[0]).values())
+def _shrinks_to_one(body: _Shrinker, node: fx.Node) -> bool:
+    """Tell whether a squeeze would remove an axis that was longer."""
+    return any(len(indices) == 1 for indices in body.kept(args(node)[0]).values())
 
 
-_FLAT = (aten.flatten, aten.unflatten)
-_CONVOLUTIONS = {
-    aten.conv1d: 6,
-    aten.conv2d: 6,
-    aten.conv3d: 6,
-    aten.convolution: 8,
-}
-
-
-def _mend_split(body: _Body, node: fx.Node) -> None:
+def _update_split(body: _Shrinker, node: fx.Node) -> None:
     source = args(node)[0]
     axis = argument(node, 2, "dim", 0) % body.old[source].dim()
-    if axis not in body.left(source):
+    if axis not in body.kept(source):
         return
     parts = zip(body.values[node], body.old[node], strict=True)
     sizes = [body.shape(node, factors, value)[axis] for factors, value in parts]
@@ -228,37 +225,28 @@ def _mend_split(body: _Body, node: fx.Node) -> None:
     node.args, node.kwargs = (source, sizes, axis), {}
 
 
-def _mend_slice(body: _Body, node: fx.Node) -> None:
+def _update_slice(body: _Shrinker, node: fx.Node) -> None:
     source = args(node)[0]
-    size = body.old[source].dim()
-    axis = argument(node, 1, "dim", 0) % size
-    left = body.left(source).get(axis)
-    if left is None:
+    axis = argument(node, 1, "dim", 0) % body.old[source].dim()
+    kept = body.kept(source).get(axis)
+    if kept is None:
         return
-    length = body.old[source].shape[axis]
-    start, end, step = slice(
-        argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
-    ).indices(length)
+    bounds = slice(*(schema_argument(node, name) for name in ("start", "end", "step")))
+    start, end, step = bounds.indices(body.old[source].shape[axis])
     assert step == 1, node
-    node.args = source, axis, int((left < start).sum()), int((left < end).sum())
+    node.args = source, axis, int((kept < start).sum()), int((kept < end).sum())
     node.kwargs = {}
 
 
-def _mend_groups(body: _Body, node: fx.Node, position: int) -> None:
+def _update_groups(body: _Shrinker, node: fx.Node, name: str) -> None:
     """Keep the number of channels of a group."""
-    source, groups = args(node)[0], args(node)[position]
+    source, groups = args(node)[0], schema_argument(node, name)
     before, now = body.old[source].shape[1], source.meta["val"].shape[1]
-    if groups > 1 and before != now:
-        node.update_arg(position, groups * now // before)
-
-
-def _mend_convolution(body: _Body, node: fx.Node) -> None:
-    position = _CONVOLUTIONS[packet(node)]
-    if argument(node, position, "groups", 1) == 1:
+    if groups == 1 or before == now:
         return
-    if len(node.args) > position:
-        _mend_groups(body, node, position)
-        return
-    source = args(node)[0]
-    before, now = body.old[source].shape[1], source.meta["val"].shape[1]
-    node.update_kwarg("groups", node.kwargs["groups"] * now // before)
+    count = groups * now // before
+    if name in node.kwargs:
+        node.update_kwarg(name, count)
+    else:
+        parameters = [p.name for p in node.target._schema.arguments]  # type: ignore[union-attr]
+        node.update_arg(parameters.index(name), count)

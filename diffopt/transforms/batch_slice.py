@@ -60,7 +60,7 @@ class ShardedBody:
 
 
 def shard_body(whole: fx.GraphModule, results: Results, shard: Shard) -> ShardedBody:
-    """Return the body that computes a shard of some results; others are left out."""
+    """Return the body that computes a shard of some results; the body lacks others."""
     body = g.clone(whole)
     returned, parameters = g.outputs(body), g.placeholders(body)
     work = _BodySharder(body, shard)
@@ -191,21 +191,21 @@ class Cutter:
     def cut(self, node: fx.Node, axis: int) -> fx.Node:
         """Return the shard of a value: through casts, scalings and views up to a concatenation."""
         trail: list[tuple[fx.Node, int, ShardedCall]] = []
-        at, own = node, axis
-        while (at, own) not in self.known:
-            call = shard_call(at, own, self.shard)
+        at, dim = node, axis
+        while (at, dim) not in self.known:
+            call = shard_call(at, dim, self.shard)
             if call is None or len(call.axes) > 1:
                 break
             if not call.axes:
-                self._note_operand(at, own, call)
+                self._note_operand(at, dim, call)
                 break
-            trail.append((at, own, call))
-            ((at, own),) = call.axes.items()
-        if (at, own) not in self.known:
+            trail.append((at, dim, call))
+            ((at, dim),) = call.axes.items()
+        if (at, dim) not in self.known:
             trail = []  # nothing to compute again: the value itself is cut
             self.known[node, axis] = _slice(self.root, node, axis, self.shard)
-        for at, own, call in reversed(trail):
-            self.known[at, own] = self._insert(at, call)
+        for at, dim, call in reversed(trail):
+            self.known[at, dim] = self._insert(at, call)
         return self.known[node, axis]
 
     def _insert(self, node: fx.Node, call: ShardedCall) -> fx.Node:

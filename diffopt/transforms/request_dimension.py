@@ -1,13 +1,14 @@
-"""Give a program's values a leading dimension for requests, whose size no graph fixes.
+"""Add a leading dimension for requests to a program's values, whose size no graph fixes.
 
 A value that depends on a request gets one more dimension in front. Reshapes say -1 for it, and
 where an operator must know its size, that is read from a value (`aten.sym_size`), so one program
-serves every size. Values that depend on no request, such as the rows of a timestep table, stay as
-they are.
+serves every size. Values that depend on no request, such as the rows of a timestep table, have no
+such dimension.
 
-Operators with a batch dimension of their own (convolution, attention, group norm) see both
-dimensions as one; operators on the last dimensions and pointwise ones need nothing; the others are
-rewritten by `torch.vmap`.
+Operators that have a batch dimension (convolution, attention, group norm) see both dimensions as
+one; operators on the last dimensions and pointwise ones need nothing; the others are rewritten by
+`torch.vmap`. What an operator does to an axis is not asked of `axis_rules`: vmap knows it, and
+rewrites the call as well.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Unbatchable(DiffoptError):
 
 
 def batch_root(root: fx.GraphModule, size: int) -> None:
-    """Give every input, and all that depends on one, a leading dimension; in place.
+    """Add a leading dimension to every input, and to all that depends on one; in place.
 
     Args:
         root: The outer graph; components that it calls with such values are rewritten as well.
@@ -55,8 +56,8 @@ def batch_root(root: fx.GraphModule, size: int) -> None:
     root.graph = new.graph
     root._buffers.update(new._buffers)
     root._parameters.update(new._parameters)
-    root._modules.update(callees.made)
-    for name in callees.made:
+    root._modules.update(callees.rewritten)
+    for name in callees.rewritten:
         # The plain name, unless a call with none of the inputs still needs it.
         calls = [n for n in root.graph.nodes if n.op == "call_module"]
         plain = name.removesuffix(SUFFIX)
@@ -94,7 +95,7 @@ class _Components:
     def __init__(self, root: fx.GraphModule, size: int) -> None:
         self.root = root
         self.size = size
-        self.made: dict[str, fx.GraphModule] = {}
+        self.rewritten: dict[str, fx.GraphModule] = {}
         self._known: dict[tuple[str, tuple[bool, ...]], tuple[str, list[bool]]] = {}
 
     def get(self, name: str, batched: tuple[bool, ...]) -> tuple[str, list[bool]]:
@@ -105,11 +106,11 @@ class _Components:
                 new = batch_body(body, batched, self.size)
             except Unbatchable as error:
                 raise Unbatchable(f"{name}: {error.message}") from error
-            own = name + SUFFIX
-            while own in self.made or own in self.root._modules:
-                own += SUFFIX
-            self.made[own] = new.graph
-            self._known[name, batched] = own, new.results
+            new_name = name + SUFFIX
+            while new_name in self.rewritten or new_name in self.root._modules:
+                new_name += SUFFIX
+            self.rewritten[new_name] = new.graph
+            self._known[name, batched] = new_name, new.results
         return self._known[name, batched]
 
 
@@ -122,12 +123,12 @@ def _rewrite(
     """
     new = g.new_body(type(gm).__name__)
     work = _Rewriter(new, size)
-    given = dict(zip(g.placeholders(gm), batched, strict=True))
+    flags = dict(zip(g.placeholders(gm), batched, strict=True))
     for node in gm.graph.nodes:
         if node.op == "output":
             break
-        if given.get(node, False):
-            work.take(node)
+        if flags.get(node, False):
+            work.parameter(node)
         elif node.op == "call_module":
             assert callees is not None
             work.component(node, callees)
@@ -221,7 +222,7 @@ class _Rewriter:
         self.parts: dict[fx.Node, list[fx.Node]] = {}
         self._count: fx.Node | None = None
 
-    def take(self, node: fx.Node) -> None:
+    def parameter(self, node: fx.Node) -> None:
         """Copy an argument, with the dimension."""
         copy = self.new.graph.node_copy(node)
         value = node.meta["val"]
@@ -238,11 +239,11 @@ class _Rewriter:
         name, self.results[node] = callees.get(str(node.target), flags)
         copy = self.new.graph.node_copy(node, self.env.__getitem__)
         copy.target = name
-        copy.meta["val"] = tuple(n.meta["val"] for n in g.outputs(callees.made[name]))
+        copy.meta["val"] = tuple(n.meta["val"] for n in g.outputs(callees.rewritten[name]))
         self.env[node] = copy
 
     def item(self, node: fx.Node) -> None:
-        """Copy the taking of one result of a component."""
+        """Copy the selection of one result of a component."""
         source, index = node.args
         assert isinstance(source, fx.Node)
         assert isinstance(index, int)
@@ -254,41 +255,41 @@ class _Rewriter:
 
     def operator(self, node: fx.Node) -> None:
         """Rewrite an operator of which an argument has the dimension."""
-        target, own = node.target, [n for n in node.all_input_nodes if n in self.batched]
-        made: fx.Node | list[fx.Node]
+        target, batched = node.target, [n for n in node.all_input_nodes if n in self.batched]
+        result: fx.Node | list[fx.Node]
         first = node.args[0] if node.args else None
         if target is operator.getitem:
-            made = self._part(node)
+            result = self._part(node)
         elif target in RESHAPES and node.meta["val"].numel():
-            made = self._reshaped(node, self.env[own[0]], node.meta["val"].shape)
+            result = self._reshaped(node, self.env[batched[0]], node.meta["val"].shape)
         elif target is aten.expand.default:
-            made = self._expanded(node)
-        elif (target in ROWWISE and own == [first]) or self._is_row_lookup(node, own):
-            made = self._call(node, target, *self._mapped(node.args), **self._mapped(node.kwargs))
+            result = self._expanded(node)
+        elif (target in ROWWISE and batched == [first]) or self._is_row_lookup(node, batched):
+            result = self._call(node, target, *self._mapped(node.args), **self._mapped(node.kwargs))
         elif (
             target in FOLDED_BATCH
-            and own == [first]
-            and FOLDED_BATCH[target] in (None, _rank(own[0]))
+            and batched == [first]
+            and FOLDED_BATCH[target] in (None, _rank(batched[0]))
         ):
-            made = self._folded(node)
-        elif target in (ATTENTION, FLASH) and _rank(own[0]) == 4:
-            made = self._attention(node)
+            result = self._folded(node)
+        elif target in (ATTENTION, FLASH) and _rank(batched[0]) == 4:
+            result = self._attention(node)
         elif target in FILLED:
-            made = self._filled(node)
+            result = self._filled(node)
         elif target in SCATTERS:
-            made = self._scattered(node)
+            result = self._scattered(node)
         elif _fills_where(node):
-            made = self._masked(node)
+            result = self._masked(node)
         elif target is aten.as_strided_scatter.default:
-            made = self._strided(node)
+            result = self._strided(node)
         elif torch.Tag.pointwise in target.tags:  # type: ignore[union-attr]
-            made = self._pointwise(node)
+            result = self._pointwise(node)
         else:
-            made = self._vmapped(node)
-        if isinstance(made, fx.Node):
-            self._set(node, made)
+            result = self._vmapped(node)
+        if isinstance(result, fx.Node):
+            self._set(node, result)
         else:
-            self.parts[node] = made
+            self.parts[node] = result
             self.batched.add(node)
 
     def spread(self, node: fx.Node) -> None:
@@ -300,11 +301,11 @@ class _Rewriter:
         sizes = [self._number(1, 0), *value.shape]
         self._set(node, self._call(node, aten.expand.default, row, sizes))
 
-    def _set(self, node: fx.Node, made: fx.Node) -> None:
-        self.env[node] = made
+    def _set(self, node: fx.Node, result: fx.Node) -> None:
+        self.env[node] = result
         self.batched.add(node)
-        if self._count is None and isinstance(made.meta["val"], Tensor):
-            self._count = made
+        if self._count is None and isinstance(result.meta["val"], Tensor):
+            self._count = result
 
     def _call(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return g.call(self.new.graph, target, *args, like=node, **kwargs)
@@ -323,8 +324,8 @@ class _Rewriter:
     def _reshaped(self, node: fx.Node, value: fx.Node, shape: Sequence[int]) -> fx.Node:
         return self._call(node, aten.reshape.default, value, [-1, *shape])
 
-    def _is_row_lookup(self, node: fx.Node, own: list[fx.Node]) -> bool:
-        return node.target is aten.embedding.default and own == [node.args[1]]
+    def _is_row_lookup(self, node: fx.Node, batched: list[fx.Node]) -> bool:
+        return node.target is aten.embedding.default and batched == [node.args[1]]
 
     def _expanded(self, node: fx.Node) -> fx.Node:
         source = node.args[0]
@@ -339,11 +340,11 @@ class _Rewriter:
         return self._call(node, aten.flatten.using_ints, value, 0, 1)
 
     def _folded(self, node: fx.Node) -> fx.Node:
-        """Call an operator with the new dimension and its own batch's as one."""
+        """Call an operator with the new dimension and that of its batch as one."""
         value, *rest = self._mapped(node.args)
         flat = self._flattened(node, value)
-        made = self._call(node, node.target, flat, *rest, **self._mapped(node.kwargs))
-        return self._reshaped(node, made, node.meta["val"].shape)
+        result = self._call(node, node.target, flat, *rest, **self._mapped(node.kwargs))
+        return self._reshaped(node, result, node.meta["val"].shape)
 
     def _part(self, node: fx.Node) -> fx.Node:
         source, index = node.args
@@ -363,38 +364,38 @@ class _Rewriter:
         for value in heads:
             self.spread(value)
         if isinstance(mask, fx.Node):
-            own = list(mask.meta["val"].shape)
+            sizes = list(mask.meta["val"].shape)
             rest["attn_mask"] = self.env[mask]
-            if mask in self.batched or (len(own) == 4 and own[0] > 1):
+            if mask in self.batched or (len(sizes) == 4 and sizes[0] > 1):
                 self.spread(mask)
-                own = [1] * (4 - len(own)) + own
-                wide = self._reshaped(node, self.env[mask], own)
-                wide = self._call(node, aten.expand.default, wide, [-1, shape[0], *own[1:]])
+                sizes = [1] * (4 - len(sizes)) + sizes
+                wide = self._reshaped(node, self.env[mask], sizes)
+                wide = self._call(node, aten.expand.default, wide, [-1, shape[0], *sizes[1:]])
                 rest["attn_mask"] = self._flattened(node, wide)
         flat = [self._flattened(node, self.env[n]) for n in heads]
-        made = self._call(node, ATTENTION, *flat, **rest)
-        made = self._reshaped(node, made, [*shape[:-1], made.meta["val"].shape[-1]])
-        return [made] if node.target is FLASH else made
+        result = self._call(node, ATTENTION, *flat, **rest)
+        result = self._reshaped(node, result, [*shape[:-1], result.meta["val"].shape[-1]])
+        return [result] if node.target is FLASH else result
 
     def _pointwise(self, node: fx.Node) -> fx.Node:
-        given, kwargs = self._lined_up((node.args, node.kwargs), node)
-        return self._call(node, node.target, *given, **kwargs)
+        arguments, kwargs = self._aligned((node.args, node.kwargs), node)
+        return self._call(node, node.target, *arguments, **kwargs)
 
-    def _lined_up(self, arguments: Any, node: fx.Node) -> Any:
+    def _aligned(self, arguments: Any, node: fx.Node) -> Any:
         """Return arguments that fit each other by their last dimensions, and with requests."""
         rank = _rank(node)
 
-        def lined_up(source: fx.Node) -> fx.Node:
+        def aligned(source: fx.Node) -> fx.Node:
             value = self.env[source]
             if source not in self.batched or _rank(source) == rank:
                 return value
             shape = source.meta["val"].shape
             return self._reshaped(node, value, [1] * (rank - len(shape)) + list(shape))
 
-        return fx.map_arg(arguments, lined_up)
+        return fx.map_arg(arguments, aligned)
 
     def _filled(self, node: fx.Node) -> fx.Node:
-        """Give the shape of the first argument, whose values don't count, to the second."""
+        """Expand the second argument to the shape of the first, whose values don't count."""
         source = node.args[1]
         assert isinstance(source, fx.Node)
         self.spread(source)
@@ -407,12 +408,12 @@ class _Rewriter:
         for source in node.all_input_nodes:
             self.spread(source)
         where, part, dim, *rest = (*args(node), 0)[: max(3, len(node.args))]
-        given = self._mapped((where, part))
-        return self._call(node, node.target, *given, dim % _rank(node) + 1, *rest)
+        arguments = self._mapped((where, part))
+        return self._call(node, node.target, *arguments, dim % _rank(node) + 1, *rest)
 
     def _masked(self, node: fx.Node) -> fx.Node:
         """Choose by the mask, element by element, between the new value and the old."""
-        value, (mask,), new = self._lined_up(node.args[:3], node)
+        value, (mask,), new = self._aligned(node.args[:3], node)
         return self._call(node, aten.where.self, mask, new, value)
 
     def _strided(self, node: fx.Node) -> fx.Node:
@@ -425,8 +426,8 @@ class _Rewriter:
         places = torch.arange(whole.meta["val"].numel()).as_strided(size, stride, *rest)
         index = g.get_attr(self.new, "places", places.flatten())
         rows = [self._reshaped(node, self.env[v], [v.meta["val"].numel()]) for v in (whole, part)]
-        made = self._call(node, aten.index_copy.default, rows[0], 1, index, rows[1])
-        return self._reshaped(node, made, node.meta["val"].shape)
+        result = self._call(node, aten.index_copy.default, rows[0], 1, index, rows[1])
+        return self._reshaped(node, result, node.meta["val"].shape)
 
     def _vmapped(self, node: fx.Node) -> fx.Node | list[fx.Node]:
         """Rewrite any other operator as `torch.vmap` does it, at two sizes to see what changes."""
@@ -451,10 +452,10 @@ class _Rewriter:
             elif a.op == "output":
                 result = a.args[0]
             elif a.op == "call_function":
-                given, kwargs = self._sized((a.args, a.kwargs), (b.args, b.kwargs), inner, node)
+                arguments, kwargs = self._sized((a.args, a.kwargs), (b.args, b.kwargs), inner, node)
                 # Traced on contiguous values, which these need not be.
                 target = aten.reshape.default if a.target in RESHAPES else a.target
-                inner[a] = self._call(node, target, *given, **kwargs)
+                inner[a] = self._call(node, target, *arguments, **kwargs)
             else:
                 raise Unbatchable(f"{_named(node)} cannot be batched: it needs a constant")
         return [inner[n] for n in result] if isinstance(result, (list, tuple)) else inner[result]

@@ -51,16 +51,16 @@ def unify(captures: Sequence[Program]) -> tuple[fx.GraphModule, Guards | None]:
 
 def _guards(guards: Sequence[Guards | None]) -> Guards | None:
     """Return guards whose values have what the number of tokens adds to them taken off."""
-    known = [own for own in guards if own is not None]
+    known = [each for each in guards if each is not None]
     if not known:
         return None
-    counts = [len(own.expected) if own else 0 for own in guards]
+    counts = [len(each.expected) if each else 0 for each in guards]
     if len(set(counts)) > 1:
         raise DiffoptError("what Python reads of the texts depends on their lengths")
 
     def shifted(merge: _Merge, outputs: list[fx.Node]) -> list[fx.Node]:
         shifts = [
-            _shift([own.expected[index] for own in known], known[0].where[index])
+            _shift([each.expected[index] for each in known], known[0].where[index])
             for index in range(counts[0])
         ]
         return [
@@ -68,7 +68,7 @@ def _guards(guards: Sequence[Guards | None]) -> Guards | None:
             for node, shift in zip(outputs, shifts, strict=True)
         ]
 
-    body = _merge("the guards", [own.body for own in known], shifted)
+    body = _merge("the guards", [each.body for each in known], shifted)
     body.recompile()
     return Guards(body, known[0].expected, known[0].where, known[0].from_text)
 
@@ -138,26 +138,26 @@ class _Merge:
         """Add the node that stands for those of a row."""
         first = self._at = row[0]
         if first.op == "placeholder":
-            made = self.new.graph.node_copy(first)
+            new = self.new.graph.node_copy(first)
             shapes = [n.meta["val"].shape for n in row]
             for axis, sizes in enumerate(zip(*shapes, strict=True)):
                 if len(set(sizes)) > 1:
-                    self._axes.append((made, axis, tuple(sizes)))
+                    self._axes.append((new, axis, tuple(sizes)))
         elif first.op == "get_attr":
-            made = self._constant(row)
+            new = self._constant(row)
         elif first.op == "call_module":
-            made = self.new.graph.node_copy(first, self.env.__getitem__)
+            new = self.new.graph.node_copy(first, self.env.__getitem__)
             self._arguments(row)
         elif first.target in RESHAPES:
-            made = self._view(row)
+            new = self._view(row)
         elif torch.Tag.data_dependent_output in getattr(first.target, "tags", ()):  # in guards
-            made = self.new.graph.call_function(first.target, *self._arguments(row))  # type: ignore[arg-type]
-            made.meta["val"] = first.meta["val"]
+            new = self.new.graph.call_function(first.target, *self._arguments(row))  # type: ignore[arg-type]
+            new.meta["val"] = first.meta["val"]
         else:
-            given, kwargs = self._arguments(row)
-            made = g.call(self.new.graph, first.target, *given, like=first, **kwargs)
-        made.meta |= {k: v for k, v in first.meta.items() if k != "val"}
-        self.env[first] = made
+            arguments, kwargs = self._arguments(row)
+            new = g.call(self.new.graph, first.target, *arguments, like=first, **kwargs)
+        new.meta |= {k: v for k, v in first.meta.items() if k != "val"}
+        self.env[first] = new
 
     def _differs(self, node: fx.Node, how: str) -> DiffoptError:
         where = node.meta.get("where") or node.meta.get("module") or f"{self.name}, {node.name}"
@@ -216,12 +216,12 @@ class _Merge:
             raise self._differs(
                 user, f"{_target(user)} with a constant {kinds[0]} and with another {kinds[1]}"
             )
-        made = g.get_attr(self.new, str(row[0].target), longest)
+        new = g.get_attr(self.new, str(row[0].target), longest)
         for axis, sizes in enumerate(zip(*(t.shape for t in tensors), strict=True)):
             if len(set(sizes)) > 1:
                 end = self.number(tuple(sizes))
-                made = g.call(self.new.graph, aten.slice.Tensor, made, axis, 0, end, like=row[0])
-        return made
+                new = g.call(self.new.graph, aten.slice.Tensor, new, axis, 0, end, like=row[0])
+        return new
 
     def number(self, sizes: Sizes) -> fx.Node:
         """Return a value of the graph that is this size in the captures, and any other's alike."""
@@ -236,47 +236,47 @@ class _Merge:
             if size == sizes[0]:
                 continue
             part = tuple(size - sizes[0] if i == index else 0 for i in range(len(sizes)))
-            found = self._of_one(part)
-            if found is None:
+            number = self._of_one(part)
+            if number is None:
                 raise self._differs(
                     self._at,
                     f"no argument has a size from which {' or '.join(map(str, sizes))} follows",
                 )
-            total = g.call(self.new.graph, operator.add, found, total)
+            total = g.call(self.new.graph, operator.add, number, total)
         assert isinstance(total, fx.Node)
         return total
 
     def _of_one(self, sizes: Sizes) -> fx.Node | None:
         """Return a size computed from one size of an argument; None if there is none to do it."""
         choices = [
-            (times, over, node, axis, own)
-            for node, axis, own in self._axes
-            if (ratio := _ratio(sizes, own)) is not None
+            (times, over, node, axis, base)
+            for node, axis, base in self._axes
+            if (ratio := _ratio(sizes, base)) is not None
             for times, over in [ratio]
         ]
         if not choices:
             return None
-        times, over, node, axis, own = min(choices, key=lambda c: (c[1], abs(c[0])))
+        times, over, node, axis, base = min(choices, key=lambda c: (c[1], abs(c[0])))
         number = g.call(self.new.graph, aten.sym_size.int, node, axis)
         if times != 1:
             number = g.call(self.new.graph, operator.mul, number, times)
-        if plus := over * sizes[0] - times * own[0]:
+        if plus := over * sizes[0] - times * base[0]:
             number = g.call(self.new.graph, operator.add, number, plus)
         return number if over == 1 else g.call(self.new.graph, operator.floordiv, number, over)
 
 
-def _ratio(sizes: Sizes, own: Sizes) -> tuple[int, int] | None:
-    """Return whole numbers (a, b) with which `sizes` grows as a/b times `own` does, one being 1."""
-    grown, base = ([n - each[0] for n in each[1:]] for each in (sizes, own))
-    index = next(i for i, n in enumerate(base) if n)
+def _ratio(sizes: Sizes, base: Sizes) -> tuple[int, int] | None:
+    """Return integers (a, b), one of them 1: `sizes` grows a/b times as much as `base` does."""
+    grown, steps = ([n - each[0] for n in each[1:]] for each in (sizes, base))
+    index = next(i for i, n in enumerate(steps) if n)
     if not grown[index] or any(
-        a * base[index] != b * grown[index] for a, b in zip(grown, base, strict=True)
+        a * steps[index] != b * grown[index] for a, b in zip(grown, steps, strict=True)
     ):
         return None
-    if grown[index] % base[index] == 0:
-        return grown[index] // base[index], 1
-    if base[index] % grown[index] == 0 and base[index] // grown[index] > 0:
-        return 1, base[index] // grown[index]
+    if grown[index] % steps[index] == 0:
+        return grown[index] // steps[index], 1
+    if steps[index] % grown[index] == 0 and steps[index] // grown[index] > 0:
+        return 1, steps[index] // grown[index]
     return None
 
 

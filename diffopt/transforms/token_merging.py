@@ -3,8 +3,8 @@
 The matching is that of "Token Merging for Fast Stable Diffusion" (Bolya and Hoffman 2023): some
 tokens are destinations, every other one finds its most similar destination, and the pairs that are
 most alike are merged into their mean. Which are merged is computed from the tokens; how many are is
-known at compile time, so that all shapes are fixed. `places` says where each token has gone, and
-reading results at it puts each one back where the token was.
+known at compile time, so that all shapes are fixed. `places` says into which each token is
+merged, and gathering results at it puts each one back where the token was.
 """
 
 from __future__ import annotations
@@ -60,23 +60,22 @@ def merged_count(grid: Sequence[int], ratio: float) -> int:
 # Rewriting
 
 
-def merge(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> None:
-    """Let an attention and its projections work on `gone` tokens fewer.
+def merge(gm: fx.GraphModule, site: Site, count: int, into: Tensor) -> None:
+    """Let an attention and its projections work on `count` tokens fewer.
 
     Args:
         gm: Where.
         site: The attention.
-        gone: How many tokens are merged into others.
+        count: How many tokens are merged into others.
         into: The indices of those others.
     """
-    graph, left = gm.graph, site.count - gone
+    graph, size = gm.graph, site.count - count
     with graph.inserting_before(next(iter(site.nodes))):
-        means, places = _merged(gm, site, gone, into)
+        means, places = _merged(gm, site, count, into)
     new = {site.x: means}
     for node in site.nodes:
         with graph.inserting_before(node):
-            made = _resized(node, site.nodes, new, left)
-        new[node] = made
+            new[node] = _resized(node, site.nodes, new, size)
     end, back = site.y, new[site.y or site.attention]
     if end is not None:
         with graph.inserting_before(end):
@@ -102,8 +101,8 @@ def _resized(
     return g.call(node.graph, node.target, *arguments, like=node, **kwargs)
 
 
-def _merged(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> tuple[fx.Node, fx.Node]:
-    """Compute the tokens that are left, and where among them each token is: [batch, tokens].
+def _merged(gm: fx.GraphModule, site: Site, removed: int, into: Tensor) -> tuple[fx.Node, fx.Node]:
+    """Compute the tokens that are kept, and where among them each token is: [batch, tokens].
 
     Sums are products with a matrix of zeros and ones: unlike adding up at indices, all targets have
     that, and it sums in the same order in every run.
@@ -111,11 +110,11 @@ def _merged(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> tuple[fx
     graph, x = gm.graph, site.x
     batch, count, features = x.meta["val"].shape
     rest = torch.ones(count, dtype=torch.bool).index_fill(0, into, False).nonzero().flatten()
-    kept = len(rest) - gone  # in front of the destinations
+    kept = len(rest) - removed  # in front of the destinations
     back = torch.cat([rest, into]).argsort()
 
-    def call(target: object, *given: object) -> fx.Node:
-        return g.call(graph, target, *given, like=x)
+    def call(target: object, *arguments: object) -> fx.Node:
+        return g.call(graph, target, *arguments, like=x)
 
     def constant(name: str, value: Tensor) -> fx.Node:
         return g.get_attr(gm, f"tokens_{name}", value)
@@ -136,25 +135,25 @@ def _merged(gm: fx.GraphModule, site: Site, gone: int, into: Tensor) -> tuple[fx
     nearest = call(operator.getitem, best, 1)
     order = call(aten.topk.default, call(operator.getitem, best, 0), len(rest), 1)
     order = call(operator.getitem, order, 1)
-    goes = call(aten.slice.Tensor, order, 1, 0, gone)
-    stays = call(aten.slice.Tensor, order, 1, gone, len(rest))
-    chosen = call(aten.gather.default, nearest, 1, goes)
+    merged = call(aten.slice.Tensor, order, 1, 0, removed)
+    unmerged = call(aten.slice.Tensor, order, 1, removed, len(rest))
+    chosen = call(aten.gather.default, nearest, 1, merged)
 
     tokens = call(aten.index_select.default, wide, 1, free)
-    taken = picked(tokens, goes, gone)
+    sources = picked(tokens, merged, removed)
     rows = constant("rows", torch.arange(len(into))[None, :, None])
     ones = call(aten.eq.Tensor, call(aten.unsqueeze.default, chosen, 1), rows)
     ones = call(aten.where.self, ones, *(constant(f"{n}", torch.tensor(float(n))) for n in (1, 0)))
     total = call(aten.index_select.default, wide, 1, fixed)
-    total = call(aten.add.Tensor, total, call(aten.matmul.default, ones, taken))
+    total = call(aten.add.Tensor, total, call(aten.matmul.default, ones, sources))
     share = call(aten.add.Tensor, call(aten.sum.dim_IntList, ones, [-1], True), 1)
     means = call(aten.div.Tensor, total, share)
     if kept:
-        means = call(aten.cat.default, [picked(tokens, stays, kept), means], 1)
+        means = call(aten.cat.default, [picked(tokens, unmerged, kept), means], 1)
 
     moved = call(aten.add.Tensor, chosen, kept)
-    own = constant("own", torch.arange(kept)[None])
-    moved = call(aten.cat.default, [moved, call(aten.expand.default, own, [batch, kept])], 1)
+    first = constant("own", torch.arange(kept)[None])
+    moved = call(aten.cat.default, [moved, call(aten.expand.default, first, [batch, kept])], 1)
     where = call(aten.scatter.src, call(aten.zeros_like.default, nearest), 1, order, moved)
     last = constant("last", torch.arange(kept, kept + len(into))[None])
     both = call(aten.cat.default, [where, call(aten.expand.default, last, [batch, len(into)])], 1)

@@ -1,8 +1,8 @@
 """What each operator does to the labels of what it reads: moves, unites or constrains them.
 
 The table of axes (`axis_rules`) says it for most operators. `RULES` has those of which labels need
-more: whether the indices that are left of an axis still mean the same to the operator. What has no
-rule constrains all that it reads, under its own name.
+more: whether the indices that are kept of an axis still mean the same to the operator. What has no
+rule constrains all that it reads, and its name is the reason.
 """
 
 from typing import Any
