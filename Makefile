@@ -1,5 +1,5 @@
 # make demo    environment, install, then the main job: optimize, run, benchmark
-# make test    the whole test suite
+# make test    the whole test suite; make test-quick: without the files that take long
 # make lint    ruff, import-linter and mypy
 # make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md;
 #              make bench-quantization: docs/quantization.md
@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := examples/models/fashion-sd
 
-.PHONY: venv demo test lint bench bench-caching bench-quantization bench-pruning clean
+.PHONY: venv demo test test-quick lint bench bench-caching bench-quantization bench-pruning clean
 
 venv: $(VENV)/.installed
 
@@ -35,6 +35,9 @@ demo: venv
 # first is for tests/conftest.py to say.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-quick: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: venv
 	$(BIN)/ruff check .

@@ -12,11 +12,23 @@ import torch
 from diffopt.cli import main
 from tests.command import Outcome, Run
 
-# Files with few tests that take long: begun first, so that two processes end at the same time.
-LONG = (
-    *("test_docs", "benchmark", "test_examples", "tests/targets", "test_zoo", "test_recover"),
-    "tests/capture/test_pipelines",
+# Files that take more than ten seconds, the longest first: they compile kernels, capture many
+# pipelines, train, or run what documents say. They are begun first, so that two processes end at
+# the same time, and `make test-quick` leaves them out.
+SLOW = (
+    "capture/test_pipelines",
+    *("passes/test_prune", "targets/test_cpu", "passes/test_recover", "targets/test_cpu_int8"),
+    *("test_docs", "passes/test_quantize", "training/test_distill", "targets/test_cuda"),
+    *("passes/test_lengths", "examples/test_examples", "analysis/test_denoiser_structure"),
+    *("passes/test_cache", "examples/test_gpu", "pruning/test_selection"),
+    *("passes/test_merge_tokens", "examples/test_quantization", "engine/test_reproducible"),
+    *("targets/test_torch_tensorrt", "transforms/test_drop_guidance", "ir/test_qdq"),
+    *("examples/test_pruning", "passes/test_low_rank", "transforms/test_outline_steps"),
+    *("caching/test_error_model", "caching/test_prior_noise", "ir/test_call_tags"),
+    *("lowering/test_cuda_gemm", "passes/test_cast", "cli/test_main", "caching/test_apply_plan"),
+    *("passes/test_random", "examples/test_caching", "targets/test_tensorrt", "cli/test_bench"),
 )
+ORDER = {name: place for place, name in enumerate(SLOW)}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,8 +47,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, cores[number % len(cores) :: count])
 
 
+def place_of(item: pytest.Item) -> str:
+    """Return where a test's file is below this folder, as `SLOW` names it."""
+    folder = Path(__file__).parent
+    if folder not in item.path.parents:
+        return ""
+    return item.path.relative_to(folder).with_suffix("").as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(part in str(item.path) for part in LONG))
+    places = {item: ORDER.get(place_of(item), len(SLOW)) for item in items}
+    items.sort(key=places.__getitem__)
+    for item in items:
+        if places[item] < len(SLOW):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -9,6 +9,7 @@ import pytest
 
 from diffopt import spec
 from diffopt.core import Pipeline, find_pass, pass_names
+from tests.conftest import SLOW
 
 ROOT = Path(__file__).parents[1]
 PASSES = [name for name in pass_names() if find_pass(name).__module__.startswith("diffopt.")]
@@ -104,3 +105,7 @@ def test_functions_are_read_at_once(folder: str) -> None:
             if lines > LINES or parameters > PARAMETERS:
                 exceeding.append(f"{path.name} {node.name}: {lines} lines, {parameters} parameters")
     assert not exceeding
+
+
+def test_files_that_take_long_are_called_as_they_are() -> None:
+    assert not [name for name in SLOW if not (ROOT / "tests" / f"{name}.py").is_file()]
