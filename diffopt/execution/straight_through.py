@@ -49,6 +49,14 @@ def fake_int8(x: Tensor, within: Tensor, *, rows: bool = False) -> Tensor:
     return _dequantize(_quantize(x, *limits), *limits)
 
 
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    """Return `x` within limits; the gradient goes through at the limits themselves.
+
+    `clamp` of torch 2.14 lets none through there, where rounded values often are; 2.13's does.
+    """
+    return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
+
+
 def _round(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
@@ -56,7 +64,7 @@ def _round(x: Tensor) -> Tensor:
 def _quantize(
     x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, dtype: torch.dtype
 ) -> Tensor:
-    return (_round(x.float() / scale.detach()) + zero).clamp(low, high)
+    return clip(_round(x.float() / scale.detach()) + zero, low, high)
 
 
 def _dequantize(

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from diffopt.analysis import reachability
 from diffopt.core.module_filter import ModuleFilter
 from diffopt.execution.differentiable import FLOATS
+from diffopt.execution.straight_through import clip
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.nodes import args, is_call, stored_tensor
@@ -71,10 +72,10 @@ class _QuantizedWeight:
         scale = weight_rounding.broadcast_scales(replace(self._old, scales=self._scales()))
         exact = _masked(self.leaves[0], self._mask) / scale
         if self._number == "fp8":
-            within = exact.clamp(-qdq.FP8_MAX, qdq.FP8_MAX)
+            within = clip(exact, -qdq.FP8_MAX, qdq.FP8_MAX)
             numbers = within + (weight_rounding.round_to(exact, "fp8").float() - within).detach()
         else:
-            within = exact.clamp(*qdq.LIMITS[self._number])
+            within = clip(exact, *qdq.LIMITS[self._number])
             numbers = within + (within.round() - within).detach()
         weight = numbers * scale
         if self._wide is not None:
