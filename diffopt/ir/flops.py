@@ -60,6 +60,9 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    # The kernel repeats keys' heads where there are fewer, which torch 2.11's formula refuses.
+    heads = query[1]
+    key, value = ([batch, heads, *sizes] for batch, _, *sizes in (key, value))
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 

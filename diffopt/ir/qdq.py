@@ -18,6 +18,7 @@ E4M3 floats are scaled, clamped and cast.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -282,6 +283,18 @@ def rounded_rows(graph: fx.Graph, node: fx.Node, offset: int = 0) -> fx.Node:
     if offset:
         inside, dtype = g.call(graph, aten.add.Tensor, inside, offset), torch.uint8
     return g.call(graph, to_copy, inside, dtype=dtype)
+
+
+def _dequantized_rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    q, scale, *_, dtype = args(node)
+    return g.to_dtype(graph, g.call(graph, aten.mul.Tensor, q, scale), dtype)
+
+
+ROWS_IN_PLAIN_OPERATORS: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node]] = {
+    qd.quantize_per_token.default: rounded_rows,
+    qd.dequantize_per_token.default: _dequantized_rows,
+}
+"""What inserts the same as an operator on rows, which Inductor has no code for."""
 
 
 @dataclass(frozen=True, eq=False)

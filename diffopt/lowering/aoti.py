@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir import serialize
+from diffopt.ir import qdq, serialize
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json
+from diffopt.ir.nodes import replace_node
 from diffopt.ir.strides import empty_like, with_strides
 from diffopt.lowering import onednn
 from diffopt.lowering.compile_inputs import dynamic_shapes, example_tensor
@@ -68,9 +69,11 @@ def compile_package(
 
     with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet_inductor():
         files = _compile(gm, settings, sizes, device, folder)
-        packaged: list[Any] = [
-            str(file) for file in files if str(file).endswith((".so", ".json", ".cubin"))
-        ]
+        kinds = (".so", ".json", ".cubin", ".wrapper.cpp")
+        packaged: list[Any] = [str(file) for file in files if str(file).endswith(kinds)]
+        for file in packaged:
+            if file.endswith(".cpp"):  # torch 2.11 looks for the metadata by the name of the source
+                Path(file).write_bytes(b"")
         path = Path(folder, "body.pt2")
         package_aoti(str(path), packaged)
         return path.read_bytes()
@@ -84,17 +87,32 @@ def _compile(
     known = torch._inductor.config.get_config_copy()  # each torch version has its own settings
     options = {key: value for key, value in settings.items() if key in known}
     options |= {"aot_inductor.package": True, "aot_inductor.output_path": folder}
-    module: Any = g.clone(gm)
+    module: Any = _without_callbacks(gm)
     for node, argument in zip(g.placeholders(module), arguments, strict=True):
         node.meta["val"] = g.fake(argument)  # Inductor refuses fake tensors of another device
     if sizes:  # without dynamic sizes, exporting would change nothing
         shapes = dynamic_shapes(len(arguments), sizes)
-        exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         module = exported.module()
     files = torch._inductor.aot_compile(module, arguments, options=options)
     for path in Path(folder).rglob("*.so"):
         _forget_folder(path, folder)
     return files
+
+
+def _without_callbacks(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy without operators on rows, which a library would call through the dispatcher.
+
+    That takes longer, and torch 2.11 calls them with another dtype than the graph's.
+    """
+    result = g.clone(gm)
+    for target, write in qdq.ROWS_IN_PLAIN_OPERATORS.items():
+        for node in result.graph.find_nodes(op="call_function", target=target):
+            with result.graph.inserting_before(node):
+                plain = write(result.graph, node)
+            replace_node(node, plain)
+    result.recompile()
+    return result
 
 
 def _forget_folder(path: Path, folder: str) -> None:

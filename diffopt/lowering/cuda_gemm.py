@@ -367,15 +367,9 @@ def _by_group(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return g.to_dtype(graph, product, dtype)
 
 
-def _dequantized_rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    q, scale, *_, dtype = args(node)
-    return g.to_dtype(graph, g.call(graph, aten.mul.Tensor, q, scale), dtype)
-
-
 _PLAIN: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node]] = {
     unpack_int4: _unpacked,
     qd.dequantize_per_channel.default: _by_output,
     qd.dequantize_per_channel_group.default: _by_group,
-    qd.quantize_per_token.default: qdq.rounded_rows,
-    qd.dequantize_per_token.default: _dequantized_rows,
+    **qdq.ROWS_IN_PLAIN_OPERATORS,
 }

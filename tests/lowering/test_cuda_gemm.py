@@ -340,9 +340,28 @@ CHECKS: dict[Any, Callable[..., None]] = {
 # What is computed
 
 
+def has_fp8_rows() -> bool:
+    """Tell whether fp8 can have a scale for each row in torch's CPU kernel: in 2.11 it cannot."""
+    a, scales = torch.ones(16, 16).to(qdq.FP8), torch.ones(16, 1)
+    try:
+        aten._scaled_mm.default(a, a.t(), scales, scales.t(), out_dtype=BF16)
+    except RuntimeError:
+        return False
+    return True
+
+
+FP8_ROWS = has_fp8_rows()
+
+
+def skip_without_fp8(name: str, dtype: torch.dtype = BF16) -> None:
+    if "fp8" in name and dtype is BF16 and not FP8_ROWS:
+        pytest.skip("the CPU in a GPU's place has one scale for a whole matrix of fp8")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_gives_what_the_graph_gives(name: str, dtype: torch.dtype) -> None:
+    skip_without_fp8(name, dtype)
     gm = layers(name, dtype=dtype)
     result, made = lower(gm)
     kind = PRODUCTS[name][0]
@@ -489,6 +508,7 @@ def test_where_there_is_no_product_with_4_bit_weights(
 
 @pytest.mark.parametrize("name", ["static", "fp8, rows", "fp8, dynamic", "convolution"])
 def test_one_graph_for_a_range_of_sizes(name: str) -> None:
+    skip_without_fp8(name)
     gm = layers(name, dtype=BF16)
     axis = {0: (1, 4)}
     result, made = lower(gm, free={0: axis, 1: axis, 2: axis})
@@ -565,6 +585,7 @@ def call_errors(program: Program, result: loading.Lowered) -> list[float]:
 def test_pipelines_give_what_their_graphs_give(
     name: str, text: str, expected: dict[str, int]
 ) -> None:
+    skip_without_fp8(text, BF16 if "bf16" in text else torch.float32)
     program = Pipeline.parse(text).run(simplified(name))
     result = cuda_gemm.lower(program.components, H100)
     found = sum(map(Counter, result.layers.values()), Counter[str]())
@@ -590,6 +611,8 @@ def test_every_kind_of_layer_compiles() -> None:
         "4 bits, many rows",
         "4 bits, a convolution",
     ]
+    if not FP8_ROWS:
+        names = [name for name in names if "fp8" not in name]
     _, made = lower(layers(*names, dtype=BF16))
     # For the CPU: here it shows that the compiler has code for all but the products on GPUs alone.
     members = compile_body(made, Cpu(threads=1)._settings())
