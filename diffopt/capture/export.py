@@ -6,8 +6,10 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.fx.config
 from torch import Tensor, fx
 from torch._export.utils import _is_preservable_cia_op
 from torch.export.graph_signature import InputKind, OutputKind
@@ -139,7 +141,12 @@ def export(name: str, call: CallModule, inputs: Iterable[Tensor]) -> ExportedCal
     """Export one call of a component, and restore the component's state."""
     inputs = [t.detach() for t in (*inputs, *(t for row in call.state for t in row[2]))]
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            # Nothing reads where each node came from, and looking that up takes long.
+            mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True),
+        ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(call, tuple(inputs), strict=False)
             _refuse_random(exported.graph_module)

@@ -1,12 +1,17 @@
 """Checks the invariants of a program's graphs; a broken one is a `VerifyError`."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from diffopt.errors import VerifyError
 from diffopt.ir import graph as g
 from diffopt.ir.printing import format_type
+
+_INFERRED: dict[tuple[Any, ...], str] = {}
+_MOST = 1 << 14  # of them, about 10 MB
 
 
 def verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
@@ -19,7 +24,7 @@ def verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
     except Exception as error:
         raise VerifyError(f"{name}: {error}") from error
     for node in gm.graph.nodes:
-        where = f"{name}: {node.format_node()}"
+        where = _Where(name, node)
         if node.op == "output":
             if not (
                 isinstance(node.args[0], tuple)
@@ -32,14 +37,14 @@ def verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
         if node.op == "get_attr":
             verify_type(where, node.meta["val"], g.attribute(gm, str(node.target)))
         elif node.op == "call_function":
-            verify_type(where, node.meta["val"], g.infer_value(node))
+            _verify_format(where, node.meta["val"], _inferred_format(node))
         elif node.op == "call_module" and not is_root:
             raise VerifyError(f"{where}: a component calls a component")
 
 
 def verify_call(node: fx.Node, body: fx.GraphModule) -> None:
     """Check the types of a call's arguments and value against its component's."""
-    where = f"program: {node.format_node()}"
+    where = _Where("program", node)
     formals = g.placeholders(body)
     if len(formals) != len(node.args) or node.kwargs:
         raise VerifyError(f"{where}: passes {len(node.args)} values, takes {len(formals)}")
@@ -49,7 +54,47 @@ def verify_call(node: fx.Node, body: fx.GraphModule) -> None:
     verify_type(where, node.meta["val"], tuple(n.meta["val"] for n in g.outputs(body)))
 
 
-def verify_type(where: str, recorded: Any, actual: Any) -> None:
+def verify_type(where: object, recorded: Any, actual: Any) -> None:
     """Check that a recorded value has the dtype and shape of the actual one."""
-    if format_type(recorded) != format_type(actual):
-        raise VerifyError(f"{where}: recorded as {format_type(recorded)}, is {format_type(actual)}")
+    _verify_format(where, recorded, format_type(actual))
+
+
+def _verify_format(where: object, recorded: Any, actual: str) -> None:
+    if format_type(recorded) != actual:
+        raise VerifyError(f"{where}: recorded as {format_type(recorded)}, is {actual}")
+
+
+@dataclass(frozen=True)
+class _Where:
+    """A node for messages; its text takes as long as a check."""
+
+    graph: str
+    node: fx.Node
+
+    def __str__(self) -> str:
+        return f"{self.graph}: {self.node.format_node()}"
+
+
+def _inferred_format(node: fx.Node) -> str:
+    """Return the type that an operator infers, as text.
+
+    Layers are alike, and graphs are verified after every pass, so that most operators are known.
+    """
+    arguments = fx.map_arg((node.args, node.kwargs), _describe)
+    key = node.target, repr(arguments), torch.get_default_dtype()
+    if (known := _INFERRED.get(key)) is None:
+        if len(_INFERRED) > _MOST:
+            _INFERRED.clear()
+        known = _INFERRED[key] = format_type(g.infer_value(node))
+    return known
+
+
+def _describe(value: Any) -> Any:
+    """Return all of a recorded value that decides what an operator infers."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, (list, tuple)):
+        return [_describe(item) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    return value.dtype, value.device, value.shape, value.stride(), value.storage_offset()
