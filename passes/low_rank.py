@@ -48,7 +48,7 @@ from diffopt.ir import nodes, qdq
 from diffopt.ir.program import Program
 from diffopt.pruning import low_rank_factors
 from diffopt.pruning.low_rank_factors import Spectrum
-from diffopt.quantization import layer_preparation, quantize_body
+from diffopt.quantization import layer_preparation
 
 ENERGY = 0.9
 """The share of energy that is kept where neither `rank` nor `energy` is given."""
@@ -111,7 +111,7 @@ class LowRank(Pass):
         before = after = 0
         for index, (key, uses) in enumerate(todo.items()):
             component, layer = uses[0]
-            path = f"{component}.{quantize_body.module_path(layer.node)}"
+            path = f"{component}.{nodes.module_path(layer.node)}"
             ctx.progress(f"low-rank: {path}", index / len(todo))
             weight = nodes.stored_tensor(program.components[component], layer.weight)
             assert weight is not None
@@ -170,7 +170,7 @@ class LowRank(Pass):
         for name in scope.calls:
             gm = program.components[name]
             for layer in qdq.layers(gm):
-                path = quantize_body.module_path(layer.node)
+                path = nodes.module_path(layer.node)
                 if not patterns.matches(name, path):
                     continue
                 weight = nodes.stored_tensor(gm, layer.weight)
@@ -183,7 +183,7 @@ class LowRank(Pass):
         for key in [key for key, layers in by_weight.items() if len(layers) != uses[key]]:
             name, layer = by_weight.pop(key)[0]
             ctx.skip(
-                f"{name}.{quantize_body.module_path(layer.node)}",
+                f"{name}.{nodes.module_path(layer.node)}",
                 "its weight is also used elsewhere",
             )
         return by_weight

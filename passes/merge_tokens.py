@@ -48,8 +48,8 @@ from diffopt.analysis.token_attention import ATTENTION, Site, Unfit, find_site
 from diffopt.core import Context, Pass, option
 from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
+from diffopt.ir.nodes import module_path
 from diffopt.ir.program import Program
-from diffopt.quantization import quantize_body
 from diffopt.transforms import token_merging
 
 MOST = 1 - 1 / token_merging.CELL**2
@@ -102,7 +102,7 @@ class MergeTokens(Pass):
             sizes = sorted({site.count for site in sites}, reverse=True)
             least = sizes[: self.levels or None][-1] if sizes else 0
             for number, site in enumerate(sites):
-                path = f"{name}.{quantize_body.module_path(site.attention)}"
+                path = f"{name}.{module_path(site.attention)}"
                 gone = token_merging.merged_count(site.grid, self.ratio)
                 if site.count < max(least, self.tokens) or not gone:
                     ctx.skip(path, f"it has {site.count} tokens, too few")
@@ -121,7 +121,7 @@ class MergeTokens(Pass):
         """Return the attentions to merge in, all of which are found before any is changed."""
         found = []
         for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
-            path = quantize_body.module_path(node)
+            path = module_path(node)
             if not patterns.matches(name, path):
                 continue
             try:

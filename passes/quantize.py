@@ -209,7 +209,7 @@ class Quantize(Pass):
         for name in scope.calls:
             body, chosen = program.components[name], dict[fx.Node, Format]()
             for layer in qdq.layers(body):
-                module = quantize_body.module_path(layer.node)
+                module = nodes.module_path(layer.node)
                 path = f"{name}.{module}"
                 if not patterns.matches(name, module):
                     continue
@@ -238,7 +238,7 @@ class Quantize(Pass):
             (name, node)
             for name in (scope.calls if self.tables else ())
             for node in quantize_body.embedding_lookups(program.components[name])
-            if patterns.matches(name, quantize_body.module_path(node))
+            if patterns.matches(name, nodes.module_path(node))
         ]
 
     def _format(self, weights_only: bool, layer: qdq.Layer) -> Format:

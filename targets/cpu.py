@@ -27,10 +27,9 @@ from torch import Tensor, fx
 
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
-from diffopt.ir import qdq, strides
+from diffopt.ir import insert, qdq, strides
 from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.program import Program
-from diffopt.ir.strides import with_strides
 from diffopt.lowering import aoti, compile_inputs, load_time_graph, onednn
 from diffopt.lowering.compile_inputs import (
     component_key,
@@ -161,7 +160,7 @@ class Cpu(Target):
         constants: dict[str, list[Tensor]] = {}
         if _SETUP in engine.members:
             data = json.loads(bytes(engine.members[_SETUP]))
-            constants = load_time_graph.run_setup(data, partial(_weight, engine))
+            constants = load_time_graph.run_setup(data, engine.weight)
         return {name: self._load(name, engine, constants.get(name, [])) for name in engine.graphs}
 
     def _load(
@@ -170,8 +169,8 @@ class Cpu(Target):
         graph = engine.graphs[name]
         kinds = {kind: f"{name}.{kind}" for kind in ("so", "json")}
         members = {k: engine.members[file] for k, file in kinds.items() if file in engine.members}
-        weights = None if self.freeze else _Weights(graph["tensors"], engine.tensors)
-        return aoti.component_function(aoti.open_library(members, weights), graph, constants)
+        weight_of = None if self.freeze else partial(engine.weight, name)
+        return aoti.component_function(aoti.open_library(members, weight_of), graph, constants)
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
@@ -204,22 +203,6 @@ class Cpu(Target):
             "aot_inductor.enable_line_tables": False,
             "aot_inductor.enable_frame_pointer": False,
         }
-
-
-class _Weights:
-    """A component's weights by name, with the strides of the trace."""
-
-    def __init__(self, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self._table = table
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        key, stride, _ = self._table[name]
-        return with_strides(self._tensors[key], stride)
-
-
-def _weight(engine: EngineContents, component: str, name: str) -> Tensor:
-    return _Weights(engine.graphs[component]["tensors"], engine.tensors)[name]
 
 
 def _narrow_convolutions(bodies: Mapping[str, fx.GraphModule]) -> int:
@@ -267,5 +250,5 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the sources of the lowering."""
-    modules = aoti, compile_inputs, load_time_graph, onednn, strides
+    modules = aoti, compile_inputs, insert, load_time_graph, onednn, qdq, strides
     return source_hash(str(module.__file__) for module in modules)

@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # One cache for a session and its workers, and not the user's.
         folder = tempfile.mkdtemp(prefix="diffopt-cache-")
         os.environ["DIFFOPT_CACHE"] = folder
+        # Of the code that calls the kernels; most of a small one's compilation.
+        os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     elif hasattr(os, "sched_setaffinity"):
         # To each its share of the cores: what one does in parallel would only take turns with the

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError
-from diffopt.ir import nodes
+from diffopt.ir import graph as g
 from diffopt.ir.printing import format_type
 from diffopt.ir.sampling_loop import Loop
 
@@ -77,7 +77,7 @@ class ResolvedReuse:
         if self.base is None:
             value: Tensor = self.value.meta["val"]
             return value
-        added: Tensor = nodes.fake_call(aten.sub.Tensor, (self.value, self.base))
+        added: Tensor = g.fake_call(aten.sub.Tensor, (self.value, self.base))
         return added
 
     def weight_dtype(self) -> torch.dtype:

@@ -6,11 +6,11 @@ sign for each step. A sign stands for all calls of a step, as the pass has rewri
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from diffopt.caching.layer_groups import layer_groups
@@ -18,7 +18,7 @@ from diffopt.caching.reuse_plan import StepPlan
 from diffopt.core import Record
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
-from diffopt.ir.flops import flop_counter, graph_flops
+from diffopt.ir.flops import graph_flops
 from diffopt.ir.program import Program
 from diffopt.ir.sampling_loop import CallKey, Loop
 
@@ -146,19 +146,9 @@ def predicted_flops(loop: Loop, steps: Sequence[StepPlan]) -> int:
 
 
 def measured_flops(program: Program, loop: Loop) -> int:
-    """Return the FLOPs that torch's counter counts while the loop's calls run on fake tensors."""
-    known: dict[str, int] = {}
-    total = 0
-    for call in loop_calls(program, loop):
-        name = str(call.target)
-        if name not in known:
-            values = fx.map_arg(call.args, lambda n: n.meta["val"])
-            counter = flop_counter()
-            with g.FAKE_MODE, torch.no_grad(), counter:
-                program.components[name](*values)
-            known[name] = int(counter.get_total_flops())
-        total += known[name]
-    return total
+    """Return the FLOPs of the loop's calls as they are in the program."""
+    calls = Counter(str(call.target) for call in loop_calls(program, loop))
+    return sum(n * graph_flops(program.components[name]) for name, n in calls.items())
 
 
 # Reading

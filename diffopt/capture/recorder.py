@@ -116,8 +116,9 @@ class Recorder(TorchDispatchMode):
                 if key in self.constants:
                     return self._get(self.constants[key])
                 value = value.clone(memory_format=torch.preserve_format)
-                name = g.add_attribute(self.root, name, value)
-                self.constants[key] = name
+                if self.constants:  # else a free name would be sought among all that are taken
+                    name = f"constant_{len(self.constants)}"
+                name = self.constants[key] = g.register(self.root, name, value)
                 return self._get(name)
         return self._get(g.add_attribute(self.root, name, value))
 

@@ -20,7 +20,8 @@ in the place of the product it is a `Mismatch`: "div is aten.div.Tensor, expecte
 - A variable stands for a node or a literal, and for the same one wherever it is written.
 - A literal equals the argument. An argument that is left out has its default value, however the
   call is written; with `...` behind those by position, all that are left out may be anything.
-- `+`, `-`, `*` and `/` are `aten.add.Tensor` and so on. Sums and products match in both orders.
+- `+`, `-`, `*` and `/` are `aten.add.Tensor` and so on; sums and products match in both orders.
+  `&`, `<<` and `>>` have a number.
 - `any_of(a, b)(x)` is a call of either operator, `maybe(a)(x)` is one or x itself.
 - `constant(x)` is stored; `condition` tests a value, `through` looks at what is behind it.
 - `once(x)` is read by nothing but the match; `named("y")(x)` makes a variable of an inner value.
@@ -50,11 +51,14 @@ aten = torch.ops.aten
 Var = Any
 """What a pattern's function has as parameters and result: torch.fx calls it with proxies."""
 
-_PYTHON: dict[Any, Any] = {
+PYTHON_OPERATORS: dict[Any, Any] = {
     operator.add: aten.add.Tensor,
     operator.sub: aten.sub.Tensor,
     operator.mul: aten.mul.Tensor,
     operator.truediv: aten.div.Tensor,
+    operator.and_: aten.bitwise_and.Scalar,
+    operator.lshift: aten.bitwise_left_shift.Tensor_Scalar,
+    operator.rshift: aten.bitwise_right_shift.Tensor_Scalar,
 }
 _COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
 _KINDS = {"placeholder": "an argument", "get_attr": "a constant", "call_module": "a component"}
@@ -186,7 +190,7 @@ class Pattern:
             graph = fx.Tracer().trace(function)
             for node in graph.nodes:
                 if node.op == "call_function" and not isinstance(node.target, _Step):
-                    node.target = _Step((_PYTHON.get(node.target, node.target),))
+                    node.target = _Step((PYTHON_OPERATORS.get(node.target, node.target),))
                 if name := getattr(node.target, "name", node.target):
                     self._names[node] = name
             (root,) = graph.output_node().all_input_nodes

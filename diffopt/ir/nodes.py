@@ -1,7 +1,6 @@
 """Queries about nodes that rewrites share: arguments, stored tensors, purity, memory layouts."""
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,6 +56,11 @@ def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
     return *sizes, argument(node, 6, "groups", 1)
 
 
+def module_path(node: fx.Node) -> str:
+    """Return the path of a node's module, which users select by; the node's name without one."""
+    return str(node.meta.get("module") or node.name)
+
+
 def stored_tensor(gm: fx.GraphModule, node: Any) -> Tensor | None:
     """Return the tensor that a `get_attr` node reads; None for anything else."""
     if isinstance(node, fx.Node) and node.op == "get_attr":
@@ -101,13 +105,6 @@ def same_layout(a: fx.Node, b: fx.Node) -> bool:
     """Tell whether two tensors have the same dtype, device, shape and strides."""
     one, other = memory_layout(a.meta["val"]), memory_layout(b.meta["val"])
     return one is not None and other is not None and one[:4] == other[:4]
-
-
-def fake_call(target: Any, arguments: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
-    """Return the fake result of an operator on arguments that may be nodes or contain them."""
-    args, kwargs = fx.map_arg((arguments, dict(kwargs or {})), lambda n: n.meta["val"])
-    with g.FAKE_MODE, torch.no_grad():
-        return target(*args, **kwargs)
 
 
 def weight_uses(program: Program) -> dict[int, int]:

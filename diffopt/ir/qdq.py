@@ -17,7 +17,6 @@ E4M3 floats are scaled, clamped and cast.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,13 +27,15 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq_vmap
+from diffopt.ir.insert import cast, insert
 from diffopt.ir.matcher import Pattern, Var, any_of, condition, constant, maybe, named
-from diffopt.ir.nodes import args, is_call
+from diffopt.ir.nodes import argument, is_call
 from diffopt.ir.op_sets import CONVOLUTIONS
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 to_copy = aten._to_copy.default
+_rows_dequantized = qd.dequantize_per_channel.default
 
 Number = Literal["int8", "int4", "fp8"]
 """The format of stored numbers."""
@@ -117,42 +118,38 @@ class Packed:
 
 def place_weight(gm: fx.GraphModule, name: str, packed: Packed, dtype: torch.dtype) -> fx.Node:
     """Insert, at the graph's insertion point, a weight in `dtype`; return its node."""
-    graph = gm.graph
     values = g.get_attr(gm, f"{name}_{packed.number}", packed.values)
     scales = g.get_attr(gm, f"{name}_scales", packed.scales)
-    if packed.scales.dtype != torch.float32:
-        scales = g.call(graph, to_copy, scales, dtype=torch.float32)
-    if packed.number == "fp8":
-        wide = g.call(graph, to_copy, values, dtype=torch.float32)
-        rows = [-1] + [1] * (len(packed.shape) - 1)
-        scales = g.call(graph, aten.view.default, scales, rows)
-        product = g.call(graph, aten.mul.Tensor, wide, scales)
-        return g.call(graph, to_copy, product, dtype=dtype)
-    low, high = LIMITS[packed.number]
-    flat = packed.shape if packed.group is None else (packed.shape[0], -1)
-    if packed.number == "int4":
-        shape = list(packed.shape)
-        values = g.call(graph, torch.ops.diffopt.unpack_int4.default, values, shape)
-    limits: tuple[Any, ...]
-    if packed.group is None:
-        limits = (scales, None, 0, low, high, torch.int8)
-        target = qd.dequantize_per_channel.default
-        return g.call(graph, target, values, *limits, out_dtype=dtype)
-    if len(packed.shape) != 2:
-        values = g.call(graph, aten.view.default, values, list(flat))
     inner = dtype if packed.wide is None else torch.float32
-    limits = (scales, None, low, high, torch.int8, packed.group, inner)
-    weight = g.call(graph, qd.dequantize_per_channel_group.default, values, *limits)
-    if len(packed.shape) != 2:
-        weight = g.call(graph, aten.view.default, weight, list(packed.shape))
-    if packed.wide is None:
-        return weight
-    scales = g.get_attr(gm, f"{name}_wide_scales", packed.wide)
-    zeros = g.call(graph, aten.zeros_like.default, scales)
-    again = (0, *LIMITS["int8"], torch.int8)
-    values = g.call(graph, qd.quantize_per_channel.default, weight, scales, zeros, *again)
-    target = qd.dequantize_per_channel.default
-    return g.call(graph, target, values, scales, None, *again, out_dtype=dtype)
+    weight: fx.Node = insert(gm.graph, _dequantized, values, scales, packed, inner)
+    if packed.wide is not None:
+        scales = g.get_attr(gm, f"{name}_wide_scales", packed.wide)
+        weight = insert(gm.graph, _in_wide_int8, weight, scales, dtype)
+    return weight
+
+
+def _dequantized(values: Var, scales: Var, packed: Packed, dtype: torch.dtype) -> Var:
+    scales, rank = cast(scales, torch.float32), len(packed.shape)
+    if packed.number == "fp8":
+        wide = cast(values, torch.float32)
+        return to_copy(wide * aten.view.default(scales, [-1] + [1] * (rank - 1)), dtype=dtype)
+    limits = (*LIMITS[packed.number], torch.int8)
+    if packed.number == "int4":
+        values = torch.ops.diffopt.unpack_int4.default(values, list(packed.shape))
+    if packed.group is None:
+        return _rows_dequantized(values, scales, None, 0, *limits, out_dtype=dtype)
+    if rank != 2:
+        values = aten.view.default(values, [packed.shape[0], -1])
+    in_groups = qd.dequantize_per_channel_group.default
+    weight = in_groups(values, scales, None, *limits, packed.group, dtype)
+    return weight if rank == 2 else aten.view.default(weight, list(packed.shape))
+
+
+def _in_wide_int8(weight: Var, scales: Var, dtype: torch.dtype) -> Var:
+    limits = (0, *LIMITS["int8"], torch.int8)
+    zeros = aten.zeros_like.default(scales)
+    values = qd.quantize_per_channel.default(weight, scales, zeros, *limits)
+    return _rows_dequantized(values, scales, None, *limits, out_dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +176,7 @@ _in_fp8 = condition(lambda x: x.meta["val"].dtype == FP8, "is not in E4M3")
 
 
 def _per_output(values: Var, scales: Var, low: Var) -> Var:
-    return qd.dequantize_per_channel.default(values, scales, ..., quant_min=low)
+    return _rows_dequantized(values, scales, ..., quant_min=low)
 
 
 def _per_group(values: Var, scales: Var, low: Var, group: Var) -> Var:
@@ -223,78 +220,65 @@ def quantize(
             one element.
         number: "int8" or "fp8".
     """
-    graph, dtype = gm.graph, x.meta["val"].dtype
-    if number == "fp8":
-        return _quantize_fp8(graph, x, scaling, qparams, dtype)
-    limits: tuple[Any, ...] = (-128, 127, torch.int8)
+    write = _through_fp8 if number == "fp8" else _through_int8
+    node: fx.Node = insert(gm.graph, write, x, scaling, *qparams)
+    return node
+
+
+def _through_int8(x: Var, scaling: Scaling, *qparams: Var) -> Var:
+    dtype, limits = x.dtype, (-128, 127, torch.int8)
     if scaling == "rows":
-        wide = g.to_dtype(graph, x, torch.float32)
-        scale = _row_scale(graph, wide, 127.0)
-        limits = (scale, g.call(graph, aten.zeros_like.default, scale), *limits)
-        q = g.call(graph, qd.quantize_per_token.default, wide, *limits)
-        return g.call(graph, qd.dequantize_per_token.default, q, *limits, dtype)
+        wide = cast(x, torch.float32)
+        scale = _row_scale(wide, 127.0)
+        zeros = aten.zeros_like.default(scale)
+        q = qd.quantize_per_token.default(wide, scale, zeros, *limits)
+        return qd.dequantize_per_token.default(q, scale, zeros, *limits, dtype)
     if scaling == "dynamic":
-        wide = g.to_dtype(graph, x, torch.float32)
-        both = g.call(graph, qd.choose_qparams.tensor, wide, -128, 127, EPS, torch.int8)
-        types = (torch.float32, torch.int32)  # the operator returns float64 and int64
-        items = [(g.call(graph, operator.getitem, both, i), t) for i, t in enumerate(types)]
-        qparams = tuple(g.call(graph, to_copy, item, dtype=dtype) for item, dtype in items)
-    limits = (*qparams, *limits)
-    q = g.call(graph, qd.quantize_per_tensor.tensor, x, *limits)
-    return g.call(graph, qd.dequantize_per_tensor.tensor, q, *limits, out_dtype=dtype)
+        wide = cast(x, torch.float32)
+        both = qd.choose_qparams.tensor(wide, -128, 127, EPS, torch.int8)
+        scale, zero = both[0], both[1]  # in float64 and int64
+        qparams = to_copy(scale, dtype=torch.float32), to_copy(zero, dtype=torch.int32)
+    q = qd.quantize_per_tensor.tensor(x, *qparams, *limits)
+    return qd.dequantize_per_tensor.tensor(q, *qparams, *limits, out_dtype=dtype)
 
 
-def _quantize_fp8(
-    graph: fx.Graph, x: fx.Node, scaling: Scaling, qparams: tuple[fx.Node, ...], dtype: torch.dtype
-) -> fx.Node:
-    wide = g.to_dtype(graph, x, torch.float32)
+def _through_fp8(x: Var, scaling: Scaling, scale: Var = None) -> Var:
+    wide = cast(x, torch.float32)
     if scaling == "rows":
-        scale = _row_scale(graph, wide, FP8_MAX)
+        scale = _row_scale(wide, FP8_MAX)
     elif scaling == "dynamic":
-        most = g.call(graph, aten.amax.default, g.call(graph, aten.abs.default, wide))
-        least = g.call(graph, aten.clamp_min.default, most, EPS * FP8_MAX)
-        scale = g.call(graph, aten.div.Tensor, least, FP8_MAX)
-    else:
-        (scale,) = qparams
-    scaled = g.call(graph, aten.div.Tensor, wide, scale)
-    inside = g.call(graph, aten.clamp.default, scaled, -FP8_MAX, FP8_MAX)
-    q = g.call(graph, to_copy, inside, dtype=FP8)
-    back = g.call(graph, to_copy, q, dtype=torch.float32)
-    product = g.call(graph, aten.mul.Tensor, back, scale)
-    return g.call(graph, to_copy, product, dtype=dtype)
+        most = aten.amax.default(aten.abs.default(wide))
+        scale = aten.clamp_min.default(most, EPS * FP8_MAX) / FP8_MAX
+    q = to_copy(aten.clamp.default(wide / scale, -FP8_MAX, FP8_MAX), dtype=FP8)
+    return to_copy(to_copy(q, dtype=torch.float32) * scale, dtype=x.dtype)
 
 
-def _row_scale(graph: fx.Graph, x: fx.Node, high: float) -> fx.Node:
-    most = g.call(graph, aten.amax.default, g.call(graph, aten.abs.default, x), [-1], True)
-    least = g.call(graph, aten.clamp_min.default, most, EPS * high)
-    return g.call(graph, aten.div.Tensor, least, high)
+def _row_scale(x: Var, high: float) -> Var:
+    most = aten.amax.default(aten.abs.default(x), [-1], True)
+    return aten.clamp_min.default(most, EPS * high) / high
 
 
-def rounded_rows(graph: fx.Graph, node: fx.Node, offset: int = 0) -> fx.Node:
-    """Insert, in plain operators, the numbers of rows that `node` quantizes; return their node.
+def rounded_rows(node: Var, offset: int = 0) -> Var:
+    """Return, by plain operators, the numbers of rows that `node` quantizes.
 
     With an `offset` they are that much higher, in uint8.
     """
-    x, scale, _, low, high, dtype = args(node)
-    inverse = g.call(graph, aten.reciprocal.default, scale)
-    scaled = g.call(graph, aten.mul.Tensor, x, inverse)
-    whole = g.call(graph, aten.round.default, scaled)
-    inside = g.call(graph, aten.clamp.default, whole, low, high)
-    if offset:
-        inside, dtype = g.call(graph, aten.add.Tensor, inside, offset), torch.uint8
-    return g.call(graph, to_copy, inside, dtype=dtype)
+    x, scale, _, low, high, dtype = node.args
+    whole = aten.round.default(x * aten.reciprocal.default(scale))
+    inside = aten.clamp.default(whole, low, high)
+    return to_copy(inside + offset, dtype=torch.uint8) if offset else to_copy(inside, dtype=dtype)
 
 
-def _dequantized_rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    q, scale, *_, dtype = args(node)
-    return g.to_dtype(graph, g.call(graph, aten.mul.Tensor, q, scale), dtype)
+def _dequantized_rows(node: Var) -> Var:
+    q, scale, *_, dtype = node.args
+    return cast(q * scale, dtype)
 
 
-ROWS_IN_PLAIN_OPERATORS: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node]] = {
+ROWS_IN_PLAIN_OPERATORS: dict[Any, Callable[[Var], Var]] = {
     qd.quantize_per_token.default: rounded_rows,
     qd.dequantize_per_token.default: _dequantized_rows,
 }
-"""What inserts the same as an operator on rows, which Inductor has no code for."""
+"""What computes the same as an operator on rows, which Inductor has no code for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,6 +355,11 @@ class Layer:
     weight: fx.Node
     bias: fx.Node | None
     convolution: bool
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of a convolution; 1 for a linear layer."""
+        return int(argument(self.node, 6, "groups", 1)) if self.convolution else 1
 
 
 @Pattern

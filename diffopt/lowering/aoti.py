@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json
-from diffopt.ir.nodes import replace_node
+from diffopt.ir.insert import replace_calls
 from diffopt.ir.strides import empty_like, with_strides
 from diffopt.lowering import onednn
 from diffopt.lowering.compile_inputs import dynamic_shapes, example_tensor
@@ -106,12 +106,7 @@ def _without_callbacks(gm: fx.GraphModule) -> fx.GraphModule:
     That takes longer, and torch 2.11 calls them with another dtype than the graph's.
     """
     result = g.clone(gm)
-    for target, write in qdq.ROWS_IN_PLAIN_OPERATORS.items():
-        for node in result.graph.find_nodes(op="call_function", target=target):
-            with result.graph.inserting_before(node):
-                plain = write(result.graph, node)
-            replace_node(node, plain)
-    result.recompile()
+    replace_calls(result, qdq.ROWS_IN_PLAIN_OPERATORS)
     return result
 
 
@@ -240,42 +235,38 @@ def _run_jobs(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[t
                 child.wait()
 
 
-class Weights(Protocol):
-    """A component's weights by name."""
-
-    def __getitem__(self, name: str, /) -> Tensor:
-        """Return a weight in the memory layout of the trace."""
-
+WeightOf = Callable[[str], Tensor]
+"""Returns a component's weight by its name, in the memory layout that it was compiled for."""
 
 # The function of a library; and its weights, of which the library holds references for ever.
 _Library = tuple[Callable[[list[Tensor]], list[Tensor]], list[Tensor]]
 
 
-def open_library(members: Mapping[str, bytes | memoryview], weights: Weights | None) -> _Library:
+def open_library(members: Mapping[str, bytes | memoryview], weight_of: WeightOf | None) -> _Library:
     """Load a library.
 
     Args:
         members: The result of `compile_body`.
-        weights: The component's weights by name; None if the library contains them.
+        weight_of: The component's weights; None if the library contains them.
     """
     with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
         for kind, content in members.items():
             Path(folder, f"body.{kind}").write_bytes(content)
         runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
-    if weights is None:
+    if weight_of is None:
         return runner.run, []
     names = runner.get_constant_names_to_original_fqns()
-    table = {name: _alias(weights[original]) for name, original in names.items()}
+    table = {name: _alias(weight_of(original)) for name, original in names.items()}
     runner.update_constant_buffer(table, False, True, True)
     return runner.run, list(table.values())
 
 
-def open_package(content: bytes | memoryview, weights: Weights | None) -> _Library:
+def open_package(content: bytes | memoryview, weight_of: WeightOf | None) -> _Library:
     """Load a package.
 
     Args:
         content: The result of `compile_package`.
-        weights: The component's weights by name, on the device; None if the package contains them.
+        weight_of: The component's weights, on the device; None if the package contains them.
     """
     with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
         path = Path(folder, "body.pt2")
@@ -283,9 +274,9 @@ def open_package(content: bytes | memoryview, weights: Weights | None) -> _Libra
         # Single-threaded: else it queries an event of the last run, which is not allowed while a
         # CUDA graph is captured.
         runner = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-    if weights is None:
+    if weight_of is None:
         return runner.run, []
-    table = {name: _alias(weights[name]) for name in runner.get_constant_fqns()}
+    table = {name: _alias(weight_of(name)) for name in runner.get_constant_fqns()}
     runner.load_constants(table, False, True, True)
     return runner.run, list(table.values())
 

@@ -37,7 +37,9 @@ from torch import fx
 from diffopt.ir import dynamic_sizes, qdq
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Bounds
-from diffopt.ir.nodes import args, conv_geometry, is_call, replace_node
+from diffopt.ir.insert import cast, insert, replace_calls
+from diffopt.ir.matcher import Var
+from diffopt.ir.nodes import conv_geometry, replace_node
 from diffopt.lowering import load_time_graph
 from diffopt.lowering.hardware import Hardware
 
@@ -79,7 +81,7 @@ def lower(
         widen=False,
     )
     for name in lowered.layers:
-        _write_out(lowered.bodies[name])
+        replace_calls(lowered.bodies[name], _PLAIN)
     return lowered
 
 
@@ -146,8 +148,10 @@ def _rewrite(gm: fx.GraphModule, hardware: Hardware, shapes: _Sizes) -> load_tim
         if reason:
             reasons[f"{text}: {reason}"] += 1
         elif kind != "float":
+            shape = shapes.shape(layer.node)
             with gm.graph.inserting_before(layer.node):
-                result = _product(gm.graph, layer, weight, x, shapes)
+                arguments = layer, weight, x, shape
+                result = insert(gm.graph, _product, *arguments, like=layer.node)
             replace_node(layer.node, result)
             rewritten.add(result)
     return load_time_graph.Rewritten(
@@ -206,168 +210,116 @@ def _is_product(layer: qdq.Layer) -> bool:
 
 
 def _product(
-    graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation | None, shapes: _Sizes
-) -> fx.Node:
-    """Insert a layer's matrix product, in the shape of the layer's result."""
-    matrix = _matrix(graph, layer.x if x is None else x.quantized, layer.convolution)
+    layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation | None, shape: list[int]
+) -> Var:
+    """Return a layer's matrix product, in the shape of the layer's result."""
+    matrix = _matrix(layer.x if x is None else x.quantized, layer.convolution)
     if x is None:
-        result = _int4(graph, layer, weight, matrix)
-    elif x.number == "int8":
-        result = _int8(graph, layer, weight, x, matrix)
+        result = _int4(layer, weight, matrix)
     else:
-        result = _fp8(graph, layer, weight, x, matrix)
-    shape = shapes.shape(layer.node)
-    assert shape is not None
+        result = (_int8 if x.number == "int8" else _fp8)(layer, weight, x, matrix)
     if not layer.convolution:
-        return g.call(graph, aten.view.default, result, shape)
+        return aten.view.default(result, shape)
     count, out, *places = shape
-    result = g.call(graph, aten.view.default, result, [count, *places, out])
+    result = aten.view.default(result, [count, *places, out])
     last = len(shape) - 1
-    return g.call(graph, aten.permute.default, result, [0, last, *range(1, last)])
+    return aten.permute.default(result, [0, last, *range(1, last)])
 
 
-def _matrix(graph: fx.Graph, node: fx.Node, channels: bool = False) -> fx.Node:
-    """Insert a value as rows of what is multiplied: of its last axis, or of channels."""
-    value = node.meta["val"]
+def _matrix(x: Var, channels: bool = False) -> Var:
+    """Return a value as rows of what is multiplied: of its last axis, or of channels."""
     if channels:
-        node = g.call(graph, aten.permute.default, node, [0, *range(2, value.dim()), 1])
-    if node.meta["val"].dim() != 2:
-        node = g.call(graph, aten.reshape.default, node, [-1, node.meta["val"].shape[-1]])
-    if node.meta["val"].is_contiguous():
-        return node
-    form = torch.contiguous_format
-    return g.call(graph, aten.clone.default, node, memory_format=form)
+        x = aten.permute.default(x, [0, *range(2, len(x.shape)), 1])
+    if len(x.shape) != 2:
+        x = aten.reshape.default(x, [-1, x.shape[-1]])
+    if x.meta["val"].is_contiguous():
+        return x
+    return aten.clone.default(x, memory_format=torch.contiguous_format)
 
 
-def _values(graph: fx.Graph, weight: qdq.Weight) -> fx.Node:
-    """Insert a weight's numbers as [out, in]."""
-    shape = weight.node.meta["val"].shape
-    if weight.values.meta["val"].dim() == 2:
-        return weight.values
-    return g.call(graph, aten.view.default, weight.values, [shape[0], -1])
+def _values(weight: qdq.Weight) -> Var:
+    """Return a weight's numbers as [out, in]."""
+    values: Var = weight.values
+    return values if len(values.shape) == 2 else aten.view.default(values, [values.shape[0], -1])
 
 
-def _int8(
-    graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, matrix: fx.Node
-) -> fx.Node:
-    values = _values(graph, weight)
-    transposed = g.call(graph, aten.t.default, values)
-    result = g.call(graph, aten._int_mm.default, matrix, transposed, like=layer.node)
+def _int8(layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, matrix: Var) -> Var:
+    values = _values(weight)
+    result = aten._int_mm.default(matrix, aten.t.default(values))
     if x.zero is not None:  # (q - zero) @ w = q @ w - zero * sum(w)
-        sums = g.call(graph, aten.sum.dim_IntList, values, [1], dtype=torch.int32)
-        shift = g.call(graph, aten.mul.Tensor, sums, x.zero)
-        result = g.call(graph, aten.sub.Tensor, result, shift)
-    return _scaled(graph, layer, weight, x, result)
+        result = result - aten.sum.dim_IntList(values, [1], dtype=torch.int32) * x.zero
+    return _scaled(layer, weight, x, result)
 
 
-def _fp8(
-    graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, matrix: fx.Node
-) -> fx.Node:
-    """Insert a product that scales rows and columns; that is there for results in bfloat16."""
-    transposed = g.call(graph, aten.t.default, _values(graph, weight))
-    product, dtype = aten._scaled_mm.default, layer.node.meta["val"].dtype
+def _fp8(layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, matrix: Var) -> Var:
+    """Return a product that scales rows and columns; that is there for results in bfloat16."""
+    transposed, dtype = aten.t.default(_values(weight)), layer.node.meta["val"].dtype
+    product = aten._scaled_mm.default
     if dtype != torch.bfloat16:
-        first = g.call(graph, aten.select.int, weight.scales, 0, 0)
-        one = g.call(graph, aten.full_like.default, first, 1.0)
-        end: tuple[Any, ...] = (None, None, torch.float32, _FAST_SUMS)
-        result = g.call(graph, product, matrix, transposed, one, one, *end, like=layer.node)
-        return _scaled(graph, layer, weight, x, result)
-    rows = _rows(graph, x)
+        one = aten.full_like.default(aten.select.int(weight.scales, 0, 0), 1.0)
+        result = product(matrix, transposed, one, one, None, None, torch.float32, _FAST_SUMS)
+        return _scaled(layer, weight, x, result)
+    rows = _rows(x)
     if not x.rows:
-        column = g.call(graph, aten.slice.Tensor, matrix, 1, 0, 1)
-        wide = g.call(graph, aten._to_copy.default, column, dtype=torch.float32)
+        column = cast(aten.slice.Tensor(matrix, 1, 0, 1), torch.float32)
         form = torch.contiguous_format
-        ones = g.call(graph, aten.full_like.default, wide, 1.0, memory_format=form)
-        rows = g.call(graph, aten.mul.Tensor, ones, x.scale)
-    columns = g.call(graph, aten.view.default, weight.scales, [1, -1])
-    end = (layer.bias, None, dtype, _FAST_SUMS)
-    return g.call(graph, product, matrix, transposed, rows, columns, *end, like=layer.node)
+        rows = aten.full_like.default(column, 1.0, memory_format=form) * x.scale
+    columns = aten.view.default(weight.scales, [1, -1])
+    return product(matrix, transposed, rows, columns, layer.bias, None, dtype, _FAST_SUMS)
 
 
-def _int4(graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, matrix: fx.Node) -> fx.Node:
-    """Insert a product with a packed weight, of which a group is (number - 8) * scale + zero."""
+def _int4(layer: qdq.Layer, weight: qdq.Weight, matrix: Var) -> Var:
+    """Return a product with a packed weight, of which a group is (number - 8) * scale + zero."""
     out, inputs = weight.node.meta["val"].shape
-    stored = args(weight.values)[0]
-    pairs = g.call(graph, aten.view.default, stored, [out, -1])
+    pairs = aten.view.default(weight.values.args[0], [out, -1])
     # The kernel has the first number of two in the byte's high half.
-    high = g.call(graph, aten.bitwise_left_shift.Tensor_Scalar, pairs, 4)
-    low = g.call(graph, aten.bitwise_right_shift.Tensor_Scalar, pairs, 4)
-    swapped = g.call(graph, aten.bitwise_or.Tensor, high, low)
+    swapped = aten.bitwise_or.Tensor(pairs << 4, pairs >> 4)
     tiles = next(n for n in _INT4_TILES if inputs % (16 * n) == 0)
-    packed = g.call(graph, aten._convert_weight_to_int4pack.default, swapped, tiles)
-    scales = g.call(graph, aten.t.default, weight.scales)
-    scales = g.call(graph, aten._to_copy.default, scales, dtype=torch.bfloat16)
-    zeros = g.call(graph, aten.zeros_like.default, scales)
-    both = g.call(graph, aten.stack.default, [scales, zeros], -1)
-    target = aten._weight_int4pack_mm.default
-    result = g.call(graph, target, matrix, packed, weight.group, both, like=layer.node)
-    return result if layer.bias is None else g.call(graph, aten.add.Tensor, result, layer.bias)
+    packed = aten._convert_weight_to_int4pack.default(swapped, tiles)
+    scales = cast(aten.t.default(weight.scales), torch.bfloat16)
+    both = aten.stack.default([scales, aten.zeros_like.default(scales)], -1)
+    result = aten._weight_int4pack_mm.default(matrix, packed, weight.group, both)
+    return result if layer.bias is None else result + layer.bias
 
 
-def _scaled(
-    graph: fx.Graph, layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, result: fx.Node
-) -> fx.Node:
-    """Insert what follows a product without scales: these, the bias, and the layer's type."""
-    result = g.to_dtype(graph, result, torch.float32)
-    result = g.call(graph, aten.mul.Tensor, result, _rows(graph, x))
-    result = g.call(graph, aten.mul.Tensor, result, weight.scales)
+def _scaled(layer: qdq.Layer, weight: qdq.Weight, x: qdq.Activation, result: Var) -> Var:
+    """Return what follows a product without scales: these, the bias, and the layer's type."""
+    result = cast(result, torch.float32) * _rows(x) * weight.scales
     if layer.bias is not None:
-        wide = g.to_dtype(graph, layer.bias, torch.float32)
-        result = g.call(graph, aten.add.Tensor, result, wide)
-    return g.to_dtype(graph, result, layer.node.meta["val"].dtype)
+        result = result + cast(layer.bias, torch.float32)
+    return cast(result, layer.node.meta["val"].dtype)
 
 
-def _rows(graph: fx.Graph, x: qdq.Activation) -> fx.Node:
-    """Return an input's scale, or insert those of its rows as a column."""
-    return g.call(graph, aten.reshape.default, x.scale, [-1, 1]) if x.rows else x.scale
+def _rows(x: qdq.Activation) -> Var:
+    """Return an input's scale, or those of its rows as a column."""
+    return aten.reshape.default(x.scale, [-1, 1]) if x.rows else x.scale
 
 
-# Layers on floats
+# Layers on floats: plain operators for those that the compiler has no code for
 
 
-def _write_out(gm: fx.GraphModule) -> None:
-    """Replace operators that the compiler has no code for by plain ones."""
-    for node in list(gm.graph.nodes):
-        for target, write in _PLAIN.items():
-            if is_call(node, target):
-                with gm.graph.inserting_before(node):
-                    plain = write(gm.graph, node)
-                replace_node(node, plain)
-    g.prune_unused(gm)
-    gm.recompile()
+def _unpacked(node: Var) -> Var:
+    packed, shape = node.args
+    both = aten.stack.default([packed & 15, packed >> 4], -1)
+    flat = aten.view.default(both, [-1])
+    if flat.shape[0] != math.prod(shape):  # the last byte holds one
+        flat = aten.slice.Tensor(flat, 0, 0, math.prod(shape))
+    return aten.view.default(cast(flat, torch.int8) - 8, shape)
 
 
-def _unpacked(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    packed, shape = args(node)
-    low = g.call(graph, aten.bitwise_and.Scalar, packed, 15)
-    high = g.call(graph, aten.bitwise_right_shift.Tensor_Scalar, packed, 4)
-    both = g.call(graph, aten.stack.default, [low, high], -1)
-    flat = g.call(graph, aten.view.default, both, [-1])
-    if flat.meta["val"].numel() != math.prod(shape):  # the last byte holds one
-        flat = g.call(graph, aten.slice.Tensor, flat, 0, 0, math.prod(shape))
-    signed = g.call(graph, aten._to_copy.default, flat, dtype=torch.int8)
-    signed = g.call(graph, aten.sub.Tensor, signed, 8)
-    return g.call(graph, aten.view.default, signed, shape)
+def _by_output(node: Var) -> Var:
+    values, scales = node.args[:2]
+    rows = aten.view.default(scales, [-1] + [1] * (len(values.shape) - 1))
+    return cast(values * rows, node.dtype)
 
 
-def _by_output(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    values, scales = args(node)[:2]
-    shape = [-1] + [1] * (values.meta["val"].dim() - 1)
-    rows = g.call(graph, aten.view.default, scales, shape)
-    product = g.call(graph, aten.mul.Tensor, values, rows)
-    return g.to_dtype(graph, product, node.meta["val"].dtype)
+def _by_group(node: Var) -> Var:
+    values, scales, *_, group, dtype = node.args
+    rows = aten.view.default(values, [-1, group]) * aten.view.default(scales, [-1, 1])
+    return cast(aten.view.default(rows, list(values.shape)), dtype)
 
 
-def _by_group(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    values, scales, *_, group, dtype = args(node)
-    rows = g.call(graph, aten.view.default, values, [-1, group])
-    scales = g.call(graph, aten.view.default, scales, [-1, 1])
-    product = g.call(graph, aten.mul.Tensor, rows, scales)
-    product = g.call(graph, aten.view.default, product, list(values.meta["val"].shape))
-    return g.to_dtype(graph, product, dtype)
-
-
-_PLAIN: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node]] = {
+_PLAIN: dict[Any, Callable[[Var], Var]] = {
     unpack_int4: _unpacked,
     qd.dequantize_per_channel.default: _by_output,
     qd.dequantize_per_channel_group.default: _by_group,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir import serialize, strides
+from diffopt.ir import insert, qdq, serialize, strides
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json, bounds_to_json
 from diffopt.ir.op_sets import RESHAPES
 from diffopt.ir.program import Program
@@ -150,7 +150,8 @@ class Deferred(Target):
             log.info("%s: from the cache", name)
             return entry
         tensors = {
-            part: weights[part] if self.embeds_weights else weights.empty(part) for part in names
+            part: weights.get(part) if self.embeds_weights else weights.empty(part)
+            for part in names
         }
         gm = serialize.graph_from_json(body["nodes"], name, tensors, {})
         move_to_device(gm, cuda_runtime.DEVICE)
@@ -197,11 +198,11 @@ class Deferred(Target):
         tensors: _GpuTensors,
         constants: list[Tensor],
     ) -> ComponentFunction:
-        weights = None
+        weight_of = None
         if not self.embeds_weights:
             strides = json.loads(bytes(members[f"{name}.json"]))["strides"]
-            weights = _Weights(engine.graphs[name]["tensors"], strides, tensors)
-        library = aoti.open_package(members[f"{name}.pt2"], weights)
+            weight_of = _Weights(engine.graphs[name]["tensors"], strides, tensors).get
+        library = aoti.open_package(members[f"{name}.pt2"], weight_of)
         return aoti.component_function(library, engine.graphs[name], constants)
 
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
@@ -245,7 +246,8 @@ class _Weights:
     strides: Mapping[str, list[int]]
     tensors: _GpuTensors
 
-    def __getitem__(self, name: str) -> Tensor:
+    def get(self, name: str) -> Tensor:
+        """Return a weight, on the GPU."""
         return self.tensors.get(*self._key_and_stride(name))
 
     def empty(self, name: str) -> Tensor:
@@ -267,7 +269,7 @@ class _Weights:
 
 
 def _attribute(engine: EngineContents, tensors: _GpuTensors, component: str, name: str) -> Tensor:
-    return _Weights(engine.graphs[component]["tensors"], {}, tensors)[name]
+    return _Weights(engine.graphs[component]["tensors"], {}, tensors).get(name)
 
 
 def move_to_device(gm: fx.GraphModule, device: str) -> None:
@@ -297,7 +299,9 @@ def _source(target: str) -> str:
         aoti.__file__,
         compile_inputs.__file__,
         cuda_gemm.__file__,
+        insert.__file__,
         load_time_graph.__file__,
+        qdq.__file__,
         strides.__file__,
         __file__,
     )

@@ -27,6 +27,7 @@ from torch import fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
+from diffopt.ir.insert import insert
 from diffopt.ir.nodes import argument, conv_geometry, is_call, replace_node
 from diffopt.lowering import load_time_graph
 
@@ -148,7 +149,7 @@ def _unsigned(graph: fx.Graph, x: qdq.Activation, line: bool) -> tuple[fx.Node, 
 
 def _unsigned_rows(graph: fx.Graph, x: qdq.Activation) -> tuple[fx.Node, fx.Node]:
     """Return the same of rows that have scales of their own, in plain operators."""
-    q = qdq.rounded_rows(graph, x.quantized, _UNSIGNED)
+    q = insert(graph, qdq.rounded_rows, x.quantized, _UNSIGNED)
     return q, _full(graph, [1], _UNSIGNED, torch.int32)
 
 

@@ -20,6 +20,7 @@ from diffopt import plugins, spec
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
+from diffopt.ir.strides import with_strides
 from diffopt.lowering.executor import ComponentFunction, Executor, SlotExecutor
 from diffopt.lowering.hardware import Hardware, hardware, hardware_names
 from diffopt.spec import option
@@ -90,6 +91,11 @@ class EngineContents:
     graphs: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     program: Any
+
+    def weight(self, component: str, name: str) -> Tensor:
+        """Return a component's weight, with the strides of the trace."""
+        key, stride, _ = self.graphs[component]["tensors"][name]
+        return with_strides(self.tensors[key], stride)
 
 
 @dataclass(frozen=True)

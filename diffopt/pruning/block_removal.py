@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from diffopt.analysis.denoiser_structure import Branch, analyze_denoiser
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, stored_tensor
+from diffopt.ir.nodes import args, module_path, stored_tensor
 from diffopt.ir.program import Program
 
 
@@ -48,7 +48,7 @@ def residual_blocks(program: Program, names: Sequence[str]) -> list[ResidualBloc
             weights = _weights(gm, block.branches)
             if not weights or any(b.stream_out in g.outputs(gm) for b in block.branches):
                 continue
-            path = block.last.meta.get("module") or block.last.name
+            path = module_path(block.last)
             known = blocks.get(weights)
             branches = (*known.branches, *block.branches) if known else block.branches
             blocks[weights] = ResidualBlock(

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from diffopt.ir.nodes import module_path
 from diffopt.ir.program import Program
 from diffopt.pruning.index_labels import along, constant, narrow, varying, varying_by_class
 from diffopt.pruning.label_propagation import Flow, Source
@@ -251,5 +252,5 @@ def _fixed(flow: Flow, classes: Tensor, reasons: dict[int, str]) -> Iterator[tup
 
 
 def _name(component: str, node: fx.Node) -> str:
-    path = node.meta.get("module") or node.name
-    return f"{component}.{path}" if component else str(path)
+    path = module_path(node)
+    return f"{component}.{path}" if component else path

@@ -15,7 +15,7 @@ from diffopt.errors import DiffoptError
 from diffopt.execution.trajectories import run_root
 from diffopt.ir import qdq
 from diffopt.ir.flops import node_flops
-from diffopt.ir.nodes import stored_tensor
+from diffopt.ir.nodes import module_path, stored_tensor
 from diffopt.progress import Progress
 from diffopt.quantization import knapsack, sensitivity
 from diffopt.quantization.quantize_body import (
@@ -24,7 +24,6 @@ from diffopt.quantization.quantize_body import (
     Format,
     Formats,
     WeightStore,
-    module_path,
 )
 from diffopt.quantization.sensitivity import Sensitivity
 from diffopt.quantization.simulate import Simulator

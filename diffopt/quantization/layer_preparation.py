@@ -109,7 +109,7 @@ def _concat_operands(layer: qdq.Layer) -> list[fx.Node]:
     axis = argument(x, 1, "dim", 0) % rank
     if axis != (1 if layer.convolution else rank - 1):
         return []
-    if layer.convolution and argument(layer.node, 6, "groups", 1) != 1:
+    if layer.groups != 1:
         return []
     return list(args(x)[0])
 
@@ -182,8 +182,7 @@ def add_low_rank_branches(
         job.progress("decomposing weights", index / len(todo))
         weight = stored_tensor(gm, layer.weight)
         assert weight is not None
-        in_groups = layer.convolution and argument(layer.node, 6, "groups", 1) != 1
-        if in_groups or min(len(weight), weight[0].numel()) < 4 * rank:
+        if layer.groups != 1 or min(len(weight), weight[0].numel()) < 4 * rank:
             continue
 
         def make(weight: Tensor = weight, fmt: Format = fmt) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from diffopt.execution import trajectories
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, step_tables
 from diffopt.ir.flops import graph_flops
-from diffopt.ir.nodes import args, stored_tensor
+from diffopt.ir.nodes import args, module_path, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.progress import Progress
 from diffopt.quantization import adaround, ranges, weight_rounding
@@ -75,11 +75,6 @@ Formats = dict[str, dict[fx.Node, Format]]
 
 RangeOf = Callable[[fx.Node, int], tuple[float, float]]
 """Returns the (low, high) range of a node's value in a step, or in its group of steps."""
-
-
-def module_path(node: fx.Node) -> str:
-    """Return the path of a layer's module, which users select by; its node's name without one."""
-    return str(node.meta.get("module") or node.name)
 
 
 def quantize_body(

@@ -18,7 +18,7 @@ from diffopt.errors import DiffoptError
 from diffopt.execution import straight_through
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, stored_tensor
+from diffopt.ir.nodes import args, stored_tensor
 from diffopt.quantization import weight_rounding
 
 aten = torch.ops.aten
@@ -122,7 +122,7 @@ def input_range(layer: qdq.Layer, samples: Sequence[Tensor]) -> Tensor:
 def weight_range(layer: qdq.Layer, weight: Tensor) -> Tensor:
     """Return the largest absolute weight of each input channel."""
     most = weight.abs().flatten(2).amax(2) if weight.dim() > 2 else weight.abs()
-    return most.reshape(_groups(layer), -1, weight.shape[1]).amax(1).flatten()
+    return most.reshape(layer.groups, -1, weight.shape[1]).amax(1).flatten()
 
 
 def smoothed_weight(layer: qdq.Layer, weight: Tensor, s: Tensor) -> torch.nn.Parameter:
@@ -165,10 +165,6 @@ def _axis(layer: qdq.Layer) -> int:
     return 1 - layer.weight.meta["val"].dim() if layer.convolution else -1
 
 
-def _groups(layer: qdq.Layer) -> int:
-    return int(argument(layer.node, 6, "groups", 1)) if layer.convolution else 1
-
-
 def _of_input(layer: qdq.Layer, s: Tensor) -> Tensor:
     """Return s in a shape that broadcasts with a layer's input."""
     return s.reshape(-1, *[1] * (-1 - _axis(layer)))
@@ -176,7 +172,7 @@ def _of_input(layer: qdq.Layer, s: Tensor) -> Tensor:
 
 def _of_weight(layer: qdq.Layer, weight: Tensor, s: Tensor) -> Tensor:
     """Return s in a shape that broadcasts with its weight."""
-    groups = _groups(layer)
+    groups = layer.groups
     each = s.reshape(groups, -1).repeat_interleave(len(weight) // groups, 0)
     return each.reshape(*each.shape, *[1] * (weight.dim() - 2))
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, stored_tensor
+from diffopt.ir.nodes import args, stored_tensor
 from diffopt.quantization import weight_rounding
 
 aten = torch.ops.aten
@@ -102,10 +102,9 @@ def place_lowrank(
     """
     x = args(layer.node)[0]  # not `layer.x`: the branch of a layer in front may have replaced it
     weight = stored_tensor(gm, layer.weight)
-    groups = argument(layer.node, 6, "groups", 1) if layer.convolution else 1
     if weight is None:
         raise DiffoptError(f"{layer.node.name} has no branch: its weight is quantized already")
-    if groups != 1:
+    if layer.groups != 1:
         raise DiffoptError(f"{layer.node.name} has no branch: it is a convolution in groups")
     name = str(layer.weight.target)
     left = residual_weight(weight, down, up) if left is None else left

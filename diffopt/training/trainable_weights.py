@@ -20,9 +20,9 @@ from diffopt.execution.differentiable import FLOATS
 from diffopt.execution.straight_through import clip
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, is_call, stored_tensor
+from diffopt.ir.nodes import args, is_call, module_path, stored_tensor
 from diffopt.ir.program import Program
-from diffopt.quantization import quantize_body, weight_rounding
+from diffopt.quantization import weight_rounding
 from diffopt.transforms import sparsity_2_4
 
 aten = torch.ops.aten
@@ -230,7 +230,7 @@ def _frozen(program: Program, names: Sequence[str], patterns: Sequence[str]) -> 
                 lambda n: n.all_input_nodes if _computes_weight(n) else (),
             )
             tensors = [t for n in read if (t := stored_tensor(gm, n)) is not None]
-            if tensors and wanted.matches(name, quantize_body.module_path(node)):
+            if tensors and wanted.matches(name, module_path(node)):
                 frozen |= {id(t) for t in tensors}
     wanted.check("module", names)
     return frozen

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from diffopt.analysis.sharding import Shard, ShardedCall, shard_call
 from diffopt.core.equivalence import difference
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import args, fake_call, is_call
+from diffopt.ir.nodes import args, is_call
 from diffopt.ir.step_tables import first_after_arguments
 
 aten = torch.ops.aten
@@ -138,7 +138,7 @@ class _BodySharder:
         node.args, node.kwargs = fx.map_arg(
             (call.args, node.kwargs), lambda n: self.shard_of(n, call.axes.get(n))
         )
-        node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
+        node.meta["val"] = g.fake_call(node.target, node.args, node.kwargs)
 
     def shard_of(self, node: fx.Node, axis: int | None) -> fx.Node:
         """Return a node or, where it is whole and a shard is wanted, the shard of it."""

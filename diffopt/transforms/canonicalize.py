@@ -13,7 +13,6 @@ from diffopt.ir.aliasing import storage_owner
 from diffopt.ir.nodes import (
     args,
     argument,
-    fake_call,
     is_call,
     memory_layout,
     same_layout,
@@ -157,7 +156,7 @@ def collapse_views(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         source = args(chain[start])[0]
         value = source.meta["val"]
         for link in chain[start:]:
-            value = fake_call(link.target, (value, *args(link)[1:]), link.kwargs)
+            value = g.fake_call(link.target, (value, *args(link)[1:]), link.kwargs)
         if memory_layout(value) == memory_layout(source.meta["val"]):
             return source if isinstance(source, fx.Node) else None
         if len(chain) - start >= 2:
@@ -180,7 +179,7 @@ def _is_view(node: fx.Node) -> bool:
     if node.target not in (aten.reshape.default, aten._unsafe_view.default):
         return True
     source = args(node)[0].meta["val"]
-    value = fake_call(node.target, (source, *args(node)[1:]))
+    value = g.fake_call(node.target, (source, *args(node)[1:]))
     return bool(value.untyped_storage()._cdata == source.untyped_storage()._cdata)
 
 
@@ -199,7 +198,7 @@ def _as_one(node: fx.Node, chain: list[fx.Node], source: fx.Node, value: Tensor)
         candidates.append((aten.view.default, shape))
     for target, numbers in candidates:
         try:
-            single = fake_call(target, (source, numbers))
+            single = g.fake_call(target, (source, numbers))
         except (RuntimeError, ValueError):
             continue  # this shape is no view of the source
         if memory_layout(single) == memory_layout(value):

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
-from diffopt.ir.nodes import args, argument, stored_tensor, weight_uses
+from diffopt.ir.nodes import args, module_path, stored_tensor, weight_uses
 from diffopt.ir.program import Program
 
 _ROWS = 16  # outputs that are checked first: most dense weights fail there
@@ -67,7 +67,7 @@ def sparsify(
     uses, by_weight = weight_uses(program), dict[int, list[tuple[str, Tensor]]]()
     for name in names:
         for layer in qdq.layers(program.components[name]):
-            module = str(layer.node.meta.get("module") or layer.node.name)
+            module = module_path(layer.node)
             if not wants(name, module):
                 continue
             weight = stored_tensor(program.components[name], layer.weight)
@@ -75,7 +75,7 @@ def sparsify(
                 skip(f"{name}.{module}", "its weight is quantized: make it sparse before")
             elif id(weight) in ends:
                 skip(f"{name}.{module}", "it is the first or the last of the denoiser")
-            elif not fits_2_4(weight, _groups(layer)):
+            elif not fits_2_4(weight, layer.groups):
                 skip(f"{name}.{module}", "it has no multiple of 4 inputs for each output")
             else:
                 by_weight.setdefault(id(weight), []).append((f"{name}.{module}", weight))
@@ -114,7 +114,7 @@ def sparse_layers(gm: fx.GraphModule) -> Iterator[qdq.Layer]:
     """Yield the layers of a body whose weights are 2:4 sparse, quantized ones too."""
     known: dict[int, bool] = {}
     for layer in qdq.layers(gm):
-        if _groups(layer) != 1:
+        if layer.groups != 1:
             continue
         values = _values(gm, layer)
         if values is None:
@@ -123,11 +123,6 @@ def sparse_layers(gm: fx.GraphModule) -> Iterator[qdq.Layer]:
             known[id(values[0])] = is_2_4(_unpacked(*values))
         if known[id(values[0])]:
             yield layer
-
-
-def _groups(layer: qdq.Layer) -> int:
-    """Return the number of groups of a convolution; 1 for a linear."""
-    return int(argument(layer.node, 6, "groups", 1)) if layer.convolution else 1
 
 
 def _values(gm: fx.GraphModule, layer: qdq.Layer) -> tuple[Tensor, list[int] | None] | None:

@@ -6,6 +6,8 @@ than one order.
 
 import random
 import re
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import diffusers
@@ -16,6 +18,7 @@ import diffopt
 from diffopt.capture.trace import Session
 from diffopt.core import Pipeline, Record
 from diffopt.core.equivalence import difference
+from diffopt.ir.program import Program
 from tests.zoo import (
     CASES,
     LEFT_OUT,
@@ -51,8 +54,8 @@ def results():
 
 @pytest.fixture(scope="session")
 def sessions():
-    """Keep the pipelines of the scheduler rows with their exports, and their own schedulers."""
-    return {}
+    """Return the captures of a pipeline whose scheduler is replaced, by the pipeline's name."""
+    return cache(lambda name: Session(CASES[name].build()))
 
 
 def document(pipelines: Results, schedulers: Results) -> str:
@@ -99,26 +102,32 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     )
 
 
-def check(pipe, case, session: Session) -> None:
+Capture = Callable[[], Program]
+"""Returns the program of a pipeline with its seed 0."""
+
+
+def check(pipe, case, capture: Capture) -> None:
     """Compare replays with the pipeline, whose results are taken before it is captured."""
     expected = [call(pipe, case.inputs(seed)) for seed in (0, 1)]
-    program = session.program(case.inputs(0))
+    program = capture()
     program.verify()
     for seed, result in enumerate(expected):
         assert same(call(program, case.inputs(seed)), result), f"other bits for seed {seed}"
     assert same(call(pipe, case.inputs(0)), expected[0]), "the capture changed the pipeline"
 
 
-def record(table: Results, name: str, about: str, pipe, case, session, limit: str | None) -> None:
+def record(
+    table: Results, name: str, about: str, pipe, case, capture: Capture, limit: str | None
+) -> None:
     """Check a row and note the result, also when the check fails."""
     if limit is not None:
         with pytest.raises(diffopt.DiffoptError) as caught:
-            check(pipe, case, session)
+            check(pipe, case, capture)
         assert str(caught.value) == limit
         table[name] = (about, limit)
         return
     try:
-        check(pipe, case, session)
+        check(pipe, case, capture)
     except Exception as error:
         table[name] = (about, str(error) or type(error).__name__)
         raise
@@ -129,7 +138,8 @@ def record(table: Results, name: str, about: str, pipe, case, session, limit: st
 @pytest.mark.parametrize("name", CASES)
 def test_pipeline(name, results):
     pipe = session(name).pipeline
-    record(results[0], name, describe(pipe), pipe, CASES[name], session(name), LIMITS.get(name))
+    capture = partial(traced, name)
+    record(results[0], name, describe(pipe), pipe, CASES[name], capture, LIMITS.get(name))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -141,15 +151,15 @@ def test_scheduler(name, results, sessions):
         results[1][name] = ("", f"not run: needs {package}")
         pytest.skip(f"needs {package}")
     case = scheduler_case(name)
-    about = ", its own" if config is None else ""
-    # The pipelines' networks are exported once for all schedulers.
-    if base not in sessions:
-        pipe = CASES[base].build()
-        sessions[base] = pipe, Session(pipe), pipe.scheduler
-    pipe, captures, own = sessions[base]
-    made = own if config is None else getattr(diffusers, scheduler)(**config)
-    pipe.register_modules(scheduler=made)
-    record(results[1], name, about, pipe, case, captures, SCHEDULER_LIMITS.get(name))
+    if config is None:
+        about, pipe, capture = ", its own", session(base).pipeline, partial(traced, base)
+    else:
+        # The pipelines' networks are exported once for all schedulers.
+        captures = sessions(base)
+        about, pipe = "", captures.pipeline
+        pipe.register_modules(scheduler=getattr(diffusers, scheduler)(**config))
+        capture = partial(captures.program, case.inputs(0))
+    record(results[1], name, about, pipe, case, capture, SCHEDULER_LIMITS.get(name))
 
 
 # Exact passes

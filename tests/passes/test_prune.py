@@ -634,7 +634,7 @@ def test_a_saved_program_is_the_same(tmp_path) -> None:
     assert all(map(torch.equal, loaded.run(loaded.sample), result.run(result.sample)))
 
 
-@pytest.mark.parametrize("name", ["sd", "dit"])
+@pytest.mark.parametrize("name", ["ddim", "dit"])
 def test_engines_agree(name: str, tmp_path) -> None:
     result, _ = run(traced(name), "prune(all)")
     engine = build(result, "cpu", tmp_path / "x.engine")

@@ -154,7 +154,9 @@ def compiled(gm: fx.GraphModule, further: list[Tensor], *sizes: Any) -> LibraryF
     """Return a lowered body's library, which takes the body's inputs as they come."""
     files = compile_body(gm, Cpu()._settings(), *sizes)
     inputs = len(g.placeholders(gm)) - len(further)
-    return LibraryFunction(open_library(files, dict(g.named_tensors(gm))), [None] * inputs, further)
+    return LibraryFunction(
+        open_library(files, dict(g.named_tensors(gm)).__getitem__), [None] * inputs, further
+    )
 
 
 def operators(gm: fx.GraphModule) -> Counter[str]:

@@ -140,7 +140,9 @@ def test_weights_are_freed_with_the_kernel() -> None:
     package = aoti.compile_package(sums(randn(64)), settings, None, "cpu")
     weight = randn(64)
     memory = StorageWeakRef(weight.untyped_storage())
-    kernel = aoti.LibraryFunction(aoti.open_package(package, {"constant": weight}), [None])
+    kernel = aoti.LibraryFunction(
+        aoti.open_package(package, {"constant": weight}.__getitem__), [None]
+    )
     weight.mul_(2)  # it is read where it lies
     del weight
     assert torch.equal(kernel([torch.ones(64)])[0], 2 * randn(64) + 1)

@@ -52,7 +52,8 @@ def ldm_sr() -> d.LDMSuperResolutionPipeline:
 
 
 def repaint() -> d.RePaintPipeline:
-    return d.RePaintPipeline(plain_unet(), d.RePaintScheduler())
+    # To go back, it draws noise for each training step between two steps.
+    return d.RePaintPipeline(plain_unet(), d.RePaintScheduler(num_train_timesteps=100))
 
 
 def score_sde() -> d.ScoreSdeVePipeline:

@@ -22,6 +22,8 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
+from diffopt.ir.insert import cast, insert
+from diffopt.ir.matcher import Var
 from diffopt.ir.nodes import args, conv_geometry, is_call, replace_node, stored_tensor
 from diffopt.transforms.constant_folding import evaluate
 
@@ -68,17 +70,23 @@ def _activation(
         always = None if x.zero is None else stored_tensor(gm, x.zero)
         zero = x.zero if always is None or always.any() else None
     source = _padded(graph, layer, x.source) if zero and layer.convolution else x.source
-    scale = x.scale if x.rows else g.call(graph, aten.view.default, x.scale, [])
-    factor = g.call(graph, aten.mul.Tensor, scale, 1 / constant)
-    scaled = g.call(graph, aten.div.Tensor, g.to_dtype(graph, source, torch.float32), factor)
-    if zero is not None:
-        zero = g.to_dtype(graph, g.call(graph, aten.view.default, zero, []), torch.float32)
-        zero = g.call(graph, aten.mul.Tensor, zero, constant)
-        scaled = g.call(graph, aten.add.Tensor, scaled, zero)
+    scaled, factor, zero = insert(graph, _rescaled, source, x.scale, x.rows, zero, constant)
     constants = [g.get_attr(gm, "constant", tensor) for tensor in qparams]
     quantized = qdq.quantize(gm, scaled, "static", *constants, number=x.number)
     layer.node.update_arg(0, g.to_dtype(graph, quantized, layer.node.meta["val"].dtype))
     return factor, zero
+
+
+def _rescaled(
+    source: Var, scale: Var, rows: bool, zero: Var | None, constant: float
+) -> tuple[Var, Var, Var | None]:
+    """Return c u, s / c and c z."""
+    factor = (scale if rows else aten.view.default(scale, [])) * (1 / constant)
+    scaled = cast(source, torch.float32) / factor
+    if zero is not None:
+        zero = cast(aten.view.default(zero, []), torch.float32) * constant
+        scaled = scaled + zero
+    return scaled, factor, zero
 
 
 def _is_read_alike(weight: qdq.Weight) -> bool:
@@ -115,19 +123,22 @@ def _scale_result(
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
     users = list(node.users)
     with graph.inserting_before(node.next):
-        result = g.to_dtype(graph, node, torch.float32)
-        if shift is not None:
-            sums = g.get_attr(gm, f"{node.name}_sums", _sums(gm, layer))
-            product = g.call(graph, aten.mul.Tensor, sums, shift)
-            result = g.call(graph, aten.sub.Tensor, result, product)
-        result = g.call(graph, aten.mul.Tensor, result, factor)
-        if bias is not None:
-            wide = g.to_dtype(graph, bias, torch.float32)
-            wide = g.call(graph, aten.view.default, wide, _rows(layer))
-            result = g.call(graph, aten.add.Tensor, result, wide)
-        result = g.to_dtype(graph, result, node.meta["val"].dtype)
+        sums = shift and g.get_attr(gm, f"{node.name}_sums", _sums(gm, layer))
+        result = insert(graph, _rescaled_result, node, factor, shift, sums, bias, _rows(layer))
     for user in users:
         user.replace_input_with(node, result)
+
+
+def _rescaled_result(
+    y: Var, factor: Var, shift: Var | None, sums: Var | None, bias: Var | None, rows: list[int]
+) -> Var:
+    result = cast(y, torch.float32)
+    if shift is not None:
+        result = result - sums * shift
+    result = result * factor
+    if bias is not None:
+        result = result + aten.view.default(cast(bias, torch.float32), rows)
+    return cast(result, y.dtype)
 
 
 def _rows(layer: qdq.Layer) -> list[int]:
