@@ -22,7 +22,7 @@ SLOW = "unroll(steps=33,scheduler=DDIM)"
 
 
 def row(denoiser: float, distance: float, seconds: float | None = None) -> dict[str, Any]:
-    made: dict[str, Any] = {
+    results: dict[str, Any] = {
         "cost": {"denoiser": denoiser, "program": denoiser + 0.1, "seconds": 1.0, "notes": {}},
         "quality": {
             "distance": [distance, 0.01],
@@ -31,8 +31,8 @@ def row(denoiser: float, distance: float, seconds: float | None = None) -> dict[
         },
     }
     if seconds is not None:
-        made["time"] = {"seconds": [seconds] * 3, "reference": [0.4, 0.3, 0.5]}
-    return made
+        results["time"] = {"seconds": [seconds] * 3, "reference": [0.4, 0.3, 0.5]}
+    return results
 
 
 ROWS = {
@@ -135,14 +135,14 @@ def test_a_configuration_that_means_nothing_is_refused() -> None:
 def test_two_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "DEBIAN", tmp_path / "missing")
     results = Results(tmp_path / "results.json", tmp_path / "lock")
-    made = []
+    generated = []
 
     class Fake:
         name = "a"
         folder = tmp_path / "work" / "a"
 
         def images(self, config: str, count: int, first: int, tell: object) -> torch.Tensor:
-            made.append(config)
+            generated.append(config)
             if config == "fora,interval=2":  # meanwhile the other process is done with the next
                 results.put({}, "models", "a", "configs", "fora,interval=3", "quality")
             return torch.rand(count, 1, 2, 2)
@@ -157,7 +157,7 @@ def test_two_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
     keys = "models", "a"
     model = measure.Measurements(cast(Study, Fake()), results, keys, lambda study, config: {})
     model.quality(configs, 2)
-    assert made == ["reference", "reference", "fora,interval=2", "fora,interval=4"]
+    assert generated == ["reference", "reference", "fora,interval=2", "fora,interval=4"]
     assert model.remaining(configs, "quality") == []
 
 
@@ -169,14 +169,14 @@ def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = ["--work", str(tmp_path / "work"), "--document", str(path), "--configs"]
     configs = ["reference", "fora,interval=2", "deepcache,interval=2"]
     command.main([*words.split(), *places, *configs])
-    found = json.loads(path.with_suffix(".json").read_text())["models"]["fashion-dit"]
-    reference, fora, deepcache = (found["configs"][config] for config in configs)
+    results = json.loads(path.with_suffix(".json").read_text())["models"]["fashion-dit"]
+    reference, fora, deepcache = (results["configs"][config] for config in configs)
     assert reference["quality"]["distance"] == [0, 0]
     assert reference["cost"]["denoiser"] == 1
     assert 0.6 < fora["cost"]["denoiser"] < 0.7
     assert fora["quality"]["distance"][0] > 0
     assert deepcache["left out"].startswith("deepcache needs skip connections")
-    assert found["floors"]["pipeline"] < 1e-4
+    assert results["floors"]["pipeline"] < 1e-4
     assert (tmp_path / "caching-fashion-dit.png").exists()
 
     def refuse(*_: object) -> None:

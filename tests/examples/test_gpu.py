@@ -32,7 +32,7 @@ def paper(tmp_path: Path) -> Path:
 
 
 def settings(work: Path, **changes: Any) -> Settings:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "model": "flux",
         "tiny": True,
         "steps": 2,
@@ -41,7 +41,7 @@ def settings(work: Path, **changes: Any) -> Settings:
         "rounds": 1,
         "work": work,
     }
-    return Settings(**given | changes)
+    return Settings(**defaults | changes)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -251,12 +251,12 @@ def test_after_a_broken_row_the_engines_get_another_process(
             events.append("end")
 
     monkeypatch.setattr(worker, "Worker", Fake)
-    own = settings(tmp_path)
-    with worker.Team(own, ahead=True) as team:
+    options = settings(tmp_path)
+    with worker.Team(options, ahead=True) as team:
         assert team.measure(ROWS["exact"], 9) == {
             "failed": "there is nothing to compare with: out of memory"
         }
-        torch.save(torch.zeros(2, 1), own.reference)
+        torch.save(torch.zeros(2, 1), options.reference)
         assert team.measure(ROWS["exact"], 9) == {"failed": "broken"}
         assert team.measure(ROWS["exact"], 9) == {"failed": "broken"}
     assert events == [
@@ -271,8 +271,8 @@ def test_after_a_broken_row_the_engines_get_another_process(
 
 def test_an_engine_that_a_target_refuses_is_a_failed_row(tmp_path: Path) -> None:
     engines = Engines(settings(tmp_path, target="cpu"))
-    found = worker._answer(engines, ROWS["fp8"])
-    assert found == {
+    answer = worker._answer(engines, ROWS["fp8"])
+    assert answer == {
         "failed": "target cpu cannot take this program: in transformer_step the input of"
         " linear_default is in fp8, and cpu has no fp8 products: they need a GPU of compute"
         " capability 8.9; quantize activations to int8, or weights alone"
@@ -283,24 +283,24 @@ def test_an_engine_that_a_target_refuses_is_a_failed_row(tmp_path: Path) -> None
 
 
 def test_errors_are_relative_and_finite(tmp_path: Path) -> None:
-    own = settings(tmp_path)
-    torch.save(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), own.reference)
-    found = measure.errors(own, torch.tensor([[3.0, 3.0], [0.0, 2.0]]))
-    assert found["errors"] == pytest.approx([0.2, 0])
+    options = settings(tmp_path)
+    torch.save(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), options.reference)
+    result = measure.errors(options, torch.tensor([[3.0, 3.0], [0.0, 2.0]]))
+    assert result["errors"] == pytest.approx([0.2, 0])
     with pytest.raises(DiffoptError, match="its latents are not finite"):
-        measure.errors(own, torch.tensor([[3.0, float("nan")], [0.0, 2.0]]))
+        measure.errors(options, torch.tensor([[3.0, float("nan")], [0.0, 2.0]]))
 
 
 def test_random_weights_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "POOL", 1000)  # smaller than the matrix: it begins anew
     monkeypatch.setattr(models, "FEW", 10)
 
-    def made(sparse: bool) -> nn.Sequential:
+    def network(sparse: bool) -> nn.Sequential:
         net = nn.Sequential(nn.Linear(100, 30), nn.LayerNorm(30))
         models.fill(net, "cpu", sparse)
         return net
 
-    one, two, sparse = made(False), made(False), made(True)
+    one, two, sparse = network(False), network(False), network(True)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     matrix = one[0].weight
     assert matrix.dtype == torch.bfloat16
@@ -313,7 +313,7 @@ def test_random_weights_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_that_the_loop_does_not_need_are_counted() -> None:
-    found = savings.count("flux", tiny=True, steps=3)
+    counts = savings.count("flux", tiny=True, steps=3)
     net = MODELS["flux"].build(tiny=True, device="cpu").transformer
     early = [net.time_text_embed, net.context_embedder, net.norm_out.linear]
     double, single = net.transformer_blocks[0], net.single_transformer_blocks[0]
@@ -322,12 +322,12 @@ def test_weights_that_the_loop_does_not_need_are_counted() -> None:
     first = double.attn
     early += [first.add_q_proj, first.add_k_proj, first.add_v_proj, first.norm_added_q]
     early += [first.norm_added_k]
-    gone = sum(2 * weight.numel() for part in early for weight in part.parameters())
-    assert found["before"] == sum(2 * weight.numel() for weight in net.parameters())
+    hoisted = sum(2 * weight.numel() for part in early for weight in part.parameters())
+    assert counts["before"] == sum(2 * weight.numel() for weight in net.parameters())
     tables = 2 * 4 * (8 + 16) * 16  # sines and cosines of the positions of 8 words, 16 patches
-    assert found["before"] - found["after"] == gone - tables
-    assert found["values"] > 0
-    assert found["flops"]["after"] < found["flops"]["before"]
+    assert counts["before"] - counts["after"] == hoisted - tables
+    assert counts["values"] > 0
+    assert counts["flops"]["after"] < counts["flops"]["before"]
 
 
 # --- the document ---------------------------------------------------------------------------------

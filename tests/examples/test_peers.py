@@ -63,9 +63,11 @@ def test_document() -> None:
 
 
 def test_document_without_what_did_not_compile() -> None:
-    made = row(compile={"error": "Oops: no"}, **{"same layers": False})
-    del made["contenders"][COMPILED]
-    lines = document.document({"machine": MACHINE, "rows": {"deepcache-3": made}}).splitlines()
+    uncompiled = row(compile={"error": "Oops: no"}, **{"same layers": False})
+    del uncompiled["contenders"][COMPILED]
+    lines = document.document(
+        {"machine": MACHINE, "rows": {"deepcache-3": uncompiled}}
+    ).splitlines()
     times = "100.0 ± 1.0 | 50.0 ± 1.0 | 33.3 ± 1.0 | - | 20.0 ± 1.0 | 1.67× | - |"
     assert f"| DeepCache, `cache(deepcache)` | 50 | {times}" in lines
     assert "- DeepCache, `cache(deepcache)`: Oops: no" in lines

@@ -39,13 +39,13 @@ MAGNITUDE, DIFF = (BY_IMPORTANCE[GOAL][m] for m in ("magnitude", "diff-pruning")
 def row(
     distance: float, flops: int = 100, kid: float = 0.1, seconds: float | None = None
 ) -> dict[str, Any]:
-    made: dict[str, Any] = {
+    results: dict[str, Any] = {
         "cost": {"flops": flops, "parameters": flops, "seconds": {}, "notes": {}},
         "quality": quality(distance, kid),
     }
     if seconds is not None:
-        made["time"] = {"target": "cpu", "seconds": [seconds] * 3, REFERENCE: [0.4, 0.5, 0.3]}
-    return made
+        results["time"] = {"target": "cpu", "seconds": [seconds] * 3, REFERENCE: [0.4, 0.5, 0.3]}
+    return results
 
 
 ROWS = {
@@ -138,31 +138,33 @@ def test_no_sentence_without_its_numbers() -> None:
 
 
 def test_groups_of_both() -> None:
-    def group(layer: str, ours: list[str], theirs: list[str], own: list[str]) -> dict[str, Any]:
-        return {"layer": layer, "ours": ours, "only theirs": theirs, "only ours": own}
+    def group(
+        layer: str, ours: list[str], theirs: list[str], only_ours: list[str]
+    ) -> dict[str, Any]:
+        return {"layer": layer, "ours": ours, "only theirs": theirs, "only ours": only_ours}
 
-    found = [
+    groups = [
         group("a", ["a"], [], []),
         group("time", [], ["time out"], []),
         group("b", ["b"], ["time in"], []),
         group("c", ["b", "c"], [], ["b out"]),
     ]
-    lines = findings.grouped(found)
+    lines = findings.grouped(groups)
     assert lines[0].startswith("Of its 4 groups 1 are the same weights and axes as ours. 2 have")
     assert lines[1].startswith("1 go together with more here (`c`)")
 
 
 @pytest.mark.parametrize("model", ["fashion-sd", "fashion-dit"])
 def test_configurations_are_pipelines(model: str) -> None:
-    own = configurations.configurations(model, 25)
-    assert {*configurations.configurations(model, 8)} - {*map(fewer, (4, 5, 6, 7))} < {*own}
-    assert len(set(own)) == len(own)
-    for config in own:
+    configs = configurations.configurations(model, 25)
+    assert {*configurations.configurations(model, 8)} - {*map(fewer, (4, 5, 6, 7))} < {*configs}
+    assert len(set(configs)) == len(configs)
+    for config in configs:
         calls = [call for call in split(config) if not call.startswith(THEIRS)]
         Pipeline.parse(pipeline(calls))
-    assert {*PARTS, COMPOSED} < {*own}
-    assert {*map(untrained, own)} < {*own}
-    timed = [*filter(configurations.is_timed, own)]
+    assert {*PARTS, COMPOSED} < {*configs}
+    assert {*map(untrained, configs)} < {*configs}
+    timed = [*filter(configurations.is_timed, configs)]
     assert {*PARTS[1:], COMPOSED, AUTO, MAGNITUDE, fewer(18)} < {*timed}
     assert not {REFERENCE, DIFF, recovered(AUTO)} & {*timed}
     with pytest.raises(DiffoptError, match=r"fuse: a configuration is made of unroll, prune"):
@@ -179,8 +181,8 @@ def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = UNIFORM
     chosen = [REFERENCE, fewer(1), small, recovered(small), "prune(mlp,layers=nothing)"]
     command.main([*words.split(), *chosen])
-    found = json.loads(path.with_suffix(".json").read_text())["models"]["fashion-dit, 2 steps"]
-    reference, one, pruned, trained, nothing = (found["configs"][c] for c in chosen)
+    results = json.loads(path.with_suffix(".json").read_text())["models"]["fashion-dit, 2 steps"]
+    reference, one, pruned, trained, nothing = (results["configs"][c] for c in chosen)
     assert reference["quality"]["distance"] == [0, 0]
     assert reference["cost"]["flops"] > pruned["cost"]["flops"] == trained["cost"]["flops"]
     assert reference["cost"]["parameters"] > pruned["cost"]["parameters"]
@@ -193,7 +195,7 @@ def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"| `{small}` | 0." in text
     assert f"`{recovered(small)}` |" not in text
     assert "Left out: `prune(mlp,layers=nothing)`" in text
-    assert document.pictured(found["configs"]) == [REFERENCE]
+    assert document.pictured(results["configs"]) == [REFERENCE]
 
     def refuse(*_: object) -> None:
         raise AssertionError("measured twice")

@@ -45,12 +45,12 @@ MACHINE = {"cpu": "a CPU", "capability": "AVX2", "cores": 2, "threads": 2, "torc
 def row(
     distance: float, weights: int = 200, kid: float = 0.1, seconds: float | None = None
 ) -> dict[str, Any]:
-    made: dict[str, Any] = {
+    results: dict[str, Any] = {
         "cost": {"weights": {"bytes": weights, "fp16 bytes": 200}, "seconds": 1.0, "notes": {}},
         "quality": quality(distance, kid),
     }
     if seconds is not None:
-        made["time"] = {
+        results["time"] = {
             "target": "cpu",
             "images": 4,
             "seconds": [seconds] * 3,
@@ -61,7 +61,7 @@ def row(
             "file": int(1e6 * weights / 100),
             "compressed": int(1e6 * weights / 125),
         }
-    return made
+    return results
 
 
 ROWS = {
@@ -249,8 +249,8 @@ def test_a_configuration_that_means_nothing_is_refused() -> None:
 
 def test_the_ranges_of_one_step() -> None:
     inf = torch.inf
-    own = Ranges(torch.tensor([inf, -1, -2, -3]), torch.tensor([-inf, 1, 2, 3]))
-    one = middle(own)
+    ranges = Ranges(torch.tensor([inf, -1, -2, -3]), torch.tensor([-inf, 1, 2, 3]))
+    one = middle(ranges)
     assert one.low.tolist() == [inf, -2, -2, -2]
     assert one.high.tolist() == [-inf, 2, 2, 2]
     never = Ranges(torch.tensor([inf]), torch.tensor([-inf]))
@@ -264,10 +264,10 @@ def test_a_call_is_the_same_on_both_sides() -> None:
     truth = [list(loop.body(*visit.arguments)) for visit in visits]
     errors = []
     for config in (REFERENCE, BF16, "quantize(int8,ends=true)"):
-        own = large.rewritten(plain, config)
-        make = peers.calls_of(own, loop, plain.sample, "eager")
-        made = [make(i, visit.arguments)() for i, visit in enumerate(visits)]
-        errors.append(max(map(peers.error, made, truth)))
+        rewritten = large.rewritten(plain, config)
+        make = peers.calls_of(rewritten, loop, plain.sample, "eager")
+        outputs = [make(i, visit.arguments)() for i, visit in enumerate(visits)]
+        errors.append(max(map(peers.error, outputs, truth)))
     assert errors[0] == 0
     assert all(0 < wrong < 0.05 for wrong in errors[1:])
 
@@ -282,7 +282,7 @@ def test_contenders_take_turns() -> None:
     runs: dict[str, peers.Run] = {key: lambda k=key: order.append(k) or [] for key in "ab"}  # type: ignore[misc]
     seconds = peers.take_turns(runs, 2)
     assert order == [*"abababab"]
-    assert [len(own) for own in seconds.values()] == [2, 2]
+    assert [len(times) for times in seconds.values()] == [2, 2]
 
 
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,8 +295,8 @@ def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words += f" --threads 1 --rounds 1 --target eager --work {tmp_path} --document {path} --configs"
     configs = [REFERENCE, BF16, INT8, INT8_ONE_STEP, "quantize(int8,layers=nothing)"]
     command.main([*words.split(), *configs])
-    found = json.loads(path.with_suffix(".json").read_text())["models"]["fashion-dit, 2 steps"]
-    reference, bf16, int8, one, nothing = (found["configs"][config] for config in configs)
+    results = json.loads(path.with_suffix(".json").read_text())["models"]["fashion-dit, 2 steps"]
+    reference, bf16, int8, one, nothing = (results["configs"][config] for config in configs)
     assert reference["quality"]["distance"] == [0, 0]
     assert reference["cost"]["weights"]["bytes"] > 1.9 * bf16["cost"]["weights"]["bytes"]
     assert bf16["cost"]["weights"]["bytes"] > int8["cost"]["weights"]["bytes"]

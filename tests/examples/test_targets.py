@@ -79,8 +79,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
         built.append(name)
         return component()
 
-    made = SimpleNamespace(components={"unet": None, "vae": None})
-    monkeypatch.setattr(command, "make", lambda model, number, work: made)
+    stub_program = SimpleNamespace(components={"unet": None, "vae": None})
+    monkeypatch.setattr(command, "make", lambda model, number, work: stub_program)
     monkeypatch.setattr(measure, "refused", lambda program, devices: {})
     monkeypatch.setattr(measure, "component", build)
     paper = tmp_path / "targets.md"

@@ -44,8 +44,8 @@ def bias_of(out: int, x: fx.Node) -> Tensor:
     return parameter(out).to(BF16).to(x.meta["val"].dtype)
 
 
-class Made:
-    """A body whose layers read rows of tokens, the channels of an image, or a few rows."""
+class LayerBuilder:
+    """Adds layers to a body: they read rows of tokens, the channels of an image, or a few rows."""
 
     def __init__(self, make: Any, *inputs: fx.Node) -> None:
         self.gm: fx.GraphModule = make.gm
@@ -53,14 +53,14 @@ class Made:
         self.tokens, self.image, self.few = inputs
 
     def quantize(self, x: fx.Node, scaling: qdq.Scaling, number: qdq.Number) -> fx.Node:
-        given = []
+        constants = []
         if scaling == "static":
-            given = [
+            constants = [
                 g.get_attr(self.gm, "scale", torch.tensor([0.027 if number == "int8" else 1e-2]))
             ]
-            given += [g.get_attr(self.gm, "zero", torch.tensor([-9], dtype=torch.int32))]
-            given = given if number == "int8" else given[:1]
-        return qdq.quantize(self.gm, x, scaling, *given, number=number)
+            constants += [g.get_attr(self.gm, "zero", torch.tensor([-9], dtype=torch.int32))]
+            constants = constants if number == "int8" else constants[:1]
+        return qdq.quantize(self.gm, x, scaling, *constants, number=number)
 
     def weight(
         self,
@@ -87,18 +87,18 @@ class Made:
         **weight: Any,
     ) -> fx.Node:
         x = self.tokens if x is None else x
-        given = self.quantize(x, scaling, to) if scaling else x
+        activation = self.quantize(x, scaling, to) if scaling else x
         end = (bias_of(out, x),) if bias else ()
-        made: fx.Node = self.make(
-            aten.linear.default, given, self.weight(out, inputs, **weight), *end
+        result: fx.Node = self.make(
+            aten.linear.default, activation, self.weight(out, inputs, **weight), *end
         )
-        return made
+        return result
 
     def narrow(self, scaling: qdq.Scaling | None, inputs: int, **weight: Any) -> fx.Node:
         x = self.make(aten.slice.Tensor, self.tokens, 2, 0, inputs)
         return self.linear(scaling, x, inputs=inputs, **weight)
 
-    def turned(self, scaling: qdq.Scaling = "dynamic", to: qdq.Number = "int8") -> fx.Node:
+    def transposed(self, scaling: qdq.Scaling = "dynamic", to: qdq.Number = "int8") -> fx.Node:
         x = self.make(aten.select.int, self.image, 0, 0)
         x = self.make(aten.permute.default, x, [1, 2, 0])
         return self.linear(scaling, x, to, number=to)
@@ -115,8 +115,8 @@ class Made:
         x = self.quantize(self.image, scaling, to) if scaling else self.image
         w = self.weight(OUTPUTS, INPUTS // groups, size, size, **weight)
         bias = bias_of(OUTPUTS, self.image)
-        made: fx.Node = self.make(aten.conv2d.default, x, w, bias, *geometry)
-        return made
+        result: fx.Node = self.make(aten.conv2d.default, x, w, bias, *geometry)
+        return result
 
     def single(self) -> fx.Node:
         self.image = self.make(aten.select.int, self.image, 0, 0)
@@ -125,8 +125,8 @@ class Made:
     def one_axis(self) -> fx.Node:
         line = self.make(aten.view.default, self.image, [2, INPUTS, 20])
         x = self.quantize(line, "dynamic", "int8")
-        made: fx.Node = self.make(aten.conv1d.default, x, self.weight(OUTPUTS, INPUTS, 1))
-        return made
+        result: fx.Node = self.make(aten.conv1d.default, x, self.weight(OUTPUTS, INPUTS, 1))
+        return result
 
     def channels_last(self) -> fx.Node:
         form = torch.channels_last
@@ -134,7 +134,7 @@ class Made:
         return self.convolution("static")
 
 
-Build = Callable[[Made], fx.Node]
+Build = Callable[[LayerBuilder], fx.Node]
 FP8: Any = {"to": "fp8", "number": "fp8"}
 INT4: Any = {"number": "int4", "group": 32}
 
@@ -149,16 +149,16 @@ PRODUCTS: dict[str, tuple[str, Build]] = {
         "int8",
         lambda m: m.linear("dynamic", is_wide=True, **INT4),
     ),
-    "turned": ("int8", Made.turned),
+    "transposed": ("int8", LayerBuilder.transposed),
     "convolution": ("int8", lambda m: m.convolution("static")),
-    "convolution in channels last": ("int8", Made.channels_last),
-    "convolution over one axis": ("int8", Made.one_axis),
+    "convolution in channels last": ("int8", LayerBuilder.channels_last),
+    "convolution over one axis": ("int8", LayerBuilder.one_axis),
     "fp8, static": ("fp8", lambda m: m.linear("static", **FP8)),
     "fp8, dynamic": ("fp8", lambda m: m.linear("dynamic", **FP8)),
     "fp8, rows": ("fp8", lambda m: m.linear("rows", **FP8)),
     "fp8, rows without bias": ("fp8", lambda m: m.linear("rows", bias=False, **FP8)),
     "fp8, few rows": ("fp8", lambda m: m.linear("rows", m.few, **FP8)),
-    "fp8, turned": ("fp8", lambda m: m.turned("rows", "fp8")),
+    "fp8, transposed": ("fp8", lambda m: m.transposed("rows", "fp8")),
     "fp8, convolution": ("fp8", lambda m: m.convolution("dynamic", **FP8)),
 }
 
@@ -214,7 +214,7 @@ FLOATS: dict[str, tuple[str | None, Build]] = {
     ),
     "convolution without a batch": (
         f"{QUANTIZED}: a convolution that is no product of matrices",
-        Made.single,
+        LayerBuilder.single,
     ),
     "4 bits, many rows": (
         f"{SMALL}: more than 64 rows",
@@ -244,8 +244,8 @@ def layers(*names: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     kinds = {**PRODUCTS, **FLOATS, "4 bits": ("int4", lambda m: m.linear(None, **INT4))}
 
     def make(make: Any, *inputs: fx.Node) -> list[fx.Node]:
-        made = Made(make, *inputs)
-        return [kinds[name][1](made) for name in names]
+        builder = LayerBuilder(make, *inputs)
+        return [kinds[name][1](builder) for name in names]
 
     return body(make, *(sample.to(dtype) for sample in SAMPLES))
 
@@ -255,9 +255,9 @@ def lower(
 ) -> tuple[loading.Lowered, fx.GraphModule]:
     """Return a lowered body, and the same read from JSON."""
     result = cuda_gemm.lower({"body": gm}, hardware(device), {"body": free} if free else None)
-    made = result.bodies["body"]
-    rows = json.loads(json.dumps(serialize.graph_to_json(made)))
-    return result, serialize.graph_from_json(rows, "body", dict(g.named_tensors(made)), {})
+    lowered = result.bodies["body"]
+    rows = json.loads(json.dumps(serialize.graph_to_json(lowered)))
+    return result, serialize.graph_from_json(rows, "body", dict(g.named_tensors(lowered)), {})
 
 
 def further(result: loading.Lowered, tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -363,16 +363,16 @@ def skip_without_fp8(name: str, dtype: torch.dtype = BF16) -> None:
 def test_a_product_gives_what_the_graph_gives(name: str, dtype: torch.dtype) -> None:
     skip_without_fp8(name, dtype)
     gm = layers(name, dtype=dtype)
-    result, made = lower(gm)
+    result, restored = lower(gm)
     kind = PRODUCTS[name][0]
     assert result.layers == {"body": {kind: 1}}
     assert not result.notes
     target = "aten._int_mm" if kind == "int8" else "aten._scaled_mm"
-    assert operators(made)[target] == 1
-    assert not [n for n in made.graph.nodes if qdq.layer(n)]
+    assert operators(restored)[target] == 1
+    assert not [n for n in restored.graph.nodes if qdq.layer(n)]
     assert_cuda_takes(result)
     samples = [sample.to(dtype) for sample in SAMPLES]
-    (value,) = made(*samples, *further(result, dict(g.named_tensors(gm))))
+    (value,) = restored(*samples, *further(result, dict(g.named_tensors(gm))))
     # In floats of 16 bits the graph rounds inputs and weights once more than the kernel does.
     (expected,) = layers(name)(*(sample.float() for sample in samples))
     assert value.dtype == dtype
@@ -385,14 +385,14 @@ def test_a_product_gives_what_the_graph_gives(name: str, dtype: torch.dtype) -> 
 def test_where_there_is_no_product_the_graph_stays(name: str) -> None:
     dtype = BF16 if "4 bits" in name else torch.float32
     gm = layers(name, dtype=dtype)
-    result, made = lower(gm)
+    result, restored = lower(gm)
     assert result.layers == {"body": {"float": 1}}
     reason = FLOATS[name][0]
     assert result.notes == ({} if reason is None else {"body": [f"1 {reason}"]})
     assert not result.setup.takes["body"]
     assert_cuda_takes(result)
     samples = [sample.to(dtype) for sample in SAMPLES]
-    (value,), (expected,) = made(*samples), gm(*samples)
+    (value,), (expected,) = restored(*samples), gm(*samples)
     torch.testing.assert_close(value, expected, atol=0, rtol=0)
 
 
@@ -409,19 +409,19 @@ def test_a_gpu_without_fp8() -> None:
 
 def test_layers_after_each_other_and_a_weight_of_two() -> None:
     def make(make: Any, *inputs: fx.Node) -> list[fx.Node]:
-        made = Made(make, *inputs)
-        weight = made.weight(INPUTS, INPUTS, number="int4")
-        x = qdq.quantize(make.gm, made.tokens, "rows")
+        builder = LayerBuilder(make, *inputs)
+        weight = builder.weight(INPUTS, INPUTS, number="int4")
+        x = qdq.quantize(make.gm, builder.tokens, "rows")
         for _ in range(2):
             x = make(aten.linear.default, x, weight)
             x = qdq.quantize(make.gm, x, "rows")
-        return [x, make(aten.linear.default, made.few, weight)]
+        return [x, make(aten.linear.default, builder.few, weight)]
 
     gm = body(make, *SAMPLES)
-    result, made = lower(gm)
+    result, restored = lower(gm)
     assert result.layers == {"body": {"int8": 2, "float": 1}}
     assert len(g.outputs(result.setup.gm)) == 1  # packed once, and widened in the body alone
-    values = made(*SAMPLES, *further(result, dict(g.named_tensors(gm))))
+    values = restored(*SAMPLES, *further(result, dict(g.named_tensors(gm))))
     for value, expected in zip(values, gm(*SAMPLES), strict=True):
         torch.testing.assert_close(value, expected, **TIGHT)
 
@@ -478,13 +478,13 @@ def test_a_product_with_4_bit_weights_gives_what_the_graph_gives(group: int, inp
 
     x = randn(3, 5, inputs).to(BF16)
     gm = body(make, x)
-    result, made = lower(gm)
+    result, restored = lower(gm)
     assert result.layers == {"body": {"int4": 1}}
-    assert operators(made)["aten._weight_int4pack_mm"] == 1
+    assert operators(restored)["aten._weight_int4pack_mm"] == 1
     assert_cuda_takes(result)
     stored = sum(n.meta["val"].nbytes for n in g.outputs(result.setup.gm))
     assert stored == 24 * inputs // 2 + 24 * (inputs // group) * 4
-    (value,) = made(x, *further(result, dict(g.named_tensors(gm))))
+    (value,) = restored(x, *further(result, dict(g.named_tensors(gm))))
     torch.testing.assert_close(value, gm(x)[0], atol=2e-2, rtol=2.0**-7)
 
 
@@ -511,13 +511,13 @@ def test_one_graph_for_a_range_of_sizes(name: str) -> None:
     skip_without_fp8(name)
     gm = layers(name, dtype=BF16)
     axis = {0: (1, 4)}
-    result, made = lower(gm, free={0: axis, 1: axis, 2: axis})
+    result, restored = lower(gm, free={0: axis, 1: axis, 2: axis})
     assert result.layers == {"body": {PRODUCTS[name][0]: 1}}
     assert_cuda_takes(result)
     tensors = further(result, dict(g.named_tensors(gm)))
     for count in (1, 4):
         samples = [randn(count, *sample.shape[1:]) for sample in SAMPLES]
-        (value,) = made(*(sample.to(BF16) for sample in samples), *tensors)
+        (value,) = restored(*(sample.to(BF16) for sample in samples), *tensors)
         (expected,) = layers(name)(*(sample.to(BF16).float() for sample in samples))
         torch.testing.assert_close(value.float(), expected, **ROUNDED)
 
@@ -588,8 +588,8 @@ def test_pipelines_give_what_their_graphs_give(
     skip_without_fp8(text, BF16 if "bf16" in text else torch.float32)
     program = Pipeline.parse(text).run(simplified(name))
     result = cuda_gemm.lower(program.components, H100)
-    found = sum(map(Counter, result.layers.values()), Counter[str]())
-    assert found == expected
+    counts = sum(map(Counter, result.layers.values()), Counter[str]())
+    assert counts == expected
     assert_cuda_takes(result)
     *errors, most = sorted(call_errors(program, result))
     assert max(errors) < (1e-2 if "bf16" in text else 1e-5)
@@ -603,7 +603,7 @@ def test_every_kind_of_layer_compiles() -> None:
         "rows",
         "convolution",
         "fp8, dynamic",
-        "fp8, turned",
+        "fp8, transposed",
         "few rows",
         "groups",
         "fp8 weight alone",
@@ -613,9 +613,9 @@ def test_every_kind_of_layer_compiles() -> None:
     ]
     if not FP8_ROWS:
         names = [name for name in names if "fp8" not in name]
-    _, made = lower(layers(*names, dtype=BF16))
+    _, restored = lower(layers(*names, dtype=BF16))
     # For the CPU: here it shows that the compiler has code for all but the products on GPUs alone.
-    members = compile_body(made, Cpu(threads=1)._settings())
+    members = compile_body(restored, Cpu(threads=1)._settings())
     assert set(members) == {"so"}  # no operator is called back for
 
 
@@ -625,17 +625,17 @@ def test_every_kind_of_layer_compiles() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*PRODUCTS, *FLOATS, "4 bits"])
 def test_on_a_gpu(name: str) -> None:
-    own = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability()
     kind = PRODUCTS.get(name, ("float",))[0]
-    if kind == "fp8" and own < (8, 9):
+    if kind == "fp8" and capability < (8, 9):
         pytest.skip("this GPU has no products in fp8")
     for dtype in (torch.float32, torch.float16, BF16):
         gm = layers(name, dtype=dtype)
-        result = cuda_gemm.lower({"body": gm}, replace(H100, capability=own))
+        result = cuda_gemm.lower({"body": gm}, replace(H100, capability=capability))
         moved = {key: tensor.cuda() for key, tensor in g.named_tensors(gm)}
         samples = [sample.to(dtype) for sample in SAMPLES]
-        given = [*(sample.cuda() for sample in samples), *further(result, moved)]
-        (value,) = result.bodies["body"].cuda()(*given)
+        arguments = [*(sample.cuda() for sample in samples), *further(result, moved)]
+        (value,) = result.bodies["body"].cuda()(*arguments)
         (expected,) = layers(name)(*(sample.float() for sample in samples))
         # Products of floats are in TF32, and sums in fp8 have fewer digits than float32.
         is_tight = kind == "int8" and dtype == torch.float32

@@ -51,7 +51,7 @@ def test_a_run_is_on_one_stream_of_its_own(said: list[str]) -> None:
 @pytest.fixture
 def recorded(said: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let a CUDA graph do again what the plan did while it was captured."""
-    made: list[Doubling] = []
+    plans: list[Doubling] = []
 
     class Graph:
         def replay(self) -> None:
@@ -61,14 +61,14 @@ def recorded(said: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     @contextmanager
     def capture(graph: Any, stream: Any) -> Iterator[None]:
         assert stream.name == "own"
-        (plan,) = made
+        (plan,) = plans
         plan.capturing = True
         yield
         plan.capturing = False
         graph.result, graph.inputs = plan.result, plan.inputs
 
     def doubling(self: CudaExecutor, plan: Any, record: bool = False) -> None:
-        made.append(plan)
+        plans.append(plan)
         original(self, plan, record)
 
     original = CudaExecutor.__init__

@@ -61,8 +61,8 @@ def test_a_plan_gives_what_its_graph_gives(seed: int) -> None:
     inputs = [torch.randn(2, 4), torch.randn(2, 4)]
     before = [tensor.clone() for tensor in inputs]
     for _ in range(2):  # a run leaves nothing for the next one
-        for found, expected in zip(plan.run(inputs), root(*inputs), strict=True):
-            assert torch.equal(found, expected)
+        for output, expected in zip(plan.run(inputs), root(*inputs), strict=True):
+            assert torch.equal(output, expected)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
@@ -117,7 +117,7 @@ def test_the_outer_graph_computes_on_the_device_that_it_is_for() -> None:
     for value in values[1:]:
         total = g.call(graph, aten.add.Tensor, total, value)
     finish(root, [total])
-    (found,) = SlotExecutor(root, {}).run([torch.tensor([1.0, 2.0, 3.0])])
-    assert found.tolist() == [6.0, 9.0, 12.0]
-    (found,) = SlotExecutor(root, {}, "meta").run([torch.zeros(3, device="meta")])
-    assert found.device.type == "meta"
+    (output,) = SlotExecutor(root, {}).run([torch.tensor([1.0, 2.0, 3.0])])
+    assert output.tolist() == [6.0, 9.0, 12.0]
+    (output,) = SlotExecutor(root, {}, "meta").run([torch.zeros(3, device="meta")])
+    assert output.device.type == "meta"

@@ -42,15 +42,15 @@ def test_all_devices_are_described() -> None:
 
 @names
 def test_a_description_is_whole(name: str) -> None:
-    own = hardware.hardware(name)
-    assert own.name == name
-    assert own.kind == ("cuda" if name in GPUS else "cpu")
-    assert own.memory > own.bandwidth / 1000 > 0
-    assert (own.capability is not None) == (own.cores == 0) == (own.kind == "cuda")
-    assert "fp32" in own.peak
-    assert {*own.peak, *own.stored} <= set(FORMATS)
-    assert own.sources
-    hash(own)
+    device = hardware.hardware(name)
+    assert device.name == name
+    assert device.kind == ("cuda" if name in GPUS else "cpu")
+    assert device.memory > device.bandwidth / 1000 > 0
+    assert (device.capability is not None) == (device.cores == 0) == (device.kind == "cuda")
+    assert "fp32" in device.peak
+    assert {*device.peak, *device.stored} <= set(FORMATS)
+    assert device.sources
+    hash(device)
 
 
 @names
@@ -94,14 +94,14 @@ def test_rates_are_dense_and_sum_in_fp32() -> None:
     ],
 )
 def test_what_a_device_lacks(name: str, what: str, reason: str | None) -> None:
-    found = hardware.hardware(name).lacks(what)
+    message = hardware.hardware(name).lacks(what)
     kind = "2:4 sparse" if what == "2:4" else what
     if reason is None:
-        assert found is None
+        assert message is None
     elif "datasheet" in reason:
-        assert found == f"{name} has no {kind} products: {reason}names none"
+        assert message == f"{name} has no {kind} products: {reason}names none"
     else:
-        assert found == f"{name} has no {kind} products: {reason}"
+        assert message == f"{name} has no {kind} products: {reason}"
 
 
 def test_a_format_that_does_not_exist() -> None:
@@ -134,21 +134,21 @@ def test_a_share_of_a_cpu() -> None:
 @pytest.fixture
 def entries(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     """Entry points of the group of devices, as if packages had been installed."""
-    found: list[EntryPoint] = []
+    installed: list[EntryPoint] = []
     monkeypatch.setattr(
-        plugins, "entry_points", lambda group: found if group == "diffopt.devices" else []
+        plugins, "entry_points", lambda group: installed if group == "diffopt.devices" else []
     )
     monkeypatch.setattr(hardware, "_sources", hardware._sources.__wrapped__)
-    return found
+    return installed
 
 
 def test_a_device_of_another_package(entries: list[EntryPoint]) -> None:
     entries.append(EntryPoint("box", "tests.lowering.test_hardware:BOX", "diffopt.devices"))
     assert "box" in hardware_names()
-    made = parse_target("box:eager")
-    assert str(made) == "box:eager"
-    assert made.hardware is not None
-    assert made.hardware.title == "A box"
+    target = parse_target("box:eager")
+    assert str(target) == "box:eager"
+    assert target.hardware is not None
+    assert target.hardware.title == "A box"
 
 
 @pytest.mark.parametrize(
@@ -218,11 +218,11 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_texts_that_parse_and_print(text: str, name: str, device: str) -> None:
-    made = parse_target(text)
-    assert (made.name, made.device) == (name, device)
-    assert str(made) == text
-    assert parse_target(str(made)) == made
-    assert hash(made) == hash(parse_target(text))
+    target = parse_target(text)
+    assert (target.name, target.device) == (name, device)
+    assert str(target) == text
+    assert parse_target(str(target)) == target
+    assert hash(target) == hash(parse_target(text))
 
 
 @pytest.mark.usefixtures("plans")
@@ -301,10 +301,10 @@ def layers() -> Program:
 
 
 def test_fp8_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
-    made = quantized(layers(), "fp8", "dynamic")
+    model = quantized(layers(), "fp8", "dynamic")
     with pytest.raises(DiffoptError) as caught:
-        build(made, Plans(device="a100"), tmp_path / "x")
-    (node,) = made.components["net"].graph.find_nodes(
+        build(model, Plans(device="a100"), tmp_path / "x")
+    (node,) = model.components["net"].graph.find_nodes(
         op="call_function", target=aten.linear.default
     )
     assert str(caught.value) == (
@@ -313,38 +313,38 @@ def test_fp8_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
         " quantize activations to int8, or weights alone"
     )
     with pytest.raises(AssertionError, match="compiled"):
-        build(made, Plans(device="h100"), tmp_path / "x")
+        build(model, Plans(device="h100"), tmp_path / "x")
     with pytest.raises(AssertionError, match="compiled"):
-        build(made, Plans(), tmp_path / "x")  # nothing is known of the device
+        build(model, Plans(), tmp_path / "x")  # nothing is known of the device
 
 
 def test_stored_fp8_is_refused_where_nothing_widens_it() -> None:
-    made = quantized(layers(), "fp8", None)
-    assert legality.unsupported(made, hardware.hardware("a100")) == (
+    model = quantized(layers(), "fp8", None)
+    assert legality.unsupported(model, hardware.hardware("a100")) == (
         "in net weight_fp8 is in fp8, and a100 has no fp8 products: they need compute capability"
         " 8.9, and it has 8.0; quantize to int8 or int4"
     )
-    assert legality.unsupported(made, hardware.hardware("cpu")) is None
-    assert legality.unsupported(made, hardware.hardware("l4")) is None
+    assert legality.unsupported(model, hardware.hardware("cpu")) is None
+    assert legality.unsupported(model, hardware.hardware("l4")) is None
 
 
 def test_int4_weights_are_widened() -> None:
-    made = quantized(layers(), "int4", "static")
+    model = quantized(layers(), "int4", "static")
     for name in GPUS:
-        assert legality.unsupported(made, hardware.hardware(name)) is None
+        assert legality.unsupported(model, hardware.hardware(name)) is None
     without = replace(hardware.hardware("h100"), stored=())
-    assert legality.unsupported(made, without) == (
+    assert legality.unsupported(model, without) == (
         "in net unpack_int4_default is in int4, and h100 has no int4 products: GPUs lost them with"
         " compute capability 9.0, and it has 9.0; quantize to int8 or fp8"
     )
 
 
 def test_int8_inputs_where_there_are_no_integers() -> None:
-    made = quantized(layers(), "int8", "rows")
-    (node,) = made.components["net"].graph.find_nodes(
+    model = quantized(layers(), "int8", "rows")
+    (node,) = model.components["net"].graph.find_nodes(
         op="call_function", target=aten.linear.default
     )
-    assert legality.unsupported(made, BOX) == (
+    assert legality.unsupported(model, BOX) == (
         f"in net the input of {node.name} is in int8, and box has no int8 products: they need a GPU"
         " of compute capability 7.5; quantize weights alone"
     )
@@ -352,12 +352,12 @@ def test_int8_inputs_where_there_are_no_integers() -> None:
 
 def test_bf16_is_refused_on_turing() -> None:
     x = randn(4, 8).bfloat16()
-    made = program(lambda make, x: make(aten.relu.default, x), x)
-    assert legality.unsupported(made, hardware.hardware("t4")) == (
+    relu = program(lambda make, x: make(aten.relu.default, x), x)
+    assert legality.unsupported(relu, hardware.hardware("t4")) == (
         "in the program x is in bf16, and t4 has no bf16 products: they need compute capability"
         " 8.0, and it has 7.5; cast to fp16 or fp32"
     )
-    assert legality.unsupported(made, hardware.hardware("a10")) is None
+    assert legality.unsupported(relu, hardware.hardware("a10")) is None
 
 
 # The command line

@@ -32,19 +32,19 @@ def components() -> dict[str, fx.GraphModule]:
 
 
 def rewrite(name: str, gm: fx.GraphModule) -> load_time_graph.Rewritten:
-    """Multiply by the turned numbers, into results that are in memory the other way around."""
+    """Multiply the weight by the transposed input, into results in a column-major layout."""
     (layer,) = qdq.layers(gm)
     weight = qdq.weight(layer.weight)
     assert weight is not None
     with gm.graph.inserting_before(layer.node):
         wide = g.call(gm.graph, aten._to_copy.default, weight.values, dtype=torch.float32)
-        turned = g.call(gm.graph, aten.t.default, layer.x)
-        product = g.call(gm.graph, aten.mm.default, wide, turned)
+        transposed = g.call(gm.graph, aten.t.default, layer.x)
+        product = g.call(gm.graph, aten.mm.default, wide, transposed)
         scales = g.call(gm.graph, aten.view.default, weight.scales, [-1, 1])
-        made = g.call(gm.graph, aten.mul.Tensor, product, scales)
-        made = g.call(gm.graph, aten.t.default, made)
-    replace_node(layer.node, made)
-    return load_time_graph.Rewritten({made}, {"made": 1}, [f"a note on {name}"])
+        scaled = g.call(gm.graph, aten.mul.Tensor, product, scales)
+        result = g.call(gm.graph, aten.t.default, scaled)
+    replace_node(layer.node, result)
+    return load_time_graph.Rewritten({result}, {"product": 1}, [f"a note on {name}"])
 
 
 def is_wanted(gm: fx.GraphModule) -> bool:
@@ -67,17 +67,17 @@ def test_components_take_what_is_computed_once(widen: bool) -> None:
     bodies = components()
     lowered = load_time_graph.lower(bodies, is_wanted, rewrite, widen)
     assert lowered.bodies["plain"] is bodies["plain"]
-    assert lowered.layers == {"one": {"made": 1}, "other": {"made": 1}}
+    assert lowered.layers == {"one": {"product": 1}, "other": {"product": 1}}
     assert lowered.notes == {"one": ["a note on one"], "other": ["a note on other"]}
-    made = results(lowered, bodies)
-    assert [(tensor.dtype, list(tensor.shape)) for tensor in made] == [
+    tensors = results(lowered, bodies)
+    assert [(tensor.dtype, list(tensor.shape)) for tensor in tensors] == [
         (torch.float32, [6, 8]),
         (torch.float32, [6, 1]),
     ]
     assert lowered.setup.takes == {"one": [0, 1], "other": [0, 1]}
     assert {name for _, name in lowered.setup.sources.values()} == {"weight_int8", "weight_scales"}
     for name in lowered.layers:
-        (value,), (expected,) = lowered.bodies[name](X, *made), bodies[name](X)
+        (value,), (expected,) = lowered.bodies[name](X, *tensors), bodies[name](X)
         torch.testing.assert_close(value, expected)
         assert value.stride() == expected.stride()
 
@@ -90,6 +90,6 @@ def test_where_weights_are_widened_that_no_kernel_takes(widen: bool) -> None:
     )
     stays = [node for node in lowered.bodies["one"].graph.nodes if qdq.dequantizes_weight(node)]
     assert bool(stays) != widen
-    made = results(lowered, bodies)
-    assert len(made) == widen
-    torch.testing.assert_close(lowered.bodies["one"](X, *made)[0], bodies["one"](X)[0])
+    tensors = results(lowered, bodies)
+    assert len(tensors) == widen
+    torch.testing.assert_close(lowered.bodies["one"](X, *tensors)[0], bodies["one"](X)[0])

@@ -33,8 +33,8 @@ def run(model: onnx.ModelProto, *tensors: Tensor) -> list[Tensor]:
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     names = [argument.name for argument in session.get_inputs()]
-    given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-    return [torch.from_numpy(array) for array in session.run(None, given)]
+    feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+    return [torch.from_numpy(array) for array in session.run(None, feeds)]
 
 
 def operators(model: onnx.ModelProto) -> list[str]:
@@ -70,9 +70,9 @@ def test_names_are_those_of_the_component() -> None:
     assert [value.name for value in model.graph.input] == ["x0", "x1"]
     assert [value.name for value in model.graph.output] == ["y0", "y1"]
     assert {"layer_weight", "norm_weight"} <= initializers(model).keys()
-    given = randn(2, 3, 8), randn(2, 1, 8, seed=1)
-    for made, expected in zip(run(model, *given), gm(*given), strict=True):
-        torch.testing.assert_close(made, expected, atol=1e-6, rtol=1e-5)
+    inputs = randn(2, 3, 8), randn(2, 1, 8, seed=1)
+    for output, expected in zip(run(model, *inputs), gm(*inputs), strict=True):
+        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_model_without_weights_says_where_they_are() -> None:
@@ -94,8 +94,8 @@ def test_the_same_component_is_the_same_bytes() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_types_stay(dtype: torch.dtype) -> None:
     def make(make: Any, x: fx.Node) -> fx.Node:
-        made: fx.Node = make(aten.linear.default, x, parameter(4, 8).to(dtype))
-        return made
+        linear: fx.Node = make(aten.linear.default, x, parameter(4, 8).to(dtype))
+        return linear
 
     model = export(body(make, randn(2, 8).to(dtype)), "part")
     number = {torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}[dtype]
@@ -107,8 +107,8 @@ def test_types_stay(dtype: torch.dtype) -> None:
 
 def test_sizes_that_may_change_stay_open() -> None:
     def make(make: Any, x: fx.Node, y: fx.Node) -> fx.Node:
-        made: fx.Node = make(aten.add.Tensor, make(aten.linear.default, x, parameter(8, 8)), y)
-        return made
+        total: fx.Node = make(aten.add.Tensor, make(aten.linear.default, x, parameter(8, 8)), y)
+        return total
 
     gm = body(make, randn(2, 3, 8), randn(2, 1, 8))
     model = export(gm, "part", sizes={0: {0: (1, 4)}, 1: {0: (1, 4)}})
@@ -118,8 +118,8 @@ def test_sizes_that_may_change_stay_open() -> None:
     ]
     assert shapes == [["n0", 3, 8], ["n0", 1, 8]]
     for count in (1, 4):
-        given = randn(count, 3, 8), randn(count, 1, 8, seed=1)
-        torch.testing.assert_close(run(model, *given)[0], gm(*given)[0], atol=1e-6, rtol=1e-5)
+        inputs = randn(count, 3, 8), randn(count, 1, 8, seed=1)
+        torch.testing.assert_close(run(model, *inputs)[0], gm(*inputs)[0], atol=1e-6, rtol=1e-5)
 
 
 # Attention
@@ -127,9 +127,9 @@ def test_sizes_that_may_change_stay_open() -> None:
 
 def attention(mask: Tensor | None = None, heads: int = 2, **options: Any) -> fx.GraphModule:
     def make(make: Any, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-        given = (q, k, v) if mask is None else (q, k, v, mask)
-        made: fx.Node = make(aten.scaled_dot_product_attention.default, *given, **options)
-        return made
+        operands = (q, k, v) if mask is None else (q, k, v, mask)
+        result: fx.Node = make(aten.scaled_dot_product_attention.default, *operands, **options)
+        return result
 
     return body(make, randn(1, 2, 5, 4), randn(1, heads, 7, 4), randn(1, heads, 7, 4))
 
@@ -152,11 +152,11 @@ ATTENTION = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str) -> None:
     gm = ATTENTION[name]
-    given = [randn(*n.meta["val"].shape, seed=i) for i, n in enumerate(g.placeholders(gm))]
+    inputs = [randn(*n.meta["val"].shape, seed=i) for i, n in enumerate(g.placeholders(gm))]
     model = export(gm, "part")
     assert operators(model).count("Softmax") == 1
     assert not {"Sqrt", "Shape", "CastLike"} & set(operators(model))
-    torch.testing.assert_close(run(model, *given)[0], gm(*given)[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(run(model, *inputs)[0], gm(*inputs)[0], atol=1e-6, rtol=1e-5)
 
 
 def gaps(make: Any, x: fx.Node) -> list[fx.Node]:
@@ -178,8 +178,8 @@ def test_operators_that_the_exporter_lacks() -> None:
     gm, x = body(gaps, randn(2, 3, 4)), randn(2, 3, 4)
     model = export(gm, "part")
     assert not [op for op in operators(model) if "Sequence" in op]
-    for made, expected in zip(run(model, x), gm(x), strict=True):
-        torch.testing.assert_close(made, expected, atol=1e-6, rtol=1e-5)
+    for output, expected in zip(run(model, x), gm(x), strict=True):
+        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
 
 
 # Quantized values
@@ -188,19 +188,21 @@ def test_operators_that_the_exporter_lacks() -> None:
 def test_quantized_layers_give_what_the_graph_gives() -> None:
     gm = layers(*LAYERS)
     results = zip(LAYERS, run(export(gm, "part"), *SAMPLES), gm(*SAMPLES), strict=True)
-    for name, made, expected in results:
-        torch.testing.assert_close(made, expected, **TIGHT, msg=lambda text, n=name: f"{n}: {text}")
+    for name, output, expected in results:
+        torch.testing.assert_close(
+            output, expected, **TIGHT, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_quantized_values_go_through_the_operators_that_compilers_know() -> None:
     model = export(layers("static", "convolution"), "part")
-    found = operators(model)
-    assert (found.count("QuantizeLinear"), found.count("DequantizeLinear")) == (2, 4)
-    made = {value: node for node in model.graph.node for value in node.output}
+    op_types = operators(model)
+    assert (op_types.count("QuantizeLinear"), op_types.count("DequantizeLinear")) == (2, 4)
+    producers = {value: node for node in model.graph.node for value in node.output}
     reads = [n.input[:2] for n in model.graph.node if n.op_type in ("MatMul", "Gemm", "Conv")]
     assert len(reads) == 2
     for values in reads:  # nothing is between a layer and what dequantizes its input and weight
-        assert [made[value].op_type for value in values] == ["DequantizeLinear"] * 2
+        assert [producers[value].op_type for value in values] == ["DequantizeLinear"] * 2
     types = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) > 1}
     assert types == {TensorProto.INT8}
 
@@ -228,13 +230,13 @@ def test_e4m3_numbers_are_one_operator_each() -> None:
     def make(make: Any, x: fx.Node) -> fx.Node:
         x = qdq.quantize(make.gm, x, "dynamic", number="fp8")
         weight = qdq.place_weight(make.gm, "weight", pack(parameter(4, 8), "fp8"), torch.float32)
-        made: fx.Node = make(aten.linear.default, x, weight)
-        return made
+        linear: fx.Node = make(aten.linear.default, x, weight)
+        return linear
 
     gm = body(make, randn(2, 8))
     model = export(gm, "part")
-    found = operators(model)
-    assert (found.count("QuantizeLinear"), found.count("DequantizeLinear")) == (1, 2)
+    op_types = operators(model)
+    assert (op_types.count("QuantizeLinear"), op_types.count("DequantizeLinear")) == (1, 2)
     assert TensorProto.FLOAT8E4M3FN in {tensor.data_type for tensor in model.graph.initializer}
     x = randn(2, 8)
     torch.testing.assert_close(run(model, x)[0], gm(x)[0], atol=1e-6, rtol=1e-5)
@@ -274,7 +276,7 @@ def test_casts_that_change_nothing_go(first: int, second: int, left: list[str]) 
     assert operators(cleanup.clean_up(model_of(nodes, second))) == [*left, "Relu"]
 
 
-def test_constants_are_computed_and_two_turns_are_one() -> None:
+def test_constants_are_computed_and_two_transposes_are_one() -> None:
     nodes = [
         helper.make_node("Neg", ["c"], ["d"]),
         helper.make_node("Add", ["x", "d"], ["a"]),
@@ -282,17 +284,17 @@ def test_constants_are_computed_and_two_turns_are_one() -> None:
         helper.make_node("Transpose", ["b"], ["y"], perm=[1, 0]),
     ]
     model = model_of(nodes, TensorProto.FLOAT, c=np.ones(4, np.float32))
-    made = cleanup.clean_up(model)
-    assert operators(made) == ["Add"]
+    cleaned = cleanup.clean_up(model)
+    assert operators(cleaned) == ["Add"]
     x = randn(2, 4)
-    torch.testing.assert_close(run(made, x)[0], x - 1)
+    torch.testing.assert_close(run(cleaned, x)[0], x - 1)
 
 
 def test_a_result_that_is_a_constant_or_an_argument_keeps_its_name() -> None:
     nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)]
-    made = cleanup.clean_up(model_of(nodes, TensorProto.FLOAT))
-    assert operators(made) == ["Identity"]
-    assert made.graph.output[0].name == "y"
+    cleaned = cleanup.clean_up(model_of(nodes, TensorProto.FLOAT))
+    assert operators(cleaned) == ["Identity"]
+    assert cleaned.graph.output[0].name == "y"
 
 
 # Packages

@@ -40,22 +40,22 @@ def worked(make: Callable[..., Any], *samples: Tensor) -> Work:
     return work(body(make, *samples))
 
 
-def kernels(found: Work) -> list[tuple[int, int]]:
+def kernels(cost: Work) -> list[tuple[int, int]]:
     """Return the FLOPs and bytes of the kernels, without those that move nothing."""
-    return [(kernel.flops, kernel.bytes) for kernel in found.kernels if kernel != Kernel()]
+    return [(kernel.flops, kernel.bytes) for kernel in cost.kernels if kernel != Kernel()]
 
 
 # What is moved
 
 
 def test_a_product_reads_its_weights_and_writes_its_result() -> None:
-    found = worked(
+    cost = worked(
         lambda make, x: make(aten.linear.default, x, parameter(16, 8), parameter(16, seed=1)), X
     )
     moved = SIZE + 4 * (16 * 8 + 16) + 4 * 4 * 16
-    assert kernels(found) == [(2 * 4 * 8 * 16, moved)]
-    assert found.most == found.least == found.bytes == moved
-    assert found.flops == {"fp32": 2 * 4 * 8 * 16}
+    assert kernels(cost) == [(2 * 4 * 8 * 16, moved)]
+    assert cost.most == cost.least == cost.bytes == moved
+    assert cost.flops == {"fp32": 2 * 4 * 8 * 16}
 
 
 def test_what_is_between_products_is_one_kernel() -> None:
@@ -65,16 +65,16 @@ def test_what_is_between_products_is_one_kernel() -> None:
         node: fx.Node = make(aten.linear.default, low, parameter(8, 8, seed=1))
         return node
 
-    found = worked(make, X)
+    cost = worked(make, X)
     products, weight = 2 * 4 * 8 * 8, 4 * 8 * 8
-    assert kernels(found) == [
+    assert kernels(cost) == [
         (products, 2 * SIZE + weight),
         (0, 2 * SIZE),
         (products, 2 * SIZE + weight),
     ]
-    assert found.bytes == 6 * SIZE + 2 * weight
-    assert found.most == 8 * SIZE + 2 * weight  # between relu and mul, too
-    assert found.least == 2 * SIZE + 2 * weight
+    assert cost.bytes == 6 * SIZE + 2 * weight
+    assert cost.most == 8 * SIZE + 2 * weight  # between relu and mul, too
+    assert cost.least == 2 * SIZE + 2 * weight
 
 
 def test_a_sum_with_a_product_of_itself_is_no_part_of_its_kernel() -> None:
@@ -84,8 +84,8 @@ def test_a_sum_with_a_product_of_itself_is_no_part_of_its_kernel() -> None:
         node: fx.Node = make(aten.add.Tensor, before, product)
         return node
 
-    found = worked(make, X)
-    assert kernels(found) == [
+    cost = worked(make, X)
+    assert kernels(cost) == [
         (0, 2 * SIZE),
         (2 * 4 * 8 * 8, 2 * SIZE + 4 * 8 * 8),
         (0, 3 * SIZE),  # joined with relu, it would not have to read what that wrote
@@ -97,16 +97,16 @@ def test_a_value_that_several_read_is_read_by_each_kernel() -> None:
         low = make(aten.relu.default, x)
         return [make(aten.linear.default, low, parameter(8, 8, seed=n)) for n in (0, 1)]
 
-    found = worked(make, X)
-    assert found.bytes == 2 * SIZE + 2 * (2 * SIZE + 4 * 8 * 8)
+    cost = worked(make, X)
+    assert cost.bytes == 2 * SIZE + 2 * (2 * SIZE + 4 * 8 * 8)
 
 
 def test_views_cost_nothing_and_parts_are_read_once() -> None:
     def make(make: Builder, x: fx.Node) -> fx.Node:
         product = make(aten.linear.default, x, parameter(8, 8))
         parts = [make(aten.slice.Tensor, product, 1, start, start + 4) for start in (0, 4)]
-        turned = [make(aten.t.default, part) for part in parts]
-        node: fx.Node = make(aten.mm.default, parts[0], turned[1])
+        transposed = [make(aten.t.default, part) for part in parts]
+        node: fx.Node = make(aten.mm.default, parts[0], transposed[1])
         return node
 
     first, second = worked(make, X).kernels
@@ -115,8 +115,8 @@ def test_views_cost_nothing_and_parts_are_read_once() -> None:
 
 
 def test_the_same_part_read_twice_is_read_once() -> None:
-    found = worked(lambda make, x: make(aten.add.Tensor, x, make(aten.mul.Tensor, x, x)), X)
-    assert kernels(found) == [(0, 2 * SIZE)]
+    cost = worked(lambda make, x: make(aten.add.Tensor, x, make(aten.mul.Tensor, x, x)), X)
+    assert kernels(cost) == [(0, 2 * SIZE)]
 
 
 def test_repeated_numbers_are_read_once() -> None:
@@ -124,14 +124,14 @@ def test_repeated_numbers_are_read_once() -> None:
         node: fx.Node = make(aten.add.Tensor, x, make(aten.expand.default, row, [4, 8]))
         return node
 
-    found = worked(make, X, randn(1, 8))
-    assert kernels(found) == [(0, 2 * SIZE + 4 * 8)]
+    cost = worked(make, X, randn(1, 8))
+    assert kernels(cost) == [(0, 2 * SIZE + 4 * 8)]
 
 
 def test_of_a_table_only_the_rows_that_are_asked_for_are_read() -> None:
     index = torch.tensor([1, 5])
-    found = worked(lambda make, i: make(aten.embedding.default, parameter(1000, 8), i), index)
-    assert kernels(found) == [(0, 2 * 4 * 8 + index.nbytes + 2 * 4 * 8)]
+    cost = worked(lambda make, i: make(aten.embedding.default, parameter(1000, 8), i), index)
+    assert kernels(cost) == [(0, 2 * 4 * 8 + index.nbytes + 2 * 4 * 8)]
 
 
 def test_constants_are_made_ahead() -> None:
@@ -140,8 +140,8 @@ def test_constants_are_made_ahead() -> None:
         node: fx.Node = make(aten.linear.default, x, weight)
         return node
 
-    found = worked(make, X)
-    assert kernels(found) == [(2 * 4 * 8 * 8, 2 * SIZE + 4 * 8 * 8)]
+    cost = worked(make, X)
+    assert kernels(cost) == [(2 * 4 * 8 * 8, 2 * SIZE + 4 * 8 * 8)]
 
 
 def test_results_of_several_values() -> None:
@@ -152,8 +152,8 @@ def test_results_of_several_values() -> None:
         picked: fx.Node = make(operator.getitem, norm, 0)
         return picked
 
-    found = worked(make, x)
-    assert kernels(found) == [(0, 3 * x.nbytes + 2 * 2 * 2 * 4)]  # with means and deviations
+    cost = worked(make, x)
+    assert kernels(cost) == [(0, 3 * x.nbytes + 2 * 2 * 2 * 4)]  # with means and deviations
 
 
 def test_a_group_norm_reads_its_input_twice() -> None:
@@ -192,16 +192,16 @@ def layer(number: qdq.Number, scaling: qdq.Scaling | None, group: int | None = N
 def test_weights_are_read_as_they_are_stored() -> None:
     scales = 4 * 16
     for number, stored in (("int8", 16 * 8), ("int4", 16 * 8 // 2), ("fp8", 16 * 8)):
-        found = layer(number, None)  # type: ignore[arg-type]
-        assert found.flops == {"fp32": 2 * 4 * 8 * 16}
-        assert found.kernels[-1].bytes == SIZE + stored + scales + 4 * 4 * 16
+        cost = layer(number, None)  # type: ignore[arg-type]
+        assert cost.flops == {"fp32": 2 * 4 * 8 * 16}
+        assert cost.kernels[-1].bytes == SIZE + stored + scales + 4 * 4 * 16
 
 
 def test_products_of_integers() -> None:
-    found = layer("int8", "rows")
-    assert found.flops == {"int8": 2 * 4 * 8 * 16}
+    cost = layer("int8", "rows")
+    assert cost.flops == {"int8": 2 * 4 * 8 * 16}
     # A byte for each input: its scales are applied to the result, by whom is left open.
-    assert found.kernels[-1].bytes == 4 * 8 + 16 * 8 + 4 * 16 + 4 * 4 * 16
+    assert cost.kernels[-1].bytes == 4 * 8 + 16 * 8 + 4 * 16 + 4 * 4 * 16
 
 
 def test_a_scale_for_each_group_makes_products_of_floats() -> None:
@@ -214,9 +214,9 @@ def test_fp8_weights_with_int8_inputs_make_products_of_floats() -> None:
 
 def test_attention_counts_in_its_own_format() -> None:
     q = randn(1, 2, 16, 8).bfloat16()
-    found = worked(lambda make, q: make(aten.scaled_dot_product_attention.default, q, q, q), q)
-    assert found.flops == {"bf16": 2 * 2 * 2 * 16 * 16 * 8}
-    assert found.bytes == 2 * q.nbytes
+    cost = worked(lambda make, q: make(aten.scaled_dot_product_attention.default, q, q, q), q)
+    assert cost.flops == {"bf16": 2 * 2 * 2 * 16 * 16 * 8}
+    assert cost.bytes == 2 * q.nbytes
 
 
 # Time
@@ -233,34 +233,34 @@ def test_kernels_follow_each_other() -> None:
         node: fx.Node = make(aten.relu.default, make(aten.linear.default, x, parameter(8, 8)))
         return node
 
-    made = program(lambda m, x: m.call("net", x)[0], X, net=body(make, X))
-    row, outer = roofline(made, replace(SLOW, bandwidth=2.0)).rows
+    model = program(lambda m, x: m.call("net", x)[0], X, net=body(make, X))
+    row, outer = roofline(model, replace(SLOW, bandwidth=2.0)).rows
     assert (row.bytes, row.least) == (4 * SIZE + 4 * 8 * 8, 2 * SIZE + 4 * 8 * 8)
     assert row.seconds == 2 * 4 * 8 * 8 + 2 * SIZE / 2  # a product, and what moving the rest takes
     assert (row.bound, row.limit) == ("compute", 2 * 4 * 8 * 8)
     assert (outer.component, outer.flops, outer.seconds) == ("program", {}, 0.0)
-    narrow, _ = roofline(made, replace(SLOW, bandwidth=0.5)).rows
+    narrow, _ = roofline(model, replace(SLOW, bandwidth=0.5)).rows
     assert (narrow.seconds, narrow.bound) == (2.0 * narrow.bytes, "memory")
     assert narrow.limit == 2.0 * narrow.least
 
 
 def test_faster_hardware_is_faster() -> None:
-    made = loops.program()
-    found = [roofline(made, hardware(name)) for name in ("t4", "a10", "a100", "h100", "b200")]
-    assert [r.seconds for r in found] == sorted((r.seconds for r in found), reverse=True)
-    assert all(0 < r.limit <= r.seconds for r in found)
+    model = loops.program()
+    estimates = [roofline(model, hardware(name)) for name in ("t4", "a10", "a100", "h100", "b200")]
+    assert [r.seconds for r in estimates] == sorted((r.seconds for r in estimates), reverse=True)
+    assert all(0 < r.limit <= r.seconds for r in estimates)
 
 
 # Programs
 
 
 def test_every_operation_of_a_program_is_counted() -> None:
-    made = loops.program()
-    found = roofline(made, hardware("h100"))
-    assert sum(row.calls * sum(row.flops.values()) for row in found.rows) == made.flops()
-    assert found.weights == g.tensor_bytes(made.weights().values())
-    assert [row.component for row in found.rows][-1] == "program"
-    (denoiser,) = [row for row in found.rows if row.calls > 1]
+    model = loops.program()
+    estimate = roofline(model, hardware("h100"))
+    assert sum(row.calls * sum(row.flops.values()) for row in estimate.rows) == model.flops()
+    assert estimate.weights == g.tensor_bytes(model.weights().values())
+    assert [row.component for row in estimate.rows][-1] == "program"
+    (denoiser,) = [row for row in estimate.rows if row.calls > 1]
     assert denoiser.steps == tuple(range(denoiser.calls))
 
 
@@ -275,9 +275,9 @@ def test_fewer_bits_move_fewer_bytes() -> None:
 
 def test_what_the_device_lacks_is_refused() -> None:
     x = X.bfloat16()
-    made = program(lambda make, x: make(aten.relu.default, x), x)
+    relu = program(lambda make, x: make(aten.relu.default, x), x)
     with pytest.raises(DiffoptError) as caught:
-        roofline(made, hardware("t4"))
+        roofline(relu, hardware("t4"))
     assert str(caught.value).startswith("t4 cannot run this program: in the program x is in bf16")
 
 
@@ -302,11 +302,11 @@ def test_inspect_with_a_target(diffopt: Run, saved: Path) -> None:
 
 def test_inspect_with_a_target_as_json(diffopt: Run, saved: Path) -> None:
     told = json.loads(diffopt("inspect", saved, "--target", "rtx4090", "--json").out)
-    found = roofline(Program.load(saved), hardware("rtx4090"))
+    estimate = roofline(Program.load(saved), hardware("rtx4090"))
     assert told["hardware"]["name"] == "rtx4090"
-    assert told["seconds"] == found.seconds
-    assert told["limit"] == found.limit
-    assert [row["bytes"] for row in told["components"]] == [row.bytes for row in found.rows]
+    assert told["seconds"] == estimate.seconds
+    assert told["limit"] == estimate.limit
+    assert [row["bytes"] for row in told["components"]] == [row.bytes for row in estimate.rows]
 
 
 def test_inspect_with_a_wrong_target(diffopt: Run) -> None:

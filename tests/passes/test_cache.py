@@ -305,8 +305,8 @@ def test_smoothcache_and_magcache_measure_for_themselves() -> None:
     norms = [(v.values[values[0][0]] - v.values[values[0][1]]).norm(dim=-1) for v in visits]
     expected = [(norms[k + 1] / norms[k]).mean() for k in (0, 2)]
     assert ratios[3] == pytest.approx(float(sum(expected)) / 2, rel=1e-4)
-    _, own = cached("dit", "cache(magcache,threshold=99,retain=0.34)")
-    assert set(blocks(own).values()) == {"##---#"}
+    _, measured = cached("dit", "cache(magcache,threshold=99,retain=0.34)")
+    assert set(blocks(measured).values()) == {"##---#"}
 
 
 def test_one_prompt_is_told_to_be_few(caplog: pytest.LogCaptureFixture) -> None:

@@ -44,12 +44,12 @@ def targets(gm, target) -> list:
 
 def layer_types(built: Program) -> dict[str, set[torch.dtype]]:
     """Return, for each component, what types its layers read, but for their tensors of ints."""
-    found: dict[str, set[torch.dtype]] = {}
+    types: dict[str, set[torch.dtype]] = {}
     for name, gm in built.components.items():
         for node in dtype_regions.layers(gm):
             reads = (n.meta["val"].dtype for n in node.all_input_nodes)
-            found.setdefault(name, set()).update(t for t in reads if t.is_floating_point)
-    return found
+            types.setdefault(name, set()).update(t for t in reads if t.is_floating_point)
+    return types
 
 
 # One body
@@ -213,8 +213,8 @@ def test_a_constant_of_one_number_promotes_nothing_and_keeps_its_digits():
 
 def test_casts_are_shared_and_views_of_weights_cost_nothing():
     def make(b, x):
-        turned = b(aten.transpose.int, b.weight(W), 0, 1)
-        pairs = [b(aten.matmul.default, x, turned), b(aten.linear.default, x, V)]
+        transposed = b(aten.transpose.int, b.weight(W), 0, 1)
+        pairs = [b(aten.matmul.default, x, transposed), b(aten.linear.default, x, V)]
         return b(aten.add.Tensor, *pairs)
 
     net = run(one(make))[0].components["net"]
@@ -264,16 +264,16 @@ def test_kinds_of_islands(kind, wide):
         return b.call("net", y, times[1])
 
     result, _ = run(program(root, X, net=net), f"cast(bf16,islands={kind})")
-    new, found, counts = result.components["net"], [], {}
+    new, names, counts = result.components["net"], [], {}
     for node in new.graph.nodes:
         if node.op != "call_function" or node.target is aten._to_copy.default:
             continue
         name = node.target.__name__.partition(".")[0]
         counts[name] = counts.get(name, -1) + 1
         if node.meta["val"].dtype == F32:
-            found.append(f"{name}_{counts[name]}" if counts[name] else name)
+            names.append(f"{name}_{counts[name]}" if counts[name] else name)
     wide = ["linear", *wide] if kind == "time" else wide
-    assert sorted(found) == sorted([*wide, "mul_2"])  # the last is on the result
+    assert sorted(names) == sorted([*wide, "mul_2"])  # the last is on the result
 
 
 # Quantized values
@@ -292,18 +292,18 @@ def test_quantized_layers_stay_quantized(number, scaling):
     kind = "fp8" if number == "fp8" else "int8"
 
     def make(b, x):
-        given = []
+        constants = []
         if scaling == "static":
-            given = [b.weight(torch.tensor([0.02]))]
-            given += [b.weight(torch.tensor([3], dtype=torch.int32))] if kind == "int8" else []
+            constants = [b.weight(torch.tensor([0.02]))]
+            constants += [b.weight(torch.tensor([3], dtype=torch.int32))] if kind == "int8" else []
         y = b(aten.relu.default, b(aten.linear.default, x, V))
-        small = qdq.quantize(b.gm, y, scaling, *given, number=kind)
+        small = qdq.quantize(b.gm, y, scaling, *constants, number=kind)
         weight = qdq.place_weight(b.gm, "w", packed, F32)
         return b(aten.linear.default, small, weight)
 
     result, record = run(one(make))
     net = result.components["net"]
-    (layer,) = [own for own in qdq.layers(net) if qdq.weight(own.weight) is not None]
+    (layer,) = [layer for layer in qdq.layers(net) if qdq.weight(layer.weight) is not None]
     assert layer.x.meta["val"].dtype == layer.weight.meta["val"].dtype == BF16
     assert layer.node.meta["val"].dtype == BF16
     weight, activation = qdq.weight(layer.weight), qdq.activation(layer.x)

@@ -432,8 +432,8 @@ def test_what_is_not_folded(make):
 
 def test_a_scale_along_another_dimension():
     def make(b, x):
-        turned = b(aten.transpose.int, linear(b, x, Q), 0, 1)
-        return b(aten.mul.Tensor, turned, randn(4))
+        transposed = b(aten.transpose.int, linear(b, x, Q), 0, 1)
+        return b(aten.mul.Tensor, transposed, randn(4))
 
     _, record = fuse(make, randn(4, 3), only="scales")
     assert not record.changed

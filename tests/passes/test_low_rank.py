@@ -35,8 +35,8 @@ def net(make: Any, *samples: Tensor) -> Program:
     return program(lambda at, *x: at.call("net", *x)[0], *samples, net=inner)
 
 
-def run(text: str, made: Program, **more: Any) -> tuple[Program, Record]:
-    result = Pipeline.parse(text).run(made, **more)
+def run(text: str, model: Program, **more: Any) -> tuple[Program, Record]:
+    result = Pipeline.parse(text).run(model, **more)
     return result, Record.from_json(result.history[-1])
 
 
@@ -72,37 +72,37 @@ def one(kind: str, weight: Tensor) -> Program:
 @pytest.mark.parametrize("kind", KINDS)
 def test_full_rank_is_the_layer(kind: str, form: low_rank_factors.Form) -> None:
     weight = parameter(*KINDS[kind][1])
-    made = one(kind, weight)
-    before = only(made)
-    (layer,) = layers(made)
+    model = one(kind, weight)
+    before = only(model)
+    (layer,) = layers(model)
     if form not in low_rank_factors.forms(layer):
         assert form == "spatial"
         return
-    found = low_rank_factors.spectrum(weight, form)
-    first, second = low_rank_factors.factorize(found, len(found.energy), torch.float32)
-    low_rank_factors.place_factors(made.components["net"], layer, form, first, second)
-    made.refresh()
-    made.verify()
-    assert len(layers(made)) == 2
-    torch.testing.assert_close(only(made), before, rtol=1e-4, atol=1e-4)
+    spectrum = low_rank_factors.spectrum(weight, form)
+    first, second = low_rank_factors.factorize(spectrum, len(spectrum.energy), torch.float32)
+    low_rank_factors.place_factors(model.components["net"], layer, form, first, second)
+    model.refresh()
+    model.verify()
+    assert len(layers(model)) == 2
+    torch.testing.assert_close(only(model), before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_share_of_the_rank_is_torchs_nearest_matrix() -> None:
     weight = steep(40, 48)
-    found = low_rank_factors.spectrum(weight, "channel")
-    first, second = low_rank_factors.factorize(found, 7, torch.float32)
+    spectrum = low_rank_factors.spectrum(weight, "channel")
+    first, second = low_rank_factors.factorize(spectrum, 7, torch.float32)
     u, s, v = torch.linalg.svd(weight)
     torch.testing.assert_close(second @ first, u[:, :7] * s[:7] @ v[:7], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.energy.sqrt().float(), s, rtol=1e-4, atol=1e-5)
-    assert found.kept(7) == pytest.approx(float(s[:7].pow(2).sum() / s.pow(2).sum()), rel=1e-5)
+    torch.testing.assert_close(spectrum.energy.sqrt().float(), s, rtol=1e-4, atol=1e-5)
+    assert spectrum.kept(7) == pytest.approx(float(s[:7].pow(2).sum() / s.pow(2).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(40, 48), (48, 40)])
 def test_the_least_rank_for_an_energy(shape: tuple[int, int]) -> None:
-    found = low_rank_factors.spectrum(steep(*shape), "channel")
+    spectrum = low_rank_factors.spectrum(steep(*shape), "channel")
     for share in (0.5, 0.9, 0.99):
-        rank = found.rank_for(share)
-        assert found.kept(rank) >= share > found.kept(rank - 1)
+        rank = spectrum.rank_for(share)
+        assert spectrum.kept(rank) >= share > spectrum.kept(rank - 1)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
@@ -112,20 +112,20 @@ def test_moments_make_the_outputs_nearest(shape: tuple[int, int]) -> None:
     exact = x @ weight.T
     errors = []
     for moments in (None, x.T @ x):
-        found = low_rank_factors.spectrum(weight, "channel", moments)
-        first, second = low_rank_factors.factorize(found, 6, torch.float32)
+        spectrum = low_rank_factors.spectrum(weight, "channel", moments)
+        first, second = low_rank_factors.factorize(spectrum, 6, torch.float32)
         errors.append(float((x @ first.T @ second.T - exact).norm()))
     best = torch.linalg.svdvals(exact)[6:].norm()
     assert errors[1] < 1.01 * float(best) < 0.8 * errors[0]
 
 
 def test_moments_of_a_convolution_are_those_of_its_patches() -> None:
-    made = one("dilated", parameter(*CONVS["dilated"][1]))
-    (layer,) = layers(made)
+    model = one("dilated", parameter(*CONVS["dilated"][1]))
+    (layer,) = layers(model)
     x = CONVS["dilated"][2]
     moments, rows = low_rank_factors.second_moments(layer, x)
-    weight = made.components["net"].get_parameter("weight")
-    exact = only(made) - parameter(24, seed=9)[:, None, None]
+    weight = model.components["net"].get_parameter("weight")
+    exact = only(model) - parameter(24, seed=9)[:, None, None]
     assert rows == exact[:, 0].numel()
     energy = torch.trace(weight.flatten(1) @ moments @ weight.flatten(1).T)
     torch.testing.assert_close(energy, exact.pow(2).sum(), rtol=1e-4, atol=0.0)
@@ -134,11 +134,11 @@ def test_moments_of_a_convolution_are_those_of_its_patches() -> None:
 @pytest.mark.parametrize("form", ["channel", "spatial"])
 def test_costs_are_those_of_the_graph(form: low_rank_factors.Form) -> None:
     weight = steep(*CONVS["conv2d"][1])
-    made = one("conv2d", weight)
-    before = made.flops()
-    (layer,) = layers(made)
+    model = one("conv2d", weight)
+    before = model.flops()
+    (layer,) = layers(model)
     cost = low_rank_factors.cost(layer, form)
-    result, record = run(f"low-rank(rank=5,form={form})", made)
+    result, record = run(f"low-rank(rank=5,form={form})", model)
     assert before == 2 * cost.whole_flops
     assert result.flops() == 2 * 5 * cost.flops
     saved = record.before.parameters - record.after.parameters
@@ -191,8 +191,8 @@ def test_a_weight_that_bodies_share_is_factored_once() -> None:
     def make(at: Builder, x: fx.Node) -> list[fx.Node]:
         return [at.call("one", x)[0], at.call("two", x)[0]]
 
-    made = program(make, x, **parts)
-    result, record = run("low-rank(rank=4,components=*)", made)
+    model = program(make, x, **parts)
+    result, record = run("low-rank(rank=4,components=*)", model)
     assert record.after.parameters == 4 * 88
     downs = [result.components[name].weight_down for name in ("one", "two")]
     assert downs[0] is downs[1]
@@ -232,11 +232,11 @@ def test_patterns() -> None:
     def make(at: Builder, x: fx.Node) -> list[fx.Node]:
         return [at(aten.linear.default, x, steep(40, 48, seed=i)) for i in range(2)]
 
-    made = net(make, randn(2, 48))
-    assert list(run("low-rank(rank=4,layers=*_1)", made)[1].notes["ranks"]) == [
+    model = net(make, randn(2, 48))
+    assert list(run("low-rank(rank=4,layers=*_1)", model)[1].notes["ranks"]) == [
         "net.linear_default_1"
     ]
-    assert list(run("low-rank(rank=4,skip=net.*_1)", made)[1].notes["ranks"]) == [
+    assert list(run("low-rank(rank=4,skip=net.*_1)", model)[1].notes["ranks"]) == [
         "net.linear_default"
     ]
 
@@ -309,9 +309,9 @@ def test_with_data_the_outputs_are_nearer() -> None:
 
 
 def test_layers_that_saw_few_inputs_are_factored_without_data() -> None:
-    made = one("linear", steep(40, 48))  # 10 inputs of 48 numbers
-    plain, _ = run("low-rank(rank=4)", made)
-    calibrated, _ = run("low-rank(rank=4,data=true,samples=1)", made)
+    model = one("linear", steep(40, 48))  # 10 inputs of 48 numbers
+    plain, _ = run("low-rank(rank=4)", model)
+    calibrated, _ = run("low-rank(rank=4,data=true,samples=1)", model)
     assert torch.equal(only(plain), only(calibrated))
 
 
@@ -343,8 +343,8 @@ def test_an_engine(tmp_path: Path) -> None:
         y = at(aten.conv2d.default, x, steep(16, 16, 3, 3), None, [1, 1], [1, 1])
         return at(aten.linear.default, at(aten.relu.default, y), steep(40, 48, seed=1))
 
-    made, record = run("low-rank(rank=4)", net(make, randn(2, 16, 8, 48)))
+    factored, record = run("low-rank(rank=4)", net(make, randn(2, 16, 8, 48)))
     assert len(record.notes["ranks"]) == 2
-    engine.build(made, "cpu(threads=1)", tmp_path / "out.engine")
-    got = engine.load(tmp_path / "out.engine").run(made.sample)
-    torch.testing.assert_close(got[0], only(made), rtol=1e-4, atol=1e-5)
+    engine.build(factored, "cpu(threads=1)", tmp_path / "out.engine")
+    got = engine.load(tmp_path / "out.engine").run(factored.sample)
+    torch.testing.assert_close(got[0], only(factored), rtol=1e-4, atol=1e-5)

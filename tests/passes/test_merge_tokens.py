@@ -57,8 +57,8 @@ def picture(at: Builder, x: fx.Node) -> fx.Node:
     return at(aten.add.Tensor, x, attention(at, at(aten.layer_norm.default, x, [WIDTH])))
 
 
-def run(text: str, made: Program, **more: Any) -> tuple[Program, Record]:
-    result = Pipeline.parse(text).run(made, **more)
+def run(text: str, model: Program, **more: Any) -> tuple[Program, Record]:
+    result = Pipeline.parse(text).run(model, **more)
     return result, Record.from_json(result.history[-1])
 
 
@@ -69,18 +69,18 @@ def only(program: Program) -> Tensor:
 # Against loops
 
 
-def merged(x: Tensor, into: list[int], gone: int) -> tuple[Tensor, list[int]]:
+def merged(x: Tensor, into: list[int], count: int) -> tuple[Tensor, list[int]]:
     """Return the tokens of one picture that are left, and which one each token has become."""
     unit = x / x.norm(dim=1, keepdim=True)
     best = {}
     for i in set(range(len(x))) - set(into):
         scores = [float(unit[i] @ unit[j]) for j in into]
         best[i] = (max(scores), into[scores.index(max(scores))])
-    goes = sorted(best, key=lambda i: -best[i][0])[:gone]
-    target = [best[i][1] if i in goes else i for i in range(len(x))]
-    left = sorted(set(range(len(x))) - set(goes))
+    sources = sorted(best, key=lambda i: -best[i][0])[:count]
+    target = [best[i][1] if i in sources else i for i in range(len(x))]
+    left = sorted(set(range(len(x))) - set(sources))
     groups = [[i for i in range(len(x)) if target[i] == j] for j in left]
-    return torch.stack([x[own].mean(0) for own in groups]), [left.index(j) for j in target]
+    return torch.stack([x[group].mean(0) for group in groups]), [left.index(j) for j in target]
 
 
 def attended(queries: Tensor, keys: Tensor) -> Tensor:
@@ -95,15 +95,15 @@ def attended(queries: Tensor, keys: Tensor) -> Tensor:
 @pytest.mark.parametrize("which", ["all", "keys"])
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 16), (6, 2)])
 def test_it_does_what_loops_do(size: tuple[int, int], which: str) -> None:
-    made = net(picture, randn(2, WIDTH, *size))
-    result, _ = run(f"merge-tokens(ratio=0.4,merge={which},choice=regular)", made)
+    model = net(picture, randn(2, WIDTH, *size))
+    result, _ = run(f"merge-tokens(ratio=0.4,merge={which},choice=regular)", model)
     grid = size if size[0] > 1 else (size[1],)
     into = token_merging.destinations(grid, None).tolist()
-    gone = int(0.4 * size[0] * size[1])
+    count = int(0.4 * size[0] * size[1])
     rows = []
-    for x in made.sample[0].flatten(2).transpose(1, 2):
+    for x in model.sample[0].flatten(2).transpose(1, 2):
         normed = torch.nn.functional.layer_norm(x, [WIDTH])
-        left, where = merged(normed, into, gone)
+        left, where = merged(normed, into, count)
         y = attended(left, left)[where] if which == "all" else attended(normed, left)
         rows.append(x + y)
     torch.testing.assert_close(only(result), torch.stack(rows), rtol=1e-5, atol=1e-5)
@@ -129,9 +129,9 @@ def test_destinations() -> None:
     assert len(one) == len(cells) == 16, "one in each square"
 
 
-@pytest.mark.parametrize(("grid", "ratio", "gone"), [((4, 4), 0.5, 8), ((3, 5), 0.75, 9)])
-def test_how_many_go(grid: tuple[int, ...], ratio: float, gone: int) -> None:
-    assert token_merging.merged_count(grid, ratio) == gone
+@pytest.mark.parametrize(("grid", "ratio", "count"), [((4, 4), 0.5, 8), ((3, 5), 0.75, 9)])
+def test_how_many_go(grid: tuple[int, ...], ratio: float, count: int) -> None:
+    assert token_merging.merged_count(grid, ratio) == count
 
 
 # Where it does nothing
@@ -207,8 +207,8 @@ def test_rotary_positions_stay() -> None:
 
 
 def test_positions_in_front_of_the_projections_do_not_matter() -> None:
-    made = net(lambda at, x: attention(at, at(aten.add.Tensor, x, randn(16, WIDTH))), X)
-    assert run("merge-tokens", made)[1].changed
+    model = net(lambda at, x: attention(at, at(aten.add.Tensor, x, randn(16, WIDTH))), X)
+    assert run("merge-tokens", model)[1].changed
 
 
 def test_projections_that_others_read_stay() -> None:
@@ -257,11 +257,11 @@ def two(at: Builder, x: fx.Node, y: fx.Node) -> list[fx.Node]:
 
 
 def test_only_the_largest_numbers_of_tokens() -> None:
-    made = net(two, X, TEXT)
-    assert list(run("merge-tokens", made)[1].notes["merged"].values()) == ["16 tokens, 8 left"]
-    assert len(run("merge-tokens(levels=2)", made)[1].notes["merged"]) == 2
-    assert len(run("merge-tokens(levels=0)", made)[1].notes["merged"]) == 2
-    only_one = run("merge-tokens(levels=0,skip=*_1)", made)[1].notes["merged"]
+    model = net(two, X, TEXT)
+    assert list(run("merge-tokens", model)[1].notes["merged"].values()) == ["16 tokens, 8 left"]
+    assert len(run("merge-tokens(levels=2)", model)[1].notes["merged"]) == 2
+    assert len(run("merge-tokens(levels=0)", model)[1].notes["merged"]) == 2
+    only_one = run("merge-tokens(levels=0,skip=*_1)", model)[1].notes["merged"]
     assert list(only_one) == ["net.scaled_dot_product_attention_default"]
 
 
@@ -368,10 +368,10 @@ def test_seeds_choose_other_tokens() -> None:
 def test_engines(target: str, tmp_path: Path) -> None:
     if target == "onnxruntime":
         pytest.importorskip("onnxruntime")
-    made, _ = run("merge-tokens", net(picture, randn(2, WIDTH, 4, 6)))
+    reduced, _ = run("merge-tokens", net(picture, randn(2, WIDTH, 4, 6)))
     path = tmp_path / "out.engine"
-    engine.build(made, target, path)
-    got = engine.load(path).run(made.sample)
-    torch.testing.assert_close(got[0], only(made), rtol=1e-5, atol=1e-5)
-    made.save(tmp_path / "out.program")
-    assert torch.equal(only(Program.load(tmp_path / "out.program")), only(made))
+    engine.build(reduced, target, path)
+    got = engine.load(path).run(reduced.sample)
+    torch.testing.assert_close(got[0], only(reduced), rtol=1e-5, atol=1e-5)
+    reduced.save(tmp_path / "out.program")
+    assert torch.equal(only(Program.load(tmp_path / "out.program")), only(reduced))

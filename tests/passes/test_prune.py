@@ -284,12 +284,12 @@ def test_auto_reports_a_table(capsys) -> None:
 
 
 def test_inspect_reports_it_too(diffopt: Run, tmp_path: Path) -> None:
-    made, _ = prune(one(uneven), "auto,flops=0.7")
-    made.save(tmp_path / "x.program")
+    pruned, _ = prune(one(uneven), "auto,flops=0.7")
+    pruned.save(tmp_path / "x.program")
     assert "sensitivity" not in diffopt("inspect", tmp_path / "x.program").out
-    found = diffopt("inspect", tmp_path / "x.program", "--stats").out
-    assert ": sensitivity" in found
-    assert "'predicted error'" in found
+    text = diffopt("inspect", tmp_path / "x.program", "--stats").out
+    assert ": sensitivity" in text
+    assert "'predicted error'" in text
 
 
 def test_auto_takes_no_more_than_it_has_to() -> None:
@@ -310,18 +310,19 @@ def test_auto_takes_no_more_of_a_group_than_it_may() -> None:
 def test_what_is_in_heads(what: str) -> None:
     """All heads stay, each with fewer dimensions, and attention keeps its scale."""
     before = traced("dit")
-    made, record = run(before, f"prune({what})")
-    own, other = (
+    pruned, record = run(before, f"prune({what})")
+    pruned_args, original_args = (
         [args(n) for gm in program.components.values() for n in attentions(gm)]
-        for program in (made, before)
+        for program in (pruned, before)
     )
     assert record.notes["pruned"]["dims"]["removed"] > 0
     assert "heads" not in record.notes["pruned"]
-    shapes = [[x.meta["val"].shape for x in row[:3]] for row in own]
+    shapes = [[x.meta["val"].shape for x in row[:3]] for row in pruned_args]
     assert any(
-        q[-1] < x[0].meta["val"].shape[-1] for (q, _, _), x in zip(shapes, other, strict=True)
+        q[-1] < x[0].meta["val"].shape[-1]
+        for (q, _, _), x in zip(shapes, original_args, strict=True)
     )
-    for (q, k, v), row in zip(shapes, other, strict=True):
+    for (q, k, v), row in zip(shapes, original_args, strict=True):
         assert q[-1] == k[-1]
         assert (q[1], k[1], v[1]) == tuple(x.meta["val"].shape[1] for x in row[:3])
 
@@ -542,7 +543,7 @@ def test_a_slice_keeps_one_of_its_units() -> None:
 
 
 def test_a_slice_of_two_groups_that_would_vanish() -> None:
-    """Each keeps some; what is read of both is gone."""
+    """Each keeps some; what is read of both is removed."""
     pair = [parameter(8, 8, seed=i) for i in range(2)]
     with torch.no_grad():
         pair[0][7] *= 0

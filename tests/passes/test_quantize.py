@@ -44,11 +44,11 @@ def quantized(
 
 def layers(program: Program, component: str) -> dict[str, qdq.Layer]:
     """Return the layers of a component by module, with a number where a module has several."""
-    found: dict[str, qdq.Layer] = {}
+    by_path: dict[str, qdq.Layer] = {}
     for layer in qdq.layers(program.components[component]):
         name = quantize_body.module_path(layer.node)
-        found[name if name not in found else f"{name}/{len(found)}"] = layer
-    return found
+        by_path[name if name not in by_path else f"{name}/{len(by_path)}"] = layer
+    return by_path
 
 
 def scale_of(program: Program, call: fx.Node, layer: qdq.Layer) -> tuple[float, int]:
@@ -56,7 +56,7 @@ def scale_of(program: Program, call: fx.Node, layer: qdq.Layer) -> tuple[float, 
     activation = qdq.activation(layer.x)
     assert activation is not None
     assert activation.zero is not None
-    found = []
+    scalars = []
     for node in (activation.scale, activation.zero):
         row, _, index = nodes.args(node)
         body = program.components[str(call.target)]
@@ -66,8 +66,8 @@ def scale_of(program: Program, call: fx.Node, layer: qdq.Layer) -> tuple[float, 
             values = g.attribute(program.root, str(table.target))[number]
         else:
             values = g.attribute(body, str(row.target))
-        found.append(values[index].item())
-    return found[0], found[1]
+        scalars.append(values[index].item())
+    return scalars[0], scalars[1]
 
 
 # What is written
@@ -106,12 +106,12 @@ return %11""",  # noqa: E501,
 @pytest.mark.parametrize("name", NAMES)
 def test_all_layers_but_the_ends_are_quantized(name: str) -> None:
     program, record = quantized(name, "quantize(int8)")
-    found = layers(program, BODY[name])
-    plain = {n for n, layer in found.items() if qdq.weight(layer.weight) is None}
+    by_path = layers(program, BODY[name])
+    plain = {n for n, layer in by_path.items() if qdq.weight(layer.weight) is None}
     assert plain == {"sd": {"conv_in", "conv_out"}, "dit": {"pos_embed.proj", "proj_out_2"}}[name]
-    for path in found.keys() - plain:
-        assert qdq.weight(found[path].weight).number == "int8"  # type: ignore[union-attr]
-        assert qdq.activation(found[path].x) is not None, path
+    for path in by_path.keys() - plain:
+        assert qdq.weight(by_path[path].weight).number == "int8"  # type: ignore[union-attr]
+        assert qdq.activation(by_path[path].x) is not None, path
     assert 1e-4 < record.relative < 0.05
     sizes = record.notes["weight bytes"]
     assert sizes["after"] < 0.35 * sizes["before"]  # rows of a few numbers, with a scale each
@@ -128,8 +128,8 @@ def test_scales_are_those_of_the_values_that_modules_read_in_each_step(name: str
     for path, module in net.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
 
-            def hook(own: Any, given: tuple[Tensor, ...], path: str = path) -> None:
-                low, high = given[0].aminmax()
+            def hook(_: Any, inputs: tuple[Tensor, ...], path: str = path) -> None:
+                low, high = inputs[0].aminmax()
                 seen.setdefault(path, []).append((float(low), float(high)))
 
             module.register_forward_pre_hook(hook)
@@ -179,8 +179,10 @@ def test_formats(name: str, text: str, error: float) -> None:
     program, record = quantized(name, f"quantize({text})")
     assert 1e-5 < record.relative < error
     number, _, rest = text.partition(",")
-    found = [layer for layer in layers(program, BODY[name]).values() if qdq.weight(layer.weight)]
-    for layer in found:
+    quantized_layers = [
+        layer for layer in layers(program, BODY[name]).values() if qdq.weight(layer.weight)
+    ]
+    for layer in quantized_layers:
         body = program.components[BODY[name]]
         reads = {n.target: nodes.stored_tensor(body, n) for n in g.ancestors([layer.weight])}
         types = {t.dtype for t in reads.values() if t is not None}
@@ -195,23 +197,23 @@ def test_formats(name: str, text: str, error: float) -> None:
 
 def test_four_bits_by_group_reach_the_kernels_as_eight() -> None:
     program, _ = quantized("dit", "quantize(int4,group=8,skip=*ff*)")
-    found = [qdq.weight(la.weight) for la in layers(program, "transformer").values()]
-    assert {w.number for w in found if w} == {"int8"}
-    assert {w.group for w in found if w} == {None}
+    weights = [qdq.weight(la.weight) for la in layers(program, "transformer").values()]
+    assert {w.number for w in weights if w} == {"int8"}
+    assert {w.group for w in weights if w} == {None}
     program, _ = quantized("dit", "quantize(int4,group=8,activations=none)")
-    found = [qdq.weight(la.weight) for la in layers(program, "transformer").values()]
-    assert {(w.number, w.group) for w in found if w} == {("int4", 8)}
+    weights = [qdq.weight(la.weight) for la in layers(program, "transformer").values()]
+    assert {(w.number, w.group) for w in weights if w} == {("int4", 8)}
 
 
 def test_weights_beside_the_loop_have_eight_bits_unless_they_are_named() -> None:
     """In front of the transformer's loop are products that `hoist` wrote as `mm`, and tables."""
     program, record = quantized("dit", "quantize(int4)")
     assert record.notes["tables"] > 0
-    found = layers(program, "transformer_steps").values()
-    weights = [qdq.weight(layer.weight) for layer in found]
+    step_layers = layers(program, "transformer_steps").values()
+    weights = [qdq.weight(layer.weight) for layer in step_layers]
     assert {w.number for w in weights if w} == {"int8"}
     assert len(weights) == record.notes["layers"]["transformer_steps"] > 0
-    assert not any(qdq.activation(layer.x) for layer in found)
+    assert not any(qdq.activation(layer.x) for layer in step_layers)
     tables = program.components["transformer_once"].graph.find_nodes(
         op="call_function", target=aten.embedding.default
     )
@@ -223,10 +225,10 @@ def test_weights_beside_the_loop_have_eight_bits_unless_they_are_named() -> None
     program, record = quantized("dit", "quantize(int4,group=8,components=transformer_once)")
     assert record.notes["tables"] == len(tables), "tables alone"
     assert "layers" not in record.notes
-    found = program.components["transformer_once"].graph.find_nodes(
+    embeddings = program.components["transformer_once"].graph.find_nodes(
         op="call_function", target=aten.embedding.default
     )
-    assert {qdq.weight(nodes.args(n)[0]).number for n in found} == {"int8"}  # type: ignore[union-attr]
+    assert {qdq.weight(nodes.args(n)[0]).number for n in embeddings} == {"int8"}  # type: ignore[union-attr]
     for option in ("tables=false", "skip=*emb*", "layers=*attn1*"):
         _, record = quantized("dit", f"quantize(int4,{option})")
         assert "tables" not in record.notes
@@ -236,9 +238,9 @@ def test_products_with_a_stored_matrix_are_layers() -> None:
     w, b, x = build.parameter(4, 8), build.parameter(4, seed=1), build.randn(2, 8)
 
     def make(at: build.Builder, x: fx.Node) -> list[fx.Node]:
-        turned = at(aten.t.default, w)
-        half = at(aten.addmm.default, b, x, turned, beta=0.5)
-        return [at(aten.mm.default, x, turned), at(aten.addmm.default, b, x, turned), half]
+        transposed = at(aten.t.default, w)
+        half = at(aten.addmm.default, b, x, transposed, beta=0.5)
+        return [at(aten.mm.default, x, transposed), at(aten.addmm.default, b, x, transposed), half]
 
     body = build.body(make, x)
     expected = body(x)
@@ -327,9 +329,11 @@ def test_operands_of_a_concatenation_have_layers_of_their_own() -> None:
     before = layers(unrolled("sd"), "unet").values()
     count = sum(nodes.is_call(layer.x, aten.cat.default) for layer in before)
     assert record.notes["layers split"] == count > 0
-    made = [n for n in layers(program, "unet") if n.startswith("up_") and "conv_shortcut" in n]
-    assert len(made) == 2 * count
-    for path in made:
+    split_layers = [
+        n for n in layers(program, "unet") if n.startswith("up_") and "conv_shortcut" in n
+    ]
+    assert len(split_layers) == 2 * count
+    for path in split_layers:
         x = qdq.activation(layers(program, "unet")[path].x)
         assert x is not None
         assert not nodes.is_call(x.source, aten.cat.default)
@@ -405,9 +409,9 @@ def test_components_outside_of_the_loop() -> None:
     program, record = quantized("sd", "quantize(int8,components=all)")
     assert {"text_encoder", "unet", "vae_decode"} <= set(record.notes["layers"])
     for name in ("text_encoder", "vae_decode"):
-        found = layers(program, name).values()
-        assert all(qdq.weight(layer.weight) for layer in found)
-        assert not any(qdq.activation(layer.x) for layer in found)
+        component_layers = layers(program, name).values()
+        assert all(qdq.weight(layer.weight) for layer in component_layers)
+        assert not any(qdq.activation(layer.x) for layer in component_layers)
     program, _ = quantized("sd", "quantize(int8,components=vae_decode)")
     assert any(qdq.activation(layer.x) for layer in layers(program, "vae_decode").values())
     assert not any(qdq.activation(layer.x) for layer in layers(program, "unet").values())

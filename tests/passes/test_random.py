@@ -149,8 +149,8 @@ def make(parts: Any, loop: Any, results: list[int]) -> Program:
 
     def outer(b: Builder, *inputs: fx.Node) -> Any:
         values = list(inputs)
-        for number, (part, given_, rows) in enumerate(loop):
-            x, y = (values[-1 - k % len(values)] for k in given_)
+        for number, (part, operands, rows) in enumerate(loop):
+            x, y = (values[-1 - k % len(values)] for k in operands)
             step = torch.full(SHAPE, float(number))
             values += b.call(f"part{part % len(parts)}", x, y, step)
             values = apply(b, values, rows)
@@ -169,11 +169,11 @@ def check(built: Program, text: str) -> None:
 
 
 results = st.lists(small, min_size=1, max_size=3)
-own = pipelines("simplify", "fuse(steps=false)", "fuse(lora=false,scales=false,steps=false)")
+fusions = pipelines("simplify", "fuse(steps=false)", "fuse(lora=false,scales=false,steps=false)")
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(bodies, steps, results, own)
+@given(bodies, steps, results, fusions)
 def test_simplify_and_fuse(parts: Any, loop: Any, outs: list[int], text: str) -> None:
     check(make(parts, loop, outs), text)
 

@@ -37,7 +37,7 @@ class Halve(Pass):
     exact = False
 
     def run(self, program: Program, ctx: Context) -> None:
-        made: dict[int, torch.nn.Parameter] = {}
+        replacements: dict[int, torch.nn.Parameter] = {}
         for name in choose_scope(program, ("loop",)).loop:
             gm = program.components[name]
             for layer in qdq.layers(gm):
@@ -46,7 +46,9 @@ class Halve(Pass):
                 u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
                 s[len(s) // 2 :] = 0
                 new = (u * s @ v).reshape(weight.shape)
-                new = made.setdefault(id(weight), torch.nn.Parameter(new, requires_grad=False))
+                new = replacements.setdefault(
+                    id(weight), torch.nn.Parameter(new, requires_grad=False)
+                )
                 gm._parameters[str(layer.weight.target)] = new
 
 
@@ -76,8 +78,8 @@ def halved(name: str, text: str = "unroll,hoist", **options: Any) -> tuple[Progr
 
 
 def errors(record: Record) -> tuple[float, float]:
-    found = record.notes["held-out error"]
-    return found["before"], found["after"]
+    held_out = record.notes["held-out error"]
+    return held_out["before"], held_out["after"]
 
 
 def values(program: Program) -> list[torch.Tensor]:
@@ -129,8 +131,8 @@ def test_weights_outside_of_the_loop_stay() -> None:
     program, record = halved("sd", steps=2, lr=3e-3, samples=2)
     assert record.changed
     for name, gm in before.components.items():
-        own = {key: t for key, t in g.named_tensors(program.components[name])}
-        changed = [k for k, t in g.named_tensors(gm) if not torch.equal(t, own[k])]
+        recovered = {key: t for key, t in g.named_tensors(program.components[name])}
+        changed = [k for k, t in g.named_tensors(gm) if not torch.equal(t, recovered[k])]
         assert bool(changed) == (name == "unet")
 
 
@@ -141,8 +143,8 @@ def test_shared_weights_stay_shared() -> None:
     assert Record.from_json(program.history[-1]).changed
     names = choose_scope(program, ("loop",)).loop
     assert len(names) > 1
-    own = [{id(t) for _, t in g.named_tensors(program.components[n])} for n in names]
-    assert own[0] & own[1]
+    ids = [{id(t) for _, t in g.named_tensors(program.components[n])} for n in names]
+    assert ids[0] & ids[1]
     assert len(program.weights()) == len(prepared("dit", text).weights())
 
 
@@ -152,13 +154,13 @@ def test_sparse_weights_stay_sparse(then: str) -> None:
     sparse = before.clone()
     sparsity_2_4.sparsify(sparse, ["denoiser"], lambda name, module: True, lambda path, why: None)
     damaged = Pipeline.parse(then).run(sparse) if then else sparse
-    made = damaged.clone()
-    given, settings = requests(before, (), 4), distill.Settings(steps=20, lr=1e-3)
-    outcome = distill.recover(distill.Task(made, before, given, ["denoiser"]), settings)
+    recovered = damaged.clone()
+    inputs, settings = requests(before, (), 4), distill.Settings(steps=20, lr=1e-3)
+    outcome = distill.recover(distill.Task(recovered, before, inputs, ["denoiser"]), settings)
     assert outcome.after < 0.9 * outcome.before
     left, wanted = (
         [layer.node.name for layer in sparsity_2_4.sparse_layers(p.components["denoiser"])]
-        for p in (made, damaged)
+        for p in (recovered, damaged)
     )
     assert len(wanted) > 2
     assert left == wanted
@@ -262,8 +264,8 @@ def test_no_budget_is_spent() -> None:
     record = Record.from_json(pipeline.run(prepared("loop"), enforce=False).history[-1])
     assert record.relative > 1e-3
     text = "quantize(int4,ends=true,budget=0.5),recover(steps=10,samples=4)"
-    made = Pipeline.parse(text).run(prepared("loop", "unroll"), budget=1e-9)
-    assert Record.from_json(made.history[-1]).relative > 1e-9
+    result = Pipeline.parse(text).run(prepared("loop", "unroll"), budget=1e-9)
+    assert Record.from_json(result.history[-1]).relative > 1e-9
 
 
 def test_it_never_ends_worse() -> None:
@@ -281,12 +283,12 @@ def test_the_best_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill, "_rate_factor", lambda step, steps: 1.0 if step < 5 else 1e4)
     before = prepared("loop")
     program = Pipeline((Halve(),)).run(before)
-    given = requests(program, (), 4)
+    inputs = requests(program, (), 4)
     settings = distill.Settings(steps=10)
-    outcome = distill.recover(distill.Task(program, before, given, ["denoiser"]), settings)
+    outcome = distill.recover(distill.Task(program, before, inputs, ["denoiser"]), settings)
     assert 0 < outcome.best < 6
     assert outcome.after == min(outcome.errors.values()) < outcome.before
-    again = distill.recover(distill.Task(program, before, given, ["denoiser"]), settings)
+    again = distill.recover(distill.Task(program, before, inputs, ["denoiser"]), settings)
     assert again.before == pytest.approx(outcome.after, rel=1e-6)
 
 
@@ -294,8 +296,8 @@ def test_a_loss_that_is_not_finite_ends_it() -> None:
     before = prepared("loop")
     program = Pipeline((Halve(),)).run(before)
     settings = distill.Settings(steps=10, lr=1e30)
-    given = requests(program, (), 8)
-    outcome = distill.recover(distill.Task(program, before, given, ["denoiser"]), settings)
+    inputs = requests(program, (), 8)
+    outcome = distill.recover(distill.Task(program, before, inputs, ["denoiser"]), settings)
     assert outcome.steps < 10
     assert outcome.stopped.startswith(f"the loss is not finite in step {outcome.steps + 1} (of re")
     assert "denoiser, step" in outcome.stopped
@@ -412,7 +414,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     text = f'recover(steps=6,samples=4,reference="{tmp_path}/before.program"'
     (tmp_path / "share.py").write_text(SHARE)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    given = [
+    arguments = [
         tmp_path / "share.py",
         tmp_path / "after.program",
         f"{text},accelerate=true)",
@@ -424,7 +426,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     done = subprocess.run(
-        [sys.executable, *launch, *given],
+        [sys.executable, *launch, *arguments],
         env=environment,
         check=False,
         capture_output=True,
@@ -434,10 +436,10 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     plain = Pipeline.parse(f"{text})").run(Program.load(tmp_path / "after.program"))
     both = [Program.load(tmp_path / f"{rank}.program") for rank in (0, 1)]
     assert same(*both)
-    found = [Record.from_json(p.history[-1]).notes["errors"] for p in (*both, plain)]
-    assert found[0] == found[1]
-    for step, error in found[2].items():
-        assert found[0][step] == pytest.approx(error, rel=1e-4)  # sums in another order
+    step_errors = [Record.from_json(p.history[-1]).notes["errors"] for p in (*both, plain)]
+    assert step_errors[0] == step_errors[1]
+    for step, error in step_errors[2].items():
+        assert step_errors[0][step] == pytest.approx(error, rel=1e-4)  # sums in another order
 
 
 # Bad input
@@ -476,11 +478,11 @@ def test_nothing_to_train_against() -> None:
 
 def test_a_reference_of_another_pipeline(tmp_path: Path) -> None:
     prepared("dit").save(tmp_path / "other.program")
-    found = refused(
+    message = refused(
         Pipeline((recover(reference=str(tmp_path / "other.program")),)), captured("loop")
     )
-    assert found.startswith("the reference is of another pipeline: it takes ")
-    assert "float32[1,2,8]" in found
+    assert message.startswith("the reference is of another pipeline: it takes ")
+    assert "float32[1,2,8]" in message
     missing = str(tmp_path / "none.program")
     assert refused(Pipeline((recover(reference=missing),)), captured("loop")) == (
         f"{missing}: no such file"
@@ -489,20 +491,22 @@ def test_a_reference_of_another_pipeline(tmp_path: Path) -> None:
 
 def test_a_reference_with_other_steps(tmp_path: Path) -> None:
     loops.program(steps=3).save(tmp_path / "three.program")
-    found = refused(
+    message = refused(
         Pipeline((recover(reference=str(tmp_path / "three.program")),)), captured("loop")
     )
-    assert found == (
+    assert message == (
         "the reference has no call of denoiser, step 3, branch 0: it is of another sampling loop"
     )
 
 
 def test_calls_that_mean_other_things() -> None:
     """`fuse` puts guidance and the sampler's step into the body."""
-    found = refused(Pipeline((Halve(), *Pipeline.parse("fuse").passes, recover())), prepared("sd"))
-    assert found.endswith(
+    message = refused(
+        Pipeline((Halve(), *Pipeline.parse("fuse").passes, recover())), prepared("sd")
+    )
+    assert message.endswith(
         ": recover where both have the same calls, such as in front of `fuse`"
-    ) or found.endswith("their calls mean different things; recover in front of `fuse`")
+    ) or message.endswith("their calls mean different things; recover in front of `fuse`")
 
 
 def test_nothing_trainable() -> None:
@@ -512,8 +516,8 @@ def test_nothing_trainable() -> None:
 
 
 def test_a_pattern_that_matches_nothing() -> None:
-    found = refused(Pipeline((Halve(), recover(keep=("quary",)))), prepared("loop"))
-    assert found == "no module of denoiser matches 'quary'; did you mean 'query'?"
+    message = refused(Pipeline((Halve(), recover(keep=("quary",)))), prepared("loop"))
+    assert message == "no module of denoiser matches 'quary'; did you mean 'query'?"
 
 
 def test_damage_beyond_recovery() -> None:

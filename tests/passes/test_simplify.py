@@ -51,9 +51,9 @@ def test_chains_of_views():
     def make(b, x):
         back = b(aten.permute.default, b(aten.permute.default, x, [1, 2, 0]), [2, 0, 1])
         flat = b(aten.view.default, b(aten.view.default, back, [24]), [6, 4])
-        turned = b(aten.transpose.int, b(aten.permute.default, x, [2, 0, 1]), 0, 1)
+        transposed = b(aten.transpose.int, b(aten.permute.default, x, [2, 0, 1]), 0, 1)
         single = b(aten.squeeze.dim, b(aten.unsqueeze.default, x, 1), 1)
-        return [b(aten.exp.default, value) for value in (flat, turned, single)]
+        return [b(aten.exp.default, value) for value in (flat, transposed, single)]
 
     text, _ = simplify(make, randn(2, 3, 4))
     assert_expected_inline(
@@ -323,8 +323,8 @@ def test_views_that_no_single_view_gives():
     def make(b, x):
         flat = b(aten.reshape.default, b(aten.transpose.int, x, 0, 1), [6])  # copies
         part = b(aten.slice.Tensor, b(aten.slice.Tensor, x, 0, 1, 2), 1, 1, 3)
-        turned = b(aten.permute.default, b(aten.view.default, x, [2, 3, 1]), [1, 0, 2])
-        values = (b(aten.view.default, flat, [3, 2]), part, turned)
+        transposed = b(aten.permute.default, b(aten.view.default, x, [2, 3, 1]), [1, 0, 2])
+        values = (b(aten.view.default, flat, [3, 2]), part, transposed)
         return [b(aten.exp.default, value) for value in values]
 
     _, record = simplify(make)

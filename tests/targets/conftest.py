@@ -18,7 +18,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def session_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is compiled from what users have, for the tests of a session to share."""
     monkeypatch.setenv("DIFFOPT_CACHE", str(cache))
 
@@ -31,14 +31,14 @@ def captured() -> Program:
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that builds the sampler for a target, each text once."""
-    made: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
 
     def make(text: str) -> Path:
-        if text not in made:
-            made[text] = tmp_path_factory.mktemp("engines") / "x.engine"
+        if text not in paths:
+            paths[text] = tmp_path_factory.mktemp("engines") / "x.engine"
             # Two components at once, as on a machine with several cores.
             with mock.patch.object(os, "sched_getaffinity", return_value={0, 1}):
-                build(program(), text, made[text])
-        return made[text]
+                build(program(), text, paths[text])
+        return paths[text]
 
     return make

@@ -31,7 +31,7 @@ from tests.sampler import check_images, program
 ROOT = Path(__file__).parents[2]
 
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("session_cache")
 
 
 def no_compiler(*args: Any, **options: Any) -> Any:

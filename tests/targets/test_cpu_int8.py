@@ -29,7 +29,7 @@ from tests.quantized import pack, steps
 
 ROOT = Path(__file__).parents[2]
 aten = torch.ops.aten
-Layer = Callable[["Made"], fx.Node]
+Layer = Callable[["LayerBuilder"], fx.Node]
 
 # Sums of integers are exact, so kernels differ from the graph by the rounding of a few products of
 # scales, where results are of the order of 1. A number rounded to another integer gives 1e-3.
@@ -43,8 +43,8 @@ def _small_products_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "_WORTH_PACKING", 0)
 
 
-class Made:
-    """A body with one input for each kind of layer, all quantized in some way."""
+class LayerBuilder:
+    """Adds layers, all quantized in some way, to a body with one input for each kind of them."""
 
     def __init__(self, make: Any, *inputs: fx.Node) -> None:
         self.gm: fx.GraphModule = make.gm
@@ -63,16 +63,16 @@ class Made:
         return qdq.place_weight(self.gm, "weight", packed, self.rows.meta["val"].dtype)
 
     def quantize(self, x: fx.Node, scaling: qdq.Scaling, number: qdq.Number = "int8") -> fx.Node:
-        given = [g.get_attr(self.gm, "scale", torch.tensor(0.027))]
-        given.append(g.get_attr(self.gm, "zero", torch.tensor(-9, dtype=torch.int32)))
-        given = given if scaling == "static" else []
-        return qdq.quantize(self.gm, x, scaling, *given, number=number)
+        constants = [g.get_attr(self.gm, "scale", torch.tensor(0.027))]
+        constants.append(g.get_attr(self.gm, "zero", torch.tensor(-9, dtype=torch.int32)))
+        constants = constants if scaling == "static" else []
+        return qdq.quantize(self.gm, x, scaling, *constants, number=number)
 
     def linear(self, scaling: qdq.Scaling | None, bias: bool = True, **weight: Any) -> fx.Node:
         x = self.quantize(self.rows, scaling) if scaling else self.rows
         end = (parameter(6).to(self.rows.meta["val"].dtype),) if bias else ()
-        made: fx.Node = self.make(aten.linear.default, x, self.weight(6, 8, **weight), *end)
-        return made
+        result: fx.Node = self.make(aten.linear.default, x, self.weight(6, 8, **weight), *end)
+        return result
 
     def convolution(
         self, scaling: qdq.Scaling | None, *geometry: Any, groups: int = 1, kernel: int = 3
@@ -80,13 +80,13 @@ class Made:
         x = self.quantize(self.image, scaling) if scaling else self.image
         weight = self.weight(8, 4 // groups, kernel, kernel)
         bias = parameter(8).to(self.image.meta["val"].dtype)
-        made: fx.Node = self.make(aten.conv2d.default, x, weight, bias, *geometry)
-        return made
+        result: fx.Node = self.make(aten.conv2d.default, x, weight, bias, *geometry)
+        return result
 
     def one_axis(self) -> fx.Node:
         x = self.quantize(self.line, "static")
-        made: fx.Node = self.make(aten.conv1d.default, x, self.weight(8, 4, 3), None, [2], [1])
-        return made
+        result: fx.Node = self.make(aten.conv1d.default, x, self.weight(8, 4, 3), None, [2], [1])
+        return result
 
 
 LAYERS: dict[str, tuple[str, Layer]] = {
@@ -125,7 +125,7 @@ LAYERS: dict[str, tuple[str, Layer]] = {
         "int8",
         lambda m: m.make(aten.silu.default, m.convolution("static", [1, 1], [1, 1])),
     ),
-    "one axis": ("int8", Made.one_axis),
+    "one axis": ("int8", LayerBuilder.one_axis),
 }
 
 SAMPLES = randn(2, 5, 8), randn(2, 4, 6, 7, seed=1), randn(2, 4, 9, seed=2)
@@ -135,8 +135,8 @@ def layers(*names: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     """Return a body that gives the results of these layers."""
 
     def make(make: Any, *inputs: fx.Node) -> list[fx.Node]:
-        made = Made(make, *inputs)
-        return [LAYERS[name][1](made) for name in names]
+        builder = LayerBuilder(make, *inputs)
+        return [LAYERS[name][1](builder) for name in names]
 
     return body(make, *(sample.to(dtype) for sample in SAMPLES))
 
@@ -167,10 +167,10 @@ def operators(gm: fx.GraphModule) -> Counter[str]:
 # What is computed
 
 
-def test_the_compiler_takes_a_packed_weight_as_it_is_however_the_weight_lay() -> None:
-    turned = parameter(16, 24).to(torch.bfloat16).t()  # its rows are not one after another
+def test_the_compiler_takes_a_packed_weight_as_it_is_whatever_its_strides() -> None:
+    transposed = parameter(16, 24).to(torch.bfloat16).t()  # its rows are not one after another
     x = randn(2, 5, 16).to(torch.bfloat16)
-    gm = body(lambda make, x: [make(aten.linear.default, x, turned)], x)
+    gm = body(lambda make, x: [make(aten.linear.default, x, transposed)], x)
     result, further = lowered(gm, pack=True)
     run = compiled(result.bodies["body"], further)
     torch.testing.assert_close(run([x])[0], gm(x)[0])
@@ -181,14 +181,14 @@ def test_a_layer_runs_on_what_it_should_and_gives_the_same(name: str) -> None:
     gm = layers(name)
     result, further = lowered(gm)
     assert result.layers == {"body": {LAYERS[name][0]: 1}}
-    made = operators(result.bodies["body"])
-    products = made["onednn.qlinear_pointwise.tensor"] + made["onednn.qconv_pointwise.tensor"]
+    counts = operators(result.bodies["body"])
+    products = counts["onednn.qlinear_pointwise.tensor"] + counts["onednn.qconv_pointwise.tensor"]
     assert products == (LAYERS[name][0] == "int8")
     # What follows from stored tensors alone is done on loading.
     inputs = set(g.placeholders(result.bodies["body"])[: len(SAMPLES)])
     for node in result.bodies["body"].graph.nodes:
         assert node.op != "call_function" or not inputs.isdisjoint(g.ancestors([node]))
-    assert made["aten.gelu"] + made["aten.silu"] == (name == "rows, gelu")
+    assert counts["aten.gelu"] + counts["aten.silu"] == (name == "rows, gelu")
     assert not [node for node in result.bodies["body"].graph.nodes if qdq.dequantizes_weight(node)]
     torch.testing.assert_close(
         result.bodies["body"](*SAMPLES, *further)[0], gm(*SAMPLES)[0], **TIGHT
@@ -203,22 +203,24 @@ def test_results_have_the_type_of_the_layer(dtype: torch.dtype) -> None:
     samples = [sample.to(dtype) for sample in SAMPLES]
     result, further = lowered(gm)
     # The graph rounds inputs and weights to the type once more; kernels use the integers.
-    for made, expected in zip(result.bodies["body"](*samples, *further), gm(*samples), strict=True):
-        assert made.dtype == expected.dtype == dtype
-        torch.testing.assert_close(made, expected, atol=2e-2, rtol=2e-2)
+    for output, expected in zip(
+        result.bodies["body"](*samples, *further), gm(*samples), strict=True
+    ):
+        assert output.dtype == expected.dtype == dtype
+        torch.testing.assert_close(output, expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 2, 1]])
 def test_outputs_keep_their_memory_layout(order: list[int]) -> None:
     def make(make: Any, *inputs: fx.Node) -> fx.Node:
-        result: fx.Node = LAYERS["convolution"][1](Made(make, *inputs))
+        result: fx.Node = LAYERS["convolution"][1](LayerBuilder(make, *inputs))
         return make(aten.permute.default, result, order)
 
     gm = body(make, *SAMPLES)
     result, further = lowered(gm)
-    (made,), (expected,) = result.bodies["body"](*SAMPLES, *further), gm(*SAMPLES)
-    assert made.stride() == expected.stride()
-    torch.testing.assert_close(made, expected, **TIGHT)
+    (output,), (expected,) = result.bodies["body"](*SAMPLES, *further), gm(*SAMPLES)
+    assert output.stride() == expected.stride()
+    torch.testing.assert_close(output, expected, **TIGHT)
 
 
 def test_what_cannot_run_on_integers_is_said() -> None:
@@ -238,8 +240,10 @@ def test_a_machine_without_kernels_for_integers() -> None:
     result, further = lowered(gm, lack="nothing here")
     assert result.layers == {"body": {"float": 2}}
     assert result.notes == {"body": ["2 layers with quantized inputs run on floats: nothing here"]}
-    for made, expected in zip(result.bodies["body"](*SAMPLES, *further), gm(*SAMPLES), strict=True):
-        torch.testing.assert_close(made, expected, **TIGHT)
+    for output, expected in zip(
+        result.bodies["body"](*SAMPLES, *further), gm(*SAMPLES), strict=True
+    ):
+        torch.testing.assert_close(output, expected, **TIGHT)
 
 
 def test_bodies_without_quantized_weights_are_as_they_were() -> None:
@@ -255,9 +259,11 @@ def test_every_kind_of_layer_compiles() -> None:
     result, further = lowered(gm)
     run = compiled(result.bodies["body"], further)
     results = zip(LAYERS, run(list(SAMPLES)), gm(*SAMPLES), strict=True)
-    for name, made, expected in results:
-        torch.testing.assert_close(made, expected, **TIGHT, msg=lambda text, n=name: f"{n}: {text}")
-        assert made.stride() == expected.stride()
+    for name, output, expected in results:
+        torch.testing.assert_close(
+            output, expected, **TIGHT, msg=lambda text, n=name: f"{n}: {text}"
+        )
+        assert output.stride() == expected.stride()
 
 
 def test_one_library_for_a_range_of_sizes() -> None:
@@ -267,8 +273,8 @@ def test_one_library_for_a_range_of_sizes() -> None:
     run = compiled(result.bodies["body"], further, {0: open_axis, 1: open_axis})
     for count in (1, 4):
         samples = [randn(count, *sample.shape[1:]) for sample in SAMPLES[:2]] + [SAMPLES[2]]
-        for made, expected in zip(run(list(samples)), gm(*samples), strict=True):
-            torch.testing.assert_close(made, expected, **TIGHT)
+        for output, expected in zip(run(list(samples)), gm(*samples), strict=True):
+            torch.testing.assert_close(output, expected, **TIGHT)
 
 
 # What is stored
@@ -277,16 +283,16 @@ def test_one_library_for_a_range_of_sizes() -> None:
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that builds the steps for a target, each text once."""
-    made: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("engines")
 
     def make(text: str) -> Path:
-        if text not in made:
+        if text not in paths:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("DIFFOPT_CACHE", str(folder / "cache"))
-                made[text] = folder / f"{len(made)}.engine"
-                build(steps(), text, made[text])
-        return made[text]
+                paths[text] = folder / f"{len(paths)}.engine"
+                build(steps(), text, paths[text])
+        return paths[text]
 
     return make
 
@@ -299,8 +305,8 @@ def setup(engine: Engine) -> dict[str, Any]:
 @pytest.mark.parametrize("text", ["cpu", "cpu(freeze=true)", "cpu(pack=true)"])
 def test_an_engine_gives_what_the_program_gives(text: str, engines: Callable[[str], Path]) -> None:
     (expected,) = steps().run(steps().sample)
-    (made,) = load(engines(text)).run(steps().sample)
-    torch.testing.assert_close(made, expected, **TIGHT)
+    (output,) = load(engines(text)).run(steps().sample)
+    torch.testing.assert_close(output, expected, **TIGHT)
 
 
 def test_a_weight_that_two_components_share_is_stored_and_packed_once(
@@ -344,13 +350,13 @@ def test_products_are_packed_where_that_saves_time(
 
     gm = body(make, randn(2, 64, 128).to(dtype))
     result, _ = lowered(gm, pack=True)
-    made = operators(result.bodies["body"])
+    counts = operators(result.bodies["body"])
     small = dtype == torch.float32
-    assert made["mkldnn._linear_pointwise"] == 2 - small
-    assert made["aten.linear"] == small
+    assert counts["mkldnn._linear_pointwise"] == 2 - small
+    assert counts["aten.linear"] == small
 
 
-def test_packed_convolutions_of_pixels_are_products_on_what_lies_channels_last(
+def test_packed_convolutions_of_pixels_are_products_in_the_channels_last_layout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def make(make: Any, x: fx.Node) -> list[fx.Node]:
@@ -366,9 +372,9 @@ def test_packed_convolutions_of_pixels_are_products_on_what_lies_channels_last(
         monkeypatch.setattr(onednn, "_WORTH_PACKING", worth)
         result, further = lowered(gm, pack=True)
         library = result.bodies["body"]
-        made = operators(library)
-        assert (made["mkldnn._convolution_pointwise"], made[product]) == (3, 1)
-        assert made["aten.convolution"] == made["aten.conv2d"] == 0
+        counts = operators(library)
+        assert (counts["mkldnn._convolution_pointwise"], counts[product]) == (3, 1)
+        assert counts["aten.convolution"] == counts["aten.conv2d"] == 0
         for got, expected in zip(library(x, *further), gm(x), strict=True):
             torch.testing.assert_close(got, expected, **TIGHT)
     run = compiled(library, further)
@@ -435,9 +441,9 @@ def test_what_kernels_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fp8_inputs_are_refused(tmp_path: Path) -> None:
     def make(make: Any, *inputs: fx.Node) -> fx.Node:
-        made = Made(make, *inputs)
-        x = made.quantize(made.rows, "dynamic", "fp8")
-        result: fx.Node = make(aten.linear.default, x, made.weight(6, 8, number="fp8"))
+        builder = LayerBuilder(make, *inputs)
+        x = builder.quantize(builder.rows, "dynamic", "fp8")
+        result: fx.Node = make(aten.linear.default, x, builder.weight(6, 8, number="fp8"))
         return result
 
     gm = body(make, *SAMPLES)

@@ -32,7 +32,7 @@ from tests.zoo import traced
 
 aten = torch.ops.aten
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("session_cache")
 
 PLAIN = "h100(cuda-graph=false)"
 """The CPU has no CUDA graphs."""
@@ -95,8 +95,8 @@ def test_it_does_not_load_and_says_why(unfinished: Path, diffopt: Run) -> None:
 
 def test_eager_runs_it_anywhere(unfinished: Path, captured: Program) -> None:
     opened = engine.load(unfinished, target="eager")
-    for own, other in zip(opened.run(captured.sample_inputs()), expected(captured), strict=True):
-        torch.testing.assert_close(own, other)
+    for output, other in zip(opened.run(captured.sample_inputs()), expected(captured), strict=True):
+        torch.testing.assert_close(output, other)
 
 
 @pytest.mark.parametrize("name", ["sd", "dit"])
@@ -111,16 +111,16 @@ def test_a_moved_graph_views_what_is_laid_out_otherwise_and_returns_what_it_did(
     weight, x = parameter(16, 4, 3, 3), randn(2, 4, 8, 8)
 
     def make(b: Builder, x: fx.Node) -> list[fx.Node]:
-        made = b(aten.conv2d.default, x, weight, None, [1, 1], [1, 1])
-        return [made, b(aten.view.default, made, [2, -1])]
+        convolved = b(aten.conv2d.default, x, weight, None, [1, 1], [1, 1])
+        return [convolved, b(aten.view.default, convolved, [2, -1])]
 
     gm = body(make, x)
     expected = gm(x)
-    turned = weight.contiguous(memory_format=torch.channels_last)
-    gm.register_parameter("weight", torch.nn.Parameter(turned, requires_grad=False))
+    channels_last = weight.contiguous(memory_format=torch.channels_last)
+    gm.register_parameter("weight", torch.nn.Parameter(channels_last, requires_grad=False))
     device_compilation.move_to_device(gm, "cpu")
-    for own, other in zip(gm(x), expected, strict=True):
-        torch.testing.assert_close(own, other, check_stride=True)
+    for output, other in zip(gm(x), expected, strict=True):
+        torch.testing.assert_close(output, other, check_stride=True)
 
 
 # With the CPU in the GPU's place
@@ -143,7 +143,7 @@ def test_weights_are_freed_with_the_kernel() -> None:
     kernel = aoti.LibraryFunction(
         aoti.open_package(package, {"constant": weight}.__getitem__), [None]
     )
-    weight.mul_(2)  # it is read where it lies
+    weight.mul_(2)  # the library reads it in place
     del weight
     assert torch.equal(kernel([torch.ones(64)])[0], 2 * randn(64) + 1)
     del kernel
@@ -172,8 +172,8 @@ def test_the_first_load_compiles_and_the_next_takes_that_from_the_cache(
     for _ in range(2):
         opened = engine.load(unfinished)
         results = opened.run(captured.sample_inputs())
-        for own, other in zip(results, expected(captured), strict=True):
-            torch.testing.assert_close(own, other)
+        for output, other in zip(results, expected(captured), strict=True):
+            torch.testing.assert_close(output, other)
         monkeypatch.setattr(aoti, "compile_package", None)
     assert unfinished.read_bytes() == before
 
@@ -195,8 +195,8 @@ def test_finish_keeps_what_is_compiled(
     assert diffopt("finish", output).out == f"{output}: has nothing left to compile\n"
     monkeypatch.setattr(Cuda, "finish", None)
     results = engine.load(output).run(captured.sample_inputs())
-    for own, other in zip(results, expected(captured), strict=True):
-        torch.testing.assert_close(own, other)
+    for result, other in zip(results, expected(captured), strict=True):
+        torch.testing.assert_close(result, other)
 
 
 def test_where_there_is_the_gpu_the_engine_is_whole(
@@ -267,8 +267,8 @@ def test_a_run_has_its_sizes_left_open(
     opened = diffopt.build(program, PLAIN, tmp_path / "x.engine")
     for count in (1, 3):
         inputs = program.sample_inputs(count)
-        for own, other in zip(opened.run(inputs), program.run(inputs), strict=True):
-            torch.testing.assert_close(own, other)
+        for output, other in zip(opened.run(inputs), program.run(inputs), strict=True):
+            torch.testing.assert_close(output, other)
 
 
 def test_convolutions_read_weights_channels_last(tmp_path: Path) -> None:
@@ -285,9 +285,9 @@ def test_convolutions_read_weights_channels_last(tmp_path: Path) -> None:
     assert not any(strides["false"].values())
     unet = next(name for name in program.components if name.startswith("unet"))
     weights = dict(program.components[unet].named_parameters())
-    turned = strides["true"][unet]
-    assert turned
-    for name, stride in turned.items():
+    channels_last = strides["true"][unet]
+    assert channels_last
+    for name, stride in channels_last.items():
         laid_out = torch.empty_strided(weights[name].shape, stride)
         assert laid_out.is_contiguous(memory_format=torch.channels_last)
 
@@ -304,8 +304,8 @@ def test_quantized_layers_are_products_of_integers(
     (warning,) = caplog.messages
     assert warning.startswith("other: 1 ")
     inputs = program.sample_inputs()
-    for own, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
-        torch.testing.assert_close(own, exact, atol=1e-3, rtol=1e-3)
+    for output, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
+        torch.testing.assert_close(output, exact, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.gpu
@@ -320,5 +320,5 @@ def test_on_a_gpu(options: str, tmp_path: Path, captured: Program) -> None:
         opened = diffopt.build(program, f"{device}{options}", tmp_path / "x.engine")
         inputs = program.sample_inputs()
         for _ in range(3):
-            for own, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
-                torch.testing.assert_close(own.cpu(), exact, atol=2e-2, rtol=2e-2)
+            for output, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
+                torch.testing.assert_close(output.cpu(), exact, atol=2e-2, rtol=2e-2)

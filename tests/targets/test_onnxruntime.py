@@ -32,7 +32,7 @@ from tests.targets.test_cpu_int8 import LAYERS, SAMPLES, TIGHT, layers
 aten = torch.ops.aten
 
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("session_cache")
 
 
 def one_body(gm: fx.GraphModule, *samples: Tensor) -> Program:
@@ -160,8 +160,8 @@ def test_every_type_goes_in_and_out(tmp_path: Path) -> None:
 
     samples = randn(2, 3), torch.tensor([True, False]), torch.tensor(7)
     gm = body(make, *samples)
-    made = build(one_body(gm, *samples), "onnxruntime", tmp_path / "x").run(samples)
-    for result, expected in zip(made, gm(*samples), strict=True):
+    outputs = build(one_body(gm, *samples), "onnxruntime", tmp_path / "x").run(samples)
+    for result, expected in zip(outputs, gm(*samples), strict=True):
         assert result.dtype == expected.dtype
         assert result.stride() == expected.stride()
         assert torch.equal(result, expected)
@@ -192,10 +192,10 @@ def test_16_bits_are_computed_in_32(
         dtype
     ]
     wide = body(lambda m, x: make(m, x, weight.float()), x.float())
-    for made, expected in zip(opened.run([x]), wide(x.float()), strict=True):
-        assert made.dtype == dtype
+    for output, expected in zip(opened.run([x]), wide(x.float()), strict=True):
+        assert output.dtype == dtype
         eps = torch.finfo(dtype).eps  # the last bit of a result
-        torch.testing.assert_close(made.float(), expected, atol=eps, rtol=eps)
+        torch.testing.assert_close(output.float(), expected, atol=eps, rtol=eps)
 
 
 # Quantized layers
@@ -217,8 +217,10 @@ KINDS = [name for name in LAYERS if name not in ("rows, gelu", "static, gelu")]
 
 def test_quantized_layers_give_what_the_graph_gives(quantized: Path) -> None:
     results = zip(KINDS, load(quantized).run(SAMPLES), layers(*KINDS)(*SAMPLES), strict=True)
-    for name, made, expected in results:
-        torch.testing.assert_close(made, expected, **TIGHT, msg=lambda text, n=name: f"{n}: {text}")
+    for name, output, expected in results:
+        torch.testing.assert_close(
+            output, expected, **TIGHT, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_the_manifest_says_which_layers_run_on_integers(quantized: Path) -> None:
@@ -233,9 +235,10 @@ def test_integer_kernels_are_in_the_profile(
     before = sessions.options
 
     def profiling(*args: Any, **options: Any) -> ort.SessionOptions:
-        made = before(*args, **options)
-        made.enable_profiling, made.profile_file_prefix = True, str(tmp_path / "profile")
-        return made
+        session_options = before(*args, **options)
+        session_options.enable_profiling = True
+        session_options.profile_file_prefix = str(tmp_path / "profile")
+        return session_options
 
     monkeypatch.setattr(sessions, "options", profiling)
     opened = load(quantized)
@@ -269,8 +272,8 @@ def test_weights_of_4_bits_alone_stay_so(tmp_path: Path) -> None:
 
     def make(make: Any, x: fx.Node) -> fx.Node:
         w = qdq.place_weight(make.gm, "weight", weight, torch.float32)
-        made: fx.Node = make(aten.linear.default, x, w, parameter(16))
-        return made
+        linear: fx.Node = make(aten.linear.default, x, w, parameter(16))
+        return linear
 
     x = randn(3, 5, 64)
     gm = body(make, x)
@@ -285,8 +288,8 @@ def test_what_follows_from_weights_is_computed_once_for_all(tmp_path: Path) -> N
     weight = parameter(8, 8)
 
     def make(make: Any, x: fx.Node) -> fx.Node:
-        made: fx.Node = make(aten.linear.default, x, make.weight(weight, "shared"))
-        return made
+        linear: fx.Node = make(aten.linear.default, x, make.weight(weight, "shared"))
+        return linear
 
     def root(make: Any, x: fx.Node) -> fx.Node:
         (y,) = make.call("one", x)
@@ -296,9 +299,9 @@ def test_what_follows_from_weights_is_computed_once_for_all(tmp_path: Path) -> N
     x = randn(2, 3, 8)
     parts = {"one": body(make, x), "other": body(make, x, name="other")}
     opened = build(written(root, x, **parts), "onnxruntime", tmp_path / "x")
-    made = models(opened.path)
-    assert operators(made["kernels/(setup).onnx"]) == {"Transpose": 1}
-    assert operators(made["kernels/one.onnx"]) == {"MatMul": 1}
+    onnx_models = models(opened.path)
+    assert operators(onnx_models["kernels/(setup).onnx"]) == {"Transpose": 1}
+    assert operators(onnx_models["kernels/one.onnx"]) == {"MatMul": 1}
     torch.testing.assert_close(opened.run([x])[0], parts["other"](*parts["one"](x))[0])
 
 
@@ -321,10 +324,12 @@ def test_options_print_and_parse() -> None:
 def test_a_missing_package(
     package: str, captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     missing = package.replace("-", "_")
     monkeypatch.setattr(
-        optional.importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+        optional.importlib.util,
+        "find_spec",
+        lambda name: None if name == missing else find_spec(name),
     )
     with pytest.raises(DiffoptError) as caught:
         build(captured, "onnxruntime", tmp_path / "x")
@@ -358,8 +363,8 @@ def test_fp8_inputs_are_refused(tmp_path: Path) -> None:
     def make(make: Any, x: fx.Node) -> fx.Node:
         x = qdq.quantize(make.gm, x, "dynamic", number="fp8")
         weight = qdq.place_weight(make.gm, "weight", pack(parameter(4, 8), "fp8"), torch.float32)
-        made: fx.Node = make(aten.linear.default, x, weight)
-        return made
+        linear: fx.Node = make(aten.linear.default, x, weight)
+        return linear
 
     x = randn(2, 8)
     with pytest.raises(DiffoptError) as caught:
@@ -373,8 +378,8 @@ def test_fp8_inputs_are_refused(tmp_path: Path) -> None:
 
 def test_an_operator_without_a_form_in_onnx(tmp_path: Path) -> None:
     def make(make: Any, x: fx.Node) -> fx.Node:
-        made: fx.Node = make(operator.getitem, make(aten.linalg_qr.default, x), 0)
-        return made
+        orthogonal: fx.Node = make(operator.getitem, make(aten.linalg_qr.default, x), 0)
+        return orthogonal
 
     x = randn(3, 3)
     with pytest.raises(DiffoptError) as caught:

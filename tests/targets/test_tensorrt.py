@@ -46,7 +46,7 @@ CAPABILITIES = {"rtx3090": (8, 6), "rtx4090": (8, 9), "rtx5090": (12, 0)}
 Form = tuple[qdq.Number, qdq.Scaling | None, int | None]
 
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("session_cache")
 
 
 class Body(nn.Module):
@@ -67,15 +67,15 @@ class Body(nn.Module):
 
 @pytest.fixture(scope="module")
 def traced() -> Callable[[torch.dtype], Program]:
-    made: dict[torch.dtype, Program] = {}
+    programs: dict[torch.dtype, Program] = {}
 
     def trace(dtype: torch.dtype) -> Program:
-        if dtype not in made:
+        if dtype not in programs:
             torch.manual_seed(0)
             body = Body().eval().requires_grad_(False).to(dtype)
             x = torch.randn(2, 4, 16, 16).to(dtype)
-            made[dtype] = diffopt.trace(lambda x: body(x), components={"body": body}, x=x)
-        return made[dtype]
+            programs[dtype] = diffopt.trace(lambda x: body(x), components={"body": body}, x=x)
+        return programs[dtype]
 
     return trace
 
@@ -101,16 +101,16 @@ def test_plans_compute_in_the_types_of_the_graph(
     model = export(traced(dtype).components["body"], "body")
     contents = set()
     for device in CAPABILITIES:
-        made = plan(traced(dtype).components["body"], device, model=model)
-        products = {step: n for step, n in made.about["steps"].items() if step != "other"}
+        built = plan(traced(dtype).components["body"], device, model=model)
+        products = {step: n for step, n in built.about["steps"].items() if step != "other"}
         if kind == "fp32":  # attention is fused in 16 bits alone
             assert products == {"conv fp32": 1, "gemm fp32": 4}
         else:
             assert products == {f"conv {kind}": 1, f"gemm {kind}": 2, f"attention {kind}": 1}
-        assert made.about["bytes"] == len(made.content)
-        assert made.about["weight"] < made.about["bytes"]
-        assert not made.warnings
-        contents.add(made.content)
+        assert built.about["bytes"] == len(built.content)
+        assert built.about["weight"] < built.about["bytes"]
+        assert not built.warnings
+        contents.add(built.content)
     assert len(contents) == len(CAPABILITIES)
     assert plan(traced(dtype).components["body"], device, model=model).content in contents
 
@@ -139,9 +139,9 @@ def test_quantized_layers_run_on_what_they_are_quantized_to(
     layers = 192 * 64 + 64 * 64
     for device in devices:
         about = plan(gm, device, model=model).about
-        found = about["steps"]
-        assert {step: n for step, n in found.items() if step in steps} == steps
-        assert found["attention fp16"] == 1
+        counts = about["steps"]
+        assert {step: n for step, n in counts.items() if step in steps} == steps
+        assert counts["attention fp16"] == 1
         # Once, and in as many bits as it says; the convolution is small.
         assert about["weight"] < (widths[number] + 0.6) * layers
 
@@ -149,9 +149,9 @@ def test_quantized_layers_run_on_what_they_are_quantized_to(
 @needs_rtx
 def test_one_plan_for_a_range_of_requests() -> None:
     batched = Pipeline.parse("batch(max=4)").run(program())
-    made = parse_target("rtx4090:tensorrt(level=0)").compile(batched, silent)
-    assert set(made.members) == {"unet.plan", "vae.plan", "(build).json"}
-    assert made.bodies["unet"]["steps"]["gemm fp32"] == 2
+    compiled = parse_target("rtx4090:tensorrt(level=0)").compile(batched, silent)
+    assert set(compiled.members) == {"unet.plan", "vae.plan", "(build).json"}
+    assert compiled.bodies["unet"]["steps"]["gemm fp32"] == 2
 
 
 # What it costs to build, and stopping it
@@ -231,8 +231,8 @@ def test_an_interruption_ends_the_build(tmp_path: Path) -> None:
 # What layers are rewritten to
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -246,22 +246,24 @@ def test_rewritten_layers_give_the_same(
 ) -> None:
     base = traced(dtype)
     gm = quantized(base, number, scaling).components["body"]
-    made = qdq_legalize.rewrite(gm)
-    assert len(made.graph.nodes) > len(gm.graph.nodes) or number == "int4"
-    (exact,), (before,), (after,) = (f(*base.sample) for f in (base.components["body"], gm, made))
+    legalized = qdq_legalize.rewrite(gm)
+    assert len(legalized.graph.nodes) > len(gm.graph.nodes) or number == "int4"
+    (exact,), (before,), (after,) = (
+        f(*base.sample) for f in (base.components["body"], gm, legalized)
+    )
     assert after.dtype == before.dtype
     assert error(after, exact) < 1.1 * error(before, exact)
     if dtype == torch.float32:
         assert error(after, before) < 2e-6
-    for layer in qdq.layers(made):
+    for layer in qdq.layers(legalized):
         x = layer.x.args[0] if nodes.is_call(layer.x, aten._to_copy.default) else layer.x
-        found = qdq.activation(layer.x) or qdq.activation(x)
-        assert (found is None) == (scaling is None)
-        if found is not None:
-            constant = nodes.stored_tensor(made, found.scale)
+        activation = qdq.activation(layer.x) or qdq.activation(x)
+        assert (activation is None) == (scaling is None)
+        if activation is not None:
+            constant = nodes.stored_tensor(legalized, activation.scale)
             assert constant is not None
             assert constant.item() == (2.0**-9 if number == "fp8" else 2.0**-7)
-            assert found.zero is None or nodes.stored_tensor(made, found.zero) == 0
+            assert activation.zero is None or nodes.stored_tensor(legalized, activation.zero) == 0
 
 
 @pytest.mark.parametrize("scaling", [None, "rows"])
@@ -278,10 +280,10 @@ def test_layers_may_share_a_weight(scaling: qdq.Scaling | None, zero: bool) -> N
         return b(aten.linear.default, read, placed)
 
     before = build.body(make, build.randn(3, 64))
-    (found,), (expected,) = (
+    (output,), (expected,) = (
         gm(build.randn(3, 64)) for gm in (qdq_legalize.rewrite(before), before)
     )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 # What is refused
@@ -401,8 +403,8 @@ def test_the_builder_is_chosen(
     expected: tuple[str, Any],
 ) -> None:
     fake_modules(monkeypatch, installed, gpu)
-    found = library.find_library(builder_, "rtx4090", (8, 9))
-    assert (found.name, found.capability) == expected
+    chosen = library.find_library(builder_, "rtx4090", (8, 9))
+    assert (chosen.name, chosen.capability) == expected
 
 
 def test_a_gpu_that_the_builder_has_no_name_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,8 +474,8 @@ def test_what_plans_need_is_compared_with_the_machine(
         "version": "1.0",
         "platform": here,
     }
-    found = parse_target("rtx4090:tensorrt").unfit({**requires, **change})
-    assert found == (message and message.replace("HERE", here))
+    reason = parse_target("rtx4090:tensorrt").unfit({**requires, **change})
+    assert reason == (message and message.replace("HERE", here))
 
 
 # Running plans, on a machine that pretends to have a GPU
@@ -631,10 +633,10 @@ def test_plans_that_do_not_load_or_run(gpu: FakeTrt) -> None:
 def device() -> str:
     """Return the description of the GPU at hand."""
     known = {hardware(name).capability: name for name in hardware_names()}
-    found = known.get(cuda_runtime.capability())
-    if found is None:
+    description = known.get(cuda_runtime.capability())
+    if description is None:
         pytest.skip("no description has this GPU's compute capability")
-    return found
+    return description
 
 
 def engine(program: Program, target: str, path: Path) -> Any:
@@ -651,8 +653,8 @@ def test_an_engine_gives_what_the_program_gives(device: str, options: str, tmp_p
     captured = program()
     opened = engine(captured, f"{device}:tensorrt{options}", tmp_path / "x")
     for seed in (0, 1, 2, 0):  # a CUDA graph is captured in the second and replayed in the third
-        found, expected = opened(seed=seed)["images"], captured(seed=seed)["images"]
-        torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)  # products in tf32
+        images, expected = opened(seed=seed)["images"], captured(seed=seed)["images"]
+        torch.testing.assert_close(images, expected, atol=2e-3, rtol=2e-3)  # products in tf32
     on_gpu = [tensor.cuda() for tensor in captured.sample_inputs()]
     assert all(tensor.is_cuda for tensor in opened.run(on_gpu))
     opened.verify()
@@ -676,10 +678,10 @@ def test_quantized_plans_are_as_good_as_the_graphs(
     device: str, traced: Callable[[torch.dtype], Program], form: Form, tmp_path: Path
 ) -> None:
     base = traced(torch.float16)
-    made = quantized(base, *form)
-    if (reason := legality.unsupported(made, hardware(device))) is not None:
+    model = quantized(base, *form)
+    if (reason := legality.unsupported(model, hardware(device))) is not None:
         pytest.skip(reason)
-    opened = engine(made, f"{device}:tensorrt", tmp_path / "x")
+    opened = engine(model, f"{device}:tensorrt", tmp_path / "x")
     exact = traced(torch.float32).run([x.float() for x in base.sample_inputs()])[0]
-    before = made.run(base.sample_inputs())[0]
+    before = model.run(base.sample_inputs())[0]
     assert error(opened.run(base.sample_inputs())[0], exact) < 1.2 * error(before, exact)

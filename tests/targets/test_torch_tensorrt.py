@@ -33,7 +33,7 @@ from tests import sampler
 from tests.command import Run
 from tests.standin import replace_gpu
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("session_cache")
 
 aten = torch.ops.aten
 
@@ -150,10 +150,10 @@ def replace(patch: pytest.MonkeyPatch) -> Library:
     """Put the CPU in the place of an H100, and the stand-in in that of the package."""
     replace_gpu(patch)
     patch.setattr(cuda_runtime, "capability", lambda: (9, 0))
-    made = Library()
-    patch.setitem(sys.modules, "torch_tensorrt", made)
+    library = Library()
+    patch.setitem(sys.modules, "torch_tensorrt", library)
     patch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.16.1"))
-    return made
+    return library
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 
 @dataclass
-class Made:
+class HybridEngine:
     """An engine as it is written without the GPU, what `finish` makes of it, and how."""
 
     unfinished: Path
@@ -171,7 +171,9 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, captured: Program, cache: Path) -> Made:
+def hybrid(
+    tmp_path_factory: pytest.TempPathFactory, captured: Program, cache: Path
+) -> HybridEngine:
     folder = tmp_path_factory.mktemp("hybrid")
     unfinished, finished = folder / "unfinished.engine", folder / "finished.engine"
     engine.write(captured, target(min_block=1, level=2, workspace=3), unfinished)
@@ -179,7 +181,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, captured: Program, cache: Pat
         patch.setenv("DIFFOPT_CACHE", str(cache))
         library = replace(patch)
         assert engine.finish(unfinished, finished)
-    return Made(unfinished, finished, library)
+    return HybridEngine(unfinished, finished, library)
 
 
 def target(**options: object) -> str:
@@ -194,22 +196,22 @@ def components(path: Path) -> Mapping[str, Any]:
 
 def expect_close(opened: engine.Engine, program: Program, count: int | None = None) -> None:
     inputs = program.sample_inputs(count)
-    for own, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
-        torch.testing.assert_close(own, exact)
+    for output, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
+        torch.testing.assert_close(output, exact)
 
 
-def test_an_engine_is_written_as_far_as_it_goes_without_the_gpu(made: Made) -> None:
-    manifest = engine_file.EngineFile(made.unfinished).manifest
+def test_an_engine_is_written_as_far_as_it_goes_without_the_gpu(hybrid: HybridEngine) -> None:
+    manifest = engine_file.EngineFile(hybrid.unfinished).manifest
     assert manifest["finished"] is False
     assert manifest["components"] == {"unet": {"kernel": "unet.pt2"}, "vae": {"kernel": "vae.pt2"}}
     with pytest.raises(
         DiffoptError, match=r"compute capability 9.0 \(h100\), and torch finds none"
     ):
-        engine.load(made.unfinished)
+        engine.load(hybrid.unfinished)
 
 
-def test_a_finished_engine_says_which_operators_ran_where(made: Made) -> None:
-    manifest = engine_file.EngineFile(made.finished).manifest
+def test_a_finished_engine_says_which_operators_ran_where(hybrid: HybridEngine) -> None:
+    manifest = engine_file.EngineFile(hybrid.finished).manifest
     assert manifest["finished"] is True
     assert manifest["components"] == {
         "unet": {
@@ -225,13 +227,13 @@ def test_a_finished_engine_says_which_operators_ran_where(made: Made) -> None:
     }
 
 
-def test_what_the_package_is_called_with(made: Made) -> None:
-    given = dict(made.library.compiled[0])
-    assert [(each.shape, each.dtype) for each in given.pop("arg_inputs")] == [
+def test_what_the_package_is_called_with(hybrid: HybridEngine) -> None:
+    arguments = dict(hybrid.library.compiled[0])
+    assert [(each.shape, each.dtype) for each in arguments.pop("arg_inputs")] == [
         ((2, 8), torch.float32),
         ((), torch.float32),
     ]
-    assert given == {
+    assert arguments == {
         "min_block_size": 1,
         "optimization_level": 2,
         "workspace_size": 3 * 2**20,
@@ -240,33 +242,33 @@ def test_what_the_package_is_called_with(made: Made) -> None:
         "attn_bias_is_causal": False,
         "sparse_weights": False,
     }
-    given = dict(made.library.saved[0])
-    assert [tensor.shape for tensor in given.pop("arg_inputs")] == [(2, 8), ()]
-    assert given == {"output_format": "aot_inductor", "retrace": True, "dynamic_shapes": None}
+    arguments = dict(hybrid.library.saved[0])
+    assert [tensor.shape for tensor in arguments.pop("arg_inputs")] == [(2, 8), ()]
+    assert arguments == {"output_format": "aot_inductor", "retrace": True, "dynamic_shapes": None}
 
 
 def test_the_first_load_compiles_or_takes_that_from_the_cache(
-    made: Made, library: Library, captured: Program, caplog: pytest.LogCaptureFixture
+    hybrid: HybridEngine, library: Library, captured: Program, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = made.unfinished.read_bytes()
+    before = hybrid.unfinished.read_bytes()
     with caplog.at_level(logging.WARNING, "diffopt"):
-        expect_close(engine.load(made.finished), captured)
+        expect_close(engine.load(hybrid.finished), captured)
         assert not caplog.messages
-        expect_close(engine.load(made.unfinished), captured)
+        expect_close(engine.load(hybrid.unfinished), captured)
     assert caplog.messages == [
         "compiling for this GPU and torch; `diffopt finish FILE` does it for good"
     ]
     assert not library.compiled
-    assert made.unfinished.read_bytes() == before
+    assert hybrid.unfinished.read_bytes() == before
 
 
-def test_the_engine_keeps_its_weights(made: Made, captured: Program) -> None:
-    expect_close(engine.load(made.finished, target="eager"), captured)
+def test_the_engine_keeps_its_weights(hybrid: HybridEngine, captured: Program) -> None:
+    expect_close(engine.load(hybrid.finished, target="eager"), captured)
 
 
 @pytest.mark.parametrize("name", ["torch_tensorrt", "tensorrt"])
 def test_plans_of_another_version_are_compiled_again(
-    name: str, made: Made, library: Library, monkeypatch: pytest.MonkeyPatch
+    name: str, hybrid: HybridEngine, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
 
@@ -275,10 +277,10 @@ def test_plans_of_another_version_are_compiled_again(
         return Finished({member: bytes(content) for member, content in image.members.items()})
 
     monkeypatch.setattr(torch_tensorrt.TorchTensorrt, "finish", finish)
-    engine.load(made.finished)
+    engine.load(hybrid.finished)
     assert not done
     monkeypatch.setattr(sys.modules[name], "__version__", "10.16.2")
-    engine.load(made.finished)
+    engine.load(hybrid.finished)
     assert done == [name]
 
 
@@ -299,7 +301,7 @@ def test_what_tensorrt_has_nothing_of_runs_in_torch(
 def test_a_run_has_its_sizes_left_open(library: Library, captured: Program, tmp_path: Path) -> None:
     program = Pipeline.parse("batch(max=3)").run(captured)
     opened = engine.build(program, target(min_block=1), tmp_path / "x.engine")
-    shapes = [given.shape for given in library.compiled[0]["arg_inputs"]]
+    shapes = [argument.shape for argument in library.compiled[0]["arg_inputs"]]
     assert shapes == [((1, 2, 8), (3, 2, 8), (3, 2, 8)), ()]
     assert library.saved[0]["dynamic_shapes"] is not None
     for count in (1, 3):
@@ -337,13 +339,13 @@ def test_sparse_weights_may_take_sparse_kernels(
     is_sparse: bool, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFFOPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(library, "save", lambda cut, path, **given: Path(path).write_bytes(b""))
+    monkeypatch.setattr(library, "save", lambda cut, path, **options: Path(path).write_bytes(b""))
     program = sampler.program()
     for weight in program.weights().values():
         if is_sparse and weight.dim() == 2:
             weight.data.mul_(mask_2_4(weight))
     engine.write(program, target(min_block=1), tmp_path / "x.engine")
-    assert [given["sparse_weights"] for given in library.compiled] == [is_sparse] * 2
+    assert [settings["sparse_weights"] for settings in library.compiled] == [is_sparse] * 2
 
 
 MISSING = (
@@ -454,6 +456,6 @@ def test_on_a_gpu(options: str, passes: str, captured: Program, tmp_path: Path) 
     for _ in range(3):  # a CUDA graph is captured in the second and replayed in the third
         for count in program.batch or (None,):
             inputs = program.sample_inputs(count)
-            for own, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
-                torch.testing.assert_close(own.cpu(), exact, atol=2e-3, rtol=2e-3)
+            for output, exact in zip(opened.run(inputs), program.run(inputs), strict=True):
+                torch.testing.assert_close(output.cpu(), exact, atol=2e-3, rtol=2e-3)
     opened.verify()
