@@ -60,7 +60,7 @@ def main(*paths: str) -> None:
     for path in paths:
         engine = diffopt.load(path)
         inputs = engine.program.sample_inputs()
-        measured = seconds(lambda run=engine.run, given=inputs: run(given), 10)
+        measured = seconds(lambda run=engine.run, inputs=inputs: run(inputs), 10)
         predicted = roofline(engine.program, core)
         times = [f"{1e3 * t:.1f}" for t in (predicted.limit, predicted.seconds, measured)]
         print(f"| {path} | {' | '.join(times)} | {measured / predicted.seconds:.1f} |")

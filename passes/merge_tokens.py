@@ -103,13 +103,13 @@ class MergeTokens(Pass):
             least = sizes[: self.levels or None][-1] if sizes else 0
             for number, site in enumerate(sites):
                 path = f"{name}.{module_path(site.attention)}"
-                gone = token_merging.merged_count(site.grid, self.ratio)
-                if site.count < max(least, self.tokens) or not gone:
+                removed = token_merging.merged_count(site.grid, self.ratio)
+                if site.count < max(least, self.tokens) or not removed:
                     ctx.skip(path, f"it has {site.count} tokens, too few")
                     continue
-                token_merging.merge(gm, site, gone, self._into(site, ctx.seed + number))
+                token_merging.merge(gm, site, removed, self._into(site, ctx.seed + number))
                 shape = " x ".join(map(str, site.grid))
-                merged[path] = f"{shape} tokens, {site.count - gone} left"
+                merged[path] = f"{shape} tokens, {site.count - removed} left"
         patterns.check("attention", scope.calls)
         ctx.note("merged", merged)
         why = collections.Counter(text.partition(": ")[2] for text in ctx.skipped)
@@ -119,16 +119,16 @@ class MergeTokens(Pass):
         self, name: str, gm: fx.GraphModule, patterns: ModuleFilter, ctx: Context
     ) -> list[Site]:
         """Return the attentions to merge in, all of which are found before any is changed."""
-        found = []
+        sites = []
         for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
             path = module_path(node)
             if not patterns.matches(name, path):
                 continue
             try:
-                found.append(find_site(node, self.merge == "all"))
+                sites.append(find_site(node, self.merge == "all"))
             except Unfit as reason:
                 ctx.skip(f"{name}.{path}", str(reason))
-        return found
+        return sites
 
     def _into(self, site: Site, seed: int) -> torch.Tensor:
         random = torch.Generator().manual_seed(seed) if self.choice == "random" else None

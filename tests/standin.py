@@ -21,8 +21,8 @@ def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         )
 
     @contextmanager
-    def inside(own: Any) -> Iterator[None]:
-        log.append(f"on {own.name}")
+    def inside(current: Any) -> Iterator[None]:
+        log.append(f"on {current.name}")
         yield
 
     monkeypatch.setattr(cuda_runtime, "DEVICE", "cpu")
@@ -30,6 +30,8 @@ def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("caller"))
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda tensor, own: log.append(f"kept for {own.name}")
+        torch.Tensor,
+        "record_stream",
+        lambda tensor, current: log.append(f"kept for {current.name}"),
     )
     return log

@@ -23,8 +23,8 @@ ELSEWHERE = {'pip install ".[diffusers]"'}
 
 
 def fences(path: Path, language: str) -> Iterator[str]:
-    for found, text in FENCE.findall(path.read_text(encoding="utf-8")):
-        if found == language:
+    for info, text in FENCE.findall(path.read_text(encoding="utf-8")):
+        if info == language:
             yield text
 
 

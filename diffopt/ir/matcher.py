@@ -278,9 +278,9 @@ class _Search:
         expected, swapped = _expected(p, node.target)
         if swapped and self._choose():
             expected = swapped
-        given, count = args(node), len(node.args)
+        arguments, count = args(node), len(node.args)
         for inner, position, name, default in expected:
-            value = given[position] if position < count else node.kwargs.get(name, default)
+            value = arguments[position] if position < count else node.kwargs.get(name, default)
             if value is not inner and not self.is_match(inner, value, node):
                 return False
         return True

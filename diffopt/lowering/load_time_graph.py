@@ -83,12 +83,12 @@ class Rewritten:
     """What a lowering did to a body.
 
     Attributes:
-        made: The nodes in the places of layers, whose memory layouts may be others.
+        new_nodes: The nodes in the places of layers, whose memory layouts may be others.
         layers: How many layers run on what.
         notes: Why layers run on floats though kernels for something else were asked for.
     """
 
-    made: set[fx.Node]
+    new_nodes: set[fx.Node]
     layers: dict[str, int]
     notes: list[str]
 
@@ -142,7 +142,7 @@ def lower(
         known = set(body.graph.nodes)
         before = [node.meta["val"] for node in g.outputs(body)]
         done = rewrite(name, body)
-        propagate_layouts(body, set(done.made))
+        propagate_layouts(body, set(done.new_nodes))
         restore_outputs(body, before)
         g.prune_unused(body)
         body.recompile()

@@ -35,12 +35,12 @@ def draw(name: str, classes: list[int], seed: int) -> Tensor:
     pipe = DiffusionPipeline.from_pretrained(HERE / name)
     pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE[name], "output_type": "pt"}
-    found = []
+    images = []
     generator = torch.manual_seed(seed)
     for part in torch.tensor(classes).split(100):
         what = [CLASSES[c] for c in part] if name == "fashion-sd" else part.tolist()
-        found.append(pipe(what, generator=generator, **how)[0])
-    return torch.cat(found)
+        images.append(pipe(what, generator=generator, **how)[0])
+    return torch.cat(images)
 
 
 def grid(samples: Tensor, path: Path) -> None:

@@ -95,8 +95,8 @@ def _kid(rows: Rows) -> list[str]:
     for config in (*wanted, *map(recovered_longer, LONG)):
         if not has_quality(rows, config, REFERENCE):
             continue
-        own, floor = (rows[c]["quality"].get("kid held-out") for c in (config, REFERENCE))
-        if own is None:
+        kid, floor = (rows[c]["quality"].get("kid held-out") for c in (config, REFERENCE))
+        if kid is None:
             continue
         limit = KID_SLACK * floor[0]
         gain = rows[config]["quality"].get("kid above reference")
@@ -107,8 +107,8 @@ def _kid(rows: Rows) -> list[str]:
             else ""
         )
         lines.append(
-            f"{verdict(own[0] <= limit)}: KID to held-out images of `{config}`"
-            f" is {number(own, 1000, 2)}, the reference's {number(floor, 1000, 2)}; asked is at"
+            f"{verdict(kid[0] <= limit)}: KID to held-out images of `{config}`"
+            f" is {number(kid, 1000, 2)}, the reference's {number(floor, 1000, 2)}; asked is at"
             f" most {KID_SLACK - 1:.0%} more, {limit * 1000:.2f}.{paired}"
         )
     return lines

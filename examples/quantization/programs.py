@@ -39,18 +39,18 @@ def one_step() -> Iterator[None]:
     whole = ranges.measure
 
     def measure(*args: Any, **kwargs: Any) -> Any:
-        return {node: middle(own) for node, own in whole(*args, **kwargs).items()}
+        return {node: middle(measured) for node, measured in whole(*args, **kwargs).items()}
 
     with mock.patch.object(ranges, "measure", measure):
         yield
 
 
-def middle(own: ranges.Ranges) -> ranges.Ranges:
+def middle(measured: ranges.Ranges) -> ranges.Ranges:
     """Return the ranges with those of the middle step in all."""
-    seen = own.low <= own.high
+    seen = measured.low <= measured.high
     steps = seen.nonzero().flatten()
     if not len(steps):
-        return own
+        return measured
     at = steps[len(steps) // 2]
-    low, high = (torch.where(seen, values[at], values) for values in (own.low, own.high))
+    low, high = (torch.where(seen, values[at], values) for values in (measured.low, measured.high))
     return ranges.Ranges(low, high)

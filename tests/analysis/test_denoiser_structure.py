@@ -98,8 +98,8 @@ def kinds(block: Block) -> tuple[int, list[str]]:
     return len(block.stream_in), [branch.kind for branch in block.branches]
 
 
-def transformer_blocks(found: DenoiserStructure) -> list[Block]:
-    return [block for block in found.blocks if any(b.attentions for b in block.branches)]
+def transformer_blocks(structure: DenoiserStructure) -> list[Block]:
+    return [block for block in structure.blocks if any(b.attentions for b in block.branches)]
 
 
 def is_layer(node: fx.Node) -> bool:
@@ -121,46 +121,48 @@ both = pytest.mark.parametrize("passes", PASSES)
 @both
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_blocks_of_transformers(name: str, passes: str) -> None:
-    found = parts(name, passes)
-    assert [kinds(block) for block in transformer_blocks(found)] == TRANSFORMERS[name]
+    structure = parts(name, passes)
+    assert [kinds(block) for block in transformer_blocks(structure)] == TRANSFORMERS[name]
     config = pipeline(name).transformer.config
     counts = [v for k, v in config.items() if re.fullmatch(r"num_\w*layers", k)]
     assert len(TRANSFORMERS[name]) == sum(counts)
     # Beside the blocks, only the convolutions of 1x1 before and after a transformer for audio.
-    others = [kinds(block) for block in found.blocks if block not in transformer_blocks(found)]
+    others = [
+        kinds(block) for block in structure.blocks if block not in transformer_blocks(structure)
+    ]
     assert others == ([(1, ["other"])] * 2 if name == "stable-audio" else [])
 
 
 @both
 @pytest.mark.parametrize("name", UNETS)
 def test_blocks_of_unets(name: str, passes: str) -> None:
-    found = parts(name, passes)
+    structure = parts(name, passes)
     modules = Counter(type(m).__name__ for m in pipeline(name).unet.modules())
-    count = Counter(branch.kind for branch in found.branches)
+    count = Counter(branch.kind for branch in structure.branches)
     assert count["convolution"] == modules["ResnetBlock2D"] + modules["ResnetDownsample"]
     assert count[A] + count[C] == modules["Attention"]
     inner = modules["BasicTransformerBlock"]
     assert count[M] == inner
     assert count["other"] == modules["Transformer2DModel"]
     if inner:
-        blocks = [kinds(block) for block in transformer_blocks(found)]
+        blocks = [kinds(block) for block in transformer_blocks(structure)]
         assert blocks == [(1, [A, C, M])] * inner
 
 
 @both
 @pytest.mark.parametrize("name", UNETS)
 def test_skips_of_unets(name: str, passes: str) -> None:
-    found = parts(name, passes)
+    structure = parts(name, passes)
     resnets = [
         f"up_blocks.{i}.resnets.{j}"
         for i, block in enumerate(pipeline(name).unet.up_blocks)
         for j, _ in enumerate(block.resnets)
     ]
-    assert [skip.index for skip in found.skips] == list(range(len(resnets)))
-    readers = [reader(skip) for skip in found.skips]
+    assert [skip.index for skip in structure.skips] == list(range(len(resnets)))
+    readers = [reader(skip) for skip in structure.skips]
     assert readers == [f"{resnet}.norm1" for resnet in reversed(resnets)]
-    assert found.middle is found.skips[-1].deep
-    shallow = [skip.shallow.meta.get("module") for skip in found.skips]
+    assert structure.middle is structure.skips[-1].deep
+    shallow = [skip.shallow.meta.get("module") for skip in structure.skips]
     if name != "sd-controlnet":  # there the shallow values are sums with the control's
         assert shallow[0] == "conv_in"
         assert all(str(module).startswith("down_blocks") for module in shallow[1:])
@@ -174,8 +176,8 @@ def reader(skip: Skip) -> str:
 @pytest.mark.parametrize("name", ["sd", "sdxl", "kandinsky-decoder", "ddim"])
 def test_what_stays_when_a_skips_deep_value_is_given(name: str) -> None:
     gm, _ = denoiser(name, "unroll,hoist")
-    found = parts(name, "unroll,hoist")
-    live = [live_without(gm, skip.deep) for skip in found.skips]
+    structure = parts(name, "unroll,hoist")
+    live = [live_without(gm, skip.deep) for skip in structure.skips]
     costs = [sum(node_flops(n) for n in nodes if n.op == "call_function") for nodes in live]
     assert costs == sorted(set(costs))
     assert 0 < costs[0] < costs[-1] < graph_flops(gm)
@@ -184,30 +186,30 @@ def test_what_stays_when_a_skips_deep_value_is_given(name: str) -> None:
     assert outermost == {"", resnet}  # conv_in, conv_out, and the last resnet
 
 
-def live_without(gm: fx.GraphModule, given: fx.Node) -> set[fx.Node]:
+def live_without(gm: fx.GraphModule, known: fx.Node) -> set[fx.Node]:
     """Return what the outputs need when a value is given."""
     live, stack = set[fx.Node](), list(g.outputs(gm))
     while stack:
         node = stack.pop()
-        if node not in live and node is not given:
+        if node not in live and node is not known:
             live.add(node)
             stack.extend(node.all_input_nodes)
     return live
 
 
 def test_skips_of_a_transformer() -> None:
-    found = parts("hunyuan-dit", "unroll,hoist")
+    structure = parts("hunyuan-dit", "unroll,hoist")
     # Layers after the middle read the ones before it: the last the first.
-    sides = [(s.shallow.meta["module"], s.deep.meta["module"]) for s in found.skips]
+    sides = [(s.shallow.meta["module"], s.deep.meta["module"]) for s in structure.skips]
     assert sides == [("blocks.0", "blocks.4"), ("blocks.1", "blocks.3")]
-    assert found.middle is found.skips[1].deep
+    assert structure.middle is structure.skips[1].deep
 
 
 @both
 @pytest.mark.parametrize("name", [*TRANSFORMERS, *UNETS])
 def test_kinds_are_what_the_modules_are(name: str, passes: str) -> None:
-    found = parts(name, passes)
-    for branch in found.branches:
+    structure = parts(name, passes)
+    for branch in structure.branches:
         modules = layers(branch)
         if branch.kind == M:
             assert modules
@@ -223,27 +225,27 @@ def test_kinds_are_what_the_modules_are(name: str, passes: str) -> None:
             # The second attention of a block reads the text; SD3's reads the image once more.
             crossed = name != "sd3" and any("attn2" in path for path in paths)
             assert (branch.kind == C) == crossed
-    used = {a for branch in found.branches for a in branch.attentions}
-    assert used == set(found.attentions)
+    used = {a for branch in structure.branches for a in branch.attentions}
+    assert used == set(structure.attentions)
 
 
 @both
 @pytest.mark.parametrize("name", [*TRANSFORMERS, *UNETS])
 def test_a_stream_without_its_branches_stays_what_it_was(name: str, passes: str) -> None:
     gm, _ = denoiser(name, passes)
-    found = parts(name, passes)
+    structure = parts(name, passes)
     for value in ("value", "ungated"):
-        zeros = {getattr(branch, value) for branch in found.branches}
+        zeros = {getattr(branch, value) for branch in structure.branches}
         seen = run(gm, zeros)
-        for branch in found.branches:
+        for branch in structure.branches:
             assert torch.equal(seen[branch.stream_out], seen[branch.stream_in])
-        for block in transformer_blocks(found):
+        for block in transformer_blocks(structure):
             for before, after in zip(block.stream_in, block.stream_out, strict=True):
                 assert torch.equal(seen[before], seen[after])
                 assert seen[before].any()
     # With the branches something is added.
     seen = run(gm, ())
-    for branch in found.branches:
+    for branch in structure.branches:
         assert not torch.equal(seen[branch.stream_out], seen[branch.stream_in])
 
 
@@ -281,15 +283,17 @@ def test_names_are_not_read(name: str, passes: str) -> None:
     assert described(bare, copy) == described(parts(name, passes), gm)
 
 
-def described(found: DenoiserStructure, gm: fx.GraphModule) -> list[Any]:
+def described(structure: DenoiserStructure, gm: fx.GraphModule) -> list[Any]:
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     branches = [
         (b.kind, *(place[n] for n in (b.value, b.ungated, b.stream_in, b.stream_out, b.source)))
-        for b in found.branches
+        for b in structure.branches
     ]
-    blocks = [(place[b.first], place[b.last], *map(place.get, b.stream_out)) for b in found.blocks]
-    streams = [[place[n] for n in stream.values] for stream in found.streams]
-    return [branches, blocks, streams, [(place[s.deep], place[s.shallow]) for s in found.skips]]
+    blocks = [
+        (place[b.first], place[b.last], *map(place.get, b.stream_out)) for b in structure.blocks
+    ]
+    streams = [[place[n] for n in stream.values] for stream in structure.streams]
+    return [branches, blocks, streams, [(place[s.deep], place[s.shallow]) for s in structure.skips]]
 
 
 @pytest.mark.parametrize("name", ["sd", "sd-controlnet", "pixart", "aura-flow"])
@@ -347,9 +351,9 @@ def test_branches_side_by_side() -> None:
         second = add(b, attend(b, x, y, 3), first)
         return add(b, second, mlp(b, x))
 
-    found = of(make, X, X, fixed=1)
-    assert [kinds(block) for block in found.blocks] == [(1, [A, C, M])]
-    (stream,) = found.streams
+    structure = of(make, X, X, fixed=1)
+    assert [kinds(block) for block in structure.blocks] == [(1, [A, C, M])]
+    (stream,) = structure.streams
     assert len({branch.source for branch in stream.branches}) == 1
     assert stream.values == (stream.values[0], *(b.stream_out for b in stream.branches))
 
@@ -377,8 +381,8 @@ def test_the_inputs_of_an_attention_of_products() -> None:
 
 def rotary(b: Builder, x: fx.Node, cos: fx.Node) -> fx.Node:
     halves = [b(aten.slice.Tensor, x, -1, 4 * i, 4 * i + 4) for i in (1, 0)]
-    turned = b(aten.cat.default, [b(aten.neg.default, halves[0]), halves[1]], -1)
-    x = add(b, b(aten.mul.Tensor, x, cos), b(aten.mul.Tensor, turned, cos))
+    rotated = b(aten.cat.default, [b(aten.neg.default, halves[0]), halves[1]], -1)
+    x = add(b, b(aten.mul.Tensor, x, cos), b(aten.mul.Tensor, rotated, cos))
     return b(aten.linear.default, x, W[0])
 
 
@@ -427,17 +431,17 @@ def test_a_concatenation_of_streams_is_no_skip() -> None:
             x, c = add(b, x, attend(b, x, both, i)), add(b, c, attend(b, c, both, i))
         return mlp(b, b(aten.cat.default, [c, x], 1))
 
-    found = of(make, X, X)
-    assert found.skips == ()
-    assert found.middle is None
+    structure = of(make, X, X)
+    assert structure.skips == ()
+    assert structure.middle is None
 
 
 def test_what_does_not_change_has_no_parts() -> None:
     def make(b: Builder, x: fx.Node) -> fx.Node:
         return add(b, x, mlp(b, x))
 
-    found = of(make, X, fixed=1)
-    assert not any((found.streams, found.blocks, found.branches, found.attentions))
+    structure = of(make, X, fixed=1)
+    assert not any((structure.streams, structure.blocks, structure.branches, structure.attentions))
 
 
 def test_a_scale_in_front_of_a_shift_is_no_gate() -> None:

@@ -63,7 +63,9 @@ class Apart(loops.Loop):
 
 
 @cache
-def made(name: str, passes: str = "unroll,hoist", steps: int = 5, alone: int = 0) -> Program:
+def loop_program(
+    name: str, passes: str = "unroll,hoist", steps: int = 5, alone: int = 0
+) -> Program:
     """Return a program with a loop."""
     if name == "batched":
         captured = loops.program(steps=steps)
@@ -79,7 +81,7 @@ Planner = Callable[[Loop], Plan]
 
 def reused(name: str | Program, plan: Planner, **how: Any) -> tuple[Program, PlanCost]:
     """Return a program after a plan for its loop, verified."""
-    changed = (made(name, **how) if isinstance(name, str) else name).clone()
+    changed = (loop_program(name, **how) if isinstance(name, str) else name).clone()
     loop = find_loop(changed)
     applied = apply(changed, loop, plan(loop))
     changed.verify()
@@ -88,7 +90,7 @@ def reused(name: str | Program, plan: Planner, **how: Any) -> tuple[Program, Pla
 
 def expected(name: str | Program, plan: Planner, **how: Any) -> list[Tensor]:
     """Return what the interpreter gives."""
-    original = (made(name, **how) if isinstance(name, str) else name).clone()
+    original = (loop_program(name, **how) if isinstance(name, str) else name).clone()
     loop = find_loop(original)
     return reference.run(loop, plan(loop), original.sample_inputs())
 
@@ -107,8 +109,8 @@ def assert_close(built: Program, wanted: Sequence[Tensor]) -> None:
 
 def attention(loop: Loop) -> list[fx.Node]:
     """Return the results of attention."""
-    found = list(loop.body.graph.find_nodes(op="call_function", target=ATTENTION))
-    return found or [loop_parts(loop)[1]]
+    results = list(loop.body.graph.find_nodes(op="call_function", target=ATTENTION))
+    return results or [loop_parts(loop)[1]]
 
 
 def every_second(loop: Loop) -> Plan:
@@ -132,7 +134,7 @@ NAMES = ["sd", "dit", "batched", "apart"]
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_plan_changes_nothing(name: str) -> None:
     changed, applied = reused(name, lambda loop: {1: []})
-    assert str(changed) == str(made(name))
+    assert str(changed) == str(loop_program(name))
     loop = find_loop(changed)
     total = len(loop.calls) * graph_flops(loop.body)
     assert applied == PlanCost(1, total, total, 0)
@@ -146,7 +148,7 @@ def test_reuse_is_bit_by_bit_what_looking_up_gives(name: str, passes: str) -> No
     assert_same(changed, wanted)
     assert applied.flops_after < applied.flops_before
     assert applied.bodies == 2
-    assert not torch.equal(wanted[0], outputs(made(name, passes))[0])
+    assert not torch.equal(wanted[0], outputs(loop_program(name, passes))[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -157,7 +159,7 @@ def test_what_depends_on_the_prompt_alone_is_the_same_in_every_step(name: str) -
         return {s: [Reuse(v, (Term(0),)) for v in values] for s in range(1, loop.steps)}
 
     changed, applied = reused(name, plan, passes="unroll")
-    assert_same(changed, outputs(made(name, "unroll")))
+    assert_same(changed, outputs(loop_program(name, "unroll")))
     assert applied.bodies == 2
     # In "dit" it is the embedding of a label, which counts for nothing.
     assert applied.flops_after < applied.flops_before or name == "dit"
@@ -167,12 +169,12 @@ def prompt_only(loop: Loop) -> list[fx.Node]:
     """Return the linears of a body that depend only on arguments that all steps share."""
     shared = []
     for index, formal in enumerate(g.placeholders(loop.body)):
-        given = {b: {c.args[index] for (_, x), c in loop.calls.items() if x == b} for b in (0, 1)}
-        if all(len(nodes) <= 1 for nodes in given.values()):
+        nodes = {b: {c.args[index] for (_, x), c in loop.calls.items() if x == b} for b in (0, 1)}
+        if all(len(passed) <= 1 for passed in nodes.values()):
             shared.append(formal)
     others = [n for n in g.placeholders(loop.body) if n not in shared]
-    own = g.descendants(shared) - g.descendants(others)
-    return [n for n in own if n.target in (aten.linear.default, aten.embedding.default)]
+    dependents = g.descendants(shared) - g.descendants(others)
+    return [n for n in dependents if n.target in (aten.linear.default, aten.embedding.default)]
 
 
 def extrapolated(loop: Loop) -> Plan:
@@ -237,8 +239,10 @@ def random_plan(loop: Loop, choose: random.Random) -> Plan:
     popular = choose.sample(values, 4)  # so that steps take the same
     plan = {}
     for step in range(1, loop.steps):
-        own = dict.fromkeys(choose.sample(popular, 2) + choose.sample(values, choose.randint(0, 2)))
-        plan[step] = [_random_reuse(loop, v, step, choose) for v in own]
+        taken = dict.fromkeys(
+            choose.sample(popular, 2) + choose.sample(values, choose.randint(0, 2))
+        )
+        plan[step] = [_random_reuse(loop, v, step, choose) for v in taken]
     return plan
 
 
@@ -258,7 +262,7 @@ def _is_float(node: fx.Node) -> bool:
 
 def test_other_inputs() -> None:
     changed, _ = reused("apart", every_second)
-    original = made("apart").clone()
+    original = loop_program("apart").clone()
     loop = find_loop(original)
     inputs = original.prepare(**loops.arguments(seed=5, steps=5))
     wanted = reference.run(loop, every_second(loop), inputs)
@@ -271,19 +275,19 @@ def test_other_inputs() -> None:
 @pytest.mark.parametrize("name", ["sd", "dit"])
 def test_flops(name: str) -> None:
     changed, applied = reused(name, every_second)
-    loop = find_loop(made(name))
+    loop = find_loop(loop_program(name))
     values = attention(loop)
     assert loop.flops() == graph_flops(loop.body)
     assert loop.flops(values) < loop.flops()
     assert applied.flops_before == 5 * loop.flops()
     assert applied.flops_after == 3 * loop.flops() + 2 * loop.flops(values)
-    own = [
+    bodies = [
         str(c.target)
         for c in changed.calls()
         if (t := call_tags.tag(c)) and t.component in loop.name
     ]
-    assert len(own) == 5
-    assert sum(graph_flops(changed.components[n]) for n in own) == applied.flops_after
+    assert len(bodies) == 5
+    assert sum(graph_flops(changed.components[n]) for n in bodies) == applied.flops_after
 
 
 def taylor(loop: Loop) -> Plan:
@@ -308,13 +312,13 @@ def test_bodies_do_not_grow_with_steps(plan: Planner, bodies: int) -> None:
     assert after[1] <= after[0]
 
 
-def test_a_step_that_hands_over_less_shares_a_body_unless_that_costs() -> None:
+def test_a_step_that_exports_less_shares_a_body_unless_that_costs() -> None:
     def early(loop: Loop) -> Plan:  # no step reads what the last one computes
         return {1: [Reuse(v, (Term(0),)) for v in attention(loop)]}
 
     assert reused("batched", early)[1].bodies == 2
 
-    def dead(loop: Loop) -> Plan:  # what step 1 hands over, no result of step 2 depends on
+    def dead(loop: Loop) -> Plan:  # no result of step 2 depends on what step 1 exports
         scores, result = loop_parts(loop)
         return {
             2: [Reuse(result, (Term(0),))],
@@ -353,7 +357,7 @@ def test_a_term_that_counts_for_nothing_is_not_kept() -> None:
     assert str(reused("batched", plan(Term(1, -1.0), Term(0), Term(1)))[0]) == str(one)
 
 
-def test_a_sum_that_lies_otherwise_in_memory_is_recorded_so() -> None:
+def test_the_memory_layout_of_a_sum_is_recorded() -> None:
     def plan(loop: Loop) -> Plan:  # the value is every other row of what the sum is a whole of
         (modulation,) = loop.body.graph.find_nodes(op="call_function", target=aten.split.Tensor)
         return {2: [Reuse(v, (Term(0), Term(1, 0.5))) for v in modulation.users]}
@@ -362,8 +366,8 @@ def test_a_sum_that_lies_otherwise_in_memory_is_recorded_so() -> None:
     assert_close(changed, expected("batched", plan, passes="unroll"))
     call = changed.at("denoiser", 2)
     assert call is not None
-    own = changed.components[str(call.target)]
-    taken = [n for n in g.placeholders(own) if n.meta.get("reuse")]
+    body = changed.components[str(call.target)]
+    taken = [n for n in g.placeholders(body) if n.meta.get("reuse")]
     views = [n for n in g.descendants(taken) if n.target is aten.unsqueeze.default]
     assert len(views) == 2
     for view in views:
@@ -376,10 +380,10 @@ def test_a_step_with_nothing_to_compute_has_no_call() -> None:
 
     changed, applied = reused("batched", whole)
     assert_same(changed, expected("batched", whole))
-    loop = find_loop(made("batched"))
+    loop = find_loop(loop_program("batched"))
     assert applied == PlanCost(1, 5 * loop.flops(), 2 * loop.flops(), 2 * 3 * 8 * 4)
-    own = [own for call in changed.calls() if (own := call_tags.tag(call))]
-    assert [own.step for own in own] == [0, 3]
+    tags = [tag for call in changed.calls() if (tag := call_tags.tag(call))]
+    assert [tag.step for tag in tags] == [0, 3]
 
 
 def test_the_peak_is_what_is_kept_between_two_calls() -> None:
@@ -460,11 +464,11 @@ def test_branches_keep_to_themselves() -> None:
     assert applied.peak_cache_bytes == 2 * 3 * 8 * 4
     for call in changed.calls():
         sources = {call_tags.tag(n.args[0]) for n in call_tags.reused(changed.root, call).values()}
-        own = call_tags.tag(call)
-        if own is None or own.step % 2 == 0:
+        tag = call_tags.tag(call)
+        if tag is None or tag.step % 2 == 0:
             assert not sources
         else:
-            assert sources == {call_tags.Tag(own.component, own.step - 1, own.branch)}
+            assert sources == {call_tags.Tag(tag.component, tag.step - 1, tag.branch)}
 
 
 def test_a_value_of_another_branch_is_refused() -> None:
@@ -513,7 +517,7 @@ def test_the_exact_passes(name: str, tmp_path: Path) -> None:
     before = outputs(changed)
     torch.testing.assert_close(outputs(result), before, rtol=1e-4, atol=1e-5)
     steps = [
-        c for c in result.calls() if (own := call_tags.tag(c)) and own.component == component(name)
+        c for c in result.calls() if (tag := call_tags.tag(c)) and tag.component == component(name)
     ]
     assert len({c.target for c in steps}) <= applied.bodies + 1
     # Each body still knows what it reuses.
@@ -588,7 +592,7 @@ def test_independent_calls_become_one() -> None:
     # Only what differs is stacked: a row of the table.
     assert len(changed.root.graph.find_nodes(op="call_function", target=aten.stack.default)) == 2
     assert_close(changed, wanted)
-    assert [own.step for c in changed.calls() if (own := call_tags.tag(c))] == [0, 1, 3, 4, 6]
+    assert [tag.step for c in changed.calls() if (tag := call_tags.tag(c))] == [0, 1, 3, 4, 6]
     assert loop.steps == 7
     inputs = [randn(2, 4, seed=20), randn(2, 4, seed=21)]
     again = reference.run(loop, no_latents(loop), inputs)
@@ -621,8 +625,8 @@ def test_calls_that_wait_for_each_other_stay_apart() -> None:
     assert str(changed) == before
 
 
-def test_calls_that_are_gone_are_not_merged() -> None:
-    changed = made("batched").clone()
+def test_removed_calls_are_not_merged() -> None:
+    changed = loop_program("batched").clone()
     loop = find_loop(changed)
     whole = {s: [Reuse(v, (Term(0),)) for v in g.outputs(loop.body)] for s in (1, 2, 3, 4)}
     assert apply(changed, loop, whole).bodies == 1
@@ -632,7 +636,7 @@ def test_calls_that_are_gone_are_not_merged() -> None:
 
 def test_branches_are_merged_each_by_itself() -> None:
     changed, _ = reused("apart", no_latents, steps=7)
-    loop = find_loop(made("apart", steps=7))
+    loop = find_loop(loop_program("apart", steps=7))
     wanted = outputs(changed)
     assert merge_calls(changed, changed.calls()) == 4  # of two branches, two runs of two
     changed.verify()
@@ -651,7 +655,7 @@ def test_a_unet_decodes_several_steps_in_one_call() -> None:
 
     changed, _ = reused("sd", decoder)
     wanted = outputs(changed)
-    loop = find_loop(made("sd"))
+    loop = find_loop(loop_program("sd"))
     saved = merge_calls(changed, changed.calls())
     changed.verify()
     assert saved == loop.steps - 2
@@ -681,7 +685,7 @@ def one(step: int, *terms: Term, value: str = "result", base: str = "") -> Plann
             "last": g.outputs(loop.body)[0],
             "argument": g.placeholders(loop.body)[0],
             "several": next(iter(split), None),
-            "elsewhere": find_loop(made("apart")).calls[0, 0],
+            "elsewhere": find_loop(loop_program("apart")).calls[0, 0],
             "": None,
         }
         chosen = known[value]
@@ -753,9 +757,9 @@ def one(step: int, *terms: Term, value: str = "result", base: str = "") -> Plann
     ],
 )
 def test_a_plan_that_means_nothing_is_refused(plan: Planner, message: str) -> None:
-    before = str(made("batched"))
+    before = str(loop_program("batched"))
     assert refused("batched", plan) == message
-    assert str(made("batched")) == before
+    assert str(loop_program("batched")) == before
 
 
 def test_integers_are_taken_as_they_were_or_not_at_all() -> None:
@@ -822,7 +826,7 @@ def test_a_program_that_is_not_unrolled_is_refused() -> None:
 
 def test_a_program_without_a_loop_is_refused() -> None:
     with pytest.raises(DiffoptError) as caught:
-        find_loop(made("batched", steps=1))
+        find_loop(loop_program("batched", steps=1))
     assert str(caught.value) == (
         "no component is called in more than one step, so there are no values of an earlier step: "
         "sample in two or more steps, as with unroll(steps=20)"

@@ -69,17 +69,20 @@ def test_the_error_of_a_plan_is_that_of_the_program_it_makes(
     model.fit(cut)
     plan = {s: model.reuses(cut, s, [1, 0]) for s in (2, 3)}
     expected = model.plan_error(plan)
-    made = program.clone()
-    loop = apply_plan.find_loop(made)
+    cached = program.clone()
+    loop = apply_plan.find_loop(cached)
     place = {old: new for old, new in zip(model.loop.positions, loop.positions, strict=True)}
     apply_plan.apply(
-        made,
+        cached,
         loop,
-        {s: [apply_plan.Reuse(place[r.value], r.terms) for r in own] for s, own in plan.items()},
+        {
+            s: [apply_plan.Reuse(place[r.value], r.terms) for r in reuses]
+            for s, reuses in plan.items()
+        },
     )
-    made.refresh()
+    cached.refresh()
     assert expected > 0
-    assert relative_error(made, program, model) == pytest.approx(expected, rel=1e-3)
+    assert relative_error(cached, program, model) == pytest.approx(expected, rel=1e-3)
     assert model.plan_error(plan, limit=expected * 1.01) == pytest.approx(expected)
     assert model.plan_error(plan, limit=expected / 10) == math.inf
 
@@ -94,8 +97,8 @@ def test_no_other_weights_are_better_than_those_of_least_squares(
         rows = [
             torch.cat(
                 [
-                    model.body.run(given[at, 0], keep=[value])[value].flatten()
-                    for given in model._arguments
+                    model.body.run(arguments[at, 0], keep=[value])[value].flatten()
+                    for arguments in model._arguments
                 ]
             ).double()
             for at in (step, *sources)
@@ -124,8 +127,8 @@ def test_the_error_of_a_cut_is_what_taking_it_changes(model: ErrorModel) -> None
     }
     step, last, before = 5, 4, 2  # every step is probed in so short a loop
     expected = 0.0
-    for given in model._arguments:
-        values = {at: model.body.run(given[at, 0]) for at in (step, last, before)}
+    for arguments in model._arguments:
+        values = {at: model.body.run(arguments[at, 0]) for at in (step, last, before)}
         for value in results:
             a, b = model.weights(value, step, [last, before])
             taken = a * values[last][value] + b * values[before][value]

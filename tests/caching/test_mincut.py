@@ -15,20 +15,20 @@ Graph = tuple[list[fx.Node], dict[fx.Node, float], dict[fx.Node, float]]
 def graph(seed: int, count: int = 7) -> Graph:
     """Make a random graph; some values cost nothing, some cannot be taken."""
     source = random.Random(seed)
-    made = fx.Graph()
-    values = [made.placeholder("x")]
+    values_graph = fx.Graph()
+    values = [values_graph.placeholder("x")]
     for _ in range(count):
-        values.append(made.call_function(torch.add, tuple(source.choices(values, k=2))))
-    made.output(values[-1])
+        values.append(values_graph.call_function(torch.add, tuple(source.choices(values, k=2))))
+    values_graph.output(values[-1])
     nodes = values[1:]
     costs = {n: source.choice([0.0, source.uniform(1, 9)]) for n in nodes}
     errors = {n: source.uniform(0, 3) for n in nodes if source.random() < 0.7}
     return nodes, costs, errors
 
 
-def total(own: Graph, taken: set[fx.Node], price: float) -> float:
+def total(problem: Graph, taken: set[fx.Node], price: float) -> float:
     """Return what it costs to take some values and to compute all else that the result needs."""
-    nodes, costs, errors = own
+    nodes, costs, errors = problem
     needed, stack = set[fx.Node](), [nodes[-1]]
     while stack:
         node = stack.pop()
@@ -44,23 +44,23 @@ def total(own: Graph, taken: set[fx.Node], price: float) -> float:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("price", [0.0, 0.3, 2.0, 1e6])
 def test_no_choice_is_cheaper(seed: int, price: float) -> None:
-    own = graph(seed)
-    nodes, costs, errors = own
+    problem = graph(seed)
+    nodes, costs, errors = problem
     subsets = (
         set(part) for r in range(len(errors) + 1) for part in itertools.combinations(errors, r)
     )
-    least = min(total(own, part, price) for part in subsets)
-    found = minimum_cut(nodes, [nodes[-1]], costs, errors, price)
-    assert set(found) <= errors.keys()
-    assert total(own, set(found), price) == pytest.approx(least)
+    least = min(total(problem, part, price) for part in subsets)
+    cut = minimum_cut(nodes, [nodes[-1]], costs, errors, price)
+    assert set(cut) <= errors.keys()
+    assert total(problem, set(cut), price) == pytest.approx(least)
 
 
 def test_cuts_go_from_nothing_to_the_cheapest() -> None:
     nodes, costs, errors = graph(3, 9)
     errors = dict.fromkeys(nodes, 1.0) | errors
-    own = (nodes, costs, errors)
-    found = cuts(nodes, [nodes[-1]], costs, errors)
-    computed = [total(own, set(cut), 0.0) for cut in found]
-    assert found[0] == []
+    problem = (nodes, costs, errors)
+    sequence = cuts(nodes, [nodes[-1]], costs, errors)
+    computed = [total(problem, set(cut), 0.0) for cut in sequence]
+    assert sequence[0] == []
     assert computed == sorted(computed, reverse=True)
     assert computed[-1] == 0.0

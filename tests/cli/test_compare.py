@@ -24,8 +24,8 @@ from tests.zoo import CASES
 
 
 def traced(**more: Any) -> Program:
-    given = CASES["sd"].inputs(0) | {"num_inference_steps": 1, "output_type": "pil"} | more
-    return compiler.trace(CASES["sd"].build(), **given)
+    arguments = CASES["sd"].inputs(0) | {"num_inference_steps": 1, "output_type": "pil"} | more
+    return compiler.trace(CASES["sd"].build(), **arguments)
 
 
 def changed(program: Program, amount: float) -> Program:
@@ -58,19 +58,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in for the network of the extra, whose own tests are elsewhere."""
-    monkeypatch.setattr(image_metrics, "features", lambda made: made.flatten(1) + 1)
+    monkeypatch.setattr(image_metrics, "features", lambda images: images.flatten(1) + 1)
 
 
 def test_images_and_numbers(diffopt: Run, files: dict[str, Path]) -> None:
-    own = [files[n] for n in ("exact.program", "exact.engine", "other.engine")]
+    paths = [files[n] for n in ("exact.program", "exact.engine", "other.engine")]
     words = ("--prompt", "a red cat", "--prompt", "a hat", "--seed", 5, "-n", 2)
-    done = diffopt("compare", *own, *words, "--json", "-o", "grid.png")
+    done = diffopt("compare", *paths, *words, "--json", "-o", "grid.png")
     assert done.code == 0, done.err
     assert done.err == "wrote grid.png (3 × 4 images)\n"
     told = json.loads(done.out)
     assert (told["prompts"], told["seeds"]) == (["a red cat", "a hat"], [5, 6])
     program, engine, other = told["results"]
-    assert [row["file"] for row in told["results"]] == [str(path) for path in own]
+    assert [row["file"] for row in told["results"]] == [str(path) for path in paths]
     exact = {"relative": 0, "max_abs": 0, "psnr": None, "features": 0}
     assert {k: v for k, v in program.items() if k != "file"} == exact
     assert {k: v for k, v in engine.items() if k != "file"} == exact
@@ -82,7 +82,7 @@ def test_images_and_numbers(diffopt: Run, files: dict[str, Path]) -> None:
             [first_output(loaded(prompt=t, seed=s, output_type="pt")) for t, s in calls]
         )
 
-    first, last = make(own[0]), make(own[2])
+    first, last = make(paths[0]), make(paths[2])
     largest, relative = difference([last], [first])
     assert other["relative"] == pytest.approx(relative) != 0
     assert other["max_abs"] == pytest.approx(largest)
@@ -95,10 +95,10 @@ def test_images_and_numbers(diffopt: Run, files: dict[str, Path]) -> None:
     sheet = np.asarray(Image.open("grid.png"))
     wide = sheet.shape[1] // 3
     assert sheet.shape[0] > 4 * 18
-    for column, made in ((0, first), (2, last)):
+    for column, images in ((0, first), (2, last)):
         left = sheet[-72:, find_left(sheet, column) :][:, :16]
         for row in range(4):
-            pixels = (made[row].movedim(0, -1).numpy() * 255).round().astype("uint8")
+            pixels = (images[row].movedim(0, -1).numpy() * 255).round().astype("uint8")
             np.testing.assert_array_equal(left[row * 18 : row * 18 + 16], pixels)
     assert (sheet[: sheet.shape[0] - 72, :wide] < 128).any(), "there is a heading"
 
@@ -173,10 +173,10 @@ def test_columns() -> None:
 
 
 def test_videos_show_every_frame() -> None:
-    made = torch.rand(2, 5, 3, 4, 4)
-    pictures = compare_command._pictures(made)
+    videos = torch.rand(2, 5, 3, 4, 4)
+    pictures = compare_command._pictures(videos)
     assert len(pictures) == 10
-    pixels = (made[1, 2].movedim(0, -1).numpy() * 255).round().astype("uint8")
+    pixels = (videos[1, 2].movedim(0, -1).numpy() * 255).round().astype("uint8")
     np.testing.assert_array_equal(np.asarray(pictures[7]), pixels)
 
 
@@ -217,8 +217,8 @@ def test_errors(
 
 def test_an_empty_file_of_prompts(diffopt: Run, files: dict[str, Path]) -> None:
     Path("empty.txt").write_text("\n")
-    own = files["exact.engine"]
-    done = diffopt("compare", own, own, "--prompts", "empty.txt", "-o", "a.png")
+    engine = files["exact.engine"]
+    done = diffopt("compare", engine, engine, "--prompts", "empty.txt", "-o", "a.png")
     assert (done.code, done.out) == (2, "")
     assert done.err == "diffopt: error: empty.txt: has no prompts; write one a line\n"
     assert not Path("a.png").exists()

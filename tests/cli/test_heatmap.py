@@ -65,8 +65,8 @@ def unet(levels: int) -> list[str]:
 
 
 def test_blocks_of_blocks_are_divided_as_long_as_there_is_room() -> None:
-    found = labels(*unet(2))
-    assert list(found)[:6] == [
+    counts = labels(*unet(2))
+    assert list(counts)[:6] == [
         "conv_in",
         "down.0.resnets.0",
         "down.0.attentions.0",  # one block and a layer: not divided
@@ -74,9 +74,9 @@ def test_blocks_of_blocks_are_divided_as_long_as_there_is_room() -> None:
         "down.0.attentions.1",
         "down.0.downsamplers.0.conv",
     ]
-    assert found["down.0.attentions.0"] == 3
-    assert found["mid.resnets.0"] == 2
-    assert sum(found.values()) == len(unet(2))
+    assert counts["down.0.attentions.0"] == 3
+    assert counts["mid.resnets.0"] == 2
+    assert sum(counts.values()) == len(unet(2))
     assert list(labels(*unet(12))) == [
         "conv_in",
         *(f"down.{level}" for level in range(12)),
@@ -87,23 +87,23 @@ def test_blocks_of_blocks_are_divided_as_long_as_there_is_room() -> None:
 
 def test_more_blocks_than_rows_share_them() -> None:
     paths = [f"blocks.{i}.{name}" for i in range(LIMIT + 9) for name in ("attn", "mlp")]
-    found = labels("embed", *paths, "out.linear")
-    assert list(found)[:3] == ["embed", "blocks.0-1", "blocks.2-3"]
-    assert list(found)[-2:] == [f"blocks.{LIMIT + 8}", "out.linear"]
-    assert found["blocks.0-1"] == 4
-    assert sum(found.values()) == len(paths) + 2
+    counts = labels("embed", *paths, "out.linear")
+    assert list(counts)[:3] == ["embed", "blocks.0-1", "blocks.2-3"]
+    assert list(counts)[-2:] == [f"blocks.{LIMIT + 8}", "out.linear"]
+    assert counts["blocks.0-1"] == 4
+    assert sum(counts.values()) == len(paths) + 2
 
 
 @pytest.mark.parametrize(
-    ("paths", "found"),
+    ("paths", "counts"),
     [
         (["", "", ""], {"body": 3}),
         (["net.a.0", "net.a.2", "", "net.b"], {"net.a": 3, "net.b": 1}),
         (["attn", "attn"], {"attn": 2}),
     ],
 )
-def test_models_without_blocks(paths: list[str], found: dict[str, int]) -> None:
-    assert labels(*paths) == found
+def test_models_without_blocks(paths: list[str], counts: dict[str, int]) -> None:
+    assert labels(*paths) == counts
 
 
 # Pictures and tables
@@ -128,8 +128,8 @@ def read(picture: Image.Image) -> list[str]:
     signs = {tuple(bytes.fromhex(step_map.COLOURS[m][1:])): s for s, m in step_map.LEGEND.items()}
     lines = [""]
     for y in range(picture.height):
-        found = [signs.get(picture.getpixel((x, y))) for x in range(picture.width)]  # type: ignore[call-overload]
-        runs = [(sign, len(list(run))) for sign, run in groupby(found)]
+        pixel_signs = [signs.get(picture.getpixel((x, y))) for x in range(picture.width)]  # type: ignore[call-overload]
+        runs = [(sign, len(list(run))) for sign, run in groupby(pixel_signs)]
         line = "".join(sign for sign, pixels in runs if sign and pixels > 9)  # letters have less
         if line != lines[-1]:
             lines.append(line)
@@ -186,12 +186,12 @@ def test_the_tables_on_a_terminal_and_in_a_file(monkeypatch: pytest.MonkeyPatch)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a program, and with a program and an engine of it that cache."""
     folder = tmp_path_factory.mktemp("cached")
-    given = {**CASES["dit"].inputs(0), "num_inference_steps": 4}
-    before = Pipeline.parse("unroll,hoist").run(diffopt.trace(CASES["dit"].build(), **given))
+    arguments = {**CASES["dit"].inputs(0), "num_inference_steps": 4}
+    before = Pipeline.parse("unroll,hoist").run(diffopt.trace(CASES["dit"].build(), **arguments))
     before.save(folder / "before.program")
-    made = Pipeline.parse("cache(mask,1010,branches)").run(before)
-    made.save(folder / "cached.program")
-    build(made, "eager", folder / "cached.engine")
+    cached = Pipeline.parse("cache(mask,1010,branches)").run(before)
+    cached.save(folder / "cached.program")
+    build(cached, "eager", folder / "cached.engine")
     return folder
 
 

@@ -37,9 +37,11 @@ def real() -> Tensor:
 
 def test_features_are_1280_wide_and_take_grey_and_colour() -> None:
     grey = shapes(2)
-    found = image_metrics.features(grey, size=64)
-    assert found.shape == (2, 1280)
-    torch.testing.assert_close(image_metrics.features(grey.expand(-1, 3, -1, -1), size=64), found)
+    features = image_metrics.features(grey, size=64)
+    assert features.shape == (2, 1280)
+    torch.testing.assert_close(
+        image_metrics.features(grey.expand(-1, 3, -1, -1), size=64), features
+    )
 
 
 def test_features_take_pil_images() -> None:

@@ -39,10 +39,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("program")
     (folder / "small_pipelines.py").write_text(PIPELINE)
     path = folder / "small.program"
-    given = {"height": 16, "width": 16, "guidance_scale": 5.0}
+    arguments = {"height": 16, "width": 16, "guidance_scale": 5.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        load_model.trace_model("small_pipelines:make", given, 2, 1, "").save(path)
+        load_model.trace_model("small_pipelines:make", arguments, 2, 1, "").save(path)
     return path
 
 
@@ -162,9 +162,9 @@ def test_errors_that_are_not_measured(diffopt: Run, program: Path) -> None:
     words = ("optimize", program, "-p", "simplify", "--no-compare", "-o", "x.program", "--json")
     (record,) = json.loads(diffopt(*words).out)["passes"]
     assert (record["max_abs"], record["relative"]) == (None, None)
-    found = diffopt(*words, "--budget", "0.1")
-    assert found.code == 2
-    assert "has a budget, and outputs are not compared: leave one of both out" in found.err
+    done = diffopt(*words, "--budget", "0.1")
+    assert done.code == 2
+    assert "has a budget, and outputs are not compared: leave one of both out" in done.err
 
 
 # Reports

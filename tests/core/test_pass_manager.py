@@ -294,9 +294,9 @@ def test_a_reproducer_that_cannot_be_written_hides_nothing(tmp_path: Path) -> No
 def test_bisect_finds_the_first_pass_beyond_the_bound() -> None:
     pipeline = Pipeline((Undouble(), Unrelu(), Nothing()))
     program = trace_function(two_relus, X)
-    found, result = bisect(pipeline, program, 0.01)
-    assert found is not None
-    assert found.text == "unrelu"
+    culprit, result = bisect(pipeline, program, 0.01)
+    assert culprit is not None
+    assert culprit.text == "unrelu"
     assert len(result.history) == 3
     assert bisect(pipeline, program, 0.5)[0] is None
 

@@ -112,10 +112,10 @@ def test_engine_says_what_it_is(whole: Path) -> None:
 
 
 def test_the_program_can_be_had_from_an_engine(captured: Program, whole: Path) -> None:
-    found = load(whole).program
-    found.verify()
-    assert str(found) == str(captured)
-    assert found.host.assets == captured.host.assets
+    program = load(whole).program
+    program.verify()
+    assert str(program) == str(captured)
+    assert program.host.assets == captured.host.assets
 
 
 def test_two_builds_of_a_program_are_the_same_file(captured: Program, tmp_path: Path) -> None:
@@ -149,13 +149,13 @@ def test_tensors_of_every_dtype_come_back(dtype: torch.dtype, tmp_path: Path) ->
         "scalar": torch.ones((), dtype=dtype),
         "empty": torch.empty(0, 3, dtype=dtype),
         "odd": torch.arange(3).to(dtype),
-        "turned": torch.arange(6).view(2, 3).to(dtype).t(),
+        "transposed": torch.arange(6).view(2, 3).to(dtype).t(),
     }
     container.write(tmp_path / "x", "kind", {}, {"w": container.pack_tensors(tensors)})
-    found = container.Archive(tmp_path / "x", "kind", "a file", "").tensors("w")
+    loaded = container.Archive(tmp_path / "x", "kind", "a file", "").tensors("w")
     for name, tensor in tensors.items():
-        assert (found[name].dtype, found[name].shape) == (dtype, tensor.shape)
-        assert found[name].tolist() == tensor.tolist()
+        assert (loaded[name].dtype, loaded[name].shape) == (dtype, tensor.shape)
+        assert loaded[name].tolist() == tensor.tolist()
 
 
 def test_an_engine_runs_without_the_libraries_of_the_model(whole: Path) -> None:

@@ -54,14 +54,14 @@ def dit() -> Program:
 
 @pytest.fixture(scope="module", params=["sd", "dit"])
 def program(request: pytest.FixtureRequest) -> Program:
-    found: Program = request.getfixturevalue(request.param)
-    return found
+    traced: Program = request.getfixturevalue(request.param)
+    return traced
 
 
 def loop(program: Program, component: str = "") -> dict[tuple[int, int], fx.Node]:
     """Return the calls of a component: by default of the one that is called most often."""
-    own = {node: call_tags.tag(node) for node in program.calls()}
-    calls = {(t.component, t.step, t.branch): node for node, t in own.items() if t is not None}
+    tags = {node: call_tags.tag(node) for node in program.calls()}
+    calls = {(t.component, t.step, t.branch): node for node, t in tags.items() if t is not None}
     component = component or max(calls, key=lambda key: key[1])[0]
     return {key[1:]: node for key, node in calls.items() if key[0] == component}
 
@@ -73,8 +73,8 @@ def body(program: Program) -> fx.GraphModule:
 def inner(gm: fx.GraphModule) -> list[fx.Node]:
     """Return what enters a linear or convolution, from the middle of a body."""
     layers = [n for n in gm.graph.nodes if n.target in (aten.linear.default, aten.conv2d.default)]
-    found = dict.fromkeys(n.all_input_nodes[0] for n in layers[len(layers) // 2 :])
-    return [n for n in found if n.op == "call_function"][:3]
+    inputs = dict.fromkeys(n.all_input_nodes[0] for n in layers[len(layers) // 2 :])
+    return [n for n in inputs if n.op == "call_function"][:3]
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -85,17 +85,17 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def test_prompts_take_turns_and_seeds_count_up(sd: Program) -> None:
-    made = trajectories.requests(sd, ["a red cat", "the old green house"], 3, seed=5)
+    inputs = trajectories.requests(sd, ["a red cat", "the old green house"], 3, seed=5)
     for index, text in enumerate(["a red cat", "the old green house", "a red cat"]):
-        assert equal(made[index], sd.prepare(prompt=text, seed=5 + index))
+        assert equal(inputs[index], sd.prepare(prompt=text, seed=5 + index))
     assert equal(trajectories.requests(sd, None, 1, seed=7)[0], sd.prepare(seed=7))
 
 
 def test_class_labels(dit: Program) -> None:
     noise, labels = dit.sample
-    made = trajectories.requests(dit, ["3", "1000", "5"], 3, seed=7)
-    assert [row[1].tolist() for row in made] == [[3, 1000], [5, 3], [1000, 5]]
-    for index, row in enumerate(made):
+    rows = trajectories.requests(dit, ["3", "1000", "5"], 3, seed=7)
+    assert [row[1].tolist() for row in rows] == [[3, 1000], [5, 3], [1000, 5]]
+    for index, row in enumerate(rows):
         assert equal(row, dit.prepare(class_labels=row[1].tolist(), seed=7 + index))
         assert row[1].dtype == labels.dtype
     (row,) = trajectories.requests(dit, None, 1, seed=1)
@@ -135,8 +135,8 @@ def test_numbers_that_are_more_than_labels() -> None:
 
 def test_embeddings_and_labels_of_a_loop_of_ones_own() -> None:
     traced = Pipeline.parse("unroll,hoist").run(loops.program())
-    made = trajectories.requests(traced, ["4", "1"], 2, seed=3)
-    for index, (text, label, noise) in enumerate(made):
+    rows = trajectories.requests(traced, ["4", "1"], 2, seed=3)
+    for index, (text, label, noise) in enumerate(rows):
         random = torch.Generator().manual_seed(3 + index)
         assert torch.equal(text, traced.sample[0])
         assert label.tolist() == [[4, 1][index]]
@@ -145,12 +145,12 @@ def test_embeddings_and_labels_of_a_loop_of_ones_own() -> None:
 
 def test_a_list_of_prompts() -> None:
     case = CASES["sd"]
-    given = {**case.inputs(0), "prompt": ["a red cat", "a dog"], "num_inference_steps": 1}
-    given["generator"] = [torch.Generator().manual_seed(k) for k in range(2)]
-    traced = diffopt.trace(case.build(), **given)
-    made = trajectories.requests(traced, ["one", "two", "three"], 2)
-    assert equal(made[0], traced.prepare(prompt=["one", "two"], seed=0))
-    assert equal(made[1], traced.prepare(prompt=["three", "one"], seed=2))
+    arguments = {**case.inputs(0), "prompt": ["a red cat", "a dog"], "num_inference_steps": 1}
+    arguments["generator"] = [torch.Generator().manual_seed(k) for k in range(2)]
+    traced = diffopt.trace(case.build(), **arguments)
+    inputs = trajectories.requests(traced, ["one", "two", "three"], 2)
+    assert equal(inputs[0], traced.prepare(prompt=["one", "two"], seed=0))
+    assert equal(inputs[1], traced.prepare(prompt=["three", "one"], seed=2))
 
 
 def test_a_prompt_of_another_length() -> None:
@@ -203,9 +203,9 @@ def test_steps_give_the_arguments_of_every_call(program: Program) -> None:
 
     (inputs,) = trajectories.requests(program, None, 1, seed=4)
     Watch(program.root).run(*inputs)
-    found = list(trajectories.steps(program, loop(program), inputs))
-    assert [(visit.step, visit.branch) for visit in found] == [(0, 0), (1, 0), (2, 0)]
-    for visit, expected in zip(found, seen, strict=True):
+    visits = list(trajectories.steps(program, loop(program), inputs))
+    assert [(visit.step, visit.branch) for visit in visits] == [(0, 0), (1, 0), (2, 0)]
+    for visit, expected in zip(visits, seen, strict=True):
         assert equal(visit.arguments, list(expected))
         assert len(visit.arguments) == len(g.placeholders(gm))
         assert visit.values == {}
@@ -266,46 +266,46 @@ def test_a_loop_ends_a_run(sd: Program, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_results_are_made_once(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = []
+    evaluations = []
 
     def make() -> dict[str, Tensor]:
-        made.append(1)
+        evaluations.append(1)
         return {"a": torch.arange(4.0)[::2], "b": torch.tensor([1, 2])}
 
     for _ in range(2):
-        found = trajectories.cached({"x": 1}, make)
-        assert found["a"].tolist() == [0.0, 2.0]
-        assert found["b"].tolist() == [1, 2]
-    assert len(made) == 1
+        results = trajectories.cached({"x": 1}, make)
+        assert results["a"].tolist() == [0.0, 2.0]
+        assert results["b"].tolist() == [1, 2]
+    assert len(evaluations) == 1
     trajectories.cached({"x": 2}, make)
-    assert len(made) == 2
+    assert len(evaluations) == 2
     assert disk_cache.get(disk_cache.key({"x": 1})) is None, "kernels are kept elsewhere"
     (path,) = cache.rglob(f"{disk_cache.key({'x': 1})}.zip")
     content = path.read_bytes()
     path.write_bytes(content.replace(bytes([2, 0, 0, 0, 0, 0, 0, 0]), bytes([3] + [0] * 7)))
     with caplog.at_level(logging.WARNING, "diffopt"):
         assert trajectories.cached({"x": 1}, make)["a"].tolist() == [0.0, 2.0]
-    assert len(made) == 3
+    assert len(evaluations) == 3
     assert "damaged" in caplog.text
     assert "making it again" in caplog.text
     trajectories.cached({"x": 1}, make)
-    assert len(made) == 3
+    assert len(evaluations) == 3
 
 
 def test_identity_is_by_value(tmp_path: Path) -> None:
     traced = loops.program()
     inputs = trajectories.requests(traced, None, 2)
-    own = trajectories.identity(traced, inputs)
+    identity = trajectories.identity(traced, inputs)
     traced.save(tmp_path / "a.program")
     again = Program.load(tmp_path / "a.program")
     assert again.fingerprint() != traced.fingerprint()
-    assert trajectories.identity(again, trajectories.requests(again, None, 2)) == own
-    assert trajectories.identity(traced, trajectories.requests(traced, None, 2, seed=1)) != own
+    assert trajectories.identity(again, trajectories.requests(again, None, 2)) == identity
+    assert trajectories.identity(traced, trajectories.requests(traced, None, 2, seed=1)) != identity
     other = loops.program(steps=3)
-    assert trajectories.identity(other, inputs) != own
+    assert trajectories.identity(other, inputs) != identity
     weight = next(iter(again.weights().values()))
     weight.data.view(-1)[0] += 1
-    assert trajectories.identity(again, inputs) != own
+    assert trajectories.identity(again, inputs) != identity
 
 
 def test_words_that_change_places_are_others() -> None:
@@ -315,8 +315,8 @@ def test_words_that_change_places_are_others() -> None:
     traced = loops.program()
     assert trajectories.identity(traced, [[words]]) != trajectories.identity(traced, [[swapped]])
     built = [
-        written(lambda b, x, own=own: b(aten.add.Tensor, x, own), randn(1000))
-        for own in (words, swapped, words.clone())
+        written(lambda b, x, table=table: b(aten.add.Tensor, x, table), randn(1000))
+        for table in (words, swapped, words.clone())
     ]
     one, other, same = (trajectories.identity(program, []) for program in built)
     assert one == same != other
@@ -341,15 +341,15 @@ def test_errors_of_values_that_are_known() -> None:
     calls = loop(built, "body")
     assert {branch for _, branch in calls} == {0, 1}
     node = g.outputs(net)[0]
-    found = trajectories.step_errors(
+    step_errors = trajectories.step_errors(
         built, calls, {"all": [node], "none": []}, [[randn(3)]], max_gap=3
     )
     for step in range(5):
         for back in range(4):
             expected = (1 - 2.0**-back + 1 - 4.0**-back) / 2 if back <= step else torch.inf
-            assert float(found["all"][step, back]) == pytest.approx(expected)
-    assert found["none"].isinf().all()
-    assert found["none"].shape == (5, 4)
+            assert float(step_errors["all"][step, back]) == pytest.approx(expected)
+    assert step_errors["none"].isinf().all()
+    assert step_errors["none"].shape == (5, 4)
 
 
 def test_errors_are_means_over_requests_and_nodes(program: Program) -> None:
@@ -357,17 +357,17 @@ def test_errors_are_means_over_requests_and_nodes(program: Program) -> None:
     nodes = inner(gm)
     groups = {"one": nodes[:1], "all": nodes}
     told: list[tuple[str, float | None]] = []
-    found = trajectories.step_errors(
+    step_errors = trajectories.step_errors(
         program, loop(program), groups, inputs, max_gap=2, progress=lambda *row: told.append(row)
     )
     runs = [list(trajectories.steps(program, loop(program), row, nodes)) for row in inputs]
     for name, group in groups.items():
         pairs = [(run[2].values[n], run[0].values[n]) for run in runs for n in group]
         errors = [float((new - old).abs().sum() / new.abs().sum()) for new, old in pairs]
-        assert float(found[name][2, 2]) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
-        assert found[name][1, 1] > 0
-        assert found[name][:, 0].tolist() == [0, 0, 0]
-        assert found[name][0, 1:].tolist() == [torch.inf, torch.inf]
+        assert float(step_errors[name][2, 2]) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+        assert step_errors[name][1, 1] > 0
+        assert step_errors[name][:, 0].tolist() == [0, 0, 0]
+        assert step_errors[name][0, 1:].tolist() == [torch.inf, torch.inf]
     assert told[0] == ("calibrating: request 1 of 2, step 1", 0.0)
     assert told[-1] == ("calibrating: request 2 of 2, step 3", pytest.approx(5 / 6))
 

@@ -23,7 +23,7 @@ def net(name: str = "net") -> fx.GraphModule:
     return body(lambda b, x, text: b(aten.mul.Tensor, x, text), X, TEXT, name=name)
 
 
-def made(make: Any, *samples: torch.Tensor, **components: fx.GraphModule) -> Program:
+def tagged(make: Any, *samples: torch.Tensor, **components: fx.GraphModule) -> Program:
     """Return a program written down by hand, with tags."""
     components = components or {"net": net()}
     built = program(make, *(samples or (X, TEXT)), **components)
@@ -32,10 +32,10 @@ def made(make: Any, *samples: torch.Tensor, **components: fx.GraphModule) -> Pro
     return built
 
 
-def found(built: Program, component: str = "net") -> list[tuple[int, int]]:
+def steps_and_branches(built: Program, component: str = "net") -> list[tuple[int, int]]:
     """Return the step and branch of a component's calls in order."""
-    own = [call_tags.tag(node) for node in built.calls()]
-    return [(t.step, t.branch) for t in own if t is not None and t.component == component]
+    tags = [call_tags.tag(node) for node in built.calls()]
+    return [(t.step, t.branch) for t in tags if t is not None and t.component == component]
 
 
 # What capture finds
@@ -55,16 +55,18 @@ def guided(
 
 
 def test_calls_that_do_not_wait_for_each_other_are_branches_of_a_step() -> None:
-    built = made(guided)
-    assert found(built) == [(s, b) for s in range(4) for b in range(2)]
+    built = tagged(guided)
+    assert steps_and_branches(built) == [(s, b) for s in range(4) for b in range(2)]
     assert built.at("net", 2, 1) is built.calls()[5]
     assert built.at("net", 4) is None
 
 
 def test_a_step_without_guidance_continues_the_branch_with_the_same_text() -> None:
     expected = [(0, 0), (0, 1), (1, 1), (2, 1), (3, 0), (3, 1)]
-    assert found(made(lambda b, x, text: guided(b, x, text, skip=(1, 2)))) == expected
-    assert found(made(lambda b, x, text: guided(b, x, X, skip=(1, 2)))) == expected
+    assert (
+        steps_and_branches(tagged(lambda b, x, text: guided(b, x, text, skip=(1, 2)))) == expected
+    )
+    assert steps_and_branches(tagged(lambda b, x, text: guided(b, x, X, skip=(1, 2)))) == expected
 
 
 def test_another_body_of_a_component_is_the_same_component() -> None:
@@ -73,9 +75,16 @@ def test_another_body_of_a_component_is_the_same_component() -> None:
         (twice,) = b.call("net_2", once, text)
         return b.call("net", twice, text)[0]
 
-    assert found(made(two_bodies, net=net(), net_2=net())) == [(0, 0), (1, 0), (2, 0)]
-    other = made(two_bodies, net=net(), net_2=net("other"))
-    assert (found(other), found(other, "other")) == ([(0, 0), (1, 0)], [(0, 0)])
+    assert steps_and_branches(tagged(two_bodies, net=net(), net_2=net())) == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+    ]
+    other = tagged(two_bodies, net=net(), net_2=net("other"))
+    assert (steps_and_branches(other), steps_and_branches(other, "other")) == (
+        [(0, 0), (1, 0)],
+        [(0, 0)],
+    )
 
 
 def test_loops_that_run_one_after_the_other_are_branches() -> None:
@@ -90,7 +99,14 @@ def test_loops_that_run_one_after_the_other_are_branches() -> None:
             ends.append(y)
         return ends
 
-    assert found(made(one_by_one)) == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
+    assert steps_and_branches(tagged(one_by_one)) == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (0, 1),
+        (1, 1),
+        (2, 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +123,9 @@ def test_loops_that_run_one_after_the_other_are_branches() -> None:
 )
 def test_pipelines(name: str, component: str, steps: int, branches: int) -> None:
     built = traced(name)
-    assert found(built, component) == [(s, b) for s in range(steps) for b in range(branches)]
+    assert steps_and_branches(built, component) == [
+        (s, b) for s in range(steps) for b in range(branches)
+    ]
     assert all(call_tags.tag(node) is not None for node in built.calls())
 
 
@@ -121,13 +139,13 @@ def test_passes_keep_tags_and_prologues_have_none() -> None:
         "denoiser_steps": True,
         "denoiser_step": False,
     }
-    assert found(built, "denoiser") == [(s, 0) for s in range(4)]
+    assert steps_and_branches(built, "denoiser") == [(s, 0) for s in range(4)]
     assert built.at("denoiser", 3) is built.calls("denoiser_step")[3]
 
 
 def test_a_step_of_two_calls_keeps_both_branches() -> None:
     built = Pipeline.parse("unroll,hoist,simplify,fuse").run(traced("chroma"))
-    assert found(built, "transformer") == [(s, b) for s in range(3) for b in range(2)]
+    assert steps_and_branches(built, "transformer") == [(s, b) for s in range(3) for b in range(2)]
 
 
 def test_an_outlined_step_keeps_what_its_call_reuses() -> None:
@@ -142,7 +160,7 @@ def test_an_outlined_step_keeps_what_its_call_reuses() -> None:
         return x
 
     first = body(lambda b, x: b(aten.neg.default, x), X)
-    built = made(make, X, first=first, rest=part)
+    built = tagged(make, X, first=first, rest=part)
     outline_steps(built, Context())
     built.refresh()
     built.verify()
@@ -155,14 +173,18 @@ def test_an_outlined_step_keeps_what_its_call_reuses() -> None:
 
 def test_another_number_of_steps_has_other_tags() -> None:
     built = Pipeline.parse("unroll(steps=6)").run(loops.program())
-    assert found(built, "denoiser") == [(s, 0) for s in range(6)]
+    assert steps_and_branches(built, "denoiser") == [(s, 0) for s in range(6)]
 
 
 def test_clones_and_files_keep_tags_and_marks(tmp_path: Any) -> None:
     built = reusing()
     built.save(tmp_path / "a.program")
     for copy in (built.clone(), Program.load(tmp_path / "a.program")):
-        assert found(copy) == found(built) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert (
+            steps_and_branches(copy)
+            == steps_and_branches(built)
+            == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        )
         copy.verify()
         copy.at("net", 1).update_arg(1, value_of(copy, 0, 1))
         with pytest.raises(VerifyError, match="x1 of net, step 1, branch 0 reuses a value of"):
@@ -204,14 +226,14 @@ def refused(built: Program) -> str:
 
 
 def test_two_calls_with_one_tag_are_refused() -> None:
-    built = made(guided)
+    built = tagged(guided)
     first, second, *_ = built.calls()
     second.meta["tag"] = first.meta["tag"]
     assert refused(built) == f"tagged as net, step 0, branch 0, and so is {first.format_node()}"
 
 
 def test_a_call_that_depends_on_a_later_step_of_its_branch_is_refused() -> None:
-    built = made(guided)
+    built = tagged(guided)
     a, b = built.calls()[2], built.calls()[4]
     a.meta["tag"], b.meta["tag"] = b.meta["tag"], a.meta["tag"]
     assert refused(built) == "tagged as net, step 1, branch 0, and depends on step 2 of this branch"

@@ -21,15 +21,15 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(("masked", "causal"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_attention_costs_its_two_products(masked: bool, causal: bool, requires_grad: bool) -> None:
-    given = tuple(
+    arguments = tuple(
         torch.randn(2, 3, n, 16, requires_grad=requires_grad)
         for n in (7, 5 + 2 * causal, 5 + 2 * causal)
     )
-    gm = torch.export.export(Attention(masked, causal), given).module()
-    batch, tokens, keys, width = 2 * 3, 7, given[1].shape[2], 16
+    gm = torch.export.export(Attention(masked, causal), arguments).module()
+    batch, tokens, keys, width = 2 * 3, 7, arguments[1].shape[2], 16
     assert graph_flops(gm) == 2 * (2 * batch * tokens * keys * width)
     with flop_counter() as counter, torch.no_grad():
-        gm(*given)
+        gm(*arguments)
     assert counter.get_total_flops() == graph_flops(gm)
 
 

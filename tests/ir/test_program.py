@@ -159,9 +159,9 @@ def test_constants_of_every_kind_come_back(tmp_path):
     program.save(tmp_path / "a.program")
     loaded = Program.load(tmp_path / "a.program")
     loaded.verify()
-    for constant, found in zip(constants, loaded.run([torch.ones(1)])[1:], strict=True):
-        assert (found.dtype, found.shape) == (constant.dtype, constant.shape)
-        assert found.tolist() == constant.tolist()
+    for constant, result in zip(constants, loaded.run([torch.ones(1)])[1:], strict=True):
+        assert (result.dtype, result.shape) == (constant.dtype, constant.shape)
+        assert result.tolist() == constant.tolist()
 
 
 def test_a_constant_that_no_file_can_hold_is_one_line(tmp_path):

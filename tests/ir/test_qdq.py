@@ -41,8 +41,8 @@ FORMATS: list[tuple[qdq.Number, int | None, float]] = [
 """Numbers, groups, and how far the layer's result may be off."""
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def relative(result: Tensor, expected: Tensor) -> float:
+    return float((result.float() - expected.float()).norm() / expected.float().norm())
 
 
 def layer(
@@ -53,8 +53,8 @@ def layer(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Program, Tensor]:
     """Return a program of one quantized layer, and the float layer's result."""
-    shape, given = WEIGHTS[target]
-    weight, x = build.randn(*shape), build.randn(*given, seed=1)
+    shape, input_shape = WEIGHTS[target]
+    weight, x = build.randn(*shape), build.randn(*input_shape, seed=1)
     low, high = (float(v) for v in x.aminmax())
 
     def make(new: build.Builder, value: fx.Node) -> fx.Node:
@@ -94,9 +94,9 @@ def test_what_is_written_is_found(
 ) -> None:
     number, group, bound = form
     program, expected = layer(target, number, scaling, group, dtype)
-    (found,) = qdq.layers(program.root)
-    weight, x = qdq.weight(found.weight), qdq.activation(found.x)
-    assert found.convolution == (target is not aten.linear.default)
+    (linear,) = qdq.layers(program.root)
+    weight, x = qdq.weight(linear.weight), qdq.activation(linear.x)
+    assert linear.convolution == (target is not aten.linear.default)
     assert weight is not None
     assert (weight.number, weight.group) == (number, group)
     stored = pack(build.randn(*WEIGHTS[target][0]), number, group)
@@ -125,9 +125,9 @@ def test_simplify_leaves_stored_numbers_alone(
     for target, dtype in product(WEIGHTS, (torch.float32, torch.bfloat16)):
         program, _ = layer(target, number, "static", group, dtype)
         result = Pipeline.parse("simplify,fuse,simplify").run(program)
-        (found,) = qdq.layers(result.root)
-        assert qdq.weight(found.weight) is not None
-        assert qdq.activation(found.x) is not None
+        (match,) = qdq.layers(result.root)
+        assert qdq.weight(match.weight) is not None
+        assert qdq.activation(match.x) is not None
         before, after = weight_memory.of_program(program), weight_memory.of_program(result)
         assert after.to_json() == before.to_json()
 
@@ -192,21 +192,21 @@ def test_other_values_are_not_taken_for_quantized_ones() -> None:
 
     gm = build.program(make, build.randn(2, 8)).root
     assert all(qdq.weight(n) is None and qdq.activation(n) is None for n in gm.graph.nodes)
-    (found,) = qdq.layers(gm)
-    assert found.weight.op == "get_attr"
+    (linear,) = qdq.layers(gm)
+    assert linear.weight.op == "get_attr"
 
 
 @pytest.mark.parametrize("number", ["int8", "int4", "fp8"])
 def test_saved_programs_come_back(number: qdq.Number, tmp_path: Path) -> None:
     program, _ = layer(aten.conv2d.default, number, "dynamic", dtype=torch.bfloat16)
     program.save(tmp_path / "a.program")
-    found = Program.load(tmp_path / "a.program")
-    found.verify()
-    assert str(found) == str(program)
-    assert {t.dtype for t in found.weights().values()} == {
+    loaded = Program.load(tmp_path / "a.program")
+    loaded.verify()
+    assert str(loaded) == str(program)
+    assert {t.dtype for t in loaded.weights().values()} == {
         t.dtype for t in program.weights().values()
     }
-    assert torch.equal(found.run(found.sample)[0], program.run(program.sample)[0])
+    assert torch.equal(loaded.run(loaded.sample)[0], program.run(program.sample)[0])
 
 
 @pytest.mark.parametrize(
@@ -265,11 +265,11 @@ def test_passes_keep_what_a_quantized_loop_gives(
         assert least <= formats(result)[number] <= weights[number], text
         assert formats(result)[number] == least or text.startswith("fuse"), text
         bodies = [result.root, *result.components.values()]
-        own = [layer for gm in bodies for layer in qdq.layers(gm)]
-        assert len(own) >= 4
-        assert all(qdq.weight(layer.weight) is not None for layer in own)
-        found = [qdq.activation(layer.x) is not None for layer in own]
-        assert found == [scaling is not None] * len(own), text
+        layers = [layer for gm in bodies for layer in qdq.layers(gm)]
+        assert len(layers) >= 4
+        assert all(qdq.weight(layer.weight) is not None for layer in layers)
+        quantizes_inputs = [qdq.activation(layer.x) is not None for layer in layers]
+        assert quantizes_inputs == [scaling is not None] * len(layers), text
 
 
 @pytest.mark.parametrize(("number", "scaling"), CASES)
@@ -279,8 +279,8 @@ def test_a_batch_of_requests_gets_what_each_gets_alone(
     program = Pipeline.parse("unroll,hoist").run(quantized(loops.program(), number, scaling))
     batched = Pipeline.parse("batch(max=3)").run(program)
     requests = [loops.arguments(seed) for seed in (4, 5)]
-    found = batched.serve([loops.arguments(seed) for seed in (4, 5)])
-    for result, request in zip(found, requests, strict=True):
+    results = batched.serve([loops.arguments(seed) for seed in (4, 5)])
+    for result, request in zip(results, requests, strict=True):
         assert relative(result, program(**request)) < 1e-5
 
 
@@ -301,7 +301,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Program, Program]:
 
 
 def test_the_anatomy_of_a_quantized_body_is_the_same(pair: tuple[Program, Program]) -> None:
-    found = []
+    structures = []
     for program in (
         *pair,
         quantized(pair[0], "fp8", "dynamic"),
@@ -311,9 +311,9 @@ def test_the_anatomy_of_a_quantized_body_is_the_same(pair: tuple[Program, Progra
         parts = analyze_denoiser(loop.body, loop.loop_variant)
         kinds = [branch.kind for branch in parts.branches]
         sizes = len(parts.streams), len(parts.blocks), len(parts.attentions)
-        found.append((kinds, sizes, [skip.index for skip in parts.skips]))
-    assert len(found[0][0]) > 3
-    assert found == [found[0]] * len(found)
+        structures.append((kinds, sizes, [skip.index for skip in parts.skips]))
+    assert len(structures[0][0]) > 3
+    assert structures == [structures[0]] * len(structures)
 
 
 def test_a_quantized_body_costs_what_it_did(pair: tuple[Program, Program]) -> None:
@@ -324,9 +324,9 @@ def test_values_of_a_quantized_body(pair: tuple[Program, Program]) -> None:
     loop = find_loop(pair[1])
     arguments = [torch.ones(n.meta["val"].shape) for n in g.placeholders(loop.body)]
     with torch.no_grad():
-        found = PartialEvaluator(loop.body).everything(arguments)
+        evaluated = PartialEvaluator(loop.body).everything(arguments)
         for node, value in zip(g.outputs(loop.body), loop.body(*arguments), strict=True):
-            assert torch.equal(found[node], value)
+            assert torch.equal(evaluated[node], value)
 
 
 @pytest.mark.parametrize("text", ["cache(fora)", "simplify,fuse,simplify", "cache(t-gate,gate=3)"])

@@ -19,14 +19,14 @@ TOKENS = randn(2, 3, 8)
 IMAGE = randn(2, 4, 4, 4)
 
 
-def found(make: Make, *samples: torch.Tensor) -> Coupling:
+def coupling_of(make: Make, *samples: torch.Tensor) -> Coupling:
     net = body(make, *samples, name="net")
     return couple(program(lambda b, *xs: b.call("net", *xs), *samples, net=net))
 
 
 def groups(make: Make, *samples: torch.Tensor) -> list[tuple[str, int, int]]:
     """Return kind, number of units and their width of each group."""
-    return [(g.kind, len(g.units), g.width(g.units[0])) for g in found(make, *samples).groups]
+    return [(g.kind, len(g.units), g.width(g.units[0])) for g in coupling_of(make, *samples).groups]
 
 
 def rows(coupling: Coupling, group: Group, unit: int = 0) -> list[tuple[list[int], int, list[int]]]:
@@ -59,7 +59,7 @@ def test_the_example_of_index_labels() -> None:
         y = b(aten.add.Tensor, h, linear(b, b(aten.relu.default, h), 4, 4, seed=1))
         return linear(b, y, 3, 4, seed=2)
 
-    coupling = found(make, randn(2, 6))
+    coupling = coupling_of(make, randn(2, 6))
     classes = coupling.classes.tolist()
     assert classes[:10] == [*range(10)]
     assert classes[10:18] == [0, 1, 2, 3] * 2
@@ -87,7 +87,7 @@ def test_what_mixes_tokens_does_not_constrain_channels(use, units) -> None:
     def make(b, x):
         return linear(b, use(b, linear(b, x, 6, 8, seed=0)), 5, 6, seed=1)
 
-    (group,) = found(make, randn(2, 4, 8)).groups
+    (group,) = coupling_of(make, randn(2, 4, 8)).groups
     assert len(group.units) == units
 
 
@@ -97,7 +97,7 @@ def test_a_residual_ties_what_makes_it_and_what_reads_it() -> None:
         y = linear(b, b(aten.relu.default, linear(b, x, 16, 6, seed=1)), 6, 16, seed=2)
         return linear(b, b(aten.add.Tensor, x, y), 5, 6, seed=3)
 
-    coupling = found(make, TOKENS)
+    coupling = coupling_of(make, TOKENS)
     stream, inner = coupling.groups
     assert (stream.kind, len(stream.units)) == ("channels", 6)
     assert (inner.kind, len(inner.units)) == ("mlp", 16)
@@ -114,7 +114,7 @@ def test_a_concatenation_ties_each_part_with_its_own_columns() -> None:
         one, two = conv(b, x, 4, 4, seed=0), conv(b, x, 6, 4, seed=1)
         return conv(b, b(aten.cat.default, [one, two], 1), 4, 10, seed=2)
 
-    coupling = found(make, IMAGE)
+    coupling = coupling_of(make, IMAGE)
     assert [len(group.units) for group in coupling.groups] == [4, 6]
     assert rows(coupling, coupling.groups[1], 2)[-1] == ([4, 10, 3, 3], 1, [6])
 
@@ -124,8 +124,8 @@ def test_a_group_norm_over_a_concatenation(norms, width) -> None:
     """A unit is what no border of a group cuts, of none of the norms that see it."""
 
     def make(b, x):
-        made = [b(aten.group_norm.default, conv(b, x, 16, 4, seed=i), 8) for i in range(2)]
-        y = b(aten.group_norm.default, b(aten.cat.default, made, 1), norms * 2)
+        normed = [b(aten.group_norm.default, conv(b, x, 16, 4, seed=i), 8) for i in range(2)]
+        y = b(aten.group_norm.default, b(aten.cat.default, normed, 1), norms * 2)
         return conv(b, y, 4, 32, seed=9)
 
     assert groups(make, IMAGE) == [("channels", 16 // width, width)] * 2
@@ -140,7 +140,7 @@ def test_heads_go_as_a_whole() -> None:
         y = b(aten.reshape.default, b(aten.transpose.int, y, 1, 2), [2, 3, 8])
         return linear(b, y, 5, 8, seed=1)
 
-    coupling = found(make, TOKENS)
+    coupling = coupling_of(make, TOKENS)
     (group,) = coupling.groups
     assert (group.kind, len(group.units)) == ("heads", 2)
     second = [4, 5, 6, 7]
@@ -190,7 +190,7 @@ def test_a_gate_ties_its_halves() -> None:
         a, c = parts(b, aten.chunk.default, linear(b, x, 12, 8, seed=0), 2, -1, count=2)
         return linear(b, b(aten.mul.Tensor, a, b(aten.gelu.default, c)), 5, 6, seed=1)
 
-    coupling = found(make, TOKENS)
+    coupling = coupling_of(make, TOKENS)
     (group,) = coupling.groups
     assert group.kind == "mlp"
     assert rows(coupling, group, 2) == [([12, 8], 0, [2, 8]), ([5, 6], 1, [2])]
@@ -207,7 +207,7 @@ def test_modulation_follows_the_stream() -> None:
         y = b(aten.add.Tensor, b(aten.mul.Tensor, b(aten.layer_norm.default, x, [6]), scale), shift)
         return linear(b, y, 5, 6, seed=3)
 
-    coupling = found(make, TOKENS, randn(2, 8))
+    coupling = coupling_of(make, TOKENS, randn(2, 8))
     (group,) = coupling.groups
     assert rows(coupling, group, 1) == [
         *(([6, 8], 0, [1]), ([12, 8], 0, [1, 7]), ([2, 6], 1, [1]), ([5, 6], 1, [1]))
@@ -271,7 +271,7 @@ def test_reasons(use, reason) -> None:
         used = use(b, linear(b, x, 6, 8, seed=0))
         return linear(b, used, 5, used.meta["val"].shape[-1], seed=1)
 
-    coupling = found(make, TOKENS)
+    coupling = coupling_of(make, TOKENS)
     fixed = dict(coupling.fixed)
     if reason.startswith("one index"):
         assert len(coupling.groups[0].units) == 5
@@ -287,7 +287,7 @@ def test_what_is_all_of_a_value_stays() -> None:
         part = conv(b, b(aten.slice.Tensor, y, 1, 2, 4), 4, 2, seed=1)
         return b(aten.add.Tensor, conv(b, y, 4, 8, seed=2), part)
 
-    coupling = found(make, IMAGE)
+    coupling = coupling_of(make, IMAGE)
     (group,) = coupling.groups
     members = [unit.members[group.output_axes[0]].tolist() for unit in group.units]
     assert members == [[0, 1], [4, 5], [6, 7]]

@@ -65,10 +65,10 @@ def zoo(name: str, text: str = "") -> Program:
 
 def test_magnitude_is_the_absolute_value() -> None:
     program = zoo("dit")
-    found = importance(program, "magnitude")
+    scores = importance(program, "magnitude")
     stored = program.weights()
-    assert len(found) > 20
-    assert all(torch.equal(found[key], stored[key].abs()) for key in found)
+    assert len(scores) > 20
+    assert all(torch.equal(scores[key], stored[key].abs()) for key in scores)
 
 
 def test_random_is_seeded() -> None:
@@ -86,15 +86,17 @@ def test_taylor_adds_up_what_each_call_says(bodies: int) -> None:
     for noise, result in inputs(3):
         for gain in gains:
             weight = WEIGHT.detach().clone().requires_grad_()
-            made = torch.nn.functional.linear(gain * (noise - result), weight)
-            size = made.detach().square().mean().sqrt()
-            loss = (made / size * torch.randn(SIZE, generator=source)).sum() / made.numel() ** 0.5
+            predicted = torch.nn.functional.linear(gain * (noise - result), weight)
+            size = predicted.detach().square().mean().sqrt()
+            loss = (
+                predicted / size * torch.randn(SIZE, generator=source)
+            ).sum() / predicted.numel() ** 0.5
             (gradient,) = torch.autograd.grad(loss, [weight])
             expected += (WEIGHT * gradient).abs()
     program = straight(gains, bodies)
-    found = importance(program, "taylor", inputs(3), seed=3)
-    assert found.keys() == {id(WEIGHT)}
-    torch.testing.assert_close(found[id(WEIGHT)], expected)
+    scores = importance(program, "taylor", inputs(3), seed=3)
+    assert scores.keys() == {id(WEIGHT)}
+    torch.testing.assert_close(scores[id(WEIGHT)], expected)
 
 
 def published(gains: tuple[float, ...], count: int, last: int) -> Tensor:
@@ -117,9 +119,9 @@ CLOSE = {"rtol": 0.15, "atol": 0.05}
 @pytest.mark.parametrize("bodies", [1, 2])
 def test_diff_pruning_is_what_was_published(bodies: int) -> None:
     gains = (1.0, 2.0, 0.5, 1.0)
-    found = importance(straight(gains, bodies), "diff-pruning", inputs(40))
+    scores = importance(straight(gains, bodies), "diff-pruning", inputs(40))
     expected = published(gains, 40, 4)
-    torch.testing.assert_close(found[id(WEIGHT)], expected, **CLOSE)
+    torch.testing.assert_close(scores[id(WEIGHT)], expected, **CLOSE)
 
 
 def test_diff_pruning_stops_at_the_threshold() -> None:
@@ -137,14 +139,14 @@ def test_diff_pruning_stops_at_the_threshold() -> None:
 def test_unrolled_bodies_say_the_same(name: str, method: Any) -> None:
     """`sd` has both branches in one batch; `dit` predicts a variance, which has no target."""
     plain, unrolled = zoo(name), zoo(name, "unroll,hoist")
-    found, again = (importance(p, method, requests(p, (), 2), seed=1) for p in (plain, unrolled))
-    shared = found.keys() & again.keys()
+    scores, again = (importance(p, method, requests(p, (), 2), seed=1) for p in (plain, unrolled))
+    shared = scores.keys() & again.keys()
     assert len(shared) > 15
     for key in shared:
-        assert found[key].shape == plain.weights()[key].shape
-        scale = float(found[key].max())
-        torch.testing.assert_close(again[key], found[key], rtol=1e-2, atol=1e-3 * scale)
-    assert sum(float(found[key].sum()) > 0 for key in shared) > 15
+        assert scores[key].shape == plain.weights()[key].shape
+        scale = float(scores[key].max())
+        torch.testing.assert_close(again[key], scores[key], rtol=1e-2, atol=1e-3 * scale)
+    assert sum(float(scores[key].sum()) > 0 for key in shared) > 15
 
 
 def test_every_branch_and_every_step_counts() -> None:
@@ -164,9 +166,9 @@ def test_every_branch_and_every_step_counts() -> None:
 
 def test_the_same_numbers_twice() -> None:
     program = zoo("sd", "unroll,hoist,fuse")
-    given = requests(program, (), 2)
+    samples = requests(program, (), 2)
     for method in ("taylor", "diff-pruning"):
-        first, again, other = (importance(program, method, given, seed=s) for s in (1, 1, 2))
+        first, again, other = (importance(program, method, samples, seed=s) for s in (1, 1, 2))
         assert all(torch.equal(first[key], again[key]) for key in first)
         assert not all(torch.equal(first[key], other[key]) for key in first)
 
@@ -182,10 +184,10 @@ def test_the_program_stays_as_it_is() -> None:
 def test_components_by_name() -> None:
     program = zoo("dit")
     vae = next(name for name in program.components if "vae" in name)
-    found = importance(program, "taylor", requests(program, (), 1), [vae])
-    own = {id(t) for _, t in g.named_tensors(program.components[vae])}
-    assert found.keys() <= own
-    assert any(float(t.sum()) > 0 for t in found.values())
+    scores = importance(program, "taylor", requests(program, (), 1), [vae])
+    weights = {id(t) for _, t in g.named_tensors(program.components[vae])}
+    assert scores.keys() <= weights
+    assert any(float(t.sum()) > 0 for t in scores.values())
 
 
 def test_bad_input() -> None:

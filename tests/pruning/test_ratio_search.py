@@ -49,39 +49,39 @@ def bench(program: Program, *names: str, count: int = 1) -> Ablation:
 
 def some_units(program: Program) -> list[Unit]:
     """Return a quarter of the units of each group."""
-    return [u for own in couple(program).groups for u in own.units[: len(own.units) // 4]]
+    return [u for group in couple(program).groups for u in group.units[: len(group.units) // 4]]
 
 
 @pytest.mark.parametrize("name", ["sd", "dit"])
 def test_a_program_without_units_is_one_they_were_removed_from(name: str) -> None:
     whole = traced(name)
-    own, before = bench(whole, "unet" if name == "sd" else "transformer"), whole.fingerprint()
-    smaller, expected = own.without(some_units(whole)), whole.clone()
+    ablation, before = bench(whole, "unet" if name == "sd" else "transformer"), whole.fingerprint()
+    smaller, expected = ablation.without(some_units(whole)), whole.clone()
     remove(expected, couple(expected), some_units(expected))
     smaller.refresh()
     expected.refresh()
     assert all(map(torch.equal, smaller.run(whole.sample), expected.run(whole.sample)))
-    assert own.cost(smaller) < own.cost(whole)
+    assert ablation.cost(smaller) < ablation.cost(whole)
     assert whole.fingerprint() == before
 
 
 def test_errors_are_those_of_calls_on_what_the_whole_program_reads() -> None:
     whole = loops.program()
-    own = bench(whole, "denoiser")
-    smaller = own.without(some_units(whole))
+    ablation = bench(whole, "denoiser")
+    smaller = ablation.without(some_units(whole))
     body = smaller.components["denoiser"]
     body.recompile()
     errors = []
 
-    def visit(call: fx.Node, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        made = list(whole.components["denoiser"](*given))
-        errors.append(squared_relative_error(body(*given), made))
-        return made
+    def visit(call: fx.Node, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        results = list(whole.components["denoiser"](*arguments))
+        errors.append(squared_relative_error(body(*arguments), results))
+        return results
 
     run_root(whole, requests(whole, None, 1)[0], visit)
     assert len(errors) == 4
-    assert own.error(smaller) == pytest.approx(sum(errors) / 4)
-    assert own.error(whole) == 0
+    assert ablation.error(smaller) == pytest.approx(sum(errors) / 4)
+    assert ablation.error(whole) == 0
 
 
 def test_a_second_target_needs_no_new_measurements(
@@ -89,20 +89,20 @@ def test_a_second_target_needs_no_new_measurements(
 ) -> None:
     monkeypatch.setenv("DIFFOPT_CACHE", str(tmp_path))
     whole = loops.program()
-    scores = [unit_scores(own, importance(whole, "magnitude")) for own in couple(whole).groups]
+    scores = [unit_scores(group, importance(whole, "magnitude")) for group in couple(whole).groups]
     counts = []
 
     def choose(part: float) -> RatioChoice:
-        own = bench(whole, "denoiser", count=2)
-        error = own.error
+        group = bench(whole, "denoiser", count=2)
+        error = group.error
         counts.append(0)
 
         def counted(program: Program) -> float:
             counts[-1] += 1
             return error(program)
 
-        monkeypatch.setattr(own, "error", counted)
-        return ratio_search.search_ratios(own, couple(whole).groups, scores, part, 0.75, 1)
+        monkeypatch.setattr(group, "error", counted)
+        return ratio_search.search_ratios(group, couple(whole).groups, scores, part, 0.75, 1)
 
     first, second = choose(0.9), choose(0.8)
     assert counts == [sum(map(len, first.trials)) + 1, 1]

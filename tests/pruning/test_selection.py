@@ -36,7 +36,7 @@ class Net:
         self.images = [image]
         self.tokens: list[fx.Node] = []
 
-    def own(self, *shape: int) -> fx.Node:
+    def weight(self, *shape: int) -> fx.Node:
         """Return a weight; the last number is no size, but tells those of one shape apart."""
         if shape not in self.pool:
             tensor = randn(*shape[:-1], seed=len(self.pool)) / max(1, shape[:-1][-1]) ** 0.5
@@ -57,26 +57,27 @@ class Net:
         x = self.image(n)
         channels, out = x.meta["val"].shape[1], (4, 8, 12)[n % 3]
         kernel = 1 + 2 * (n % 2)
-        args = [x, self.own(out, channels, kernel, kernel, n % 4), self.own(out, n % 5)]
-        made = self.b(aten.conv2d.default, *args, [1, 1], [kernel // 2] * 2)
-        self.images.append(self.b(aten.silu.default, made))
+        args = [x, self.weight(out, channels, kernel, kernel, n % 4), self.weight(out, n % 5)]
+        convolved = self.b(aten.conv2d.default, *args, [1, 1], [kernel // 2] * 2)
+        self.images.append(self.b(aten.silu.default, convolved))
 
     def grouped(self, n: int) -> None:
         x = self.image(n)
         channels = x.meta["val"].shape[1]
         groups = channels if n % 2 or channels % 2 else 2
-        weight = self.own(channels, channels // groups, 3, 3, 1 + n % 3)
-        args = [x, weight, self.own(channels, n % 4), [1, 1], [1, 1], [1, 1], groups]
+        weight = self.weight(channels, channels // groups, 3, 3, 1 + n % 3)
+        args = [x, weight, self.weight(channels, n % 4), [1, 1], [1, 1], [1, 1], groups]
         self.images.append(self.b(aten.conv2d.default, *args))
 
     def residual(self, n: int) -> None:
         x = self.image(n)
         c = x.meta["val"].shape[1]
         groups = c // 2 if c % 2 == 0 else 1
-        y = self.b(aten.group_norm.default, x, groups, self.own(c, 1 + n % 3), self.own(c, 4), 1e-5)
-        y = self.b(aten.conv2d.default, y, self.own(8, c, 3, 3, n % 3), None, [1, 1], [1, 1])
+        affine = self.weight(c, 1 + n % 3), self.weight(c, 4)
+        y = self.b(aten.group_norm.default, x, groups, *affine, 1e-5)
+        y = self.b(aten.conv2d.default, y, self.weight(8, c, 3, 3, n % 3), None, [1, 1], [1, 1])
         y = self.b(aten.relu.default, y)
-        y = self.b(aten.conv2d.default, y, self.own(c, 8, 3, 3, n % 3), None, [1, 1], [1, 1])
+        y = self.b(aten.conv2d.default, y, self.weight(c, 8, 3, 3, n % 3), None, [1, 1], [1, 1])
         self.images.append(self.b(aten.add.Tensor, x, y))
 
     def add_images(self, n: int) -> None:
@@ -105,7 +106,7 @@ class Net:
     def shuffle(self, n: int) -> None:
         x = self.image(n)
         y = self.b(aten.pixel_unshuffle.default, x, 2)
-        y = self.b(aten.conv2d.default, y, self.own(8, y.meta["val"].shape[1], 1, 1, n % 2))
+        y = self.b(aten.conv2d.default, y, self.weight(8, y.meta["val"].shape[1], 1, 1, n % 2))
         self.images.append(self.b(aten.pixel_shuffle.default, y, 2))
 
     def resize(self, n: int) -> None:
@@ -116,7 +117,7 @@ class Net:
         x = self.image(n)
         c = x.meta["val"].shape[1]
         pooled = self.b(aten.mean.dim, x, [2, 3])
-        gate = self.b(aten.linear.default, pooled, self.own(c, c, 1 + n % 2))
+        gate = self.b(aten.linear.default, pooled, self.weight(c, c, 1 + n % 2))
         gate = self.b(aten.view.default, gate, [2, c, 1, 1])
         self.images.append(self.b(aten.mul.Tensor, x, self.b(aten.add.Tensor, gate, 1)))
 
@@ -144,48 +145,48 @@ class Net:
     def linear(self, n: int) -> None:
         x = self.token(n)
         c, out = x.meta["val"].shape[-1], (4, 8, 12)[n % 3]
-        made = self.b(aten.linear.default, x, self.own(out, c, n % 3), self.own(out, n % 4))
-        self.tokens.append(self.b(aten.gelu.default, made))
+        hidden = self.b(aten.linear.default, x, self.weight(out, c, n % 3), self.weight(out, n % 4))
+        self.tokens.append(self.b(aten.gelu.default, hidden))
 
     def gated(self, n: int) -> None:
         x = self.token(n)
         c = x.meta["val"].shape[-1]
-        y = self.b(aten.layer_norm.default, x, [c], self.own(c, 5), self.own(c, 6), 1e-5)
-        y = self.b(aten.linear.default, y, self.own(16, c, n % 3), self.own(16, n % 2))
+        y = self.b(aten.layer_norm.default, x, [c], self.weight(c, 5), self.weight(c, 6), 1e-5)
+        y = self.b(aten.linear.default, y, self.weight(16, c, n % 3), self.weight(16, n % 2))
         a, b = (self.b(operator.getitem, self.b(aten.chunk.default, y, 2, -1), i) for i in (0, 1))
         y = self.b(aten.mul.Tensor, a, self.b(aten.gelu.default, b))
-        y = self.b(aten.linear.default, y, self.own(c, 8, n % 3))
+        y = self.b(aten.linear.default, y, self.weight(c, 8, n % 3))
         self.tokens.append(self.b(aten.add.Tensor, x, y))
 
     def modulated(self, n: int) -> None:
         x = self.token(n)
         c = x.meta["val"].shape[-1]
         mean = self.b(aten.mean.dim, x, [1])
-        rows = self.b(aten.linear.default, mean, self.own(3 * c, c, n % 2))
+        rows = self.b(aten.linear.default, mean, self.weight(3 * c, c, n % 2))
         rows = self.b(aten.view.default, rows, [2, 3, c])
-        rows = self.b(aten.add.Tensor, rows, self.own(3, c, 9))
+        rows = self.b(aten.add.Tensor, rows, self.weight(3, c, 9))
         parts = self.b(aten.chunk.default, rows, 3, 1)
         shift, scale, gate = (self.b(operator.getitem, parts, i) for i in range(3))
         y = self.b(aten.rms_norm.default, x, [c])
         y = self.b(aten.add.Tensor, self.b(aten.mul.Tensor, y, scale), shift)
-        y = self.b(aten.linear.default, y, self.own(c, c, 3 + n % 2))
+        y = self.b(aten.linear.default, y, self.weight(c, c, 3 + n % 2))
         self.tokens.append(self.b(aten.add.Tensor, x, self.b(aten.mul.Tensor, y, gate)))
 
     def attention(self, n: int) -> None:
         x, heads, wide = self.token(n), (1, 2, 4)[n % 3], 4
         c, inner = x.meta["val"].shape[-1], heads * wide
         if n % 2:
-            whole = self.b(aten.linear.default, x, self.own(3 * inner, c, n % 2))
+            whole = self.b(aten.linear.default, x, self.weight(3 * inner, c, n % 2))
             pieces = self.b(aten.split.Tensor, whole, inner, -1)
             parts = [self.b(operator.getitem, pieces, i) for i in range(3)]
         else:
-            weights = [self.own(inner, c, 4 + i) for i in range(3)]
+            weights = [self.weight(inner, c, 4 + i) for i in range(3)]
             parts = [self.b(aten.linear.default, x, w) for w in weights]
         length = x.meta["val"].shape[1]
         form = [self.b(aten.view.default, p, [2, length, heads, wide]) for p in parts]
         q, k, v = (self.b(aten.transpose.int, p, 1, 2) for p in form)
         if n % 5 < 2:
-            q = self.b(aten.rms_norm.default, q, [wide], self.own(wide, 1))
+            q = self.b(aten.rms_norm.default, q, [wide], self.weight(wide, 1))
             k = self.b(aten.mul.Tensor, k, self.b.weight(STRETCH))
         if n % 4 < 2:
             y = self.b(aten.scaled_dot_product_attention.default, q, k, v)
@@ -195,7 +196,7 @@ class Net:
                 scores = self.b(aten.add.Tensor, scores, self.b.weight(MASKS[heads // 2]))
             y = self.b(aten.matmul.default, self.b(aten.softmax.int, scores, -1), v)
         y = self.b(aten.reshape.default, self.b(aten.transpose.int, y, 1, 2), [2, length, inner])
-        y = self.b(aten.linear.default, y, self.own(c, inner, n % 3), self.own(c, n % 3))
+        y = self.b(aten.linear.default, y, self.weight(c, inner, n % 3), self.weight(c, n % 3))
         self.tokens.append(self.b(aten.add.Tensor, x, y))
 
     def add_tokens(self, n: int) -> None:
@@ -216,21 +217,21 @@ class Net:
         other = same[(n // 2) % len(same)]
         joined = self.b(aten.cat.default, [x, other], 1)
         c = x.meta["val"].shape[-1]
-        made = self.b(aten.linear.default, joined, self.own(c, c, n % 2))
-        self.tokens.append(made)
-        self.tokens.append(self.b(aten.slice.Tensor, made, 1, 0, x.meta["val"].shape[1]))
+        projected = self.b(aten.linear.default, joined, self.weight(c, c, n % 2))
+        self.tokens.append(projected)
+        self.tokens.append(self.b(aten.slice.Tensor, projected, 1, 0, x.meta["val"].shape[1]))
 
     def adapted(self, n: int) -> None:
         x = self.token(n)
         c = x.meta["val"].shape[-1]
-        base = self.b(aten.linear.default, x, self.own(8, c, 1))
-        low = self.b(aten.linear.default, x, self.own(3, c, n % 2))
-        high = self.b(aten.linear.default, low, self.own(8, 3, n % 2))
+        base = self.b(aten.linear.default, x, self.weight(8, c, 1))
+        low = self.b(aten.linear.default, x, self.weight(3, c, n % 2))
+        high = self.b(aten.linear.default, low, self.weight(8, 3, n % 2))
         self.tokens.append(self.b(aten.add.Tensor, base, self.b(aten.mul.Tensor, high, 0.5)))
 
     def unknown(self, n: int) -> None:
-        made = self.b(aten.sort.default, self.token(n), -1)  # which no rule knows
-        self.tokens.append(self.b(operator.getitem, made, 0))
+        pair = self.b(aten.sort.default, self.token(n), -1)  # which no rule knows
+        self.tokens.append(self.b(operator.getitem, pair, 0))
 
 
 STRETCH = randn(2, 1, 1, 4, seed=90)
@@ -256,11 +257,11 @@ def network(bodies: Sequence[Layers]) -> Program:
             for name, n in layers:
                 getattr(net, name)(n)
             last = net.images[-1]
-            out = net.own(4, last.meta["val"].shape[1], 3, 3, 7)
+            out = net.weight(4, last.meta["val"].shape[1], 3, 3, 7)
             results = [b(aten.conv2d.default, last, out, None, [1, 1], [1, 1])]
             if net.tokens:
                 last = net.tokens[-1]
-                out = net.own(5, last.meta["val"].shape[-1], 7)
+                out = net.weight(5, last.meta["val"].shape[-1], 7)
                 results.append(b(aten.linear.default, last, out))
             return results
 
@@ -282,11 +283,11 @@ def some_units(coupling: Coupling, seed: int) -> list[Unit]:
     """Return random units of every group, but never all, nor all of a part."""
     source, units = random.Random(seed), []
     for group in coupling.groups:
-        own = source.sample(group.units, source.randrange(len(group.units)))
+        chosen = source.sample(group.units, source.randrange(len(group.units)))
         for part in group.keep_one_of:
-            if part <= {unit.label for unit in own}:
-                own = [unit for unit in own if unit.label != min(part)]
-        units += own
+            if part <= {unit.label for unit in chosen}:
+                chosen = [unit for unit in chosen if unit.label != min(part)]
+        units += chosen
     return units
 
 
@@ -370,8 +371,8 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         q = self.q(x).unflatten(-1, (self.heads, 4)).transpose(1, 2)
-        own = (f(x).unflatten(-1, (self.fewer, 4)).transpose(1, 2) for f in (self.k, self.v))
-        k, v = (made if given is None else given for made, given in zip(own, (k, v), strict=True))
+        heads = (f(x).unflatten(-1, (self.fewer, 4)).transpose(1, 2) for f in (self.k, self.v))
+        k, v = (new if old is None else old for new, old in zip(heads, (k, v), strict=True))
         y = nn.functional.scaled_dot_product_attention(q, k, v, **self.options)
         return self.o(y.transpose(1, 2).flatten(2))
 
@@ -430,10 +431,10 @@ class Products(nn.Module):
 
 
 def norm() -> nn.BatchNorm2d:
-    made = nn.BatchNorm2d(16)
-    made.running_mean = randn(16, seed=6)
-    made.running_var = randn(16, seed=7).abs() + 0.5
-    return made
+    module = nn.BatchNorm2d(16)
+    module.running_mean = randn(16, seed=6)
+    module.running_var = randn(16, seed=7).abs() + 0.5
+    return module
 
 
 ROWS, PLACES = randn(2, 5, 8), randn(2, 8, 4, 4)
@@ -481,20 +482,20 @@ OPERATORS: dict[str, tuple[Between, tuple[Tensor, ...]]] = {
 }
 
 
-def made_of(name: str) -> Program:
-    net, given = OPERATORS[name]
+def program_of(name: str) -> Program:
+    net, arguments = OPERATORS[name]
     torch.manual_seed(0)
     with torch.no_grad():
-        net(*given)  # now that it knows its sizes
+        net(*arguments)  # now that it knows its sizes
     net.eval().requires_grad_(False)
-    inputs = {f"x{i}": tensor for i, tensor in enumerate(given)}
+    inputs = {f"x{i}": tensor for i, tensor in enumerate(arguments)}
     return diffopt.trace(lambda **more: net(*more.values()), components={"net": net}, **inputs)
 
 
 @pytest.mark.parametrize("in_heads", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators(name: str, in_heads: bool) -> None:
-    built = made_of(name)
+    built = program_of(name)
     for before in (built, Pipeline.parse("simplify").run(built)):
         for seed in range(6):
             check(before, seed, in_heads)

@@ -78,7 +78,7 @@ def quantized(
 ) -> fx.GraphModule:
     """Return a copy with layers quantized to the nearest numbers, but for some."""
     copy = g.clone(gm)
-    made: dict[int, qdq.Packed] = {}
+    shared: dict[int, qdq.Packed] = {}
     for layer in qdq.layers(copy):
         if layer.node.name in but:
             continue
@@ -89,7 +89,7 @@ def quantized(
         if wide and fits:
             most = weight_rounding.dequantized(packed).flatten(1).abs().amax(1)
             packed = replace(packed, wide=most / 127)
-        packed = made.setdefault(id(weight), packed)
+        packed = shared.setdefault(id(weight), packed)
         with copy.graph.inserting_before(layer.node):
             if scaling != "none":
                 layer.node.update_arg(0, read(copy, layer, scaling))
@@ -101,19 +101,19 @@ def quantized(
 
 def read(gm: fx.GraphModule, layer: qdq.Layer, scaling: Any) -> fx.Node:
     """Insert what a layer reads, quantized."""
-    given = ()
+    qparams = ()
     if scaling == "static":
         constants = torch.tensor([0.05]), torch.tensor([3], dtype=torch.int32)
-        given = tuple(g.get_attr(gm, "c", constant) for constant in constants)
+        qparams = tuple(g.get_attr(gm, "c", constant) for constant in constants)
     rows = scaling == "rows" and layer.convolution
-    return qdq.quantize(gm, layer.x, "dynamic" if rows else scaling, *given)
+    return qdq.quantize(gm, layer.x, "dynamic" if rows else scaling, *qparams)
 
 
-def put(gm: fx.GraphModule, found: dict[str, qdq.Packed]) -> fx.GraphModule:
+def put(gm: fx.GraphModule, weights: dict[str, qdq.Packed]) -> fx.GraphModule:
     """Return a copy with these weights."""
     copy = g.clone(gm)
     for layer in qdq.layers(copy):
-        packed = found.get(layer.node.name)
+        packed = weights.get(layer.node.name)
         if packed is not None:
             with copy.graph.inserting_before(layer.node):
                 dtype = layer.weight.meta["val"].dtype
@@ -148,13 +148,13 @@ def test_learned_rounding_is_ahead_of_the_nearest(
 ) -> None:
     gm = body(make, *samples(make, 1)[0])
     low = quantized(gm, number, group, scaling)
-    found = adaround.reconstruct(gm, low, samples(make, 24), steps=100)
-    assert found.keys() == {layer.node.name for layer in qdq.layers(low)}
+    learned = adaround.reconstruct(gm, low, samples(make, 24), steps=100)
+    assert learned.keys() == {layer.node.name for layer in qdq.layers(low)}
     unseen = samples(make, 8, seed=1000)
-    assert error(gm, put(low, found), unseen) < 0.9 * error(gm, low, unseen)
+    assert error(gm, put(low, learned), unseen) < 0.9 * error(gm, low, unseen)
     for layer in qdq.layers(low):
         # Each number is one of the two around the exact one; the scales stay.
-        packed = found[layer.node.name]
+        packed = learned[layer.node.name]
         exact = stored_tensor(gm, {n.node.name: n for n in qdq.layers(gm)}[layer.node.name].weight)
         off = (
             weight_rounding.dequantized(packed) - exact
@@ -167,10 +167,10 @@ def test_learned_rounding_is_ahead_of_the_nearest(
 def test_weights_that_are_rounded_again() -> None:
     gm = body(linears, *samples(linears, 1)[0])
     low = quantized(gm, group=8, scaling="rows", wide=True)
-    found = adaround.reconstruct(gm, low, samples(linears, 24), steps=100)
-    assert all(p.number == "int4" and p.wide is not None for p in found.values())
+    learned = adaround.reconstruct(gm, low, samples(linears, 24), steps=100)
+    assert all(p.number == "int4" and p.wide is not None for p in learned.values())
     unseen = samples(linears, 8, seed=1000)
-    assert error(gm, put(low, found), unseen) < 0.9 * error(gm, low, unseen)
+    assert error(gm, put(low, learned), unseen) < 0.9 * error(gm, low, unseen)
 
 
 def test_what_smoothing_and_a_branch_leave_is_learned_too() -> None:
@@ -186,10 +186,10 @@ def test_what_smoothing_and_a_branch_leave_is_learned_too() -> None:
         svdquant.place_lowrank(gm, smoothed, down, up)
     branches = [n for n in qdq.layers(gm) if "rest" not in str(n.weight.target)]
     low = quantized(gm, but=[layer.node.name for layer in branches])
-    found = adaround.reconstruct(gm, low, samples(linears, 24), steps=60)
-    assert len(found) == len(branches) / 2
+    learned = adaround.reconstruct(gm, low, samples(linears, 24), steps=60)
+    assert len(learned) == len(branches) / 2
     unseen = samples(linears, 8, seed=1000)
-    assert error(exact, put(low, found), unseen) < 0.95 * error(exact, low, unseen)
+    assert error(exact, put(low, learned), unseen) < 0.95 * error(exact, low, unseen)
 
 
 def test_scales_of_each_step_are_arguments() -> None:
@@ -208,8 +208,8 @@ def test_scales_of_each_step_are_arguments() -> None:
         layer.node.update_arg(0, qdq.quantize(low, layer.x, "static", scale, zero))
     low.recompile()
     calls = [[*a, *b] for a, b in zip(samples(linears, 20), rows, strict=True)]
-    found = adaround.reconstruct(gm, low, calls, steps=60)
-    assert error(gm, put(low, found), calls) < 0.9 * error(gm, low, calls)
+    learned = adaround.reconstruct(gm, low, calls, steps=60)
+    assert error(gm, put(low, learned), calls) < 0.9 * error(gm, low, calls)
 
 
 def test_rounding_that_is_worse_on_held_out_samples_is_left_out(
@@ -239,8 +239,8 @@ def test_a_weight_that_two_layers_share_is_learned_once() -> None:
 
     gm = body(twice, *samples(chain, 1)[0])
     low = quantized(gm)
-    found = adaround.reconstruct(gm, low, samples(chain, 12), steps=60)
-    one, two = found.values()
+    learned = adaround.reconstruct(gm, low, samples(chain, 12), steps=60)
+    one, two = learned.values()
     assert torch.equal(one.values, two.values)
 
 
@@ -406,6 +406,6 @@ def denoiser(name: str) -> tuple[fx.GraphModule, list[list[Tensor]]]:
 def test_denoisers(name: str) -> None:
     gm, calls = denoiser(name)
     low = quantized(gm, scaling="dynamic")
-    found = adaround.reconstruct(gm, low, calls, steps=15)
-    assert found
-    assert error(gm, put(low, found), calls) < error(gm, low, calls)
+    learned = adaround.reconstruct(gm, low, calls, steps=15)
+    assert learned
+    assert error(gm, put(low, learned), calls) < error(gm, low, calls)

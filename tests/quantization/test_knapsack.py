@@ -64,13 +64,13 @@ def test_the_measured_error_is_within_the_budget_and_near_it(factor: float) -> N
         tried.append(factor * math.sqrt(total(errors, choice)))
         return tried[-1]
 
-    found = search_within(errors, costs, budget, measure)
-    assert found is not None
+    allocation = search_within(errors, costs, budget, measure)
+    assert allocation is not None
     assert len(tried) <= knapsack.TRIES
-    assert found.measured <= budget
-    assert found.measured == pytest.approx(factor * found.predicted)
+    assert allocation.measured <= budget
+    assert allocation.measured == pytest.approx(factor * allocation.predicted)
     everything = factor * math.sqrt(total(errors, solve(errors, costs, 1e6)))
-    assert found.measured >= min(0.8 * budget, everything)
+    assert allocation.measured >= min(0.8 * budget, everything)
 
 
 def test_errors_that_shrink_less_than_predicted() -> None:
@@ -79,9 +79,9 @@ def test_errors_that_shrink_less_than_predicted() -> None:
     def measure(choice: list[int]) -> float:
         return 0.08 * math.sqrt(total(errors, choice)) ** 0.1 if any(choice) else 0.0
 
-    found = search_within(errors, costs, 0.05, measure)
-    assert found is not None
-    assert found.measured <= 0.05
+    allocation = search_within(errors, costs, 0.05, measure)
+    assert allocation is not None
+    assert allocation.measured <= 0.05
 
 
 def test_no_choice_is_tried_twice() -> None:
@@ -93,9 +93,9 @@ def test_no_choice_is_tried_twice() -> None:
         tried.append(choice)
         return 100 * math.sqrt(total(errors, choice))
 
-    found = search_within(errors, costs, 10 * everything, measure)
-    assert found is not None
-    assert 0 < found.measured <= 10 * everything
+    allocation = search_within(errors, costs, 10 * everything, measure)
+    assert allocation is not None
+    assert 0 < allocation.measured <= 10 * everything
     assert all(tried.count(choice) == 1 for choice in tried)
 
 

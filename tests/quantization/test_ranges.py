@@ -14,8 +14,8 @@ def watched(observer: ranges.Observer, *values: Tensor) -> tuple[float, float]:
     watch = ranges._OBSERVERS[observer]()
     for value in values:
         watch.update(value)
-    found: tuple[float, float] = watch.range()
-    return found
+    bounds: tuple[float, float] = watch.range()
+    return bounds
 
 
 def heavy_tailed() -> Tensor:
@@ -49,8 +49,8 @@ def test_mse_has_less_error_than_all_values_and_than_the_percentile() -> None:
     values = heavy_tailed()
     values[:700] *= 3
     values[:3] = 0
-    found = {o: watched(o, values) for o in ("minmax", "mse")}
-    errors = {o: error(values, *pair) for o, pair in found.items()}
+    bounds = {o: watched(o, values) for o in ("minmax", "mse")}
+    errors = {o: error(values, *pair) for o, pair in bounds.items()}
     assert errors["mse"] < errors["minmax"]
 
 
@@ -83,10 +83,10 @@ def growing(steps: int) -> list[Ranges]:
 
 
 def test_groups_are_the_best_of_all_divisions() -> None:
-    found = growing(7)
-    costs = ranges._costs(ranges._widths(found, range(7)))
+    layers = growing(7)
+    costs = ranges._costs(ranges._widths(layers, range(7)))
     for count in (2, 3, 4):
-        groups = group_steps(found, list(range(7)), count)
+        groups = group_steps(layers, list(range(7)), count)
         assert list(itertools.chain(*groups)) == list(range(7))
         cost = sum(costs[g[0]][g[-1] + 1] for g in groups)
         cuts = itertools.combinations(range(1, 7), count - 1)
@@ -104,6 +104,6 @@ def test_left_to_itself_it_makes_groups_where_ranges_differ() -> None:
 
 def test_steps_of_a_body_that_is_called_in_some() -> None:
     low = torch.tensor([-1.0, torch.inf, -2.0, torch.inf]).double()
-    found = Ranges(low, -low)
-    assert group_steps([found], [0, 2], 2) == [[0], [2]]
-    assert found.over([0, 2]) == (-2.0, 2.0)
+    activations = Ranges(low, -low)
+    assert group_steps([activations], [0, 2], 2) == [[0], [2]]
+    assert activations.over([0, 2]) == (-2.0, 2.0)

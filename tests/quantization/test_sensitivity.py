@@ -46,13 +46,13 @@ def prepared(
     """Return a simulator, the formats of layers, and what quantizing the program takes."""
     scope, store = choose_scope(program, ("loop",)), WeightStore("mse")
     nodes = {n: [x.node for x in qdq.layers(program.components[n])] for n in scope.calls}
-    nodes = {n: own for n, own in nodes.items() if own}
+    nodes = {n: layers for n, layers in nodes.items() if layers}
     formats = format_search.layer_candidates(Simulator(program, scope, {}, store), nodes, tried)
-    first = {n: {x: own[0] for x, own in f.items()} for n, f in formats.items()}
+    first = {n: {x: candidates[0] for x, candidates in f.items()} for n, f in formats.items()}
     inputs = requests(program, None, 2)
     job = quantize_body.Calibration(program, scope, first, inputs, silent)
-    found, _ = quantize_body.calibrate_ranges(job, "minmax", 0)
-    return Simulator(program, scope, found, store), formats, scope, dict(found)
+    activations, _ = quantize_body.calibrate_ranges(job, "minmax", 0)
+    return Simulator(program, scope, activations, store), formats, scope, dict(activations)
 
 
 @pytest.mark.parametrize(
@@ -68,25 +68,25 @@ def prepared(
 def test_simulated_is_what_the_quantized_program_computes(
     program: Program, number: str, way: quantize_body.Activations
 ) -> None:
-    made = program.clone()
+    quantized = program.clone()
     tried = format_search.formats_to_try((number,), way, 4)[:1]
-    simulator, formats, scope, found = prepared(made, tried)
-    chosen = {n: {x: own[0] for x, own in f.items()} for n, f in formats.items()}
-    given = requests(made, None, 1, seed=5)[0]
-    exact = made.run(given)
-    simulated = simulator.run(given, chosen)
-    for name, own in chosen.items():
-        args = name, own, scope.calls[name], found.get(name), WeightStore("mse")
-        quantize_body.quantize_body(made, *args)
-    made.refresh()
+    simulator, formats, scope, activations = prepared(quantized, tried)
+    chosen = {n: {x: candidates[0] for x, candidates in f.items()} for n, f in formats.items()}
+    arguments = requests(quantized, None, 1, seed=5)[0]
+    exact = quantized.run(arguments)
+    simulated = simulator.run(arguments, chosen)
+    for name, layer_formats in chosen.items():
+        args = name, layer_formats, scope.calls[name], activations.get(name), WeightStore("mse")
+        quantize_body.quantize_body(quantized, *args)
+    quantized.refresh()
     assert 1e-9 < squared_relative_error(simulated, exact) < 0.1
-    for a, b in zip(simulated, made.run(given), strict=True):
+    for a, b in zip(simulated, quantized.run(arguments), strict=True):
         assert torch.equal(a, b)
 
 
 def test_a_layer_that_loses_nothing_and_the_effects_of_steps(program: Program) -> None:
-    made = program.clone()
-    body = made.components["denoiser"]
+    altered = program.clone()
+    body = altered.components["denoiser"]
     layer = qdq.layers(body)[0]
     weight = stored_tensor(body, layer.weight)
     assert weight is not None
@@ -96,44 +96,44 @@ def test_a_layer_that_loses_nothing_and_the_effects_of_steps(program: Program) -
     body.register_parameter("rounded", torch.nn.Parameter(rounded, requires_grad=False))
     layer.weight.target = "rounded"
     body.recompile()
-    simulator, formats, _, _ = prepared(made)
-    inputs = requests(made, None, 1)
-    found = sensitivity.measure(simulator, formats, inputs, {})["denoiser"]
+    simulator, formats, _, _ = prepared(altered)
+    inputs = requests(altered, None, 1)
+    losses = sensitivity.measure(simulator, formats, inputs, {})["denoiser"]
     alone = TRIED.index(Format("int8", "none"))
-    assert found.nodes[0] is layer.node
-    assert float(found.errors[0, alone].max()) < 1e-11
-    assert float(found.errors[0, 0].min()) > 1e-9  # its input is quantized
-    assert float(found.errors[1:].min()) > 1e-9
-    assert bool((found.errors[:, 3] > found.errors[:, 1])[1:].all()), "4 bits and 8 bits"
+    assert losses.nodes[0] is layer.node
+    assert float(losses.errors[0, alone].max()) < 1e-11
+    assert float(losses.errors[0, 0].min()) > 1e-9  # its input is quantized
+    assert float(losses.errors[1:].min()) > 1e-9
+    assert bool((losses.errors[:, 3] > losses.errors[:, 1])[1:].all()), "4 bits and 8 bits"
 
-    own = {node: how[0] for node, how in formats["denoiser"].items()}
-    exact = trajectories.run_root(made, inputs[0])
-    for at, step in enumerate(found.steps):
-        if at not in sensitivity._probes(len(found.steps)):
+    chosen = {node: how[0] for node, how in formats["denoiser"].items()}
+    exact = trajectories.run_root(altered, inputs[0])
+    for at, step in enumerate(losses.steps):
+        if at not in sensitivity._probes(len(losses.steps)):
             continue
         changes = []
 
-        def visit(call: fx.Node, given: Any, step: int = step, changes: Any = changes) -> Any:
+        def visit(call: fx.Node, arguments: Any, step: int = step, changes: Any = changes) -> Any:
             if (call, step) not in simulator.scope.calls["denoiser"]:
                 return None
-            results = simulator.call("denoiser", own, step, given)
-            changes.append(squared_relative_error(results, body(*given)))
+            results = simulator.call("denoiser", chosen, step, arguments)
+            changes.append(squared_relative_error(results, body(*arguments)))
             return results
 
-        outputs = squared_relative_error(trajectories.run_root(made, inputs[0], visit), exact)
-        assert float(found.output_sensitivity[at]) == pytest.approx(outputs / changes[0], rel=1e-6)
+        outputs = squared_relative_error(trajectories.run_root(altered, inputs[0], visit), exact)
+        assert float(losses.output_sensitivity[at]) == pytest.approx(outputs / changes[0], rel=1e-6)
 
 
 def test_the_parts_of_all_layers_are_the_whole(program: Program) -> None:
     simulator, formats, _, _ = prepared(program)
     inputs = requests(program, None, 2)
-    found = sensitivity.measure(simulator, formats, inputs, {})
+    sensitivities = sensitivity.measure(simulator, formats, inputs, {})
     for column in range(len(TRIED)):
-        every = {n: {x: own[column] for x, own in f.items()} for n, f in formats.items()}
+        every = {n: {x: row[column] for x, row in f.items()} for n, f in formats.items()}
         whole = [
             squared_relative_error(simulator.run(i, every), list(program.run(i))) for i in inputs
         ]
-        parts = sum(float(own.output_errors[:, column].sum()) for own in found.values())
+        parts = sum(float(s.output_errors[:, column].sum()) for s in sensitivities.values())
         assert parts == pytest.approx(sum(whole) / len(whole), rel=1e-6)
 
 
@@ -156,8 +156,8 @@ def test_measurements_are_kept_on_disk(program: Program, monkeypatch: pytest.Mon
 
 
 def auto(program: Program, text: str) -> Record:
-    made = Pipeline.parse(text).run(program)
-    return Record.from_json(made.history[-1])
+    quantized = Pipeline.parse(text).run(program)
+    return Record.from_json(quantized.history[-1])
 
 
 def test_auto_is_within_the_budget_and_saves_more_where_it_may(program: Program) -> None:

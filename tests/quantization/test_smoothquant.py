@@ -64,8 +64,8 @@ def test_the_layer_returns_what_it_did(
 
 def test_scales_are_those_of_the_paper() -> None:
     x, w = torch.tensor([16.0, 1.0, 0.0, 4.0]), torch.tensor([4.0, 1.0, 3.0, 0.0])
-    found = smoothquant.smoothing_scales(x, w, 0.75)
-    torch.testing.assert_close(found, torch.tensor([16**0.75 / 4**0.25, 1.0, 1.0, 1.0]))
+    scales = smoothquant.smoothing_scales(x, w, 0.75)
+    torch.testing.assert_close(scales, torch.tensor([16**0.75 / 4**0.25, 1.0, 1.0, 1.0]))
     assert smoothquant.smoothing_scales(
         torch.tensor([1e9]), torch.tensor([1e-9]), 0.5
     ).tolist() == [1e4]
@@ -99,18 +99,18 @@ def test_outliers_cost_less_by_as_much_as_was_found(
     ]
     gm, layer = layer_of(target, shape, samples[0], more)
     plain = g.clone(gm)
-    found = smoothquant.search_scales(gm, layer, samples, scaling=scaling)
-    assert found.error < 0.5 * found.plain
-    assert found.scales is not None
-    assert int(found.scales.argmax()) == 3
-    smoothed = smoothquant.smooth_layer(gm, layer, found.scales)
-    quantize(gm, smoothed, scaling, samples, found.scales)
+    smoothing = smoothquant.search_scales(gm, layer, samples, scaling=scaling)
+    assert smoothing.error < 0.5 * smoothing.plain
+    assert smoothing.scales is not None
+    assert int(smoothing.scales.argmax()) == 3
+    smoothed = smoothquant.smooth_layer(gm, layer, smoothing.scales)
+    quantize(gm, smoothed, scaling, samples, smoothing.scales)
     wrong = sum(float((gm(x)[0] - plain(x)[0]).square().sum()) for x in samples)
     bias = torch.zeros(shape[0])
-    made = (target(x, parameter(*shape, seed=4), bias, *more) for x in samples)
-    power = sum(float(y.square().sum()) for y in made)
+    results = (target(x, parameter(*shape, seed=4), bias, *more) for x in samples)
+    power = sum(float(y.square().sum()) for y in results)
     # Errors of weights and of activations are taken for independent.
-    assert wrong / power == pytest.approx(found.error, rel=0.2)
+    assert wrong / power == pytest.approx(smoothing.error, rel=0.2)
 
 
 def test_a_weight_that_is_read_in_many_steps_takes_less() -> None:
@@ -129,17 +129,17 @@ def quantize(
     """Quantize a smoothed layer in its graph."""
     weight = g.attribute(gm, str(layer.weight.target))
     with gm.graph.inserting_before(layer.node):
-        given = ()
+        qparams = ()
         if scaling == "static":
             by = s.reshape(-1, *[1] * (weight.dim() - 2)) if layer.convolution else s
             both = torch.cat([(x / by).flatten() for x in samples])
             op = torch.ops.quantized_decomposed.choose_qparams.tensor
             scale, zero = op(both, -128, 127, qdq.EPS, torch.int8)
-            given = (
+            qparams = (
                 g.get_attr(gm, "scale", scale.float()),
                 g.get_attr(gm, "zero", zero.to(torch.int32)),
             )
-        layer.node.update_arg(0, qdq.quantize(gm, layer.x, scaling, *given))
+        layer.node.update_arg(0, qdq.quantize(gm, layer.x, scaling, *qparams))
         packed = weight_rounding.quantize_weight(weight, "int8")
         layer.node.update_arg(1, qdq.place_weight(gm, "w", packed, weight.dtype))
     gm.recompile()
@@ -148,9 +148,9 @@ def quantize(
 def test_nothing_is_smoothed_where_that_does_not_help() -> None:
     x = randn(4, 8)
     gm, layer = layer_of(aten.linear.default, (6, 8), x, ())
-    found = smoothquant.search_scales(gm, layer, [x], grid=0)
-    assert found.scales is None
-    assert found.error == found.plain
+    smoothing = smoothquant.search_scales(gm, layer, [x], grid=0)
+    assert smoothing.scales is None
+    assert smoothing.error == smoothing.plain
     zeros = smoothquant.search_scales(gm, layer, [torch.zeros(4, 8)], scaling="dynamic")
     assert zeros.scales is None
 

@@ -110,8 +110,8 @@ def test_the_layer_returns_what_it_did(
     with gm.graph.inserting_before(rest.node):
         rest.node.update_arg(1, qdq.place_weight(gm, "w", packed, torch.float32))
     gm.recompile()
-    made = target(x, whole(down, up, packed), bias, *more)
-    torch.testing.assert_close(gm(x)[0], made, rtol=0, atol=limit)
+    expected = target(x, whole(down, up, packed), bias, *more)
+    torch.testing.assert_close(gm(x)[0], expected, rtol=0, atol=limit)
     branch = [n for n in gm.graph.nodes if n.target is target and n is not rest.node]
     assert len(branch) == 2
     assert reads(branch[0]).op == "placeholder"  # not what was quantized

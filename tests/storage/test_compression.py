@@ -41,10 +41,10 @@ def test_members_come_back(level: int | None, tmp_path: Path) -> None:
 def test_compressed_tensors_are_aligned_and_can_be_written_to(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(64, 64), "b": torch.ones(32, dtype=torch.bfloat16)}
     container.write(tmp_path / "x", KIND, {}, {"w": container.pack_tensors(tensors)}, 3)
-    found = container.Archive(tmp_path / "x", KIND, "a test", "").tensors("w")
-    assert all(t.data_ptr() % container.ALIGNMENT == 0 for t in found.values())
-    found["a"].add_(1.0)
-    assert torch.equal(found["b"], tensors["b"])
+    loaded = container.Archive(tmp_path / "x", KIND, "a test", "").tensors("w")
+    assert all(t.data_ptr() % container.ALIGNMENT == 0 for t in loaded.values())
+    loaded["a"].add_(1.0)
+    assert torch.equal(loaded["b"], tensors["b"])
 
 
 @pytest.mark.parametrize("at", [0, 5, 20, -1])
@@ -95,8 +95,8 @@ def test_compressed_engines_and_programs_give_the_same(tmp_path: Path) -> None:
         assert torch.equal(engine.run(program.sample)[0], expected)
         assert str(load(path).program) == str(program)
         program.save(tmp_path / f"{level}.program", level)
-        found = Program.load(tmp_path / f"{level}.program")
-        assert torch.equal(found.run(found.sample)[0], expected)
+        loaded = Program.load(tmp_path / f"{level}.program")
+        assert torch.equal(loaded.run(loaded.sample)[0], expected)
         sizes[level] = path.stat().st_size, (tmp_path / f"{level}.program").stat().st_size
         assert sum(engine.parts.values()) < path.stat().st_size
     assert all(small < large / 2 for small, large in zip(sizes[19], sizes[None], strict=True))
@@ -113,14 +113,14 @@ def test_footprint_counts_quantized_weights_next_to_float16() -> None:
         size for name, size in plain.bytes.items() if name != "float32"
     )
     for number, size in (("int8", 1.0), ("int4", 0.5), ("fp8", 1.0)):
-        found = weight_memory.of_program(quantized(program, number, None))  # type: ignore[arg-type]
-        assert found.fp16 == plain.fp16
-        assert found.elements[number] == weights // 2
-        assert found.bytes[number] == size * weights // 2
-        assert found.bytes["scales"] == 4 * (16 + 6 * 8)
-        assert found.elements["scales"] == 0
+        memory = weight_memory.of_program(quantized(program, number, None))  # type: ignore[arg-type]
+        assert memory.fp16 == plain.fp16
+        assert memory.elements[number] == weights // 2
+        assert memory.bytes[number] == size * weights // 2
+        assert memory.bytes["scales"] == 4 * (16 + 6 * 8)
+        assert memory.elements["scales"] == 0
         layers = 4 * weights // 2
-        assert found.total == plain.total - layers + found.bytes[number] + found.bytes["scales"]
+        assert memory.total == plain.total - layers + memory.bytes[number] + memory.bytes["scales"]
     assert str(plain).startswith("weights 0.0 MB, ")
 
 
@@ -139,7 +139,7 @@ def test_command_line(diffopt: Run, tmp_path: Path) -> None:
     )
     assert done.code == 0, done.err
     assert "MB), weights 0.0 MB, 200 % of fp16" in " ".join(done.err.split())
-    found = diffopt("inspect", "a.engine").out
-    assert "weights 0.0 MB, 200 % of fp16" in found
-    assert "float32" in found
-    assert "program" in found
+    printed = diffopt("inspect", "a.engine").out
+    assert "weights 0.0 MB, 200 % of fp16" in printed
+    assert "float32" in printed
+    assert "program" in printed

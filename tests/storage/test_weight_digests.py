@@ -44,8 +44,8 @@ def test_shape_type_name_and_order_count() -> None:
 def test_memory_does_not_count() -> None:
     values = torch.arange(48.0).view(2, 4, 3, 2)
     shifted = torch.arange(-1.0, 48.0)[1:].view(2, 4, 3, 2)
-    turned = values.to(memory_format=torch.channels_last)
-    assert digest(values) == digest(turned) == digest(shifted)
+    channels_last = values.to(memory_format=torch.channels_last)
+    assert digest(values) == digest(channels_last) == digest(shifted)
     assert digest(torch.ones(3, 4)) == digest(torch.ones(1, 1).expand(3, 4))
 
 

@@ -61,8 +61,8 @@ def eager(name: str, gate: int, fresh: tuple[int, ...] = (), half: bool = True) 
         step += 1
         if step < gate or not half:
             return run(*args, **more)
-        made = run(*tree_map(cut, args), **tree_map(cut, more))
-        return tree_map(lambda tensor: torch.cat([tensor, tensor]), made)
+        result = run(*tree_map(cut, args), **tree_map(cut, more))
+        return tree_map(lambda tensor: torch.cat([tensor, tensor]), result)
 
     net.forward = forward
     for path, module in net.named_modules():
@@ -101,7 +101,7 @@ def test_after_the_gate_the_conditional_half_is_computed_alone(name: str) -> Non
     full = cost["before"] // STEPS
     both = (cost["predicted"] - 2 * full) // 4  # of a step without cross-attention
     assert cost["measured"] == 2 * full + 4 * (both // 2)
-    late = [n for n in program.calls() if (own := call_tags.tag(n)) and own.step >= 2]
+    late = [n for n in program.calls() if (tag := call_tags.tag(n)) and tag.step >= 2]
     late = [n for n in late if graph_flops(program.components[str(n.target)]) == both // 2]
     assert len(late) == 4
     assert len({n.target for n in late}) == 1
@@ -118,13 +118,13 @@ def test_values_that_halves_hand_to_one_another_are_halves() -> None:
     assert difference(call(program, inputs("pixart")), eager("pixart", 3, fresh))[1] < 1e-5
     assert record.skipped == []
     for node in program.calls():
-        own = call_tags.tag(node)
-        if own is None or own.step < 3:
+        tag = call_tags.tag(node)
+        if tag is None or tag.step < 3:
             continue
         reused = call_tags.reused(program.root, node)
         assert all(formal.meta["val"].shape[0] == 1 for formal in reused)
         # Self-attention from a half, as it is; cross-attention from a whole batch, cut.
-        assert any(n.target is operator.getitem for n in reused.values()) == (own.step == 5)
+        assert any(n.target is operator.getitem for n in reused.values()) == (tag.step == 5)
 
 
 @pytest.mark.parametrize("name", ["sd", "pixart"])
@@ -193,10 +193,10 @@ class Sampler:
         block = self.components["block"]
         for i, t in enumerate(torch.linspace(1.0, 0.1, 5)):
             half, _ = x.chunk(2)
-            made = block(torch.cat([half, half]), t, both)
+            predicted = block(torch.cat([half, half]), t, both)
             if self.gate is not None and i >= self.gate:
-                made = torch.cat([made[:1], made[:1]])
-            noise, variance = made.chunk(2, dim=-1)
+                predicted = torch.cat([predicted[:1], predicted[:1]])
+            noise, variance = predicted.chunk(2, dim=-1)
             noise = self.guide(*noise.chunk(2))
             noise, _ = torch.cat([torch.cat([noise, noise]), variance], -1).split(8, -1)
             x = x * 0.9 - 0.2 * noise + 0.1 * variance.tanh()
@@ -287,7 +287,7 @@ def test_a_half_that_gives_other_results_is_not_used(monkeypatch: pytest.MonkeyP
     assert error < 1e-6
 
 
-def found(make: Callable[..., Any]) -> drop_guidance.Guidance:
+def guidance_of(make: Callable[..., Any]) -> drop_guidance.Guidance:
     graph = body(make, randn(4, 6))
     return drop_guidance.find(g.placeholders(graph)[0])
 
@@ -302,8 +302,8 @@ def test_which_half_is_the_conditional_one() -> None:
         c, u = (b(operator.getitem, parts, i) for i in (0, 1))
         return b(aten.add.Tensor, u, b(aten.mul.Tensor, b(aten.sub.Tensor, c, u), 2.0))
 
-    assert found(second).conditional == drop_guidance.HALVES[1]
-    assert found(first).conditional == drop_guidance.HALVES[0]
+    assert guidance_of(second).conditional == drop_guidance.HALVES[1]
+    assert guidance_of(first).conditional == drop_guidance.HALVES[0]
 
 
 def test_parts_that_are_no_halves_are_none() -> None:
@@ -312,5 +312,5 @@ def test_parts_that_are_no_halves_are_none() -> None:
         return b(aten.add.Tensor, u, b(aten.mul.Tensor, b(aten.sub.Tensor, c, u), 2.0))
 
     with pytest.raises(drop_guidance.Unguided) as caught:
-        found(make)
+        guidance_of(make)
     assert str(caught.value) == "no guidance joins two halves of its result"

@@ -32,8 +32,8 @@ def outline(before: Program) -> tuple[Program, Context]:
     outline_steps(program, ctx)
     program.refresh()
     program.verify()
-    given = [node for call in program.calls() for node in call.all_input_nodes]
-    assert all(isinstance(node.meta["val"], torch.Tensor) for node in given)
+    arguments = [node for call in program.calls() for node in call.all_input_nodes]
+    assert all(isinstance(node.meta["val"], torch.Tensor) for node in arguments)
     for one, other in zip(before.run(before.sample), program.run(before.sample), strict=True):
         assert torch.equal(one, other)
     again = program.clone()
@@ -164,8 +164,8 @@ def test_a_tuple_before_the_call(other: bool) -> None:
             parts = b(aten.split.Tensor, x, 1, 1)
             if other and step == 1:  # the values are of equal types, their tuple is another node
                 parts = b(aten.split_with_sizes.default, x, [1, 1, 1], 1)
-            turned = [b(operator.getitem, parts, i) for i in (1, 2, 0)]
-            result = b.call("denoiser", b(aten.cat.default, turned, 1))[0]
+            permuted = [b(operator.getitem, parts, i) for i in (1, 2, 0)]
+            result = b.call("denoiser", b(aten.cat.default, permuted, 1))[0]
             x = b(aten.add.Tensor, x, result)
         return x
 

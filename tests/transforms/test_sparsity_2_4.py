@@ -78,8 +78,8 @@ def layer(weight: torch.nn.Parameter, *packed: object) -> Program:
     def make(at: Builder, x: object) -> object:
         if not packed:
             return at(aten.linear.default, x, weight)
-        made = weight_rounding.quantize_weight(weight, *packed)  # type: ignore[arg-type]
-        node = qdq.place_weight(at.gm, "weight", made, weight.dtype)
+        quantized = weight_rounding.quantize_weight(weight, *packed)  # type: ignore[arg-type]
+        node = qdq.place_weight(at.gm, "weight", quantized, weight.dtype)
         return at(aten.linear.default, x, node)
 
     x = randn(2, weight.shape[1])
@@ -89,8 +89,8 @@ def layer(weight: torch.nn.Parameter, *packed: object) -> Program:
 @pytest.mark.parametrize("packed", [(), ("int8",), ("int4",), ("int4", 16), ("fp8",)])
 def test_layers_are_found_quantized_or_not(packed: tuple[object, ...]) -> None:
     dense, sparse = parameter(16, 32), pruned(parameter(16, 32))
-    (found,) = sparsity_2_4.sparse_layers(layer(sparse, *packed).components["net"])
-    assert found.node.name == "linear_default"
+    (match,) = sparsity_2_4.sparse_layers(layer(sparse, *packed).components["net"])
+    assert match.node.name == "linear_default"
     assert not list(sparsity_2_4.sparse_layers(layer(dense, *packed).components["net"]))
 
 
@@ -109,31 +109,31 @@ def test_all_layers_of_bodies_that_share_weights() -> None:
 
     def first(at: Builder, x: fx.Node) -> list[fx.Node]:
         half = at(aten.slice.Tensor, x, 1, 0, 30)
-        own = [at(aten.linear.default, x, w) for w in (shared, tied)]
-        return [*own, at(aten.linear.default, half, odd), at(aten.mul.Tensor, tied, 2.0)]
+        linears = [at(aten.linear.default, x, w) for w in (shared, tied)]
+        return [*linears, at(aten.linear.default, half, odd), at(aten.mul.Tensor, tied, 2.0)]
 
     parts = {
         "one": body(first, x),
         "two": body(lambda at, x: at(aten.linear.default, x, shared), x),
     }
-    made = program(lambda at, x: [*at.call("one", x), *at.call("two", x)], x, **parts)
+    sampler = program(lambda at, x: [*at.call("one", x), *at.call("two", x)], x, **parts)
     skipped: list[str] = []
     sizes = sparsity_2_4.sparsify(
-        made,
+        sampler,
         ["one", "two"],
         lambda component, module: True,
         lambda where, why: skipped.append(f"{where}: {why}"),
     )
-    made.refresh()
-    made.verify()
+    sampler.refresh()
+    sampler.verify()
     assert sizes == {"layers": 2, "parameters": 512}
     assert skipped == [
         "one.linear_default_2: it has no multiple of 4 inputs for each output",
         "one.linear_default_1: its weight is also used elsewhere",
     ]
-    sparse = [next(sparsity_2_4.sparse_layers(made.components[n])).node.name for n in parts]
+    sparse = [next(sparsity_2_4.sparse_layers(sampler.components[n])).node.name for n in parts]
     assert sparse == ["linear_default"] * 2
-    assert len(made.weights()) == 3, "the one is the other's"
+    assert len(sampler.weights()) == 3, "the one is the other's"
 
 
 LACKING = (
@@ -143,19 +143,19 @@ LACKING = (
 
 
 def test_devices_without_such_kernels_refuse(tmp_path: Path) -> None:
-    made = layer(pruned(parameter(16, 32)))
-    assert legality.unsupported(made, hardware("cpu")) == LACKING
-    assert legality.unsupported(made, hardware("h100")) is None
+    sparse = layer(pruned(parameter(16, 32)))
+    assert legality.unsupported(sparse, hardware("cpu")) == LACKING
+    assert legality.unsupported(sparse, hardware("h100")) is None
     assert legality.unsupported(layer(parameter(16, 32)), hardware("cpu")) is None
     with pytest.raises(DiffoptError) as error:
-        engine.build(made, "cpu", tmp_path / "out.engine")
+        engine.build(sparse, "cpu", tmp_path / "out.engine")
     assert error.value.message == f"target cpu cannot take this program: {LACKING}"
     assert not list(tmp_path.iterdir())
 
 
 def test_the_eager_target_computes_with_the_zeros(tmp_path: Path) -> None:
-    made = layer(pruned(parameter(16, 32)))
-    engine.build(made, "eager", tmp_path / "out.engine")
+    sparse = layer(pruned(parameter(16, 32)))
+    engine.build(sparse, "eager", tmp_path / "out.engine")
     assert (tmp_path / "out.engine").exists()
 
 
@@ -168,9 +168,11 @@ def test_tensorrt_may_take_sparse_kernels() -> None:
         settings = target._settings(layer(weight).components["net"])
         chosen = target._library()
         flags = chosen.trt.BuilderFlag
-        made = chosen.trt.Builder(library.logger(chosen.trt))
-        network = made.create_network(0)
+        trt_builder = chosen.trt.Builder(library.logger(chosen.trt))
+        network = trt_builder.create_network(0)
         configs.append(
-            builder._config(made, network, chosen, settings, {}).get_flag(flags.SPARSE_WEIGHTS)
+            builder._config(trt_builder, network, chosen, settings, {}).get_flag(
+                flags.SPARSE_WEIGHTS
+            )
         )
     assert configs == [False, True]

@@ -185,8 +185,8 @@ def sana() -> d.SanaPipeline:
 
 
 def sana_sprint() -> d.SanaSprintPipeline:
-    made = sana_parts(guidance_embeds=True, qk_norm="rms_norm_across_heads")
-    return d.SanaSprintPipeline(**made, scheduler=d.SCMScheduler())
+    components = sana_parts(guidance_embeds=True, qk_norm="rms_norm_across_heads")
+    return d.SanaSprintPipeline(**components, scheduler=d.SCMScheduler())
 
 
 def aura_flow() -> d.AuraFlowPipeline:

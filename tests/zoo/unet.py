@@ -41,7 +41,7 @@ def unet(**kwargs: Any) -> d.UNet2DConditionModel:
 
 def parts(**kwargs: Any) -> dict[str, Any]:
     """Return the components of Stable Diffusion 1, with some replaced."""
-    made = {
+    components = {
         "vae": vae(),
         "text_encoder": text.clip(),
         "tokenizer": text.clip_tokenizer(),
@@ -50,7 +50,7 @@ def parts(**kwargs: Any) -> dict[str, Any]:
         "safety_checker": None,
         "feature_extractor": None,
     }
-    return made | kwargs
+    return components | kwargs
 
 
 def sd(**kwargs: Any) -> d.StableDiffusionPipeline:
@@ -108,8 +108,8 @@ def sd_controlnet() -> d.StableDiffusionControlNetPipeline:
         norm_num_groups=4,
         conditioning_embedding_out_channels=(4, 8),  # one halving, as the autoencoder
     )
-    made = parts(controlnet=net)
-    return d.StableDiffusionControlNetPipeline(**made, requires_safety_checker=False)
+    components = parts(controlnet=net)
+    return d.StableDiffusionControlNetPipeline(**components, requires_safety_checker=False)
 
 
 def sd_adapter() -> d.StableDiffusionAdapterPipeline:
@@ -119,8 +119,8 @@ def sd_adapter() -> d.StableDiffusionAdapterPipeline:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    made = parts(adapter=adapter, unet=net)
-    return d.StableDiffusionAdapterPipeline(**made, requires_safety_checker=False)
+    components = parts(adapter=adapter, unet=net)
+    return d.StableDiffusionAdapterPipeline(**components, requires_safety_checker=False)
 
 
 def sd_img2img() -> d.StableDiffusionImg2ImgPipeline:
@@ -128,8 +128,8 @@ def sd_img2img() -> d.StableDiffusionImg2ImgPipeline:
 
 
 def sd_inpaint() -> d.StableDiffusionInpaintPipeline:
-    made = parts(unet=unet(in_channels=9))
-    return d.StableDiffusionInpaintPipeline(**made, requires_safety_checker=False)
+    components = parts(unet=unet(in_channels=9))
+    return d.StableDiffusionInpaintPipeline(**components, requires_safety_checker=False)
 
 
 def sd_inpaint_blend() -> d.StableDiffusionInpaintPipeline:
@@ -158,13 +158,13 @@ def sd_upscale() -> d.StableDiffusionUpscalePipeline:
 
 
 def lcm() -> d.LatentConsistencyModelPipeline:
-    made = parts(unet=unet(time_cond_proj_dim=8), scheduler=d.LCMScheduler(**STABLE))
-    return d.LatentConsistencyModelPipeline(**made, requires_safety_checker=False)
+    components = parts(unet=unet(time_cond_proj_dim=8), scheduler=d.LCMScheduler(**STABLE))
+    return d.LatentConsistencyModelPipeline(**components, requires_safety_checker=False)
 
 
 def animatediff() -> d.AnimateDiffPipeline:
-    made = parts(scheduler=d.DDIMScheduler(beta_schedule="linear", clip_sample=False))
-    del made["safety_checker"]
+    components = parts(scheduler=d.DDIMScheduler(beta_schedule="linear", clip_sample=False))
+    del components["safety_checker"]
     adapter = d.MotionAdapter(
         block_out_channels=(8, 16),
         motion_layers_per_block=1,
@@ -172,7 +172,7 @@ def animatediff() -> d.AnimateDiffPipeline:
         motion_norm_num_groups=4,
         motion_max_seq_length=4,
     )
-    return d.AnimateDiffPipeline(**made, motion_adapter=adapter)
+    return d.AnimateDiffPipeline(**components, motion_adapter=adapter)
 
 
 def inpaint_call(seed: int) -> dict[str, Any]:

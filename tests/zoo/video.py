@@ -92,8 +92,8 @@ def ltx() -> d.LTXPipeline:
 
 
 def ltx_condition() -> d.LTXConditionPipeline:
-    made = ltx_parts() | {"scheduler": d.FlowMatchEulerDiscreteScheduler(shift=3.0)}
-    return d.LTXConditionPipeline(**made)
+    components = ltx_parts() | {"scheduler": d.FlowMatchEulerDiscreteScheduler(shift=3.0)}
+    return d.LTXConditionPipeline(**components)
 
 
 def cogvideox() -> d.CogVideoXPipeline:

@@ -95,9 +95,9 @@ def compile_lines(rows: Collection[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if "compile" not in row:
             continue
-        made = row["compile"]
-        what = made.get("error") or (
-            f"{made['graphs']} graphs, {made['breaks']} graph breaks, {made['seconds']:.0f} s"
+        cost = row["compile"]
+        what = cost.get("error") or (
+            f"{cost['graphs']} graphs, {cost['breaks']} graph breaks, {cost['seconds']:.0f} s"
         )
         lines.append(f"- {row['package']}, {short(row)}: {what}")
     return lines

@@ -61,7 +61,7 @@ def compare(peer: Peer, options: argparse.Namespace, folder: Path) -> dict[str, 
         "steps": steps,
         "rounds": options.rounds,
         "load before": load_before,
-        "schedule": [signs(found) for found in schedules],
+        "schedule": [signs(schedule) for schedule in schedules],
         "same layers": schedules[0] == schedules[1],
         "seeds": SEEDS,
         **differences(contenders),
@@ -84,8 +84,10 @@ def compare(peer: Peer, options: argparse.Namespace, folder: Path) -> dict[str, 
 
 def differences(contenders: Mapping[str, timing.Sampler]) -> dict[str, float]:
     """Return how far the engine's images are from the peer's, and those from uncached ones."""
-    made = {name: torch.stack([make(s) for s in range(SEEDS)]) for name, make in contenders.items()}
-    engine, cached = ((made[EAGER] - made[name]).abs().double() for name in (ENGINE, UNCACHED))
+    images = {
+        name: torch.stack([make(s) for s in range(SEEDS)]) for name, make in contenders.items()
+    }
+    engine, cached = ((images[EAGER] - images[name]).abs().double() for name in (ENGINE, UNCACHED))
     return {
         "max_abs": float(engine.max()),
         "mean_abs": float(engine.mean()),
@@ -109,7 +111,7 @@ def compiled_contenders(peer: Peer, steps: int, row: dict[str, Any]) -> dict[str
 
     Writes into the row what compiling the peer's took.
     """
-    made = {}
+    contenders = {}
     report(f"compiling {peer.package}")
     started = time.perf_counter()
     try:
@@ -124,11 +126,11 @@ def compiled_contenders(peer: Peer, steps: int, row: dict[str, Any]) -> dict[str
             "graphs": counters["stats"]["unique_graphs"],
             "breaks": sum(counters["graph_break"].values()),
         }
-        made[COMPILED] = make
+        contenders[COMPILED] = make
     plain = load(peer.model)
     timing.compile_pipeline(plain, None)
-    made[UNCACHED_COMPILED] = images_of(peer.model, plain, steps)
-    return made
+    contenders[UNCACHED_COMPILED] = images_of(peer.model, plain, steps)
+    return contenders
 
 
 def compiled(peer: Peer, steps: int) -> timing.Sampler:

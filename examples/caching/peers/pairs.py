@@ -120,9 +120,9 @@ def mag_ratios(steps: int) -> tuple[float, ...]:
     apply_mag_cache(pipe.transformer, MagCacheConfig(num_inference_steps=steps, calibrate=True))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         images_of("fashion-dit", pipe, steps)(0)
-    found = re.search(r"^\[[-\d., e]+\]$", printed.getvalue(), re.MULTILINE)
-    assert found is not None, printed.getvalue()
-    return tuple(round(ratio, 5) for ratio in json.loads(found[0]))
+    match = re.search(r"^\[[-\d., e]+\]$", printed.getvalue(), re.MULTILINE)
+    assert match is not None, printed.getvalue()
+    return tuple(round(ratio, 5) for ratio in json.loads(match[0]))
 
 
 def pyramid(interval: int, pipe: Any, steps: int) -> Begin:
@@ -204,22 +204,22 @@ def masked(steps: int) -> Cache:
     return Cache(DualBlock("".join(map(str, fast(steps)))))
 
 
-def deepcache_peer(interval: int, branch: int, own: int) -> Peer:
+def deepcache_peer(interval: int, branch: int, skip: int) -> Peer:
     """Return DeepCache's row; with one resnet a level its branches are 0, 1, 3, 4, ours 0 to 3."""
     return Peer(
         "DeepCache",
         f"`DeepCacheSDHelper`, `cache_interval={interval}`, `cache_branch_id={branch}`",
         "fashion-sd",
         partial(deepcache, interval, branch),
-        lambda steps: Cache(Deepcache(interval, own)),
+        lambda steps: Cache(Deepcache(interval, skip)),
         wraps=True,
     )
 
 
 PEERS = {
-    "deepcache-3": deepcache_peer(3, branch=0, own=0),
-    "deepcache-5": deepcache_peer(5, branch=0, own=0),
-    "deepcache-deep": deepcache_peer(3, branch=3, own=2),
+    "deepcache-3": deepcache_peer(3, branch=0, skip=0),
+    "deepcache-5": deepcache_peer(5, branch=0, skip=0),
+    "deepcache-deep": deepcache_peer(3, branch=3, skip=2),
     "taylorseer": Peer(
         "diffusers",
         "`TaylorSeerCacheConfig(max_order=1, taylor_factors_dtype=float32)`",

@@ -33,30 +33,30 @@ def costly(body: torch.fx.GraphModule) -> set[str]:
 def computed_by_engine(cached: Program, peer: Peer, steps: int) -> list[set[str]]:
     """Return the layers that each step of a program computes."""
     loop = find_loop(unrolled(peer.model, steps))
-    own = {call_tags.tag(call): step for (step, _), call in loop.calls.items()}
-    calls = {call: str(call.target) for call in cached.calls() if call_tags.tag(call) in own}
+    step_of = {call_tags.tag(call): step for (step, _), call in loop.calls.items()}
+    calls = {call: str(call.target) for call in cached.calls() if call_tags.tag(call) in step_of}
     costs = {name: costly(cached.components[name]) for name in {*calls.values()}}
     known = {*layers(peer, steps)}
-    found = [set[str]() for _ in range(steps)]
+    computed = [set[str]() for _ in range(steps)]
     for call, name in calls.items():
-        found[own[call_tags.tag(call)]] |= costs[name] & known
-    return found
+        computed[step_of[call_tags.tag(call)]] |= costs[name] & known
+    return computed
 
 
 def computed_by_peer(pipe: Any, make: timing.Sampler, paths: Collection[str]) -> list[set[str]]:
     """Return the layers that each step of a pipeline computes."""
     net = denoiser(pipe)
-    found: list[set[str]] = []
-    handles = [net.register_forward_pre_hook(lambda *_: found.append(set()))]
+    computed: list[set[str]] = []
+    handles = [net.register_forward_pre_hook(lambda *_: computed.append(set()))]
     for path in paths:
-        hook = partial(lambda path, *_: found[-1].add(path), path)
+        hook = partial(lambda path, *_: computed[-1].add(path), path)
         handles.append(net.get_submodule(path).register_forward_hook(hook))
     make(0)
     for handle in handles:
         handle.remove()
-    return found
+    return computed
 
 
-def signs(found: Sequence[Collection[str]]) -> str:
+def signs(computed: Sequence[Collection[str]]) -> str:
     """Return a sign for each step: all layers computed, some of them, none."""
-    return "".join("#" if len(s) == len(found[0]) else "+" if s else "-" for s in found)
+    return "".join("#" if len(s) == len(computed[0]) else "+" if s else "-" for s in computed)
