@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
-from diffopt.ir import insert, qdq, strides
+from diffopt.ir import qdq
 from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.program import Program
 from diffopt.lowering import aoti, compile_inputs, load_time_graph, onednn
@@ -250,5 +250,5 @@ def _compiler() -> str | None:
 @cache
 def _source() -> str:
     """Return the hash of the sources of the lowering."""
-    modules = aoti, compile_inputs, insert, load_time_graph, onednn, qdq, strides
+    modules = aoti, compile_inputs, load_time_graph, onednn
     return source_hash(str(module.__file__) for module in modules)

@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,14 @@ def _key(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> dict[str, Any]:
         "opset": _OPSET,
         "torch": torch.__version__,
         "packages": {name: importlib.metadata.version(name) for name in NEEDS},
-        "exporter": source_hash(sorted(Path(diffopt.lowering.onnx.__file__).parent.glob("*.py"))),
+        "exporter": _source(),
     }
+
+
+@cache
+def _source() -> str:
+    """Return the hash of the sources of the exporter."""
+    return source_hash(sorted(Path(diffopt.lowering.onnx.__file__).parent.glob("*.py")))
 
 
 def _version() -> str:

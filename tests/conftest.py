@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # One cache for a session and its workers, and not the user's.
         folder = tempfile.mkdtemp(prefix="diffopt-cache-")
         os.environ["DIFFOPT_CACHE"] = folder
-        # Of the code that calls the kernels; most of a small one's compilation.
+        # The code that calls kernels takes most of a compilation here; kernels are as for users.
         os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     elif hasattr(os, "sched_setaffinity"):

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import fx
 
-from diffopt.ir.nodes import is_pure, memory_layout, replace_node, stored_tensor
+from diffopt.ir import graph as g
+from diffopt.ir.nodes import is_pure, replace_node, stored_tensor
 
 
 def eliminate_common_subexpressions(gm: fx.GraphModule, keep: Collection[fx.Node] = ()) -> int:
@@ -48,7 +49,7 @@ def structural_key(gm: fx.GraphModule) -> tuple[Any, ...]:
     for node in gm.graph.nodes:
         tensor = stored_tensor(gm, node)
         if node.op == "placeholder":
-            key: tuple[Any, ...] = memory_layout(node.meta["val"]), bool(node.meta.get("reuse"))
+            key: tuple[Any, ...] = g.memory_layout(node.meta["val"]), bool(node.meta.get("reuse"))
         elif tensor is not None:
             key = (id(tensor),)
         else:

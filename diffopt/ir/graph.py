@@ -320,6 +320,13 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
+def memory_layout(value: Any) -> tuple[Any, ...] | None:
+    """Return a tensor's dtype, device, shape, strides and offset; None for other values."""
+    if not isinstance(value, Tensor):
+        return None
+    return value.dtype, value.device, tuple(value.shape), value.stride(), value.storage_offset()
+
+
 def nodes_in(arguments: Any) -> list[fx.Node]:
     """Return the nodes in nested arguments."""
     nodes: list[fx.Node] = []

@@ -94,16 +94,9 @@ def replace_node(node: fx.Node, new: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def memory_layout(value: Any) -> tuple[Any, ...] | None:
-    """Return a tensor's dtype, device, shape, strides and offset; None for other values."""
-    if not isinstance(value, Tensor):
-        return None
-    return value.dtype, value.device, tuple(value.shape), value.stride(), value.storage_offset()
-
-
 def same_layout(a: fx.Node, b: fx.Node) -> bool:
     """Tell whether two tensors have the same dtype, device, shape and strides."""
-    one, other = memory_layout(a.meta["val"]), memory_layout(b.meta["val"])
+    one, other = g.memory_layout(a.meta["val"]), g.memory_layout(b.meta["val"])
     return one is not None and other is not None and one[:4] == other[:4]
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import fx
 
 from diffopt.ir import graph as g
-from diffopt.ir.nodes import memory_layout
 from diffopt.ir.program import Program
 from diffopt.ir.strides import restore_outputs
 
@@ -57,5 +56,5 @@ def restore_output_layouts(program: Program, name: str, before: Sequence[Any]) -
 
 def _layouts(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(map(memory_layout, value))
-    return memory_layout(value)
+        return tuple(map(g.memory_layout, value))
+    return g.memory_layout(value)

@@ -35,7 +35,7 @@ from diffopt.ir.op_sets import CONVOLUTIONS
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 to_copy = aten._to_copy.default
-_rows_dequantized = qd.dequantize_per_channel.default
+_dequantize_per_channel = qd.dequantize_per_channel.default
 
 Number = Literal["int8", "int4", "fp8"]
 """The format of stored numbers."""
@@ -137,7 +137,7 @@ def _dequantized(values: Var, scales: Var, packed: Packed, dtype: torch.dtype) -
     if packed.number == "int4":
         values = torch.ops.diffopt.unpack_int4.default(values, list(packed.shape))
     if packed.group is None:
-        return _rows_dequantized(values, scales, None, 0, *limits, out_dtype=dtype)
+        return _dequantize_per_channel(values, scales, None, 0, *limits, out_dtype=dtype)
     if rank != 2:
         values = aten.view.default(values, [packed.shape[0], -1])
     in_groups = qd.dequantize_per_channel_group.default
@@ -149,7 +149,7 @@ def _in_wide_int8(weight: Var, scales: Var, dtype: torch.dtype) -> Var:
     limits = (0, *LIMITS["int8"], torch.int8)
     zeros = aten.zeros_like.default(scales)
     values = qd.quantize_per_channel.default(weight, scales, zeros, *limits)
-    return _rows_dequantized(values, scales, None, *limits, out_dtype=dtype)
+    return _dequantize_per_channel(values, scales, None, *limits, out_dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,7 @@ _in_fp8 = condition(lambda x: x.meta["val"].dtype == FP8, "is not in E4M3")
 
 
 def _per_output(values: Var, scales: Var, low: Var) -> Var:
-    return _rows_dequantized(values, scales, ..., quant_min=low)
+    return _dequantize_per_channel(values, scales, ..., quant_min=low)
 
 
 def _per_group(values: Var, scales: Var, low: Var, group: Var) -> Var:

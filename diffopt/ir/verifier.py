@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from diffopt.errors import VerifyError
 from diffopt.ir import graph as g
@@ -95,6 +95,4 @@ def _describe(value: Any) -> Any:
         value = value.meta["val"]
     if isinstance(value, (list, tuple)):
         return [_describe(item) for item in value]
-    if not isinstance(value, Tensor):
-        return value
-    return value.dtype, value.device, value.shape, value.stride(), value.storage_offset()
+    return value if (layout := g.memory_layout(value)) is None else layout

@@ -91,8 +91,12 @@ def component_key(gm: fx.GraphModule, sizes: Bounds | None, by_value: bool) -> d
 
 
 def source_hash(files: Iterable[str | Path]) -> str:
-    """Return the hash of source files: part of the key of everything that they produce."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    """Return the hash of a lowering's source files and of `diffopt.ir`, with which it is written.
+
+    It is part of the key of everything that they produce.
+    """
+    used = [*files, *sorted(Path(serialize.__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in used)).hexdigest()
 
 
 def tensor_key(tensor: Tensor, by_value: bool) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir import insert, qdq, serialize, strides
+from diffopt.ir import serialize
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json, bounds_to_json
 from diffopt.ir.op_sets import RESHAPES
 from diffopt.ir.program import Program
@@ -299,10 +299,7 @@ def _source(target: str) -> str:
         aoti.__file__,
         compile_inputs.__file__,
         cuda_gemm.__file__,
-        insert.__file__,
         load_time_graph.__file__,
-        qdq.__file__,
-        strides.__file__,
         __file__,
     )
     return source_hash((*shared, target))

@@ -14,7 +14,6 @@ from diffopt.ir.nodes import (
     args,
     argument,
     is_call,
-    memory_layout,
     same_layout,
     stored_tensor,
 )
@@ -157,7 +156,7 @@ def collapse_views(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         value = source.meta["val"]
         for link in chain[start:]:
             value = g.fake_call(link.target, (value, *args(link)[1:]), link.kwargs)
-        if memory_layout(value) == memory_layout(source.meta["val"]):
+        if g.memory_layout(value) == g.memory_layout(source.meta["val"]):
             return source if isinstance(source, fx.Node) else None
         if len(chain) - start >= 2:
             shorter = _as_one(node, chain[start:], source, value)
@@ -201,7 +200,7 @@ def _as_one(node: fx.Node, chain: list[fx.Node], source: fx.Node, value: Tensor)
             single = g.fake_call(target, (source, numbers))
         except (RuntimeError, ValueError):
             continue  # this shape is no view of the source
-        if memory_layout(single) == memory_layout(value):
+        if g.memory_layout(single) == g.memory_layout(value):
             with node.graph.inserting_before(node):
                 return g.call(node.graph, target, source, numbers, like=node)
     return None

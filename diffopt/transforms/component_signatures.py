@@ -6,7 +6,7 @@ from torch import fx
 
 from diffopt.ir import graph as g
 from diffopt.ir.cse import structural_key
-from diffopt.ir.nodes import args, memory_layout, replace_node, stored_tensor
+from diffopt.ir.nodes import args, replace_node, stored_tensor
 from diffopt.ir.program import Program
 
 
@@ -75,7 +75,7 @@ def trim_arguments(program: Program, name: str) -> int:
         actual = [args(site)[index] for site in sites]
         if not formal.users:
             continue
-        first = first_with.setdefault((tuple(actual), memory_layout(formal.meta["val"])), formal)
+        first = first_with.setdefault((tuple(actual), g.memory_layout(formal.meta["val"])), formal)
         tensors = [stored_tensor(program.root, node) for node in actual]
         if tensors[0] is not None and all(t is tensors[0] for t in tensors):
             with body.graph.inserting_after(formals[-1]):
