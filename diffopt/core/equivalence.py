@@ -13,6 +13,7 @@ from diffopt.core.pass_base import Pass
 from diffopt.core.record import Record, Size
 from diffopt.errors import ToleranceError, VerifyError
 from diffopt.ir import graph
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.program import Program
 
 # Where layers round their inputs coarsely, a last bit before them decides which way some round, and
@@ -36,10 +37,15 @@ class Snapshot:
         if self._outputs is None:
             # Cloned inputs and outputs: a program that writes into either would hide its error.
             inputs = [tensor.clone() for tensor in self.program.sample_inputs()]
-            outputs = self.program.run(inputs)
+            outputs = self._run(inputs)
             self._aliases = _aliases(self.program, inputs, outputs)
             self._outputs = tuple(t.clone() for t in self.program.sample_outputs(outputs))
         return self._outputs
+
+    def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        # Interpreted: to write and compile the graphs' code takes longer than one run of it.
+        with torch.no_grad():
+            return Interpreter(self.program.root).run(*inputs)
 
     def share_outputs(self, other: Snapshot) -> None:
         """Use the outputs of an equal program instead of running this one."""

@@ -314,8 +314,9 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     copy._buffers.update(gm._buffers)
     env: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        env[node] = copy.graph.node_copy(node, lambda n: env[n])
-        env[node].name = node.name
+        env[node] = copy.graph.node_copy(node, env.__getitem__)
+        if env[node].name != node.name:
+            env[node].name = node.name
     copy.recompile()
     return copy
 
