@@ -1,7 +1,7 @@
 """What the tests of targets share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -9,6 +9,7 @@ import pytest
 
 from diffopt.engine.engine import build
 from diffopt.ir.program import Program
+from diffopt.lowering import aoti
 from tests.sampler import program
 
 
@@ -28,6 +29,15 @@ def captured() -> Program:
     return program()
 
 
+def run_jobs_here(
+    jobs: Mapping[str, tuple[str, str]], processes: int
+) -> Iterator[tuple[str, float]]:
+    """Run jobs of `aoti.compile_bodies` in this process, which has imported the compiler."""
+    for name, paths in jobs.items():
+        aoti.run_job(*paths)
+        yield name, 0.0
+
+
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that builds the sampler for a target, each text once."""
@@ -36,8 +46,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(text: str) -> Path:
         if text not in paths:
             paths[text] = tmp_path_factory.mktemp("engines") / "x.engine"
-            # Two components at once, as on a machine with several cores.
-            with mock.patch.object(os, "sched_getaffinity", return_value={0, 1}):
+            # Two components at once, as on a machine with several cores; in processes for `cpu`.
+            run_jobs = aoti._run_jobs if text == "cpu" else run_jobs_here
+            with (
+                mock.patch.object(os, "sched_getaffinity", return_value={0, 1}),
+                mock.patch.object(aoti, "_run_jobs", run_jobs),
+            ):
                 build(program(), text, paths[text])
         return paths[text]
 

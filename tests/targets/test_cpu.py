@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import diffopt
 from diffopt.core import Pipeline
@@ -379,7 +380,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         **os.environ,
         "TMPDIR": str(places["temp"]),
         "DIFFOPT_CACHE": str(places["cache"]),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        # Not below TMPDIR, and with what compiling begins with, where a test has compiled.
+        "TORCHINDUCTOR_CACHE_DIR": default_cache_dir(),
     }
     child = subprocess.Popen(
         [sys.executable, "-c", code],
