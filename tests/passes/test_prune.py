@@ -635,9 +635,28 @@ def test_a_saved_program_is_the_same(tmp_path) -> None:
     assert all(map(torch.equal, loaded.run(loaded.sample), result.run(result.sample)))
 
 
-@pytest.mark.parametrize("name", ["ddim", "dit"])
-def test_engines_agree(name: str, tmp_path) -> None:
-    result, _ = run(traced(name), "prune(all)")
+def layers_of_all_kinds(b, x):
+    """Convolve pixels around a norm, then attend and transform in a stream of tokens."""
+    y = b(aten.conv2d.default, x, parameter(16, 4, 3, 3), None, [1, 1], [1, 1])
+    y = b(aten.silu.default, b(aten.group_norm.default, y, 4, parameter(16), None, 1e-5))
+    y = b(aten.conv2d.default, y, parameter(8, 16, 3, 3), None, [1, 1], [1, 1])
+    stream = b(aten.transpose.int, b(aten.flatten.using_ints, y, 2), 1, 2)
+    parts = (b(aten.linear.default, stream, parameter(8, 8, seed=i)) for i in range(3))
+    heads = (b(aten.view.default, part, [1, 16, 4, 2]) for part in parts)
+    heads = (b(aten.transpose.int, part, 1, 2) for part in heads)
+    y = b(aten.transpose.int, b(aten.scaled_dot_product_attention.default, *heads), 1, 2)
+    y = b(aten.linear.default, b(aten.reshape.default, y, [1, 16, 8]), parameter(8, 8, seed=3))
+    stream = b(aten.add.Tensor, stream, y)
+    return b(aten.add.Tensor, stream, mlp(b, stream))
+
+
+def test_engines_agree(tmp_path) -> None:
+    result, record = prune(one(layers_of_all_kinds, randn(1, 4, 4, 4)), "all,ratio=0.5")
+    assert {kind: row["groups"] for kind, row in record.notes["pruned"].items()} == {
+        "channels": 1,
+        "heads": 1,
+        "mlp": 1,
+    }
     engine = build(result, "cpu", tmp_path / "x.engine")
     for got, expected in zip(engine.run(result.sample), result.run(result.sample), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

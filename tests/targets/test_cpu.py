@@ -27,7 +27,7 @@ from diffopt.lowering.target import parse_target
 from diffopt.storage import container, disk_cache
 from diffopt.targets import cpu
 from diffopt.targets.cpu import Cpu
-from tests.sampler import check_images, program
+from tests.sampler import check_images, denoiser, program
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,7 +144,8 @@ def test_one_kernel_serves_a_range_of_batch_sizes() -> None:
         torch.testing.assert_close(run([x, t])[0], module(x, t))
 
 
-def test_one_engine_serves_a_range_of_batch_sizes(captured: Program, tmp_path: Path) -> None:
+def test_one_engine_serves_a_range_of_batch_sizes(tmp_path: Path) -> None:
+    captured = denoiser()
     batched = Pipeline.parse("batch(max=3)").run(captured)
     built = build(batched, "cpu", tmp_path / "x.engine")
     built.verify()

@@ -27,6 +27,7 @@ from diffopt.targets.cuda import Cuda
 from tests.command import Run
 from tests.passes.build import Builder, body, parameter, randn
 from tests.quantized import steps
+from tests.sampler import denoiser
 from tests.standin import replace_gpu
 from tests.zoo import traced
 
@@ -237,11 +238,11 @@ def test_kernels_of_another_torch_are_compiled_again(
 
 
 def test_what_was_finished_elsewhere_is_finished_again(
-    captured: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gpu(monkeypatch)
     path = tmp_path / "x.engine"
-    diffopt.write(captured, PLAIN, path)
+    diffopt.write(denoiser(), PLAIN, path)
     with monkeypatch.context() as other:
         other.setattr(Cuda, "compiler", lambda self: {"torch": "2.12", "gpu": "another"})
         assert diffopt.finish(path)
@@ -259,11 +260,9 @@ def test_an_engine_for_another_gpu_does_not_load(
         engine.load(unfinished)
 
 
-def test_a_run_has_its_sizes_left_open(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, captured: Program
-) -> None:
+def test_a_run_has_its_sizes_left_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu(monkeypatch)
-    program = Pipeline.parse("batch(max=3)").run(captured)
+    program = Pipeline.parse("batch(max=3)").run(denoiser())
     opened = diffopt.build(program, PLAIN, tmp_path / "x.engine")
     for count in (1, 3):
         inputs = program.sample_inputs(count)
