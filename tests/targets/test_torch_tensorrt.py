@@ -284,9 +284,7 @@ def test_plans_of_another_version_are_compiled_again(
     assert done == [name]
 
 
-def test_what_tensorrt_has_nothing_of_runs_in_torch(
-    library: Library, tmp_path: Path
-) -> None:
+def test_what_tensorrt_has_nothing_of_runs_in_torch(library: Library, tmp_path: Path) -> None:
     captured = sampler.denoiser()
     opened = engine.build(captured, target(min_block=3), tmp_path / "x.engine")
     assert len(library.compiled) == 1
