@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -79,7 +81,7 @@ def _translate(gm: fx.GraphModule, opset: int, sizes: Bounds | None) -> Any:
 
     arguments = tuple(example_tensor(n.meta["val"]) for n in g.placeholders(gm))
     shapes = dynamic_shapes(len(arguments), sizes) if sizes else None
-    with _quiet(), torch.no_grad():
+    with _quiet(), _operators_read_once(), torch.no_grad():
         exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
         onnx_program: Any = torch.onnx.export(
             exported,
@@ -185,3 +187,24 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _operators_read_once() -> Iterator[None]:
+    """Keep the exporter from reading the sources of all operators' forms for each component.
+
+    That takes longer than to export a small one.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    forms: Any = getattr(_registration, "onnxscript_apis", None)
+    if not hasattr(forms, "get_torchlib_ops"):  # each torch version has its own names
+        yield
+        return
+    with mock.patch.object(forms, "get_torchlib_ops", _once(forms.get_torchlib_ops)):
+        yield
+
+
+@cache
+def _once(function: Callable[[], Any]) -> Callable[[], Any]:
+    return cache(function)
