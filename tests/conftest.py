@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import gc
 import os
 import shutil
 import sys
@@ -32,6 +33,7 @@ ORDER = {name: place for place, name in enumerate(SLOW)}
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.set_threshold(50_000, 20, 10)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
         # One cache for a session and its workers, and not the user's.
@@ -69,6 +71,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of searches for garbage: it stays, and is half a million objects.
+
+    With the fewer searches (see `pytest_configure`) this saves a sixth of the time of tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
