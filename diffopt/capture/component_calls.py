@@ -6,6 +6,7 @@ a call node and returns placeholder values of the right shapes.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -22,7 +23,9 @@ from diffopt.capture.dispatch_modes import location, without_modes
 from diffopt.capture.export import CallModule, ExportedCall, export
 from diffopt.capture.module_state import Attribute, restore_state, save_state
 from diffopt.capture.recorder import Recorder
+from diffopt.capture.storage_views import storage_of
 from diffopt.capture.torch_functions import DynamicNumber
+from diffopt.capture.weight_values import WeightValues, named_weights
 from diffopt.ir import graph as g
 from diffopt.ir.printing import graph_fingerprint
 from diffopt.ir.strides import empty_like
@@ -52,7 +55,24 @@ class Signature:
         """Return a key that is equal for calls that run the same graph."""
         types = tuple((t.dtype, t.shape, t.stride()) for t in self.tensors)
         state = tuple((id(store), name, _types(store[name])) for store, name in self.state)
-        return (self.component, self.method, self.spec.key, types, state, fingerprint)
+        return (
+            *(self.component, self.method, self.spec.key, types, state, fingerprint),
+            *ambient_modes(),
+        )
+
+
+def ambient_modes() -> tuple[Hashable, ...]:
+    """Return torch's settings in whose scope a call runs."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    grad = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return (*autocast, *grad, torch.get_default_dtype(), str(torch.get_default_device()))
+
+
+def _wants_gradients(arguments: Any) -> bool:
+    """Tell whether a call's result is to be differentiated by its arguments."""
+    return torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in value_tree.flatten(arguments)[0]
+    )
 
 
 def _types(value: Any) -> Hashable:
@@ -69,9 +89,12 @@ class ComponentCalls:
 
     def __init__(self, components: Mapping[str, torch.nn.Module]) -> None:
         self.modules = dict(components)
+        self.weights = WeightValues(self.modules)
         self.bodies: dict[Hashable, ExportedCall] = {}
         self.exports = 0
         self.lifted: set[tuple[str, str, int]] = set()
+        self.bound: set[tuple[str, str, int]] = set()
+        """Numbers that are no input, though they differ: each value has its own body."""
         self.inlined: dict[Hashable, str] = {}
         """The reasons of calls that could not be exported and are recorded operator by operator."""
         self.recorder: Recorder | None = None
@@ -79,41 +102,43 @@ class ComponentCalls:
         self._seen: dict[Hashable, list[list[Any]]] = {}
         self._exporting = False
 
-    def weights(self) -> dict[int, tuple[str, Tensor]]:
-        """Return parameters and buffers by id, with names: the root graph may use them, too."""
-        table: dict[int, tuple[str, Tensor]] = {}
-        for name, module in self.modules.items():
-            for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                table.setdefault(id(tensor), (f"{name}.{key}", tensor))
-        return table
-
     @contextlib.contextmanager
     def recording(self, recorder: Recorder, seed: int) -> Iterator[None]:
         """Record calls of the components with `recorder` in the context."""
         self.recorder, self._seen = recorder, {}
         self.random.manual_seed(seed)
         undo: list[tuple[dict[str, Any], str, Any]] = []
+        with self.restored():
+            try:
+                for name, module in self.modules.items():
+                    store = vars(module)
+                    for method in _methods(type(module)):  # type: ignore[arg-type]
+                        undo.append((store, method, store.get(method)))
+                        store[method] = self._wrapper(name, module, method)
+                yield
+            finally:
+                for store, method, original in reversed(undo):
+                    store.pop(method, None)
+                    if original is not None:
+                        store[method] = original
+                self.recorder = None
+                if self.weights.restore():
+                    self.bodies.clear()
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the components' state back after the context: attributes, hooks and buffers."""
         saved = [save_state(module) for module in self.modules.values()]
         buffers = {id(b): b for module in self.modules.values() for b in module.buffers()}
-        contents = [(b, b._version, b.clone()) for b in buffers.values()]
+        contents = [(b, b.clone()) for b in buffers.values()]
         try:
-            for name, module in self.modules.items():
-                store = vars(module)
-                for method in _methods(type(module)):  # type: ignore[arg-type]
-                    undo.append((store, method, store.get(method)))
-                    store[method] = self._wrapper(name, module, method)
             yield
         finally:
-            for store, method, original in reversed(undo):
-                store.pop(method, None)
-                if original is not None:
-                    store[method] = original
             for rows in saved:
                 restore_state(rows)
-            for buffer, version, content in contents:
-                if buffer._version != version:
+            for buffer, content in contents:
+                if not torch.equal(buffer, content):
                     buffer.copy_(content)
-            self.recorder = None
 
     def _wrapper(self, name: str, module: torch.nn.Module, method: str) -> Callable[..., Any]:
         original = getattr(module, method)
@@ -130,6 +155,7 @@ class ComponentCalls:
                 args, kwargs = _named(signature[0], args, kwargs)
             return self._call(name, module, method, original, args, kwargs)
 
+        setattr(call, value_tree.RECORDED, True)
         return call
 
     def _call(
@@ -141,15 +167,23 @@ class ComponentCalls:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if (
+            self._has_written_weights(module)
+            or _wants_gradients((args, kwargs))
+            or torch.is_autocast_enabled("cpu")  # which the exporter leaves out
+        ):
+            return original(*args, **kwargs)  # operator by operator
         numbers: list[Any] = []
         tensors, spec = value_tree.flatten(self._lift(name, method, (args, kwargs), numbers))
         state = self._tracked_state(module)
         signature = Signature(name, method, tensors, spec, state, numbers)
         self._watch_numbers(signature)
         skip = frozenset((id(store), attribute) for store, attribute in state)
-        key = signature.key(value_tree.fingerprint(module, skip))
+        key = signature.key(value_tree.fingerprint(module, self.weights.key, skip))
         if key not in self.bodies and key not in self.inlined:
             self._export(key, signature, module, original)
+            if key in self.bodies and self.lifted:
+                self._check_numbers(self.bodies[key], signature, module, original, (args, kwargs))
         if key in self.inlined:
             return original(*args, **kwargs)
         return self._record(self.bodies[key], signature, (args, kwargs))
@@ -169,7 +203,7 @@ class ComponentCalls:
         try:
             self._exporting = True
             with without_modes(), torch.random.fork_rng(devices=[]):
-                body = export(label, call, signature.tensors)
+                body = export(label, call, signature.tensors, self.weights.value)
         except Exception as error:  # the exporter raises many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             log.info("%s.%s is recorded operator by operator: %s", name, method, error)
@@ -211,12 +245,48 @@ class ComponentCalls:
         for earlier in self._seen.setdefault(group, []):
             for index, (a, b) in enumerate(zip(earlier, signature.numbers, strict=True)):
                 place = (signature.component, signature.method, index)
-                if a != b and place not in self.lifted:
+                if a != b and place not in self.lifted | self.bound:
                     self.lifted.add(place)
                     raise Lifted
         self._seen[group].append(signature.numbers)
 
+    def _check_numbers(
+        self,
+        body: ExportedCall,
+        signature: Signature,
+        module: torch.nn.Module,
+        original: Callable[..., Any],
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> None:
+        """Bind the numbers of a method that takes a tensor for another thing than a number.
+
+        It is called for real with the numbers, and the body with tensors in their place.
+        """
+        places = {(signature.component, signature.method, i) for i in range(len(signature.numbers))}
+        if not places & self.lifted or signature.state:
+            return
+        with without_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            args, kwargs = copy.deepcopy(arguments)
+            saved = save_state(module)
+            try:
+                expected = value_tree.flatten(original(*args, **kwargs))[0]
+            finally:
+                restore_state(saved)
+            got = body.module(*(tensor.clone() for tensor in signature.tensors))
+        if not all(map(value_tree.same_bits, expected, got)):
+            self.bound |= places & self.lifted
+            self.lifted -= places
+            raise Lifted
+
     # Recording
+
+    def _has_written_weights(self, module: torch.nn.Module) -> bool:
+        """Tell whether weights or buffers depend on inputs."""
+        assert self.recorder is not None
+        written = self.recorder.storages
+        return bool(written) and any(
+            storage_of(tensor) in written for _, tensor in named_weights({"": module})
+        )
 
     def _tracked_state(self, module: torch.nn.Module) -> list[Attribute]:
         """Return the attributes that hold tensors which depend on inputs."""
@@ -252,8 +322,11 @@ class ComponentCalls:
             recorder.bind(values[-1], part)
         outcome = body.outcome
         start = outcome.results
+        module = self.modules[signature.component]
+        owners = dict(value_tree.owners(module)) if outcome.changes else {}
         for change in outcome.changes:
-            change.store[change.name] = change.spec.build(values[start : start + change.tensors])
+            store = owners.get(change.owner, change.store)
+            store[change.name] = change.spec.build(values[start : start + change.tensors])
             start += change.tensors
         for hooks, contents in outcome.hooks:
             hooks.clear()

@@ -37,7 +37,10 @@ aten = torch.ops.aten
 class Change:
     """An attribute that a call of a component sets."""
 
+    owner: str
+    """The path of what has the attribute; the next call may find another object there."""
     store: dict[str, Any]
+    """Its `__dict__` at this call."""
     name: str
     spec: value_tree.Spec
     tensors: int
@@ -54,6 +57,8 @@ class Outcome:
     """The containers among the arguments after the call; None if it does not change them."""
     hooks: list[tuple[dict[int, Any], dict[int, Any]]]
     """Dictionaries of hooks that the call changes, and their contents after it."""
+    is_heard: bool
+    """Whether a hook keeps something of the call outside of the modules."""
 
 
 @dataclasses.dataclass
@@ -120,13 +125,16 @@ class CallModule(torch.nn.Module):
         }
         out = self.run(*args, **kwargs)
         results, result = value_tree.flatten(out)
-        outcome = Outcome(result, len(results), [], None, changed_hooks(self.memory.before))
+        state = self.memory.before
+        outcome = Outcome(result, len(results), [], None, changed_hooks(state), state.is_heard())
+        paths = {id(store): path for path, store in value_tree.owners(self.component)}
         for store, name in value_tree.attributes(self.component):
             value = store[name]
             if before.get((id(store), name)) == snapshot(value):
                 continue
             changed, spec = value_tree.flatten(value)
-            outcome.changes.append(Change(store, name, spec, len(changed)))
+            change = Change(paths[id(store)], store, name, spec, len(changed))
+            outcome.changes.append(change)
             results.extend(changed)
         after, spec = value_tree.flatten((args, kwargs))
         same = all(a is b for a, b in zip(after, tensors, strict=False))
@@ -137,8 +145,17 @@ class CallModule(torch.nn.Module):
         return tuple(results)
 
 
-def export(name: str, call: CallModule, inputs: Iterable[Tensor]) -> ExportedCall:
-    """Export one call of a component, and restore the component's state."""
+def export(
+    name: str, call: CallModule, inputs: Iterable[Tensor], weight_of: Callable[[Tensor], Tensor]
+) -> ExportedCall:
+    """Export one call of a component, and restore the component's state.
+
+    Args:
+        name: Of the component.
+        call: The call.
+        inputs: Tensors of the types of its arguments.
+        weight_of: Returns what stands in the graph for a weight of the module.
+    """
     inputs = [t.detach() for t in (*inputs, *(t for row in call.state for t in row[2]))]
     try:
         with (
@@ -154,9 +171,11 @@ def export(name: str, call: CallModule, inputs: Iterable[Tensor]) -> ExportedCal
                 exported = exported.run_decompositions({})
     finally:
         restore_state(call.memory.before)
-    body, mutated = import_exported(exported, name, prefix="component.")
     outcome = call.memory.outcome
     assert outcome is not None
+    if outcome.is_heard:
+        raise CaptureError("a hook keeps something of the call outside of the module")
+    body, mutated = import_exported(exported, name, weight_of, prefix="component.")
     return ExportedCall(name, body, outcome, mutated)
 
 
@@ -182,7 +201,10 @@ def _writes(gm: fx.GraphModule) -> bool:
 
 
 def import_exported(
-    exported: torch.export.ExportedProgram, name: str, prefix: str = ""
+    exported: torch.export.ExportedProgram,
+    name: str,
+    weight_of: Callable[[Tensor], Tensor] = lambda weight: weight,
+    prefix: str = "",
 ) -> tuple[fx.GraphModule, list[int]]:
     """Return an exported program as a body with weights as `get_attr` nodes.
 
@@ -204,7 +226,10 @@ def import_exported(
         if spec.kind != InputKind.USER_INPUT:
             target = str(spec.target)
             table: Any = exported.constants if target in exported.constants else exported.state_dict
-            env[node] = g.get_attr(body, target.removeprefix(prefix), table[target])
+            value = table[target]
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                value = weight_of(value)
+            env[node] = g.get_attr(body, target.removeprefix(prefix), value)
     _import_nodes(source, body, env, prefix)
     results: Any = source.graph.output_node().args[0]
     names = [node.name for node in users]
@@ -239,6 +264,11 @@ def _import_nodes(
             env[node] = value if is_region else g.get_attr(body, str(node.target), value)
         elif _is_region(node.target):
             env[node] = _inline(node, body, env, prefix)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"{node.target} takes functions, which no graph holds; use an operator of tensors"
+                " (scaled_dot_product_attention)"
+            )
         elif "_assert" in str(node.target) or "sym_constrain_range" in str(node.target):
             continue
         elif node.target is operator.getitem and isinstance(env[node.args[0]], (tuple, list)):

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffopt.host.inputs import CLEANERS, Picture, Place, TensorArgument, leaves, value_at
+from diffopt.host.arguments import Place, leaves, value_at
+from diffopt.host.cleaners import CLEANERS
+from diffopt.host.inputs import Picture, TensorArgument
 
 
 def templates(
@@ -37,17 +39,31 @@ def array_recipes(
             yield TensorArgument(place, dtype)
     pictures = {place: v for place, v in leaves(arguments) if isinstance(v, Image.Image)}
     pictures |= {place[:-1]: v for place, v in pictures.items() if place and place[-1] == 0}
-    scales = ("byte",) if final.dtype == np.uint8 else ("unit", "signed")
+    scales = ("byte",) if final.dtype == np.uint8 else ("unit", "signed", "centered", "binary")
     for place, picture in pictures.items():
         for layout in ("nhwc", "nchw", "nhw", "hwc", "chw", "hw"):
             if len(layout) != final.ndim:
                 continue
             size = (final.shape[layout.index("w")], final.shape[layout.index("h")])
-            resamples = [0] if size == picture.size else [1, 2, 3, 0]
-            for mode, resample, scale in itertools.product(
-                dict.fromkeys((picture.mode, "RGB", "L")), resamples, scales
-            ):
-                yield Picture(place, mode, size, resample, scale, layout)
+            modes = dict.fromkeys((picture.mode, "RGB", "L"))
+            resizings = _resizings(size == picture.size)
+            for mode, (resample, gap), scale in itertools.product(modes, resizings, scales):
+                yield Picture(place, mode, size, resample, scale, layout, gap)
+
+
+def picture_recipes(
+    arguments: Mapping[str, Any], final: Image.Image
+) -> Iterator[tuple[Place, tuple[str, tuple[int, int], int, float | None]]]:
+    """Yield the places of pictures, with the arguments of `resized` that may give another one."""
+    for place, picture in leaves(arguments):
+        if isinstance(picture, Image.Image):
+            for resample, gap in _resizings(final.size == picture.size):
+                yield place, (final.mode, final.size, resample, gap)
+
+
+def _resizings(is_whole: bool) -> list[tuple[int, float | None]]:
+    """Return PIL's filters and first reductions to try; none is needed for a whole picture."""
+    return [(0, None)] if is_whole else [*itertools.product((1, 2, 3, 0), (None, 1))]
 
 
 def reproduces(
@@ -57,5 +73,7 @@ def reproduces(
     value = value_at(arguments, step.place)
     if isinstance(step, TensorArgument):
         return np.array_equal(value, array)
-    result = step.render(value if isinstance(value, list) else [value])
-    return result.shape == array.shape and np.array_equal(result, array)
+    result = step.render(value if isinstance(value, (list, tuple)) else [value])
+    return (result.dtype, result.shape) == (array.dtype, array.shape) and np.array_equal(
+        result, array
+    )

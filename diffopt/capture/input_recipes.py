@@ -9,7 +9,8 @@ values of both.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -17,32 +18,37 @@ import torch
 from PIL import Image
 from torch import Tensor, fx
 
-from diffopt.capture.input_guesses import array_recipes, reproduces, templates
+from diffopt.capture import draws
+from diffopt.capture.input_guesses import array_recipes, picture_recipes, reproduces, templates
+from diffopt.capture.random_streams import RandomStreams
 from diffopt.capture.recorder import Recorder, fail
 from diffopt.capture.torch_functions import DynamicNumber
+from diffopt.capture.tracked_text import TrackedText
+from diffopt.capture.value_tree import same_bits
 from diffopt.errors import CaptureError
+from diffopt.host.arguments import Place, items, leaves, replaced, short, value_at
 from diffopt.host.inputs import (
     Draw,
     InputStep,
     Number,
-    Place,
     Processor,
     TensorArgument,
     Text,
-    leaves,
     places_in,
+    resized,
 )
+from diffopt.host.schema import describe
+from diffopt.host.text_reads import Derived, TextRead
 
 # Methods by which pipelines turn texts and pictures into tensors.
 _PROCESSING = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")
 
-_DRAWS = {
-    "randn": "randn",
-    "rand": "rand",
-    "randn_like": "randn",
-    "rand_like": "rand",
-    "randint": "randint",
-}
+
+_LETTERS = (
+    *("A big cat", "dog of he", "ink jam", "lemon par", "quiet su", "vow xyz", "01 234", "56 789"),
+    *("!?,.:;", "'x' (y)", "&#-_/"),
+)
+"""Short texts in which a token that became a special one shows."""
 
 
 @dataclasses.dataclass
@@ -65,6 +71,7 @@ class RunInputs:
             for the first run.
         dynamic: Names of numbers that are inputs.
         final: Find the steps to the inputs; otherwise they are only recorded as inputs.
+        lists: Whether lists of numbers of which tensors are made are inputs.
     """
 
     def __init__(
@@ -75,23 +82,27 @@ class RunInputs:
         dynamic: Sequence[str] = (),
         *,
         final: bool = False,
+        lists: bool = True,
     ) -> None:
         self.arguments = dict(arguments)
         self.processors = processors
         self.earlier = earlier
         self.final = final
-        self.dynamic = dynamic
+        self.dynamic, self.lists = dynamic, lists
         self.calls: list[HostCall] = []
         self.arrays: list[np.ndarray] = []
         self.steps: list[tuple[InputStep, list[tuple[fx.Node, Tensor]]]] = []
         self.guards: dict[Place, list[tuple[str, float, bool, str]]] = {}
-        self.generators = {
-            id(v): place for place, v in leaves(self.arguments) if isinstance(v, torch.Generator)
-        }
-        self._lists = dict(_number_lists(self.arguments))
+        self.streams: RandomStreams = RandomStreams(
+            self.arguments, earlier.streams if earlier else None
+        )
+        self._lists = dict(_number_lists(self.arguments)) if lists else {}
+        self.used_lists: set[Place] = set()
+        self.text_reads: list[TextRead] = []
         self._depth = 0
-        # By the text; taken from a probe whose texts every cleaner changes differently.
-        self.templates: dict[str, Text] = dict(earlier.templates) if earlier else {}
+        # By the text's place in the host calls; taken from a probe whose texts every cleaner
+        # changes differently.
+        self.templates: dict[Place, Text] = dict(earlier.templates) if earlier else {}
         self.recorder: Recorder | None = None
 
     # The caller's own tensors and numbers
@@ -99,10 +110,13 @@ class RunInputs:
     def start(self, recorder: Recorder) -> dict[str, Any]:
         """Make tensors and dynamic numbers inputs; return the arguments to call with."""
         self.recorder = recorder
+        self.streams.start()
         for place, value in leaves(self.arguments):
             if isinstance(value, Tensor):
                 self.add_input(recorder, value, place)
-        arguments = dict(self.arguments)
+        texts = {p: v for p, v in leaves(self.arguments) if isinstance(v, str)}
+        tracked = {p: TrackedText.make(v, Derived(p), self._note_read) for p, v in texts.items()}
+        arguments: dict[str, Any] = replaced(dict(self.arguments), tracked)
         for name in self.dynamic:
             value = arguments.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -115,6 +129,24 @@ class RunInputs:
             self.steps.append((Number((name,)), [(node, tensor)]))
             arguments[name] = DynamicNumber.make(recorder, tensor, self.guards[(name,)])
         return arguments
+
+    def _note_read(self, read: TextRead) -> None:
+        if not self.in_host() and read not in self.text_reads:
+            self.text_reads.append(read)
+
+    def text_guards(self, inputs: Set[Place]) -> list[TextRead]:
+        """Return what new texts must give, too: what Python read of those that are inputs.
+
+        A question needs no guard where the earlier run, which did the same, got the other answer.
+        """
+        assert self.earlier is not None
+        answers = {(str(read.text), read.result) for read in self.earlier.text_reads}
+
+        def is_free(read: TextRead) -> bool:
+            return isinstance(read.result, bool) and (str(read.text), not read.result) in answers
+
+        reads = [read for read in self.text_reads if read.text.place in inputs]
+        return [read for read in reads if not is_free(read)]
 
     def add_input(self, recorder: Recorder, tensor: Tensor, place: Place) -> None:
         """Make the argument at a place an input."""
@@ -129,7 +161,10 @@ class RunInputs:
 
     def place_of_list(self, value: Any) -> Place | None:
         """Return the place of a list of numbers among the arguments."""
-        return self._lists.get(id(value)) if isinstance(value, list) else None
+        place = self._lists.get(id(value)) if isinstance(value, list) else None
+        if place is not None:
+            self.used_lists.add(place)
+        return place
 
     # Random draws
 
@@ -137,33 +172,24 @@ class RunInputs:
         self, recorder: Recorder, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]
     ) -> Any:
         """Run a random operator; its result is an input, drawn by the host in the same order."""
-        generator = kwargs.get("generator")
-        packet = func._schema.name.split("::")[1]
-        if generator is not None and id(generator) not in self.generators:
-            if tracked and packet not in _DRAWS:
-                fail(
-                    f"{packet} draws from a traced value",
-                    "draw the noise with torch.randn, then transform it",
-                )
-            return func(*args, **kwargs)  # the pipeline's generator: the same numbers every time
-        if packet in ("normal_", "uniform_") and tuple(args[1:]) in ((), (0, 1), (0.0, 1.0)):
-            out, packet = func(*args, **kwargs), {"normal_": "randn", "uniform_": "rand"}[packet]
-        elif packet in _DRAWS:
-            out, packet = func(*args, **kwargs), _DRAWS[packet]
-        else:
+        if self.in_host():
             fail(
-                f"{packet} draws random numbers in a way that can't be repeated outside",
-                "use torch.randn or rand",
+                "a host component draws random numbers", "pass its result (prompt_embeds, latents)"
             )
-        extra = (
-            tuple(float(a) for a in args[:2] if isinstance(a, int)) if packet == "randint" else ()
-        )
-        if packet == "randint" and len(extra) == 1:
-            extra = (0.0, *extra)
-        place = self.generators.get(id(generator)) if generator is not None else None
-        dtype = str(out.dtype).removeprefix("torch.")
-        step = Draw(f"aten.{packet}", tuple(out.shape), dtype, extra, place)
-        node = recorder.input("noise" if packet == "randn" else packet, out)
+        generator = kwargs.get("generator")
+        composed = draws.composition(func)
+        if composed is not None:
+            return draws.compose(recorder, composed, func, args, kwargs)
+        with self.streams.draw(generator) as origin:
+            before = (torch.default_generator if generator is None else generator).get_state()
+            out = func(*args, **kwargs)
+        if origin is None:
+            if func._schema.is_mutable and tracked:
+                recorder.write(out, recorder.constant(out))
+            return out
+        step = draws.step(func, args, kwargs, out, origin.place, origin.stream)
+        draws.expect_repeatable(step, before, out)
+        node = recorder.input("noise" if step.op == "aten.randn" else step.op[5:].rstrip("_"), out)
         if func._schema.is_mutable:
             recorder.write(out, node)
         self.steps.append((step, [(node, out)]))
@@ -195,7 +221,7 @@ class RunInputs:
                 finally:
                     self._depth -= 1
                 if self._depth == 0 and not isinstance(result, str):
-                    self._called(HostCall(name, label, (args, kwargs), result))
+                    self._called(HostCall(name, label, plain_texts((args, kwargs)), result))
                 return result
 
             return call
@@ -213,10 +239,19 @@ class RunInputs:
         if index >= len(self.earlier.calls):
             return
         other = self.earlier.calls[index].args
-        encoded = self.encode(call.args, other) if self.final else None
-        if (self.final and not places_in(encoded)) or (
-            not self.final and _texts(call.args) == _texts(other)
-        ):
+        given = {id(value) for _, value in leaves(self.arguments)}
+        traced = [value for _, value in leaves(call.args) if self._is_traced(value)]
+        if any(id(value) not in given for value in traced):
+            if all(self._is_traced(tensor) for _, tensor in tensors_of(call.result)):
+                return  # what it computes of traced values is recorded
+            fail(
+                "a host component is called with a value that is computed of the arguments",
+                "pass what it returns as the argument",
+            )
+        if not traced and _is_same(call.args, other):
+            return  # in every call
+        encoded = self.encode(call.args, other, (index,)) if self.final else None
+        if self.final and not places_in(encoded):
             return
         nodes, keys = [], []
         for key, tensor in tensors_of(call.result):
@@ -227,20 +262,37 @@ class RunInputs:
         step = Processor(call.component, call.method, encoded, tuple(keys))
         self.steps.append((step, nodes))
 
-    def encode(self, final: Any, probe: Any) -> Any:
-        """Return a host call's arguments as JSON, with the caller's texts and pictures by place."""
+    def _is_traced(self, value: Any) -> bool:
+        assert self.recorder is not None
+        return isinstance(value, Tensor) and self.recorder.node_of(value) is not None
+
+    def encode(self, final: Any, probe: Any, at: Place) -> Any:
+        """Return a host call's arguments as JSON, with the caller's texts and pictures by place.
+
+        Args:
+            final: The arguments.
+            probe: Those in the earlier run.
+            at: The number of the call, and the place of these in its arguments.
+        """
         if isinstance(final, str):
-            return final if final == probe else {"text": self._text(final, probe).parts}
+            return final if final == probe else {"text": self._text(final, probe, at).parts}
         for place, value in leaves(self.arguments):
             if value is final and not isinstance(final, (str, int, float, bool, type(None))):
                 return {"place": list(place)}
+        if isinstance(final, Image.Image) and isinstance(probe, Image.Image):
+            assert self.earlier is not None
+            pair = (self.arguments, final), (self.earlier.arguments, probe)
+            for place, how in picture_recipes(self.arguments, final):
+                if all(_is_same(resized(value_at(a, place), *how), p) for a, p in pair):
+                    return {"resized": [list(place), *how]}
         if isinstance(final, (list, tuple)):
             kind = "tuple" if isinstance(final, tuple) else "list"
             if not isinstance(probe, (list, tuple)) or len(final) != len(probe):
                 fail("how a host component is called depends on the texts", "pass prompt_embeds")
-            return {kind: [self.encode(f, p) for f, p in zip(final, probe, strict=True)]}
+            pairs = enumerate(zip(final, probe, strict=True))
+            return {kind: [self.encode(f, p, (*at, index)) for index, (f, p) in pairs]}
         if isinstance(final, Mapping):
-            return {"dict": {k: self.encode(v, probe[k]) for k, v in final.items()}}
+            return {"dict": {k: self.encode(v, probe[k], (*at, k)) for k, v in final.items()}}
         try:
             json.dumps(final)
         except TypeError:
@@ -248,12 +300,18 @@ class RunInputs:
                 f"a host component is called with {type(final).__name__}",
                 "pass texts, numbers or pictures",
             )
+        if final != probe:
+            fail("how a host component is called depends on the texts", "pass prompt_embeds")
         return final
 
-    def _text(self, final: str, probe: str) -> Text:
-        if final in self.templates:
-            return self.templates[final]
+    def _text(self, final: str, probe: str, at: Place) -> Text:
         assert self.earlier is not None
+
+        def fits(text: Text) -> bool:
+            return text.render(self.arguments) == final
+
+        if at in self.templates and fits(self.templates[at]):
+            return self.templates[at]
         originals = dict(leaves(self.arguments))
         changed = [
             (place, value)
@@ -261,12 +319,11 @@ class RunInputs:
             if isinstance(value, str) and originals.get(place) != value
         ]
         for parts in templates(changed, probe):
-            text = Text(parts)
-            if text.render(self.arguments) == final:
-                self.templates[final] = text
-                return text
+            if fits(Text(parts)):
+                self.templates[at] = Text(parts)
+                return self.templates[at]
         fail(
-            f"the text {final!r} is made from the arguments in a way that is not a template",
+            f"the text {short(final)} is made from the arguments in a way that is not a template",
             "switch the pipeline's text cleaning off, or pass prompt_embeds",
         )
 
@@ -316,6 +373,29 @@ class RunInputs:
             "pass the argument as a tensor",
         )
 
+    def is_like(self, name: str, loaded: Any) -> bool:
+        """Tell whether a host component gives what the pipeline's own gives, bit by bit.
+
+        For the calls of this run, and for these with other texts in place of the caller's.
+        """
+        assert self.earlier is not None
+        for call, other in zip(self.calls, self.earlier.calls, strict=False):
+            if call.component != name:
+                continue
+            texts = {p: v for p, v in leaves(call.args) if isinstance(v, str)}
+            places = [p for p, v in texts.items() if value_at(other.args, p) != v]
+            more = [dict.fromkeys(places, text) for text in _LETTERS if places]
+            for args, kwargs in (replaced(call.args, texts) for texts in ({}, *more)):
+                results = [
+                    tensors_of(getattr(component, call.method)(*args, **kwargs))
+                    for component in (self.processors[name], loaded)
+                ]
+                keys = [[key for key, _ in result] for result in results]
+                pairs = zip(*results, strict=False)
+                if keys[0] != keys[1] or not all(same_bits(a, b) for (_, a), (_, b) in pairs):
+                    return False
+        return True
+
     # The result
 
     def finish(self, recorder: Recorder) -> tuple[list[InputStep], list[Tensor]]:
@@ -351,14 +431,16 @@ class RunInputs:
 
 
 def _number_lists(value: Any, place: Place = ()) -> Iterator[tuple[int, Place]]:
-    if isinstance(value, Mapping):
-        for k, v in value.items():
-            yield from _number_lists(v, (*place, k))
-    elif isinstance(value, list):
-        if value and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
-            yield id(value), place
-        for i, v in enumerate(value):
-            yield from _number_lists(v, (*place, i))
+    if isinstance(value, list) and value and all(type(v) in (int, float) for v in value):
+        yield id(value), place
+    for key, part in items(value) or ():
+        yield from _number_lists(part, (*place, key))
+
+
+def plain_texts(value: Any) -> Any:
+    """Return a value with plain strings in place of tracked ones."""
+    texts = {p: str.__str__(v) for p, v in leaves(value) if isinstance(v, TrackedText)}
+    return replaced(value, texts)
 
 
 def tensors_of(result: Any) -> list[tuple[str, Tensor]]:
@@ -370,13 +452,16 @@ def tensors_of(result: Any) -> list[tuple[str, Tensor]]:
     return []
 
 
-def _texts(args: Any) -> list[Any]:
-    """Return the texts and the ids of pictures in a host call's arguments."""
-    values = [value for _, value in leaves(args)]
-    return [v for v in values if isinstance(v, str)] + [
-        id(v) for v in values if isinstance(v, Image.Image)
-    ]
+def _is_same(a: Any, b: Any) -> bool:
+    """Tell whether two values have the same structure and contents."""
+    if describe(a) != describe(b):
+        return False
+    pairs = zip(leaves(a), leaves(b), strict=True)
+    return all(
+        x is y or (torch.equal(x, y) if isinstance(x, Tensor) else "object" not in describe(x))
+        for (_, x), (_, y) in pairs
+    )
 
 
-def _name(place: Sequence[str | int]) -> str:
-    return "_".join(str(part) for part in place)
+def _name(place: Place) -> str:
+    return re.sub(r"\W", "_", "_".join(str(part) for part in place))

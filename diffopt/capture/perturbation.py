@@ -10,7 +10,9 @@ from torch import Tensor
 
 from diffopt.capture.input_recipes import HostCall, RunInputs, tensors_of
 from diffopt.errors import CaptureError
-from diffopt.host.inputs import CLEANERS, Place, decode_args, leaves, places_in, value_at
+from diffopt.host.arguments import Place, items, leaves, rebuilt, replaced, value_at
+from diffopt.host.cleaners import CLEANERS, probe_text
+from diffopt.host.inputs import Host, decode_args, places_in
 
 
 def texts(scout: RunInputs) -> list[Place]:
@@ -47,9 +49,21 @@ def _host_texts(calls: Iterable[HostCall]) -> list[str]:
     return [v for call in calls for _, v in leaves(call.args) if isinstance(v, str)]
 
 
-def other_texts(places: Sequence[Place]) -> dict[Place, Any]:
-    """Return other texts for these places, each of which every cleaner changes differently."""
-    return {place: f" Wq{index} Zk " for index, place in enumerate(places)}
+def seeds(scout: RunInputs) -> list[Place]:
+    """Return the places of numbers that may be the seeds of generators which the pipeline makes."""
+    made = scout.streams.made
+    return [p for p, v in leaves(scout.arguments) if type(v) is int and v in made]
+
+
+def seeded(probe: RunInputs, places: Sequence[Place]) -> list[Place]:
+    """Return the places of which the pipeline made a generator of the changed number."""
+    return [place for place in places if value_at(probe.arguments, place) in probe.streams.made]
+
+
+def other_values(texts: Sequence[Place], seeds: Sequence[Place]) -> dict[Place, Any]:
+    """Return other texts, each of which every cleaner changes differently, and other seeds."""
+    values: dict[Place, Any] = {place: probe_text(index) for index, place in enumerate(texts)}
+    return values | {place: 987654321 + index for index, place in enumerate(seeds)}
 
 
 def same_lengths(scout: RunInputs, probe: RunInputs) -> dict[str, Any] | None:
@@ -61,11 +75,11 @@ def same_lengths(scout: RunInputs, probe: RunInputs) -> dict[str, Any] | None:
     places = [p for p, v in leaves(probe.arguments) if isinstance(v, str) and v != originals.get(p)]
     calls = []
     reader = RunInputs(scout.arguments, scout.processors, probe, final=True)
-    for call, other in zip(scout.calls, probe.calls, strict=False):
+    for index, (call, other) in enumerate(zip(scout.calls, probe.calls, strict=False)):
         try:
-            encoded = reader.encode(call.args, other.args)
+            encoded = reader.encode(call.args, other.args, (index,))
         except CaptureError:
-            return None
+            continue  # with other lengths it is called in another way
         if places_in(encoded):
             calls.append((call, encoded))
     scout.templates = reader.templates
@@ -73,13 +87,13 @@ def same_lengths(scout: RunInputs, probe: RunInputs) -> dict[str, Any] | None:
     for index, place in enumerate(places):
         concerned = [c for c in calls if place in map(tuple, places_in(c[1]))]
         for text in _others_of(originals[place], index):
-            arguments = _replace(scout.arguments, {place: text})
+            arguments = replaced(scout.arguments, {place: text})
             if all(_has_length(*call, scout.processors, arguments) for call in concerned):
                 changed[place] = text
                 break
         else:
             return None
-    return _replace(probe.arguments, changed) if changed else None
+    return replaced(probe.arguments, changed) if changed else None
 
 
 def _others_of(text: str, index: int) -> Iterator[str]:
@@ -115,46 +129,70 @@ def _is_mask(tensor: Tensor) -> bool:
     return tensor.ndim > 0 and bool(((tensor == 0) | (tensor == 1)).all())
 
 
-def disturb(scout: RunInputs, texts: Mapping[Place, Any]) -> dict[str, Any]:
-    """Return the arguments with these texts and other pictures, arrays, seeds and numbers."""
-    changed: dict[Place, Any] = dict(texts)
-    for place, value in leaves(scout.arguments):
+def disturb(scout: RunInputs, changed: Mapping[Place, Any]) -> dict[str, Any]:
+    """Return the arguments with these values, and with other pictures, arrays, lists, generators.
+
+    Each gets a value of its own, so that what is computed of one is not taken for another's.
+    """
+    changed = dict(changed)
+    for index, (place, value) in enumerate(leaves(scout.arguments)):
         if isinstance(value, Image.Image):
             array = np.array(value)
-            noise = np.random.default_rng(0).integers(0, 256, array.shape).astype(array.dtype)
+            noise = (
+                np.random.default_rng([_NOISE, index])
+                .integers(0, 256, array.shape)
+                .astype(array.dtype)
+            )
             if array.dtype == np.uint8:
                 changed[place] = Image.fromarray(noise, mode=value.mode)
         elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
-            changed[place] = value[::-1] * 0.5 + 0.25
+            changed[place] = value[::-1] * 0.5 + (0.25 + index * 2**-8)
         elif isinstance(value, torch.Generator):
             # A clone: only such generators have the same Python identity behind the dispatcher.
-            changed[place] = torch.Generator().manual_seed(987654321).clone_state()
+            changed[place] = torch.Generator().manual_seed(987654321 + index).clone_state()
+    for index, place in enumerate(sorted(scout.used_lists, key=repr)):
+        for number, value in enumerate(_other_numbers(value_at(scout.arguments, place), index)):
+            changed[(*place, number)] = value
     for place, guards in scout.guards.items():
         if not any(symbol == "==" and result for symbol, _, result, _ in guards):
-            changed[place] = value_at(scout.arguments, place) * (1 + 2**-12)
-    return _replace(scout.arguments, changed)  # type: ignore[no-any-return]
+            changed[place] = float(value_at(scout.arguments, place)) * (1 + 2**-12)
+    return replaced(scout.arguments, changed)  # type: ignore[no-any-return]
 
 
-def same_generators(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with copies of the generators, so that the caller's do not advance."""
-    changed: dict[Place, Any] = {}
-    copies: dict[int, torch.Generator] = {}
-    for place, value in leaves(arguments):
-        if isinstance(value, torch.Generator):
-            copies.setdefault(id(value), value.clone_state())
-            changed[place] = copies[id(value)]
-    return _replace(arguments, changed)  # type: ignore[no-any-return]
+_NOISE = 987654321  # a seed that no test picture was made with
 
 
-def _replace(value: Any, changed: Mapping[Place, Any], place: Place = ()) -> Any:
-    if place in changed:
-        return changed[place]
-    if isinstance(value, Mapping):
-        return {k: _replace(v, changed, (*place, k)) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_replace(v, changed, (*place, i)) for i, v in enumerate(value)]
-        # An unchanged list must be the same object: lists are recognized by identity.
-        return (
-            value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
-        )
-    return value
+def inputs_of(host: Host, arguments: Mapping[str, Any]) -> dict[Place, Any]:
+    """Return the values of a run's arguments at the places from which inputs are computed."""
+    places = host.input_places()
+    rows = leaves(arguments)
+    return {p: v for p, v in rows if any(p[:end] in places for end in range(1, len(p) + 1))}
+
+
+def _other_numbers(values: list[Any], index: int) -> list[Any]:
+    """Return other numbers of their types: near them in their order, and indices in their range."""
+    if any(isinstance(value, float) for value in values):
+        return [v * (1 - 2 ** -(8 + index)) if isinstance(v, float) else v for v in values]
+    if min(values) > 0:
+        return [value - 1 for value in values]
+    rotated = [*values[1:], values[0]]
+    return rotated if rotated != values else [value + 1 for value in values]
+
+
+def separated(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with copies of mutable leaves and lists, none of which is another's.
+
+    What enters the pipeline is told apart by identity; and the caller's generators do not advance.
+    """
+    return {name: _copy(value) for name, value in arguments.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if isinstance(value, Tensor):
+        return value.detach().clone(memory_format=torch.preserve_format)
+    if isinstance(value, (np.ndarray, Image.Image)):
+        return value.copy()
+    parts = items(value)
+    return value if parts is None else rebuilt(value, {key: _copy(part) for key, part in parts})

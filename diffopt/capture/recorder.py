@@ -7,7 +7,6 @@ are functionalized: a written storage has one current value, of which every tens
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffopt.capture import value_tree
 from diffopt.capture.dispatch_modes import Location, is_random, location
 from diffopt.capture.storage_views import StorageValue, covers, layout_of, slice_of, storage_of
+from diffopt.capture.weight_values import WeightValues, named_weights
 from diffopt.errors import CaptureError
 from diffopt.ir import graph as g
 
@@ -27,6 +27,9 @@ aten = torch.ops.aten
 _MAX_COPY = 1 << 20
 
 _IDENTITIES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default)
+
+
+_INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
 class InputSource(Protocol):
@@ -50,10 +53,15 @@ class InputSource(Protocol):
 class Recorder(TorchDispatchMode):
     """Record operators on values that depend on a program's inputs."""
 
-    def __init__(self, weights: Mapping[int, tuple[str, Tensor]], sources: InputSource) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, weights: WeightValues, sources: InputSource) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.root = g.new_body("program")
         self.weights = weights
+        self._weight_names = {
+            id(t): name for name, t in reversed(list(named_weights(weights.modules)))
+        }
         self.nodes: dict[int, tuple[fx.Node, int]] = {}
         self.storages: dict[int, StorageValue] = {}
         self.owners: dict[int, Tensor] = {}
@@ -83,7 +91,7 @@ class Recorder(TorchDispatchMode):
     def value(self, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor's current value, a constant if it depends on no input."""
         node = self.node_of(tensor)
-        return node if node is not None else self._constant(tensor)
+        return node if node is not None else self.constant(tensor)
 
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
         """Record that a tensor has the value of a node."""
@@ -103,10 +111,10 @@ class Recorder(TorchDispatchMode):
         self.bind(tensor, node)
         return node
 
-    def _constant(self, tensor: Tensor) -> fx.Node:
-        weight = self.weights.get(id(tensor))
-        if weight is not None:
-            name, value = weight
+    def constant(self, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor's value now, which no call changes."""
+        if id(tensor) in self._weight_names:
+            name, value = self._weight_names[id(tensor)], self.weights.value(tensor)
         else:
             name, value = "constant", tensor.detach()
             if tensor.numel() * tensor.element_size() <= _MAX_COPY:
@@ -187,12 +195,7 @@ class Recorder(TorchDispatchMode):
         self.keep.append(tensor)
 
     def _mutate(self, func: Any, args: Any, kwargs: Any) -> Any:
-        written = [
-            (args[i] if i < len(args) else kwargs.get(a.name))
-            for i, a in enumerate(func._schema.arguments)
-            if a.alias_info is not None and a.alias_info.is_write
-        ]
-        written = [t for t in written if isinstance(t, Tensor)]
+        written = _written(func, args, kwargs)
         before = [self._storage(t) for t in written]
         nodes = self._functional(func, args, kwargs, written)
         out = func(*args, **kwargs)
@@ -243,12 +246,23 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record an operator, or only run it if no argument depends on an input."""
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            fail(
+                f"{func} takes functions, which no graph holds",
+                "use an operator of tensors (scaled_dot_product_attention)",
+            )
         tensors = value_tree.flatten((args, kwargs))[0]
         tracked = [t for t in tensors if self.node_of(t) is not None]
+        if func._schema.is_mutable:
+            for tensor in _written(func, args, kwargs):
+                if self.weights.is_written(tensor):
+                    self.weights.before_write(tensor)
         if is_random(func):
             return self.sources.draw(self, func, args, kwargs, tracked)
         if not tracked:
             return func(*args, **kwargs)
+        if func in _INDEXED:
+            args = (args[0], self._positions(args[1]), *args[2:])
         if func in _IDENTITIES:
             out = func(*args, **kwargs)
             self.bind(out, self.value(args[0]))
@@ -267,6 +281,10 @@ class Recorder(TorchDispatchMode):
                 with self:
                     values, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]
                     return self._mask_index(values, [mask])
+            if all(self.node_of(t) in self.host_values for t in tracked):
+                for tensor in tracked:  # a result that guards make a constant
+                    self.reads.append((self.value(tensor), tensor.tolist(), location()))
+                return func(*args, **kwargs)
             fail(
                 f"{func._schema.name.split('::')[1]}: its result's shape depends on a traced value",
                 "use a form with a fixed shape (torch.where, a mask multiply)",
@@ -304,6 +322,20 @@ class Recorder(TorchDispatchMode):
             is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
             places.extend(self._selected(index) if is_mask else [index])
         return aten.index.Tensor(values, places)  # type: ignore[no-any-return]
+
+    def _positions(self, indices: Any) -> list[Tensor | None]:
+        """Return indices with the positions that constant masks select in place of the masks.
+
+        They are one operator with a fixed shape; what a mask selects is known to no fake tensor.
+        """
+        result: list[Tensor | None] = []
+        for index in indices:
+            is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+            if is_mask and self.node_of(index) is None:
+                result.extend(index.nonzero(as_tuple=True))
+            else:
+                result.append(index)
+        return result
 
     def _is_fixed_index(self, func: Any, args: Any) -> bool:
         """Tell whether the shape of an indexing operator's result depends on no input."""
@@ -348,6 +380,17 @@ class Recorder(TorchDispatchMode):
     def escape(self, tensor: Tensor, array: np.ndarray) -> None:
         """Record that a traced value became a numpy array."""
         self.escapes.append((array, self.value(tensor), location()))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the arguments that an operator writes in place."""
+    written = [
+        (args[i] if i < len(args) else kwargs.get(a.name))
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    values = value_tree.flatten(written)[0]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 @functools.cache

@@ -147,6 +147,9 @@ class TorchFunctionRecorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("numpy", "__array__", "tolist") and args and isinstance(args[0], Tensor):
             return self._to_python(name, func, args, kwargs)
+        if name == "__deepcopy__" and self.recorder.node_of(args[0]) is not None:
+            args[1][id(args[0])] = twin = args[0].clone(memory_format=torch.preserve_format)
+            return twin
         if name in ("tensor", "as_tensor") and args:
             place = self.sources.place_of_list(args[0])
             if place is not None:

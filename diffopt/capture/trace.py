@@ -1,7 +1,10 @@
 """`diffopt.trace`: captures a call of a pipeline as a program."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,21 +12,27 @@ import torch
 from PIL import Image
 from torch import Tensor, fx
 
-from diffopt.capture import perturbation
+from diffopt.capture import perturbation, value_tree, verification
 from diffopt.capture.component_calls import ComponentCalls, Lifted
-from diffopt.capture.input_recipes import RunInputs
+from diffopt.capture.dispatch_modes import Location
+from diffopt.capture.find_modules import CalledModules
+from diffopt.capture.input_recipes import RunInputs, plain_texts
+from diffopt.capture.module_state import pipeline_digests
 from diffopt.capture.recorder import Recorder
 from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.errors import CaptureError
+from diffopt.host.arguments import leaves, place_text, replaced
 from diffopt.host.guards import Guards
 from diffopt.host.inputs import Host, InputStep, Processor
 from diffopt.host.outputs import to_images
-from diffopt.host.processors import save_component
+from diffopt.host.processors import load_component, save_component
+from diffopt.host.schema import describe
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
 from diffopt.ir.printing import format_type
 from diffopt.ir.program import Program
-from diffopt.storage.weight_digests import digests
+
+log = logging.getLogger("diffopt")
 
 
 def trace(
@@ -33,19 +42,24 @@ def trace(
     dynamic: Sequence[str] = (),
     components: Mapping[str, Any] | None = None,
     source: str = "",
+    check: bool | None = None,
     **arguments: Any,
 ) -> Program:
     """Capture the call `pipeline(**arguments)` as a program.
 
     The pipeline's Python runs three times without computing its models, each of which is exported
-    once per call signature. No adapter per pipeline is needed.
+    once per call signature. No adapter per pipeline is needed. Then the pipeline runs once for
+    real, with other texts, pictures and seeds, and the program must give the same bits.
 
     Args:
         pipeline: A diffusers pipeline, or any callable.
         dynamic: Names of number arguments that become inputs of the program; Python's comparisons
             with them become guards.
-        components: Modules, tokenizers … by name; `pipeline.components` by default.
+        components: Modules, tokenizers … by name; by default `pipeline.components`, or the modules
+            that the pipeline calls where it has none.
         source: Where the pipeline came from, stored as provenance.
+        check: Whether to compare the program with the pipeline; None: if that takes less than two
+            minutes, else a warning says that it was not done.
         arguments: The call's arguments; texts, seeds, tensors, pictures and lists of numbers among
             them become inputs, all other values are bound.
 
@@ -53,9 +67,11 @@ def trace(
         The program; `program(**arguments)` has the arguments and result of the pipeline.
 
     Raises:
-        CaptureError: The pipeline does something that no graph can express; has the line.
+        CaptureError: The pipeline does something that no graph can express (has the line), or the
+            program differs from it.
     """
-    return Session(pipeline, components, dynamic, source).program(arguments)
+    session = Session(pipeline, components, dynamic, source, check)
+    return session.program(arguments, compare=True)
 
 
 def trace_function(function: Callable[..., Any], *tensors: Tensor) -> Program:
@@ -65,7 +81,8 @@ def trace_function(function: Callable[..., Any], *tensors: Tensor) -> Program:
     def pipeline(**arguments: Tensor) -> Any:
         return function(*arguments.values())
 
-    return Session(pipeline, getattr(function, "components", {})).program(arguments)
+    session = Session(pipeline, getattr(function, "components", {}))
+    return session.program(arguments)
 
 
 class Session:
@@ -76,6 +93,7 @@ class Session:
         components: As in `trace`.
         dynamic: As in `trace`.
         source: As in `trace`.
+        check: As in `trace`.
     """
 
     def __init__(
@@ -84,24 +102,33 @@ class Session:
         components: Mapping[str, Any] | None = None,
         dynamic: Sequence[str] = (),
         source: str = "",
+        check: bool | None = None,
     ) -> None:
         self.pipeline, self.dynamic, self.source = pipeline, tuple(dynamic), source
+        self.check = check
         if components is None:
-            components = getattr(pipeline, "components", {})
+            components = getattr(pipeline, "components", None)
+        self._found = None if components is not None else CalledModules(pipeline)
+        self._set(components or {})
+
+    def _set(self, components: Mapping[str, Any]) -> None:
         modules = {name: c for name, c in components.items() if isinstance(c, torch.nn.Module)}
         self.component_calls = ComponentCalls(modules)
-        self.digests = digests(modules)
-        self.processors = {
+        self.digests = pipeline_digests(modules)
+        self.processors: dict[str, Any] = {
             name: c
             for name, c in components.items()
             if not isinstance(c, (torch.nn.Module, str, int, float, type(None))) and callable(c)
         }
+        self._states = {n: value_tree.describe(vars(p)) for n, p in self.processors.items()}
 
-    def program(self, arguments: Mapping[str, Any]) -> Program:
-        """Capture one call."""
+    def program(self, arguments: Mapping[str, Any], *, compare: bool = False) -> Program:
+        """Capture one call; `compare` it with the pipeline as `check` says, or not at all."""
+        self.component_calls.weights.begin()
         while True:
             try:
-                return self._program(arguments)
+                program, probe = self._program(arguments)
+                return self._compared(program, probe, arguments, self.check if compare else False)
             except Lifted:
                 continue  # a number became an input; other exports are kept
             except CaptureError as error:
@@ -109,29 +136,80 @@ class Session:
                     error.add_note(reason)
                 raise
 
-    def _program(self, arguments: Mapping[str, Any]) -> Program:
-        scout = RunInputs(
-            perturbation.same_generators(arguments), self.processors, None, self.dynamic
-        )
+    def _compared(
+        self, program: Program, probe: RunInputs, arguments: Mapping[str, Any], check: bool | None
+    ) -> Program:
+        """Compare a program with the pipeline, and note in it whether that was done."""
+        needed = 0.0 if check is not None else verification.seconds(program)
+        if check or (check is None and needed <= verification.LIMIT):
+            with self.component_calls.restored():
+                others = perturbation.inputs_of(program.host, probe.arguments)
+                program.check = verification.compare(
+                    self.pipeline, program, replaced(dict(arguments), others), arguments
+                )
+        else:
+            program.check = "not compared with the pipeline's own result"
+        if check is None and needed > verification.LIMIT:
+            log.warning(
+                "the program was not compared with the pipeline, which would take about %.0f "
+                "minutes: `--check` (check=True in Python) does",
+                needed / 60,
+            )
+        return program
+
+    def _program(self, arguments: Mapping[str, Any]) -> tuple[Program, RunInputs]:
+        """Capture one call; return the run with other values, too."""
+        scout = self._scout(arguments)
+        try:
+            return self._probed(arguments, scout)
+        except (CaptureError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
+            if not scout.used_lists:
+                raise
+        # Of a list that Python reads as well, the values are bound.
+        scout = self._inputs(perturbation.separated(arguments), None, lists=False)
         self._run(scout, seed=1)
+        return self._probed(arguments, scout)
+
+    def _scout(self, arguments: Mapping[str, Any]) -> RunInputs:
+        """Run with the caller's arguments; the first time, find components if none are named."""
+        if self._found is not None:
+            found, self._found = self._found, None
+            with found.watching():
+                scout = self._inputs(perturbation.separated(arguments), None)
+                self._run(scout, seed=1)
+            if not found.modules:
+                return scout
+            self._set(found.named())
+            self.component_calls.weights.begin()
+        scout = self._inputs(perturbation.separated(arguments), None)
+        self._run(scout, seed=1)
+        return scout
+
+    def _inputs(
+        self, arguments: Mapping[str, Any], earlier: RunInputs | None, **options: bool
+    ) -> RunInputs:
+        return RunInputs(arguments, self.processors, earlier, self.dynamic, **options)
+
+    def _probed(self, arguments: Mapping[str, Any], scout: RunInputs) -> tuple[Program, RunInputs]:
+        """Capture the call, which the scout has run, by a run with other values and a final one."""
         probe, recorder = self._probe(scout)
         try:
-            return self._final(arguments, probe, recorder)
+            return self._final(arguments, probe, recorder), probe
         except CaptureError:
             # Where the number of tokens is not fixed, the probe's texts must have as many.
             changed = perturbation.same_lengths(scout, probe)
             if changed is None:
                 raise
-        probe = RunInputs(changed, self.processors, scout, self.dynamic)
+        probe = self._inputs(changed, scout, lists=scout.lists)
         recorder, _ = self._run(probe, seed=2)
-        return self._final(arguments, probe, recorder)
+        return self._final(arguments, probe, recorder), probe
 
     def _final(self, arguments: Mapping[str, Any], probe: RunInputs, probed: Recorder) -> Program:
-        copies = perturbation.same_generators(arguments)
-        final = RunInputs(copies, self.processors, probe, self.dynamic, final=True)
+        copies = perturbation.separated(arguments)
+        final = self._inputs(copies, probe, final=True, lists=probe.lists)
         recorder, result = self._run(final, seed=1)
         _check_same_operators(recorder, probed)
-        output = _result_structure(result, recorder)
+        output = _result_structure(plain_texts(result), recorder)
         steps, sample = final.finish(recorder)
         root = recorder.root
         guards = _guards(recorder, probed, steps)
@@ -140,45 +218,84 @@ class Session:
         for gm in root.modules():
             if isinstance(gm, fx.GraphModule):
                 gm.recompile()
-        used = sorted({step.asset for step in steps if isinstance(step, Processor)})
-        host = Host(
-            steps,
-            output,
-            {name: value for name, value in arguments.items() if _plain_data(value)},
-            {name: save_component(self.processors[name]) for name in used},
-            {name: self.processors[name] for name in used},
-        )
         return Program(
             root,
-            host,
+            self._host(arguments, final, steps, output),
             sample,
             guards=guards,
             source=self.source,
             digests=dict(self.digests),
             retrace=self._retrace(arguments),
+            borrowed=self.component_calls.weights.seal(),
         )
+
+    def _host(
+        self,
+        arguments: Mapping[str, Any],
+        final: RunInputs,
+        steps: list[InputStep],
+        output: Any,
+    ) -> Host:
+        used = sorted({step.asset for step in steps if isinstance(step, Processor)})
+        plain = {name: value for name, value in arguments.items() if _plain_data(value)}
+        host = Host(steps, output, plain)
+        host.assets = {name: self._files(name, final) for name in used}
+        host.components = {name: self.processors[name] for name in used}
+        host.schema = {name: describe(value) for name, value in arguments.items()}
+        host.defaults = _defaults(self.pipeline, arguments)
+        host.objects = {p: v for p, v in leaves(arguments) if "object" in describe(v, shallow=True)}
+        for place in (place for place, value in host.objects.items() if callable(value)):
+            log.warning(
+                "%s is called by the capture alone, and what it computes is captured: the program"
+                " does not call it",
+                place_text(place),
+            )
+        host.text_reads = final.text_guards(host.input_places())
+        return host
+
+    def _files(self, name: str, final: RunInputs) -> dict[str, bytes]:
+        """Return the files of a host component; none where what is loaded would differ."""
+        files = save_component(self.processors[name])
+        if not files:
+            return files
+        changed = value_tree.describe(vars(self.processors[name])) != self._states[name]
+        if not changed and final.is_like(name, load_component(name, files)):
+            return files
+        reason = (
+            "the pipeline changes it in its call"
+            if changed
+            else "what is loaded gives other results"
+        )
+        log.warning("no file will hold %r, as %s", name, reason)
+        return {}
 
     def _probe(self, scout: RunInputs) -> tuple[RunInputs, Recorder]:
         """Run with other texts, pictures and seeds; strings such as "pt" prove not to be texts."""
-        places = perturbation.texts(scout)
+        texts, seeds = perturbation.texts(scout), perturbation.seeds(scout)
         while True:
-            changed = perturbation.disturb(scout, perturbation.other_texts(places))
-            probe = RunInputs(changed, self.processors, scout, self.dynamic)
+            changed = perturbation.disturb(scout, perturbation.other_values(texts, seeds))
+            probe = self._inputs(changed, scout, lists=scout.lists)
+            failure: Exception | None = None
             try:
                 recorder, _ = self._run(probe, seed=2)
-            except (ValueError, KeyError, AttributeError):
-                if not places:
-                    raise
+            except (ValueError, KeyError, AttributeError) as error:
+                failure = error
+            found = perturbation.reached(probe, texts), perturbation.seeded(probe, seeds)
+            if found != (texts, seeds):
+                texts, seeds = found
+            elif failure is None:
+                return probe, recorder
+            elif texts or seeds:
+                texts, seeds = [], []  # it fails on some of them: they are bound
             else:
-                if perturbation.reached(probe, places) == places:
-                    return probe, recorder
-            places = perturbation.reached(probe, places)
+                raise failure
 
     def _run(self, sources: RunInputs, seed: int) -> tuple[Recorder, Any]:
-        recorder = Recorder(self.component_calls.weights(), sources)
+        recorder = Recorder(self.component_calls.weights, sources)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(_SEEDS + seed)
             stack.enter_context(sources.watching())
             stack.enter_context(self.component_calls.recording(recorder, seed))
             stack.enter_context(TorchFunctionRecorder(recorder, sources))
@@ -187,14 +304,28 @@ class Session:
         return recorder, result
 
     def _retrace(self, arguments: Mapping[str, Any]) -> Callable[..., Program]:
-        def retrace(*, scheduler: Any = None, **changes: Any) -> Program:
+        def retrace(*, scheduler: Any = None, compare: bool = False, **changes: Any) -> Program:
             """Capture again with other arguments, and with another scheduler where one is given."""
             with _swapped(self.pipeline, "scheduler", scheduler):
                 # Captures share the graphs of components: what passes rewrite must not be these.
-                return self.program({**arguments, **changes}).clone()
+                return self.program({**arguments, **changes}, compare=compare).clone()
 
         retrace.pipeline = self.pipeline  # type: ignore[attr-defined]
         return retrace
+
+
+# Of the default generator in a run: seeds that a pipeline would not set itself.
+_SEEDS = 0x5EED_0F0F_0000
+
+
+def _defaults(pipeline: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schemas of the callable's defaults of the arguments that are not given."""
+    try:
+        parameters = inspect.signature(pipeline).parameters
+    except (TypeError, ValueError):
+        return {}
+    rows = {name: p.default for name, p in parameters.items() if name not in arguments}
+    return {name: describe(v) for name, v in rows.items() if v is not inspect.Parameter.empty}
 
 
 @contextlib.contextmanager
@@ -226,7 +357,7 @@ def _check_same_operators(final: Recorder, probe: Recorder) -> None:
 
     ours, theirs = operators(final), operators(probe)
     for a, b in zip(ours, theirs, strict=False):
-        if a.target != b.target or not _same_args(a, b, final, probe):
+        if not _same_target(a, b, final, probe) or not _same_args(a, b, final, probe):
             where = a.meta.get("where", "?")
             raise CaptureError(
                 f"{where}: what the pipeline computes here depends in Python on the text, picture "
@@ -238,6 +369,13 @@ def _check_same_operators(final: Recorder, probe: Recorder) -> None:
         raise CaptureError(
             f"{where}: whether this runs depends in Python on the text, picture or seed"
         )
+
+
+def _same_target(a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder) -> bool:
+    """Tell whether two nodes call the same operator, or the same body of a component."""
+    if a.op == b.op == "call_module":
+        return final.root._modules[str(a.target)] is probe.root._modules[str(b.target)]
+    return a.target == b.target
 
 
 def _same_args(a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder) -> bool:
@@ -265,8 +403,8 @@ def _same_arg(x: Any, y: Any, final: Recorder, probe: Recorder) -> bool:
 def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Guards | None:
     """Return guards of what Python read of the caller's values; None if it read nothing.
 
-    A value read of texts alone needs no guard where the probe read another: it ran the same
-    operators.
+    A question about texts alone needs no guard where the probe got the other answer: it ran the
+    same operators.
     """
     formals = g.placeholders(final.root)
     texts = [isinstance(step, Processor) for step in steps for _ in range(step.count)]
@@ -275,16 +413,17 @@ def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Gua
     env: dict[fx.Node, fx.Node] = {}
     g.copy_nodes(formals, final.root, body, env)
     values, expected, where, from_text = [], [], [], []
-    others = [value for _, value, _ in probe.reads]
-    for index, (node, value, place) in enumerate(final.reads):
+    others = dict(_numbered((place, value) for _, value, place in probe.reads))
+    reads = _numbered((place, (node, value)) for node, value, place in final.reads)
+    for key, (node, value) in reads:
         needed = g.ancestors([node])
         only_text = {n for n in needed if n.op == "placeholder"} <= texts_only
-        if only_text and index < len(others) and others[index] != value:
+        if only_text and isinstance(value, bool) and others.get(key) is (not value):
             continue
         g.copy_nodes([n for n in final.root.graph.nodes if n in needed], final.root, body, env)
         values.append(env[node])
         expected.append(value)
-        where.append(str(place))
+        where.append(str(key[0]))
         from_text.append(only_text)
     if not values:
         return None
@@ -292,6 +431,14 @@ def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Gua
     g.set_outputs(body, values)
     body.recompile()
     return Guards(body, expected, where, from_text)
+
+
+def _numbered(rows: Iterable[tuple[Location, Any]]) -> Iterator[tuple[tuple[Location, int], Any]]:
+    """Number what has been read at the same line of the pipeline."""
+    counts: Counter[Location] = Counter()
+    for place, value in rows:
+        counts[place] += 1
+        yield (place, counts[place]), value
 
 
 # The result of the pipeline

@@ -5,12 +5,16 @@ torch's pytree knows registered containers only. Pipelines pass components objec
 dictionaries is a container.
 """
 
+import collections
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+import functools
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,6 +116,13 @@ def _flatten_object(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[
     return (type(value).__qualname__, tuple((n, key) for n, (key, _) in parts.items())), build
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors have the same type and values; NaN equals NaN."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def update(old: Any, new: Any) -> Any:
     """Set the contents of lists, dictionaries and objects in place; return the new value."""
     if type(old) is not type(new) or old is new:
@@ -127,7 +138,7 @@ def update(old: Any, new: Any) -> Any:
         old.clear()
         old.update(contents)
         return old
-    if _is_plain_object(old) and not callable(old):
+    if is_plain_object(old) and not callable(old):
         update(vars(old), vars(new))
         return old
     return new
@@ -137,44 +148,53 @@ MODULE_INTERNALS = frozenset({*vars(torch.nn.Module()), "forward"} - {"training"
 _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
 
 
-def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the attributes of a module tree that are state, as (`__dict__` of the owner, name).
+def owners(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the `__dict__` of all that keeps state in a module tree, each with its path.
 
-    Parameters, buffers and submodules are not. Plain objects in attributes, such as attention
-    processors, are walked too, since pipelines store counters and caches in them.
+    These are the modules, and plain objects in their attributes, such as attention processors, in
+    which pipelines store counters and caches.
     """
     seen: set[int] = set()
-    stack: list[Any] = list(module.modules())
+    stack: list[tuple[str, Any]] = list(module.named_modules())
     while stack:
-        owner = stack.pop()
+        path, owner = stack.pop()
         if id(owner) in seen:
             continue
         seen.add(id(owner))
         store = vars(owner)
+        yield path, store
         for name in sorted(store):  # independent of the order in which they were set
-            if name in MODULE_INTERNALS:
-                continue
-            value = store[name]  # before the consumer may change it
-            yield store, name
-            if type(value) not in _SIMPLE:
-                stack.extend(_helpers(value))
+            if name not in MODULE_INTERNALS and type(store[name]) not in _SIMPLE:
+                stack.extend(_helpers(store[name], f"{path}.{name}"))
 
 
-def _helpers(value: Any) -> Iterator[Any]:
+def attributes(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the attributes of a module tree that are state, as (`__dict__` of the owner, name).
+
+    Parameters, buffers and submodules are not.
+    """
+    for _, store in owners(module):
+        for name in sorted(store):
+            if name not in MODULE_INTERNALS:
+                yield store, name
+
+
+def _helpers(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield the plain objects in an attribute: itself, or in a list or dictionary."""
-    if isinstance(value, dict):
-        for item in value.values():
-            if type(item) not in _SIMPLE:
-                yield from _helpers(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            if type(item) not in _SIMPLE:
-                yield from _helpers(item)
-    elif _is_plain_object(value):
-        yield value
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, (list, tuple, collections.deque)):
+        parts = enumerate(value)
+    elif is_plain_object(value):
+        yield path, value
+    for key, item in parts:
+        if type(item) not in _SIMPLE:
+            yield from _helpers(item, f"{path}.{key}")
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
+    """Tell whether a value is an object of a class of its own, whose attributes are its state."""
     return (
         hasattr(value, "__dict__")
         and not isinstance(value, (Tensor, torch.nn.Module, type, torch.Generator))
@@ -183,10 +203,15 @@ def _is_plain_object(value: Any) -> bool:
     )
 
 
-def describe(value: Any, depth: int = 4) -> Hashable:
+def describe(value: Any, seen: dict[int, int] | None = None) -> Hashable:
     """Return a hashable description of a state value that does not depend on object identity.
 
-    Tensors count by identity and version, since their contents are weights or constants.
+    Tensors count by identity and version, functions by their code and what they close over. Plain
+    objects in attributes are walked by `attributes` and count by their class.
+
+    Args:
+        value: The value.
+        seen: Objects described before, by identity: each is described once.
     """
     kind = type(value)
     if kind is float:
@@ -197,34 +222,80 @@ def describe(value: Any, depth: int = 4) -> Hashable:
         return ("tensor", id(value), value._version)
     if isinstance(value, enum.Enum):
         return value
-    if depth == 0 or isinstance(value, torch.nn.Module):
-        return kind.__qualname__
-    if isinstance(value, (set, frozenset)):
-        value = sorted(value, key=repr)
-    if isinstance(value, (list, tuple)):
-        return tuple([describe(item, depth - 1) for item in value])
-    if isinstance(value, dict):
-        return tuple([(str(k), describe(v, depth - 1)) for k, v in value.items()])
-    name = getattr(value, "__qualname__", None)
-    return str(name) if name else kind.__qualname__  # plain objects' attributes are walked too
+    if isinstance(value, (torch.nn.Module, type)):
+        return (value if isinstance(value, type) else kind).__qualname__
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return ("seen", seen[id(value)])
+    seen[id(value)] = len(seen)
+    return (kind.__qualname__, *(describe(part, seen) for part in _parts(value)))
 
 
-def fingerprint(module: torch.nn.Module, skip: Set[tuple[int, str]] = frozenset()) -> int:
-    """Return a hash of the state that a module's code may read, weights by identity and version.
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield what makes up a value other than a number, a text or a tensor."""
+    if isinstance(value, (list, tuple, collections.deque)):
+        yield from value
+    elif isinstance(value, (set, frozenset)):
+        yield from sorted(value, key=repr)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield item
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield from (str(value.dtype), str(value.shape), hash(value.tobytes()))
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args)
+        yield from value.keywords.values()
+    elif isinstance(value, types.MethodType):
+        yield from (value.__func__, id(value.__self__))
+    elif isinstance(value, types.FunctionType):
+        yield value.__qualname__
+        if not hasattr(value, RECORDED):
+            yield id(value.__code__)
+            yield from (c.cell_contents for c in value.__closure__ or () if _is_full(c))
+            yield from value.__defaults__ or ()
+            yield from (value.__kwdefaults__ or {}).values()
+    else:
+        yield str(getattr(value, "__qualname__", ""))
+        slots = [slot for cls in type(value).__mro__ for slot in getattr(cls, "__slots__", ())]
+        yield from (getattr(value, slot) for slot in slots if hasattr(value, slot))
+
+
+def _is_full(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:  # the variable has no value yet
+        return False
+    return True
+
+
+RECORDED = "_diffopt_recorded"
+"""Marks the functions that record a component's calls, and are no state of it."""
+
+
+def fingerprint(
+    module: torch.nn.Module,
+    weight_key: Callable[[Tensor], Hashable],
+    skip: Set[tuple[int, str]] = frozenset(),
+) -> int:
+    """Return a hash of the state that a module's code may read.
 
     Two calls of a module with equal fingerprints and signatures run the same graph.
 
     Args:
         module: The module.
+        weight_key: Returns what is equal for weights and buffers of equal contents.
         skip: Attributes to ignore, by the id of their owner's `__dict__` and their name.
     """
     parts: list[Hashable] = []
     for child in module.modules():
         store = vars(child)
-        hooks = len(store["_forward_hooks"]) + len(store["_forward_pre_hooks"])
-        parts.append((type(child), tuple(store["_modules"]), hooks))
-        parts.extend([(id(p), p._version) for p in store["_parameters"].values() if p is not None])
-        parts.extend([(n, b is None) for n, b in store["_buffers"].items()])
+        functions = [*store["_forward_hooks"].values(), *store["_forward_pre_hooks"].values()]
+        functions += [store["forward"]] if "forward" in store else []
+        kind = id(type(child))
+        parts.append((kind, tuple(store["_modules"]), *map(describe, functions)))
+        for weights in (store["_parameters"].items(), store["_buffers"].items()):
+            parts.extend([(n, None if w is None else weight_key(w)) for n, w in weights])
     for store, name in attributes(module):
         if not skip or (id(store), name) not in skip:
             parts.append((name, describe(store[name])))

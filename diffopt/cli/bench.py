@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from diffopt import spec
+from diffopt.capture.module_state import pipeline_digests
 from diffopt.cli import load_model, timing
 from diffopt.cli import output as show
 from diffopt.cli.flags import BenchFlags
-from diffopt.cli.image_files import first_output
-from diffopt.cli.run import load_file, spread, traced_arguments
+from diffopt.cli.image_files import as_tensors, first_output
+from diffopt.cli.run import load_file, provenance, spread, traced_arguments
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
-from diffopt.storage.weight_digests import digests
 
 MODES = {"eager": None, "compile": "default", "max-autotune": "max-autotune"}
 
@@ -32,7 +32,7 @@ def run(flags: BenchFlags, arguments: Mapping[str, Any]) -> None:
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     engine = load_file(file)
-    source = flags.model or _provenance(engine)["source"]
+    source = flags.model or provenance(engine)["source"]
     pipe = _pipeline(source)
     _compare_weights(file, engine, source, pipe)
     batch = flags.batch or _list_length(engine)
@@ -44,7 +44,7 @@ def run(flags: BenchFlags, arguments: Mapping[str, Any]) -> None:
             contenders[name] = _original(compiled, engine, arguments, batch)
         elif name not in MODES:
             other = load_file(Path(name))
-            if _provenance(other)["source"] == source:
+            if provenance(other)["source"] == source:
                 _compare_weights(Path(name), other, source, pipe)
             contenders[name] = _engine(other, arguments, batch)
     contenders[str(file)] = _engine(engine, arguments, batch)
@@ -57,7 +57,7 @@ def run(flags: BenchFlags, arguments: Mapping[str, Any]) -> None:
 def _engine(engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Sampler:
     """Return the engine as a contender that makes `batch` images with these arguments."""
     count = _list_length(engine)
-    call = {**spread(engine, arguments), "output_type": "pt"}
+    call = {**spread(engine, arguments), **as_tensors(engine)}
 
     def sampler(seed: int) -> Tensor:
         results = engine.serve([{**call, "seed": seed + k} for k in range(0, batch, count)])
@@ -72,11 +72,6 @@ def _list_length(engine: Any) -> int:
     return len(prompt) if isinstance(prompt, list) else 1
 
 
-def _provenance(engine: Any) -> Mapping[str, Any]:
-    """Return the source and the weight digests of an engine or a program."""
-    return vars(engine) if isinstance(engine, Program) else engine.manifest
-
-
 def _pipeline(source: str) -> Any:
     if not source:
         raise DiffoptError("the engine does not say what it was made from; give --model")
@@ -85,9 +80,9 @@ def _pipeline(source: str) -> Any:
 
 def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
     """Raise a `DiffoptError` if the model's weights have changed since the file was built."""
-    built = _provenance(engine).get("digests", {})
+    built = provenance(engine).get("digests", {})
     components = getattr(pipe, "components", {})
-    now = pipe.digests if isinstance(pipe, Program) else digests(components)
+    now = pipe.digests if isinstance(pipe, Program) else pipeline_digests(components)
     # A module that only one of them has, such as a safety checker turned off, changes no image.
     changed = [name for name in built.keys() & now.keys() if built[name] != now[name]]
     if changed:
@@ -99,7 +94,7 @@ def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
 
 def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Sampler:
     """Return the original pipeline as a contender, with the arguments of the traced call."""
-    call = {**traced_arguments(engine), **spread(engine, arguments), "output_type": "pt"}
+    call = {**traced_arguments(engine), **spread(engine, arguments), **as_tensors(engine)}
     for name in ("prompt", "negative_prompt", "class_labels"):
         value = call.get(name)
         if (
@@ -110,6 +105,8 @@ def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) 
             call[name] = (value if isinstance(value, list) else [value]) * batch
 
     def sampler(seed: int) -> Tensor:
+        if isinstance(pipe, Program):
+            return torch.as_tensor(first_output(pipe(**call, seed=seed)))
         with torch.no_grad():
             result = pipe(**load_model.call_arguments(pipe, call, batch=batch, seed=seed))
         return torch.as_tensor(first_output(result))

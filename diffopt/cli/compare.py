@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError
 from diffopt.host import outputs
 from diffopt.progress import Progress, within
+
+log = logging.getLogger("diffopt")
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,12 @@ def run(flags: CompareFlags, prompts: Sequence[str], arguments: Mapping[str, Any
     _check(files, output)
     calls = [{**arguments, "prompt": text} for text in prompts] or [dict(arguments)]
     images: list[Tensor] = []
+    built: dict[str, tuple[Path, Mapping[str, str]]] = {}
     with show.progress("comparing") as progress:
         for file in files:
-            images.append(_sample(file, calls, flags.seed, flags.number, progress))
+            loaded = run_command.load_file(file)
+            _warn_of_other_weights(file, run_command.provenance(loaded), built)
+            images.append(_sample(file, loaded, calls, flags.seed, flags.number, progress))
             if images[-1].shape != images[0].shape:
                 raise DiffoptError(
                     f"{file} makes images of the shape {list(images[-1].shape[1:])} and {files[0]}"
@@ -78,15 +84,32 @@ def _check(files: Sequence[Path], output: Path) -> None:
             raise DiffoptError(f"there is no file {file}")
 
 
+def _warn_of_other_weights(
+    file: Path, about: Mapping[str, Any], built: dict[str, tuple[Path, Mapping[str, str]]]
+) -> None:
+    """Warn where files of one model were built from other weights or settings of a module."""
+    source, digests = about["source"], about.get("digests", {})
+    first, known = built.setdefault(source, (file, digests))
+    names = sorted(name for name in known.keys() & digests.keys() if known[name] != digests[name])
+    if source and names:
+        log.warning("%s and %s were built from other weights of %s", first, file, ", ".join(names))
+
+
 def _sample(
-    file: Path, calls: Sequence[Mapping[str, Any]], seed: int, number: int, progress: Progress
+    file: Path,
+    loaded: Any,
+    calls: Sequence[Mapping[str, Any]],
+    seed: int,
+    number: int,
+    progress: Progress,
 ) -> Tensor:
     """Return the images of all calls as one tensor (…, channels, height, width)."""
-    loaded = run_command.load_file(file)
     images = []
     for index, call in enumerate(calls):
         part = within(progress, 0, 1, f"{file}: prompt {index + 1} of {len(calls)}, ")
-        results = run_command.sample(loaded, {**call, "output_type": "pt"}, seed, number, part)
+        results = run_command.sample(
+            loaded, {**call, **image_files.as_tensors(loaded)}, seed, number, part
+        )
         images.append(torch.cat([torch.as_tensor(result) for result in results])[:number])
     result = torch.cat(images)
     if result.ndim < 4 or result.shape[-3] not in (1, 3, 4):

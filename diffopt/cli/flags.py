@@ -51,6 +51,16 @@ Dynamic = Annotated[
     ),
 ]
 
+Check = Annotated[
+    bool | None,
+    typer.Option(
+        "--check/--no-check",
+        help="Run the pipeline once for real, and compare the captured program's result; by default"
+        " where that takes less than two minutes.",
+        show_default=False,
+    ),
+]
+
 
 def with_flags(cls: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
     """Turn a function of a dataclass into a command whose flags are the fields, in their order."""
@@ -90,6 +100,7 @@ class OptimizeFlags:
         ),
     ] = None
     dynamic: Dynamic = ""
+    check: Check = None
     compress: Annotated[
         int | None,
         typer.Option(

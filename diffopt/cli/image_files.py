@@ -28,6 +28,11 @@ def output_type(path: Path) -> str:
     raise DiffoptError(f"cannot write '{path}': the name must end in one of {known}")
 
 
+def as_tensors(loaded: Any) -> dict[str, str]:
+    """Return the arguments of a call whose result is tensors, of an engine or program."""
+    return {"output_type": "pt"} if loaded.converts("pt") else {}
+
+
 def first_output(result: Any) -> Any:
     """Return the main entry of a result: `.images`, `.frames`, `.audios` or else the first."""
     for name in ("images", "frames", "audios", "sample"):

@@ -65,6 +65,8 @@ def inspect(
         show.print_json(
             {
                 "source": program.source,
+                "arguments": program.host.bindings(),
+                "check": program.check,
                 "inputs": inputs,
                 "components": components,
                 "calls": calls,
@@ -82,6 +84,7 @@ def inspect(
     rows = [_component_row(row) for row in components]
     show.table(f"{title}: {show.count(program.flops())} FLOPs a run", columns, rows)
     _size_tables(size, parts)
+    print_arguments(program)
     show.table("inputs", ["input", "type"], [[name, kind] for name, kind in inputs.items()])
     show.stdout().print("calls: " + ", ".join(_runs(calls)), markup=False)
     show.table("steps", ["call", "component", "branch", "steps"], _steps(calls, tags))
@@ -90,6 +93,14 @@ def inspect(
         show.records_table(records, timing=True, stats=stats)
         if not stats:
             show.step_maps(records)
+
+
+def print_arguments(program: Program) -> None:
+    """Print which arguments of the captured call are inputs, and to what the others are bound."""
+    if bindings := program.host.bindings():
+        show.table("arguments of the captured call", ["argument", "is", "at capture"], bindings)
+    if program.check:
+        show.stdout().print(f"capture: {program.check}", markup=False)
 
 
 def print_roofline(program: Program, title: str, hardware: Hardware, as_json: bool) -> None:

@@ -134,17 +134,22 @@ def _read(text: str) -> Any:
 
 
 def trace_model(
-    text: str, settings: Mapping[str, Any], steps: int | None, batch: int, dynamic: str
+    text: str,
+    settings: Mapping[str, Any],
+    steps: int | None,
+    batch: int,
+    dynamic: str,
+    check: bool | None = None,
 ) -> Program:
     """Return the program of a MODEL argument: read from its file, or traced."""
     model = load_model(text)
     if isinstance(model, Program):
-        if settings or steps or dynamic or batch != 1:
+        if settings or steps or dynamic or batch != 1 or check:
             raise DiffoptError(f"{text} is traced already: trace its pipeline to change the call")
         return model
     arguments = call_arguments(model, settings, steps=steps, batch=batch)
     names = tuple(filter(None, dynamic.split(",")))
-    return trace(model, dynamic=names, source=text, **arguments)
+    return trace(model, dynamic=names, source=text, check=check, **arguments)
 
 
 def call_arguments(

@@ -15,6 +15,7 @@ from diffopt.cli.flags import (
     MODEL_HELP,
     Batch,
     BenchFlags,
+    Check,
     CompareFlags,
     Dynamic,
     Json,
@@ -82,14 +83,17 @@ def trace(
     steps: Steps = None,
     batch: Batch = 1,
     dynamic: Dynamic = "",
+    check: Check = None,
 ) -> None:
     """Capture a pipeline's whole call as a program file."""
+    from diffopt.cli import inspect as inspect_command
     from diffopt.cli import output as show
 
     _expect(output, ".program")
     with show.progress(f"tracing {model}"):
-        program = _trace(model, settings, steps, batch, dynamic)
+        program = _trace(model, settings, steps, batch, dynamic, check)
         program.save(output)
+    inspect_command.print_arguments(program)
     calls = len(program.calls())
     show.stderr().print(f"wrote {output}: {len(program.components)} components, {calls} calls")
 
@@ -111,7 +115,8 @@ def optimize(flags: OptimizeFlags) -> None:
     job = optimize_command.Job.parse(flags)
     prompts = _prompts(flags.calibrate)
     with show.progress(f"tracing {flags.model}"):
-        program = _trace(flags.model, flags.settings, flags.steps, job.batch, flags.dynamic)
+        call = flags.settings, flags.steps, job.batch, flags.dynamic, flags.check
+        program = _trace(flags.model, *call)
     if flags.bisect is not None:
         raise typer.Exit(optimize_command.find_culprit(job.pipeline, program, flags, prompts))
     result, records = optimize_command.rewrite(job.pipeline, program, flags, prompts)
@@ -213,7 +218,7 @@ def inspect(
     if file.endswith(".engine"):
         program, parts = inspect_command.open_engine(file)
     else:
-        program = _trace(file)
+        program = _trace(file, check=False)
     if picture is not None:
         inspect_command.save_picture(program, picture)
     if graph is not None:
@@ -351,10 +356,11 @@ def _trace(
     steps: int | None = None,
     batch: int = 1,
     dynamic: str = "",
+    check: bool | None = None,
 ) -> Program:
     from diffopt.cli import load_model
 
-    return load_model.trace_model(model, _arguments(settings), steps, batch, dynamic)
+    return load_model.trace_model(model, _arguments(settings), steps, batch, dynamic, check)
 
 
 def _prompts(file: Path | None) -> list[str]:

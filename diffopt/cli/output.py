@@ -22,7 +22,7 @@ from diffopt.progress import Progress
 
 TEXTS = (
     *("kind", "summary", "type", "default", "help", "changed", "promise", "component", "steps"),
-    *("description", "devices"),
+    *("description", "devices", "is", "at capture"),
 )
 WIDTH = 180  # of tables that are not printed to a terminal: a file has no width
 

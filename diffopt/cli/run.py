@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffopt.cli import image_files
 from diffopt.cli.flags import RunFlags
 from diffopt.core import Progress
@@ -33,15 +35,28 @@ def traced_arguments(loaded: Any) -> dict[str, Any]:
     return dict(loaded.host.call)
 
 
+def provenance(loaded: Any) -> Mapping[str, Any]:
+    """Return a table with the source and the weight digests of an engine or a program."""
+    return vars(loaded) if isinstance(loaded, Program) else loaded.manifest
+
+
 def spread(loaded: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Repeat a single value for each image where the traced call had a list."""
-    traced = traced_arguments(loaded)
+    """Return the arguments as the traced call had them: a tensor for numbers, a list for one value.
+
+    The command line has no tensors, and a single value stands for each image.
+    """
     return {
-        name: [value] * len(traced[name])
-        if isinstance(traced.get(name), list) and not isinstance(value, list)
-        else value
+        name: _as_traced(value, loaded.host.schema.get(name, {}))
         for name, value in arguments.items()
     }
+
+
+def _as_traced(value: Any, traced: Mapping[str, Any]) -> Any:
+    if "list" in traced and not isinstance(value, list):
+        return [value] * len(traced["list"])
+    if "tensor" in traced and isinstance(value, (int, float, list)):
+        return torch.tensor(value, dtype=getattr(torch, traced["tensor"][0]))
+    return value
 
 
 def sample(
@@ -65,7 +80,9 @@ def run(flags: RunFlags, arguments: Mapping[str, Any], progress: Progress) -> st
     """Sample images, one seed after another, and write them; return their number as text."""
     kind = image_files.output_type(flags.output)  # before loading: a wrong name costs nothing
     loaded = load_file(flags.engine, flags.target)
-    arguments = {**arguments, "output_type": kind}
+    arguments = {**arguments, **image_files.as_tensors(loaded)}
+    if kind == "pil":
+        arguments["output_type"] = kind
     results = sample(loaded, arguments, flags.seed, flags.number, progress)
     written = image_files.save(results, flags.output, flags.number)
     return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

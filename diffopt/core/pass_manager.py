@@ -78,6 +78,7 @@ class Pipeline:
         self._check_budgets(options)
         progress = options.get("progress") or silent
         instruments = options.get("instruments", ())
+        program.expect_weights()
         program = program.clone()
         program.refresh()  # so that nodes dead before do not count as a change
         first = current = Snapshot(program, Size.of(program))
@@ -177,9 +178,9 @@ def _apply(
         after=after.size,
         tolerance=tolerance if step.is_exact() and step.tolerance_reason else "",
     )
-    program.history.append(asdict(record))
     if options.get("enforce", True):
-        enforce_bounds(step, record, before, ctx.budget)
+        enforce_bounds(step, record, before, after, ctx.budget)
+    program.history.append(asdict(record))
     return after, record
 
 

@@ -186,6 +186,7 @@ def _manifest(
         },
         "source": program.source,
         "digests": program.digests,
+        "check": program.check,
         "target": str(target),
         "lowering": target.name,
         "requires": lowered.requires,
@@ -301,6 +302,10 @@ class Engine:
         As many requests run at once as it was built for.
         """
         return self._outer.serve_with(self.run, requests)
+
+    def converts(self, output_type: str) -> bool:
+        """Tell whether the result can be had as this `output_type`."""
+        return self._outer.converts(output_type)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the flat outputs for flat inputs."""

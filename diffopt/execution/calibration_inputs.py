@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError
-from diffopt.host.inputs import CallArguments, Draw, Processor, TensorArgument, places_in, value_at
+from diffopt.host.arguments import value_at
+from diffopt.host.inputs import CallArguments, Draw, Processor, TensorArgument, places_in
 from diffopt.ir import graph as g
 from diffopt.ir.op_sets import COPIES, VIEWS
 from diffopt.ir.program import Program
@@ -58,7 +59,9 @@ def requests(
     width = 1 + max((k for place in places for k in place if isinstance(k, int)), default=0)
     calls = []
     for index in range(count):
-        arguments: dict[str, Any] = {"seed": seed + index * width}
+        arguments: dict[str, Any] = {}
+        if program.host.takes_seed():
+            arguments["seed"] = seed + index * width
         if texts and not labels:
             arguments["prompt"] = _prompt(program, texts, index)
         tensors = _inputs(program, CallArguments(program.host, arguments))

@@ -6,7 +6,8 @@ random draws, pictures, numbers, tensors that are arguments themselves. The step
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,41 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
+from diffopt.host.arguments import Place, place_text, short, value_at
+from diffopt.host.cleaners import CLEANERS
 from diffopt.host.processors import load_component
-
-Place = tuple[str | int, ...]
-"""The path of a value in the call's arguments: ("prompt", 0) is the first of a list of prompts."""
-
-CLEANERS: dict[str, Callable[[str], str]] = {
-    "": lambda text: text,
-    "strip": str.strip,
-    "rstrip": str.rstrip,
-    "lower": str.lower,
-    "lower-rstrip": lambda text: text.lower().rstrip(),
-    "lower-strip": lambda text: text.lower().strip(),
-}
-
-
-def value_at(arguments: Mapping[str, Any], place: Sequence[str | int]) -> Any:
-    """Return the value at a place of the arguments; None where there is none."""
-    value: Any = arguments
-    for part in place:
-        if isinstance(value, str):
-            return None
-        try:
-            value = value[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
-def leaves(value: Any, place: Place = ()) -> list[tuple[Place, Any]]:
-    """Return every leaf of nested lists and dictionaries with its place."""
-    if isinstance(value, Mapping):
-        return [leaf for k, v in value.items() for leaf in leaves(v, (*place, k))]
-    if isinstance(value, (list, tuple)):
-        return [leaf for i, v in enumerate(value) for leaf in leaves(v, (*place, i))]
-    return [(place, value)]
+from diffopt.host.schema import Checker, Schema, describe, phrase, rows
+from diffopt.host.text_reads import TextRead
+from diffopt.spec import suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +34,8 @@ class TensorArgument:
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the argument as a tensor."""
-        value = value_at(call.arguments, self.place)
-        if value is None:
-            raise DiffoptError(
-                f"missing argument {place_text(self.place)!r}: the program was traced with it"
-            )
-        dtype = getattr(torch, self.dtype)
-        return [torch.as_tensor(value, dtype=dtype)]
+        value = call.value(self.place)
+        return [torch.as_tensor(value, dtype=getattr(torch, self.dtype))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +52,6 @@ class Text:
 
     def _fill(self, place: Place, clean: str, arguments: Mapping[str, Any]) -> str:
         value = value_at(arguments, place)
-        if value is None and place[1:] == (0,):
-            value = arguments.get(str(place[0]))
         if not isinstance(value, str):
             raise DiffoptError(
                 f"{place_text(place)} must be a text, got {value!r}: "
@@ -102,7 +67,8 @@ class Processor:
     asset: str
     method: str
     args: Any
-    """JSON, see `decode_args`: a text is {"text": parts of a `Text`}, a picture {"place": …}."""
+    """JSON, see `decode_args`: a text is {"text": parts of a `Text`}, a picture {"place": …} or
+    {"resized": [place, mode, size …]}, as the arguments of `resized`."""
     keys: tuple[str, ...]
     """The entries of the result that become inputs; see `result_entry`."""
 
@@ -118,24 +84,46 @@ class Processor:
         return [result_entry(result, key) for key in self.keys]
 
 
+FILLS = {"randn": "normal_", "rand": "uniform_", "randint": "random_"}
+"""By operator: the method that draws the same numbers into a tensor of any strides."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """A random draw, from the generator at a place or, without one, from the default generator."""
 
     op: str
+    """`aten.randn`, `rand`, `randint` or `randperm`, or a method that fills: `aten.normal_` …"""
     size: tuple[int, ...]
     dtype: str
     extra: tuple[float, ...]
+    """The operator's numbers: bounds, mean and standard deviation …"""
     generator: Place | None
+    """A generator's place among the arguments, or that of the seed which the pipeline makes one
+    of."""
+    stride: tuple[int, ...] | None = None
+    """Of the result, where it is not contiguous."""
+    stream: int = 0
+    """Which of the generators that the pipeline makes of this seed."""
     count = 1
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the random numbers."""
-        packet = self.op.removeprefix("aten.")
-        kwargs = {"dtype": getattr(torch, self.dtype)}
-        generator = call.generator(self.generator)
-        function = getattr(torch, packet)
-        return [function(*[int(e) for e in self.extra], self.size, generator=generator, **kwargs)]
+        return [self.sample(call.generator(self.generator, self.stream))]
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        """Draw from a generator, None for the default one."""
+        name, dtype = self.op.removeprefix("aten."), getattr(torch, self.dtype)
+        extra = [int(e) if float(e).is_integer() else e for e in self.extra]
+        if self.stride is not None or name.endswith("_"):
+            empty = torch.empty(self.size, dtype=dtype)
+            if self.stride is not None:
+                empty = torch.empty_strided(self.size, self.stride, dtype=dtype)
+            fill = getattr(empty, FILLS.get(name, name))
+            return fill(*extra, generator=generator)  # type: ignore[no-any-return]
+        size = () if name == "randperm" else (self.size,)
+        function = getattr(torch, name)
+        return function(*extra, *size, generator=generator, dtype=dtype)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +136,18 @@ class Picture:
     size: tuple[int, int]
     resample: int
     scale: str
-    """"byte" (uint8 0…255), "unit" (float32 0…1) or "signed" (float32 -1…1)."""
+    """"byte" (uint8 0…255), "unit" (float32 0…1), "signed" (float32 -1…1: `2 * unit - 1`),
+    "centered" (the same as `byte / 127.5 - 1`) or "binary" (float32 0 and 1, from a half on)."""
     layout: str
     """"hwc", "chw" or "hw", with "n" in front for a batch."""
+    reducing_gap: float | None = None
+    """PIL's first reduction by whole numbers when resizing; see `PIL.Image.resize`."""
     count = 1
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the images as one tensor."""
-        value = value_at(call.arguments, self.place)
-        pictures = value if isinstance(value, list) else [value]
+        value = call.value(self.place)
+        pictures = value if isinstance(value, (list, tuple)) else [value]
         for picture in pictures:
             if not isinstance(picture, Image.Image):
                 kind = type(picture).__name__
@@ -169,19 +160,34 @@ class Picture:
         return np.stack(arrays) if self.layout.startswith("n") else arrays[0]
 
     def _one(self, image: Image.Image) -> np.ndarray:
-        if image.mode != self.mode:
-            image = image.convert(self.mode)
-        if image.size != self.size:
-            image = image.resize(self.size, resample=self.resample)
-        array = np.array(image)
-        if self.scale != "byte":
+        array = np.array(resized(image, self.mode, self.size, self.resample, self.reducing_gap))
+        if self.scale == "centered":
+            array = array.astype(np.float32) / 127.5 - 1
+        elif self.scale != "byte":
             array = array.astype(np.float32) / 255.0
         if self.scale == "signed":
             array = 2.0 * array - 1.0
+        elif self.scale == "binary":
+            array = (array >= 0.5).astype(np.float32)
         if "c" not in self.layout:
             return array if array.ndim == 2 else array[..., 0]
         array = array if array.ndim == 3 else array[..., None]
         return array.transpose(2, 0, 1) if self.layout.endswith("chw") else array
+
+
+def resized(
+    image: Image.Image,
+    mode: str,
+    size: tuple[int, int],
+    resample: Any,
+    reducing_gap: float | None = None,
+) -> Image.Image:
+    """Return an image with this mode and size (width, height); the arguments are PIL's."""
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image.size == tuple(size):
+        return image
+    return image.resize(size, resample=resample, reducing_gap=reducing_gap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +201,7 @@ class Number:
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Check the guards and return the number as a float64 scalar."""
-        value = float(value_at(call.arguments, self.place))
+        value = float(call.value(self.place))
         for symbol, other, result, where in self.guards:
             if COMPARISONS[symbol](value, other) != result:
                 rule = f"{place_text(self.place)} {symbol} {other:g}"
@@ -223,13 +229,6 @@ KINDS: dict[type, str] = {
 """What files call each class of steps."""
 
 
-def place_text(place: Sequence[str | int]) -> str:
-    """Return a place as a user writes it: `prompt[0]`."""
-    return "".join(
-        f"[{p}]" if isinstance(p, int) else (f".{p}" if i else p) for i, p in enumerate(place)
-    )
-
-
 @dataclasses.dataclass
 class Host:
     """The host side of a program: the steps to its inputs, and the structure of its result."""
@@ -239,37 +238,86 @@ class Host:
     output: Any
     """The structure of what the pipeline returns, as JSON; see `pack`."""
     call: dict[str, Any]
-    """The traced arguments that are plain data: defaults of inputs, and bound values."""
+    """The traced arguments that are plain data: what a call that leaves them out means."""
     assets: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
     """Files of each host component, by file name."""
     components: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     """Host components, loaded from `assets` when one is first used."""
+    schema: dict[str, Schema] = dataclasses.field(default_factory=dict, repr=False)
+    """What each traced argument was; see `diffopt.host.schema`."""
+    defaults: dict[str, Schema] = dataclasses.field(default_factory=dict, repr=False)
+    """The callable's own defaults of the arguments that were left out at capture."""
+    text_reads: list[TextRead] = dataclasses.field(default_factory=list, repr=False)
+    """What Python read of the texts, and new ones must give, too."""
+    objects: dict[Place, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """Traced arguments that no schema describes; at hand in the process that traced them."""
 
     def prepare(self, arguments: Mapping[str, Any]) -> list[Tensor]:
         """Return the flat inputs for a call with these arguments.
 
-        `seed=` stands for `generator=torch.Generator().manual_seed(seed)`, or for one generator an
-        image (seed, seed + 1, …) where the program was traced with a list of them.
+        Unless the pipeline has a `seed` of its own, `seed=` stands for
+        `generator=torch.Generator().manual_seed(seed)`, or for one generator an image (seed,
+        seed + 1, …) where the program was traced with a list of them.
         """
         call = CallArguments(self, dict(arguments))
         return [tensor for step in self.steps for tensor in step.run(call)]
 
-    def inputs(self) -> set[str]:
-        """Return the names of the arguments that may differ between calls."""
-        names = {"seed", "generator", "output_type"}
+    def input_places(self) -> set[Place]:
+        """Return the places of the arguments from which inputs are computed."""
+        places: set[Place] = set()
         for step in self.steps:
             if isinstance(step, Processor):
-                names.update(str(place[0]) for place in places_in(step.args))
+                places.update(tuple(place) for place in places_in(step.args))
             elif isinstance(step, Draw):
-                names.update(str(part) for part in (step.generator or ())[:1])
+                places.update([step.generator] if step.generator else [])
             else:
-                names.add(str(step.place[0]))
-        return names
+                places.add(step.place)
+        return places
+
+    def without_files(self) -> list[str]:
+        """Return the host components of which no file can hold what they need."""
+        used = {step.asset for step in self.steps if isinstance(step, Processor)}
+        return sorted(name for name in used if not self.assets.get(name))
+
+    def draws(self) -> bool:
+        """Tell whether random numbers are among the inputs."""
+        return any(isinstance(step, Draw) for step in self.steps)
+
+    def has_own_seed(self) -> bool:
+        """Tell whether `seed` is an argument of the pipeline's, which `seed=` then means."""
+        return "seed" in self.schema or "seed" in self.defaults
+
+    def takes_seed(self) -> bool:
+        """Tell whether a call may have any `seed`; else it is an argument that was bound."""
+        return not self.has_own_seed() or ("seed",) in self.input_places()
+
+    def inputs(self) -> set[str]:
+        """Return the names of the arguments that may differ between calls."""
+        names = {str(place[0]) for place in self.input_places()}
+        return names | ({"seed"} if self.draws() and not self.has_own_seed() else set())
+
+    def bindings(self) -> list[tuple[str, str, str]]:
+        """Return what became of each traced argument; see `schema.rows`."""
+        places = self.input_places()
+        table = [row for n, known in self.schema.items() for row in rows((n,), known, places)]
+        return table + [(n, "left out", phrase(known)) for n, known in self.defaults.items()]
+
+    def traced_output_type(self) -> Any:
+        """Return the `output_type` of the captured call, by the pipeline's default if left out."""
+        known = self.schema.get("output_type", self.defaults.get("output_type", {}))
+        return known.get("value")
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the assets as JSON."""
+        """Return everything but the assets and objects as JSON."""
         steps = [{"kind": KINDS[type(step)], **dataclasses.asdict(step)} for step in self.steps]
-        return {"steps": steps, "output": self.output, "call": self.call}
+        return {
+            "steps": steps,
+            "output": self.output,
+            "call": self.call,
+            "schema": self.schema,
+            "defaults": self.defaults,
+            "text_reads": [read.to_json() for read in self.text_reads],
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any], assets: dict[str, dict[str, bytes]]) -> "Host":
@@ -279,7 +327,13 @@ class Host:
         for row in data["steps"]:
             fields = {k: _tuples(v) if k != "args" else v for k, v in row.items() if k != "kind"}
             steps.append(classes[row["kind"]](**fields))
-        return Host(steps, data["output"], data["call"], assets)
+        call = data["call"]
+        # Files of earlier versions tell the plain arguments alone.
+        schema = data.get("schema") or {name: describe(value) for name, value in call.items()}
+        host = Host(steps, data["output"], call, assets, schema=schema)
+        host.defaults = data.get("defaults") or {}
+        host.text_reads = [TextRead.from_json(row) for row in data.get("text_reads", ())]
+        return host
 
 
 class CallArguments:
@@ -287,35 +341,61 @@ class CallArguments:
 
     def __init__(self, host: Host, arguments: dict[str, Any]) -> None:
         self.host = host
-        self.seed = arguments.pop("seed", None)
-        free = host.inputs()
+        self.seed = None if host.has_own_seed() else _as_seed(arguments.pop("seed", None))
+        checker = Checker(host.input_places(), host.objects)
         for name, value in arguments.items():
-            if name in free:
+            if name == "output_type":  # converted on the host, or refused: see `outputs.pack`
                 continue
-            if name not in host.call:
-                known = ", ".join(sorted(free))
-                raise DiffoptError(
-                    f"{name}={_short(value)}: the program was traced without {name!r}; "
-                    f"trace it again with {name!r} among the arguments (its inputs are: {known})"
-                )
-            if not _is_equal(host.call[name], value):
-                raise DiffoptError(
-                    f"{name}={_short(value)}: {name!r} was bound to {_short(host.call[name])} "
-                    "at capture; trace again with this value, or with "
-                    f"dynamic=({name!r},) if it is a number"
-                )
+            if name in host.schema:
+                checker.check((name,), host.schema[name], value)
+            elif name in host.defaults:
+                self._expect_default(name, value)
+            elif name not in host.inputs():
+                self._refuse_unknown(name, value)
+        if self.seed is not None:
+            for place in sorted(host.input_places(), key=repr):
+                if isinstance(value_at(arguments, place), torch.Generator):
+                    raise DiffoptError(
+                        f"seed={self.seed} and {place_text(place)}: give one of the two"
+                    )
         self.arguments = host.call | arguments
-        self._generators: dict[Place | None, torch.Generator] = {}
+        for read in host.text_reads:
+            read.check(self.arguments)
+        self._generators: dict[tuple[Place | None, int], torch.Generator] = {}
 
-    def generator(self, place: Place | None) -> torch.Generator | None:
-        """Return the generator at a place: one object, so that draws continue each other."""
-        if place:
-            argument = value_at(self.arguments, place)
-        else:  # the default generator, unless a generator is passed where none was traced
-            named = any(isinstance(s, Draw) and s.generator for s in self.host.steps)
-            argument = None if named else self.arguments.get("generator")
-        if isinstance(argument, list) and len(argument) == 1:
-            argument = argument[0]
+    def _expect_default(self, name: str, value: Any) -> None:
+        known = self.host.defaults[name]
+        try:
+            Checker(set()).check((name,), known, value)
+        except DiffoptError:
+            default = short(known["value"]) if "value" in known else "the pipeline's default"
+            raise DiffoptError(
+                f"{name}={short(value)}: {name!r} was left out at capture, which means {default}; "
+                "trace again with this value"
+            ) from None
+
+    def _refuse_unknown(self, name: str, value: Any) -> None:
+        known = sorted(self.host.inputs())
+        every = {*known, *self.host.schema, *self.host.defaults}
+        near = suggest(name, every) if difflib.get_close_matches(name, every) else ""
+        raise DiffoptError(
+            f"{name}={short(value)}: the program was traced without {name!r}{near}; trace it again "
+            f"with {name!r} among the arguments (its inputs are: {', '.join(known) or 'none'})"
+        )
+
+    def value(self, place: Place) -> Any:
+        """Return the value at a place; a `DiffoptError` where an input is missing."""
+        return _expect(value_at(self.arguments, place), place)
+
+    def generator(self, place: Place | None, stream: int = 0) -> torch.Generator | None:
+        """Return the generator of a draw: one object, so that draws continue each other.
+
+        Args:
+            place: Of a generator, or of the seed for one that the pipeline makes; None for the
+                default generator.
+            stream: Which of the generators that the pipeline makes of a seed.
+        """
+        argument = value_at(self.arguments, place) if place else None
         if isinstance(argument, torch.Generator):
             if argument.device.type != "cpu":
                 raise DiffoptError(
@@ -323,18 +403,52 @@ class CallArguments:
                     ' torch.Generator("cpu").manual_seed(…), or seed='
                 )
             return argument
-        if self.seed is None:
-            return None
-        if place not in self._generators:
+        if place and type(argument) is int:
+            return self._made((place, stream), argument)
+        if self.seed is not None:
             offset = place[1] if place and len(place) > 1 and isinstance(place[1], int) else 0
-            self._generators[place] = torch.Generator().manual_seed(int(self.seed) + offset)
-        return self._generators[place]
+            return self._made((place, 0), self.seed + offset)
+        if place:
+            name = place_text(place)
+            raise DiffoptError(
+                f"missing argument {name!r}: the program was traced with a torch.Generator there; "
+                "pass one, or seed="
+            )
+        return None
+
+    def _made(self, key: tuple[Place | None, int], seed: int) -> torch.Generator:
+        if key not in self._generators:
+            self._generators[key] = torch.Generator().manual_seed(seed)
+        return self._generators[key]
 
     def component(self, name: str) -> Any:
         """Return a host component; the first time it is loaded from the program's assets."""
         if name not in self.host.components:
+            if not self.host.assets.get(name):
+                raise DiffoptError(
+                    f"the file holds no {name!r}, which makes inputs of the arguments: it has no"
+                    " save_pretrained, as tokenizers of transformers have; run(tensors) takes the"
+                    " inputs themselves"
+                )
             self.host.components[name] = load_component(name, self.host.assets[name])
         return self.host.components[name]
+
+
+def _expect(value: Any, place: Place) -> Any:
+    if value is None:
+        raise DiffoptError(
+            f"missing argument {place_text(place)!r}: the program was traced with it"
+        )
+    return value
+
+
+def _as_seed(seed: Any) -> int | None:
+    """Return the seed as torch takes it; a `DiffoptError` for another value."""
+    if seed is None:
+        return None
+    if type(seed) is not int or not -(1 << 63) <= seed < 1 << 64:
+        raise DiffoptError(f"seed={short(seed)}: must be a whole number from -2**63 to 2**64 - 1")
+    return seed
 
 
 def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:
@@ -345,7 +459,10 @@ def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:
     if kind == "text":
         return Text(_tuples(value)).render(arguments)
     if kind == "place":
-        return value_at(arguments, value)
+        return _expect(value_at(arguments, value), value)
+    if kind == "resized":
+        place, *how = _tuples(value)
+        return resized(_expect(value_at(arguments, place), place), *how)
     if kind == "dict":
         return {k: decode_args(v, arguments) for k, v in value.items()}
     items = [decode_args(item, arguments) for item in value]
@@ -361,6 +478,8 @@ def places_in(data: Any) -> list[Sequence[str | int]]:
         return [part[0] for part in value if not isinstance(part, str)]
     if kind == "place":
         return [value]
+    if kind == "resized":
+        return [value[0]]
     return [p for item in (value.values() if kind == "dict" else value) for p in places_in(item)]
 
 
@@ -374,14 +493,3 @@ def result_entry(result: Any, key: str) -> Tensor:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _is_equal(a: Any, b: Any) -> bool:
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_is_equal(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b) if isinstance(b, (bool, int, float, str, type(None), dict)) else False
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,13 +1,15 @@
 """Host-side packing: from a graph's flat outputs to what the pipeline returns."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from diffopt.errors import DiffoptError
 
 
 class Output(dict[str, Any]):
@@ -31,19 +33,20 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
             {"value": …}, {"tensor": i}, or {"array" | "image": [i, index…]} for a part of output i
             as a numpy array, or as an 8-bit PIL image; {"stack": […]} for stacked arrays.
         tensors: The flat outputs.
-        output_type: "pil", "np" or "pt" for images of another type than at capture.
+        output_type: "pil", "np" or "pt" for images of another type than at capture, which
+            `expect_convertible` has allowed.
     """
     ((kind, value),) = data.items()
     if kind == "value":
         return value
     if kind == "tensor":
         tensor = tensors[value]
-        if output_type in ("pil", "np") and _is_image(tensor):
+        if output_type in ("pil", "np") and _is_image(tensors, kind, value, 0):
             return to_images(np.asarray(tensor.movedim(-3, -1).float().cpu()), output_type)
         return tensor
     if kind in ("array", "image"):
         array = np.asarray(tensors[value[0]].cpu())[tuple(value[1:])]
-        if output_type == "pt" and array.ndim >= 3:
+        if output_type == "pt" and _is_image(tensors, kind, value[0], len(value) - 1):
             return torch.from_numpy(array).movedim(-1, -3)
         return to_images(array, output_type or ("np" if kind == "array" else "pil"))
     if kind == "stack":
@@ -64,6 +67,47 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
     return cls(**packed) if cls is not None else Output(packed)
 
 
+IMAGE_TYPES = ("pil", "np", "pt")
+
+
+def expect_convertible(data: Any, values: Sequence[Tensor], traced: Any, output_type: str) -> None:
+    """Raise a `DiffoptError` where a result cannot be given as another `output_type`.
+
+    Args:
+        data: The structure of the result; see `pack`.
+        values: The flat outputs, or fake ones of their types.
+        traced: The `output_type` of the captured call, by the pipeline's default if it was left
+            out; None for a pipeline that has none.
+        output_type: The one wanted.
+    """
+    known = ", ".join(repr(name) for name in IMAGE_TYPES)
+    if output_type not in IMAGE_TYPES and traced not in IMAGE_TYPES:
+        advice = "trace it again with this one" if traced is not None else f"it may be {known}"
+    elif output_type not in IMAGE_TYPES:
+        advice = f"it may be {known}; trace it again for another"
+    elif traced is not None and traced not in IMAGE_TYPES:
+        advice = "trace it again with this one"
+    elif not any(_is_image(values, *part) for part in _parts(data)):
+        advice = "what it returns is no image, and is not converted"
+    else:
+        return
+    was = "without one" if traced is None else f"with {traced!r}"
+    raise DiffoptError(f"output_type={output_type!r}: the program was traced {was}; {advice}")
+
+
+def _parts(data: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield the parts of a result: the kind, the number of the output, the axes indexed."""
+    ((kind, value),) = data.items()
+    if kind == "tensor":
+        yield kind, value, 0
+    elif kind in ("array", "image"):
+        yield kind, value[0], len(value) - 1
+    elif kind != "value":
+        rows = value[1] if kind == "class" else value
+        for row in rows.values() if isinstance(rows, dict) else rows:
+            yield from _parts(row)
+
+
 def to_images(array: np.ndarray, output_type: str) -> Any:
     """Return images (…, height, width, channels) from 0 to 1 as PIL images, if that is the type."""
     if output_type != "pil":
@@ -74,5 +118,11 @@ def to_images(array: np.ndarray, output_type: str) -> Any:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def _is_image(tensor: Tensor) -> bool:
-    return tensor.ndim >= 4 and tensor.shape[-3] in (1, 3, 4) and tensor.is_floating_point()
+def _is_image(values: Sequence[Tensor], kind: str, index: int, indexed: int) -> bool:
+    """Tell whether a part of the result is an image, or several: channels first in a tensor."""
+    value = values[index]
+    if not value.is_floating_point():
+        return False
+    if kind == "tensor":
+        return value.ndim >= 4 and value.shape[-3] in (1, 3, 4)
+    return value.ndim - indexed >= 3 and value.shape[-1] in (1, 3, 4)

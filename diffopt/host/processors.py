@@ -16,6 +16,9 @@ def load_component(name: str, files: Mapping[str, bytes]) -> Any:
             path = Path(folder, file)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+        is_both = {"tokenizer_config.json", "preprocessor_config.json"} <= files.keys()
+        if is_both or "processor_config.json" in files:
+            return transformers.AutoProcessor.from_pretrained(folder)
         if "tokenizer_config.json" in files:
             return transformers.AutoTokenizer.from_pretrained(folder)
         return transformers.AutoImageProcessor.from_pretrained(folder)

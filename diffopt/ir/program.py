@@ -7,6 +7,7 @@ tensor arguments and a flat tuple of tensors as its result. Weights are shared b
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError, VerifyError
+from diffopt.host.arguments import leaves
 from diffopt.host.guards import Guards, Mismatch, mismatch
-from diffopt.host.inputs import Host, Processor, leaves
-from diffopt.host.outputs import pack
+from diffopt.host.inputs import Host, Processor
+from diffopt.host.outputs import expect_convertible, pack
 from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
 from diffopt.ir import graph as g
 from diffopt.ir.flops import graph_flops
@@ -26,6 +28,9 @@ from diffopt.ir.printing import format_graph, graph_fingerprint
 from diffopt.ir.strides import with_strides
 from diffopt.ir.verifier import verify_call, verify_graph, verify_type
 from diffopt.storage import program_file
+from diffopt.storage.weight_digests import Sealed
+
+log = logging.getLogger("diffopt")
 
 FORMAT = 1
 
@@ -49,7 +54,9 @@ class Program:
         batch: The fewest and the most requests of one run, a leading dimension of all inputs and
             outputs; None: each run serves one, and there is no such dimension.
         lengths: Numbers of tokens that the inputs' shapes do not fix.
+        check: How the capture was compared with the pipeline, as a sentence; empty: nobody knows.
         retrace: Capture again with other arguments; None where the pipeline is not at hand.
+        borrowed: Weights whose memory is the pipeline's, by name.
         variants: Programs for other numbers of tokens, captured by calls.
     """
 
@@ -63,7 +70,9 @@ class Program:
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     batch: tuple[int, int] | None = None
     lengths: list[dynamic_sizes.Length] = dataclasses.field(default_factory=list)
+    check: str = ""
     retrace: Callable[..., "Program"] | None = None
+    borrowed: dict[str, Sealed] = dataclasses.field(default_factory=dict)
     variants: list["Program"] = dataclasses.field(default_factory=list, init=False)
 
     # Running
@@ -127,6 +136,8 @@ class Program:
             raise
 
     def _prepare(self, arguments: Mapping[str, Any]) -> list[Tensor]:
+        if "output_type" in arguments:
+            self._expect_convertible(arguments["output_type"])
         tensors = self.host.prepare(arguments)
         is_text = [isinstance(s, Processor) for s in self.host.steps for _ in range(s.count)]
         inputs = zip(g.placeholders(self.root), tensors, is_text, strict=True)
@@ -156,6 +167,22 @@ class Program:
             self.guards.check(tensors)
         return tensors
 
+    def converts(self, output_type: str) -> bool:
+        """Tell whether the result can be had as this `output_type`."""
+        try:
+            self._expect_convertible(output_type)
+        except DiffoptError:
+            return False
+        return True
+
+    def _expect_convertible(self, output_type: Any) -> None:
+        traced = self.host.traced_output_type()
+        if output_type == traced:
+            return
+        types = [node.meta["val"] for node in g.outputs(self.root)]
+        values = [value[0] if self.batch else value for value in types]
+        expect_convertible(self.host.output, values, traced, output_type)
+
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Execute the graph on flat inputs, and return its flat outputs."""
         with torch.no_grad():
@@ -163,7 +190,7 @@ class Program:
 
     def pack(self, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
         """Return flat outputs as the pipeline returns them."""
-        traced = self.host.call.get("output_type")
+        traced = self.host.traced_output_type()
         return pack(self.host.output, tensors, output_type if output_type != traced else None)
 
     def sample_inputs(self, count: int | None = None) -> list[Tensor]:
@@ -294,6 +321,19 @@ class Program:
 
     # Checking
 
+    def expect_weights(self) -> None:
+        """Raise a `DiffoptError` where the pipeline's weights have changed since the capture.
+
+        They are not copied, so that the program's have changed with them.
+        """
+        ours = self.weights()
+        for name, sealed in self.borrowed.items():
+            if id(sealed.tensor) in ours and not sealed.is_intact():
+                raise DiffoptError(
+                    f"the weight {name} of the pipeline has changed since it was traced (an adapter"
+                    " was fused or taken off, say): trace it again"
+                )
+
     def verify(self) -> None:
         """Check the invariants of the IR; a broken one is a `VerifyError`.
 
@@ -320,6 +360,13 @@ class Program:
 
     def to_members(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
         """Return the program as JSON, distinct tensors by key, and asset files by path."""
+        self.expect_weights()
+        for name in self.host.without_files():
+            log.warning(
+                "no file can hold %r, which makes inputs of the arguments, as it has no"
+                " save_pretrained: what is loaded runs on tensors alone",
+                name,
+            )
         keys: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         graphs = {}
@@ -347,6 +394,7 @@ class Program:
             "history": self.history,
             "source": self.source,
             "digests": self.digests,
+            "check": self.check,
             "batch": self.batch,
             "lengths": [dataclasses.asdict(length) for length in self.lengths],
         }
@@ -394,6 +442,7 @@ class Program:
             source=data["source"],
             digests=data.get("digests") or {},  # engines of earlier versions have none
             batch=tuple(data["batch"]) if data.get("batch") else None,
+            check=data.get("check", ""),
             lengths=[dynamic_sizes.Length.from_json(row) for row in data.get("lengths", ())],
         )
 

@@ -56,6 +56,9 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+# The format has no complex128: such a tensor is stored as its real and imaginary parts, an axis of
+# two, and named in the metadata.
+_COMPLEX = "complex128"
 
 
 def write(
@@ -265,6 +268,7 @@ class Archive:
         length = 8 + int.from_bytes(content[:8], "little")
         header: dict[str, Any] = json.loads(bytes(content[8:length]))
         dtypes = {text: dtype for dtype, text in _DTYPES.items()}
+        complexes = json.loads(header.pop("__metadata__", {}).get(_COMPLEX, "[]"))
         result = {}
         for key, entry in header.items():
             start, end = entry["data_offsets"]
@@ -272,7 +276,8 @@ class Archive:
             flat = torch.empty(0, dtype=dtype)
             if end > start:
                 flat = torch.frombuffer(content[length + start : length + end], dtype=dtype)
-            result[key] = flat.view(entry["shape"])
+            tensor = flat.view(entry["shape"])
+            result[key] = torch.view_as_complex(tensor) if key in complexes else tensor
         return result
 
 
@@ -293,6 +298,11 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:
 
     Tensors whose size is a multiple of the alignment come first, so that nearly all are aligned.
     """
+    complexes = sorted(n for n, t in tensors.items() if t.dtype == torch.complex128)
+    tensors = {
+        name: torch.view_as_real(t.resolve_conj()) if name in complexes else t
+        for name, t in tensors.items()
+    }
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -301,7 +311,9 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> Buffers:
     order = sorted(
         tensors, key=lambda n: (len(buffers[n]) % ALIGNMENT > 0, -tensors[n].element_size(), n)
     )
-    header = {}
+    header: dict[str, Any] = (
+        {"__metadata__": {_COMPLEX: json.dumps(complexes)}} if complexes else {}
+    )
     end = 0
     for name in order:
         start, end = end, end + len(buffers[name])

@@ -1,5 +1,6 @@
 """Digests of the weights of a pipeline's modules, to tell whether two pipelines are the same."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,18 @@ def digests(components: Mapping[str, Any]) -> dict[str, str]:
     """Return a digest of the weights of each component that is a module, by name."""
     modules = {n: c for n, c in components.items() if isinstance(c, torch.nn.Module)}
     return {name: digest(module.state_dict()) for name, module in modules.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sealed:
+    """A tensor whose memory is somebody else's, and its digest when it was borrowed."""
+
+    tensor: Tensor
+    digest: str
+
+    def is_intact(self) -> bool:
+        """Tell whether the tensor holds what it held."""
+        return digest({"": self.tensor}) == self.digest
 
 
 def digest(state: Mapping[str, Any]) -> str:

@@ -230,6 +230,8 @@ def _find_match(
             continue
         if match.op != node.op or match.target != node.target:
             continue
+        if any(m is match and n is not node for n, m in step.matches.items()):
+            continue  # it is the counterpart of a value from outside of the part, too
         pairs = {node: match}
         if not _pair((node.args, node.kwargs), (match.args, match.kwargs), step, pairs):
             continue

@@ -1,6 +1,8 @@
 """Capture a program again with another number of steps or another scheduler."""
 
 import inspect
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from diffopt.core import Context
@@ -38,10 +40,59 @@ def resample(
         arguments[_steps_argument(pipeline)] = steps
     swapped = _scheduler(pipeline, scheduler, spacing) if scheduler or spacing else None
     ctx.progress("sampling the pipeline again")
-    new = program.retrace(scheduler=swapped, **arguments)
-    program.root, program.host, program.sample = new.root, new.host, new.sample
-    program.guards, program.retrace = new.guards, new.retrace
+    try:
+        new = program.retrace(scheduler=swapped, compare=True, **arguments)
+    except (ValueError, TypeError, NotImplementedError) as error:  # the pipeline's own refusal
+        text = str(error).strip().partition("\n")[0]
+        raise DiffoptError(
+            f"unroll: the pipeline refuses to be sampled like this: {text}"
+        ) from None
+    _expect_steps(program, new, arguments)
+    for field in ("root", "host", "sample", "guards", "retrace", "borrowed", "check"):
+        setattr(program, field, getattr(new, field))
     ctx.note("sampler", {"steps": steps, "scheduler": scheduler, "spacing": spacing})
+
+
+def _expect_steps(old: Program, new: Program, arguments: Mapping[str, Any]) -> None:
+    """Raise a `DiffoptError` where another number of steps has changed no number of calls."""
+    for name, steps in arguments.items():
+        known = old.host.schema.get(name, old.host.defaults.get(name, {})).get("value")
+        counts = [Counter(str(node.target) for node in program.calls()) for program in (old, new)]
+        if known not in (None, steps) and counts[0] == counts[1]:
+            raise DiffoptError(
+                f"unroll(steps={steps}): the pipeline calls its models as often as in {known} steps"
+                " (its own sigmas or timesteps set their number, perhaps): trace it with others"
+            )
+
+
+def _flow_options(current: Any, cls: Any) -> dict[str, Any]:
+    """Return the options by which a scheduler class follows a flow, where the pipeline's does.
+
+    Raises:
+        DiffoptError: It cannot: its sigmas would be others than the model was trained for.
+    """
+    config = current.config
+    if not _is_flow(type(current)) and not config.get("use_flow_sigmas", False):
+        if not _is_flow(cls):
+            return {}
+        raise DiffoptError(
+            f"unroll(scheduler={cls.__name__}): it follows a flow, and the pipeline's"
+            f" {type(current).__name__} does not: the model was trained for other sigmas"
+        )
+    if _is_flow(cls):
+        return {}
+    if "use_flow_sigmas" not in inspect.signature(cls).parameters:
+        raise DiffoptError(
+            f"unroll(scheduler={cls.__name__}): the pipeline's {type(current).__name__} follows a"
+            " flow, and this one cannot: the model was trained for other sigmas"
+        )
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+
+
+def _is_flow(cls: type) -> bool:
+    """Tell whether a scheduler class mixes data and noise on a straight path (flow matching)."""
+    return hasattr(cls, "scale_noise")
 
 
 def _steps_argument(pipeline: Any) -> str:
@@ -71,6 +122,7 @@ def _scheduler(pipeline: Any, name: str | None, spacing: str | None) -> Any:
             )
         cls = getattr(diffusers, full)
     options = {"timestep_spacing": spacing} if spacing else {}
+    options |= _flow_options(current, cls)
     try:
         return cls.from_config(current.config, **options)
     except (ValueError, NotImplementedError) as error:

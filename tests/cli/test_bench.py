@@ -160,7 +160,11 @@ def test_a_model_that_has_not_changed_is_compared(
 @pytest.mark.parametrize("file", ["plain.engine", "rewritten.engine", "a.program"])
 @pytest.mark.parametrize(
     ("change", "names"),
-    [(change_one_value, "unet"), (change_two_modules, "unet, vae"), (add_lora, "unet")],
+    [
+        (change_one_value, "unet"),
+        (change_two_modules, "unet, vae"),
+        (add_lora, "unet, unet (settings)"),
+    ],
 )
 def test_a_model_with_other_weights_is_one_line(
     compare: Callable[..., None], file: str, change: Change, names: str
@@ -205,7 +209,7 @@ def test_the_same_lora_is_the_same_model(
     monkeypatch.setattr(sys.modules["a_model"], "change", add_lora)
     build(load_model.trace_model("a_model:make", SMALL, 2, 1, ""), "eager", "lora.engine")
     compare("lora.engine", add_lora)
-    with pytest.raises(DiffoptError, match="other weights of unet than"):
+    with pytest.raises(DiffoptError, match=r"other weights of unet, unet \(settings\) than"):
         compare("lora.engine")
 
 

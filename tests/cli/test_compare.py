@@ -199,8 +199,8 @@ def test_videos_show_every_frame() -> None:
         ),
         (
             "{exact.engine} {other.engine} --set hight=16 -o a.png",
-            "hight=16: the program was traced without 'hight'; trace it again with 'hight' among"
-            " the arguments (its inputs are: generator, output_type, prompt, seed)",
+            "hight=16: the program was traced without 'hight'; did you mean 'height'?; trace it"
+            " again with 'hight' among the arguments (its inputs are: generator, prompt, seed)",
         ),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffopt.capture.verification import EQUAL
 from tests.command import Run
 
 PIPELINE = '''
@@ -71,7 +72,12 @@ def test_trace_writes_a_program(diffopt: Run, pipelines: None, tmp_path: Path) -
         *("trace", "small_pipelines:make", "--steps", 2, "--set", "height=16"),
         *("--set", "width=16", "-o", "a.program"),
     )
-    assert (done.code, done.out) == (0, "")
+    assert done.code == 0
+    assert "arguments of the captured call" in done.out
+    assert re.search(r"prompt +│ input +│ 'a cat'", done.out)
+    assert re.search(r"height +│ bound +│ 16", done.out)
+    assert re.search(r"eta +│ left out +│ 0.0", done.out)
+    assert f"capture: {EQUAL}" in done.out
     assert done.err == "wrote a.program: 3 components, 5 calls\n"
     assert list(tmp_path.iterdir()) == [tmp_path / "a.program"]
 

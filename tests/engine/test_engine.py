@@ -106,7 +106,7 @@ def test_engine_says_what_it_is(whole: Path) -> None:
     assert opened.manifest["target"] == "eager"
     assert opened.manifest["releasable"] == ["vae.out_weight", "vae.out_bias"]
     assert repr(opened) == (
-        f"<Engine {whole}: target eager, passes none, 0.0 MB, takes generator, output_type, seed>"
+        f"<Engine {whole}: target eager, passes none, 0.0 MB, takes generator, seed>"
     )
     opened.verify()
 

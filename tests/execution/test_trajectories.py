@@ -129,7 +129,7 @@ def test_numbers_that_are_more_than_labels() -> None:
         trajectories.requests(trace_function(compared, torch.tensor([2])), ["8"], 1)
     assert str(error.value) == (
         "the program takes neither a prompt nor class labels to calibrate with (its inputs are:"
-        " generator, output_type, seed, x0); leave the prompts out"
+        " x0); leave the prompts out"
     )
 
 

@@ -21,4 +21,4 @@ def _program(name: str, **changes: Any) -> Program:
 @cache
 def session(name: str) -> Session:
     """Return the captures of a case's pipeline."""
-    return Session(CASES[name].build())
+    return Session(CASES[name].build(), check=False)
