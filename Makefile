@@ -1,5 +1,6 @@
 # make demo    environment, install, then the main job: optimize, run, benchmark
 # make test    the whole test suite; make test-quick: without the files that take long
+# make test-capture  every pipeline class of diffusers, which writes docs/capture-all.md
 # make lint    ruff, import-linter and mypy
 # make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md;
 #              make bench-quantization: docs/quantization.md
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := examples/models/fashion-sd
 
-.PHONY: venv demo test test-quick lint bench bench-caching bench-quantization bench-pruning clean
+.PHONY: venv demo test test-quick test-capture lint bench bench-caching bench-quantization bench-pruning clean
 
 venv: $(VENV)/.installed
 
@@ -38,6 +39,9 @@ test: venv
 
 test-quick: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-capture: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/capture/test_every_pipeline.py -m every
 
 lint: venv
 	$(BIN)/ruff check .
