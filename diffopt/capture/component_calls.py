@@ -63,9 +63,8 @@ class Signature:
 
 def ambient_modes() -> tuple[Hashable, ...]:
     """Return torch's settings in whose scope a call runs."""
-    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     grad = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return (*autocast, *grad, torch.get_default_dtype(), str(torch.get_default_device()))
+    return (*grad, torch.get_default_dtype(), str(torch.get_default_device()))
 
 
 def _wants_gradients(arguments: Any) -> bool:
@@ -170,7 +169,7 @@ class ComponentCalls:
         if (
             self._has_written_weights(module)
             or _wants_gradients((args, kwargs))
-            or torch.is_autocast_enabled("cpu")  # which the exporter leaves out
+            or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))  # left out by the exporter
         ):
             return original(*args, **kwargs)  # operator by operator
         numbers: list[Any] = []

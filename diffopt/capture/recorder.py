@@ -23,7 +23,7 @@ from diffopt.ir import graph as g
 
 aten = torch.ops.aten
 
-# A constant up to this size is copied, since it may be changed in place after its use.
+# A constant up to this size is copied; a larger one when it is written after its use.
 _MAX_COPY = 1 << 20
 
 _IDENTITIES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default)
@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
         self.owners: dict[int, Tensor] = {}
         self.keep: list[Tensor] = []
         self.constants: dict[Any, str] = {}
+        self._lent: dict[int, dict[Any, str]] = {}
         self.escapes: list[tuple[np.ndarray, fx.Node, Location]] = []
         self.names: dict[str, int] = {}
         self.reads: list[tuple[fx.Node, Any, Location]] = []
@@ -114,21 +115,32 @@ class Recorder(TorchDispatchMode):
     def constant(self, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor's value now, which no call changes."""
         if id(tensor) in self._weight_names:
-            name, value = self._weight_names[id(tensor)], self.weights.value(tensor)
-        else:
-            name, value = "constant", tensor.detach()
-            if tensor.numel() * tensor.element_size() <= _MAX_COPY:
-                flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.reshape(-1))
-                content = flat.view(torch.uint8).numpy().tobytes()
-                key = (tensor.dtype, tensor.shape, tensor.stride(), content)
-                if key in self.constants:
-                    return self._get(self.constants[key])
-                value = value.clone(memory_format=torch.preserve_format)
-                if self.constants:  # else a free name would be sought among all that are taken
-                    name = f"constant_{len(self.constants)}"
-                name = self.constants[key] = g.register(self.root, name, value)
-                return self._get(name)
-        return self._get(g.add_attribute(self.root, name, value))
+            value = self.weights.value(tensor)
+            return self._get(g.add_attribute(self.root, self._weight_names[id(tensor)], value))
+        value = tensor.detach()
+        if tensor.numel() * tensor.element_size() > _MAX_COPY:
+            lent = self._lent.setdefault(storage_of(value), {})
+            key = layout_of(value), value.dtype
+            if key not in lent:
+                lent[key] = g.register(self.root, "constant", value)
+            return self._get(lent[key])
+        flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.reshape(-1))
+        content = flat.view(torch.uint8).numpy().tobytes()
+        known = (tensor.dtype, tensor.shape, tensor.stride(), content)
+        if known not in self.constants:
+            value = value.clone(memory_format=torch.preserve_format)
+            # Else a free name would be sought among all that are taken.
+            name = f"constant_{len(self.constants)}" if self.constants else "constant"
+            self.constants[known] = g.register(self.root, name, value)
+        return self._get(self.constants[known])
+
+    def _before_write(self, tensor: Tensor) -> None:
+        """Keep what weights and constants in the memory of a tensor hold, before it is written."""
+        if self.weights.is_written(tensor):
+            self.weights.before_write(tensor)
+        for name in self._lent.pop(storage_of(tensor), {}).values():
+            value = g.attribute(self.root, name)
+            setattr(self.root, name, value.clone(memory_format=torch.preserve_format))
 
     def _get(self, name: str) -> fx.Node:
         node = self.root.graph.get_attr(name)
@@ -255,8 +267,7 @@ class Recorder(TorchDispatchMode):
         tracked = [t for t in tensors if self.node_of(t) is not None]
         if func._schema.is_mutable:
             for tensor in _written(func, args, kwargs):
-                if self.weights.is_written(tensor):
-                    self.weights.before_write(tensor)
+                self._before_write(tensor)
         if is_random(func):
             return self.sources.draw(self, func, args, kwargs, tracked)
         if not tracked:

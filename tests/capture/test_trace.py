@@ -684,3 +684,19 @@ def test_a_helper_that_is_made_for_each_call():
     program = diffopt.trace(pipe, x=torch.ones(2))
     assert list(program.components) == ["net"]
     assert torch.equal(program(x=torch.ones(2) * 5), pipe(x=torch.ones(2) * 5))
+
+
+@pytest.mark.parametrize("size", [4, 1 << 19])
+def test_a_constant_that_is_written_after_its_use(size):
+    def function(x):
+        table = torch.ones(size)
+        first = x + table
+        table.mul_(3)
+        second = x * table
+        table[1:3] = 7
+        return first, second, x + table, x - table
+
+    program = diffopt.trace(Loop(lambda parts, x: function(x)), check=False, x=torch.ones(1))
+    for got, expected in zip(program(x=torch.full((1,), 2.0)), function(2.0), strict=True):
+        assert torch.equal(got, expected)
+    assert len(list(program.weights())) == 3
