@@ -86,6 +86,8 @@ def differences(expected: Any, got: Any, place: Place = ("result",)) -> Iterator
             yield from differences(part, other, (*place, key))
         return
     ours, theirs = describe(expected, shallow=True), describe(got, shallow=True)
+    if isinstance(expected, Tensor) and isinstance(got, Tensor):  # in whatever order of memory
+        ours, theirs = ({"tensor": [*row["tensor"][:2], None]} for row in (ours, theirs))
     if ours != theirs:
         yield f"{name} is {phrase(theirs)}, not {phrase(ours)}"
     elif isinstance(expected, (Tensor, np.ndarray, Image.Image)):

@@ -152,6 +152,17 @@ def test_tensors_that_only_their_shape_matters_of():
     assert "traced with a float32 tensor" in refusal(program, x=torch.ones(4).double())
 
 
+def test_tensors_of_other_strides():
+    pipe = sampler(lambda parts, x: x + torch.randn_like(x))
+    program = diffopt.trace(pipe, x=torch.ones(2, 3))
+    assert refusal(program, x=torch.ones(3, 2).t()) == (
+        "x=a float32 tensor of [2, 3] with strides [1, 2]: the program was traced with a float32 "
+        "tensor of [2, 3] there; pass one like it, or trace it again with this"
+    )
+    program = diffopt.trace(pipe, x=torch.ones(3, 2).t())
+    expect_equal(pipe, program, x=torch.rand(3, 2).t())
+
+
 def test_objects_are_bound_by_identity(tmp_path, caplog):
     calls = []
     pipe = sampler(lambda parts, x, callback: callback(x) * 2)
