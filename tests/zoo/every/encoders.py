@@ -202,12 +202,13 @@ def vision_tokenizer() -> Any:
     return tokenizer
 
 
-def without_video(self: Any, image_processor: Any = None, tokenizer: Any = None) -> None: ...
+def no_files(self: Any) -> None:
+    raise AttributeError("without a video processor it could not be loaded again")
 
 
 def qwen_processor(name: str) -> Callable[[], Any]:
     def make() -> Any:
-        made = type(name, (getattr(t, name),), {"__init__": without_video})
+        made = type(name, (getattr(t, name),), {"save_pretrained": property(no_files)})
         processor = made.__new__(made)  # its `__init__` wants a video processor, of torchvision
         processor.tokenizer = vision_tokenizer()
         processor.image_processor = t.Qwen2VLImageProcessor(

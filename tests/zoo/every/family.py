@@ -12,7 +12,7 @@ from tests.zoo import text
 from tests.zoo.case import generator
 
 # Texts of as many tokens, whatever the tokenizer.
-PROMPTS = ("the red tree", "the blue cat")
+PROMPTS = ("the red house", "the blue dogs")
 
 Size = tuple[int, int]
 
