@@ -1,7 +1,7 @@
 """Random operators as steps that the host repeats with another generator."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,10 +47,7 @@ def step(
     packet = func._schema.name.split("::")[1]
     name = _CREATED.get(packet, packet)
     if name not in _NUMBERS:
-        fail(
-            f"{packet} draws random numbers in a way that can't be repeated outside",
-            "use torch.randn or rand",
-        )
+        _refuse(packet, "use torch.randn or rand")
     named = _named(func, args, kwargs)
     extra = [named[key] for key in _NUMBERS[name] if named.get(key) is not None]
     if name == "randint" and len(extra) == 1:
@@ -72,11 +69,11 @@ def expect_repeatable(draw: Draw, state: Tensor, out: Tensor) -> None:
     generator.set_state(state)
     again = draw.sample(generator)
     if again.stride() != out.stride() or not torch.equal(again, out):
-        fail(
-            f"{draw.op.removeprefix('aten.')} draws random numbers in a way that can't be repeated"
-            " outside",
-            "use torch.randn or rand",
-        )
+        _refuse(draw.op.removeprefix("aten."), "use torch.randn or rand")
+
+
+def _refuse(operator: str, advice: str) -> NoReturn:
+    fail(f"{operator} draws random numbers in a way that can't be repeated outside", advice)
 
 
 def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -114,9 +111,8 @@ def compose(recorder: Recorder, composed: Composition, func: Any, args: Any, kwa
     with recorder:
         out = composed(**named)
     if not torch.equal(expected, out):
-        fail(
-            f"{func._schema.name.split('::')[1]} draws random numbers in a way that can't be"
-            " repeated outside",
+        _refuse(
+            func._schema.name.split("::")[1],
             "draw with torch.randn or rand, and compute with the noise",
         )
     return out
@@ -146,11 +142,7 @@ def _bernoulli_into(self: Tensor, generator: Any, p: Tensor) -> Tensor:
 
 def _multinomial(self: Tensor, num_samples: int, replacement: bool, generator: Any) -> Tensor:
     if replacement and num_samples > 1:
-        fail(
-            "multinomial with replacement draws random numbers in a way that can't be repeated"
-            " outside",
-            "draw one sample at a time",
-        )
+        _refuse("multinomial with replacement", "draw one sample at a time")
     ratio = self / torch.empty_like(self).exponential_(1, generator=generator)
     if num_samples == 1:
         return ratio.argmax(-1, keepdim=True)

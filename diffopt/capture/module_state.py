@@ -13,8 +13,6 @@ import torch
 from diffopt.capture import value_tree
 from diffopt.storage.weight_digests import digests
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
 Attribute = tuple[dict[str, Any], str]
 """An attribute of a module or helper object: its `__dict__`, and its name."""
 
@@ -45,24 +43,15 @@ def save_state(module: torch.nn.Module) -> State:
         for container in _containers(store[name], seen):
             state.containers.append((container, container.copy()))
     for child in module.modules():
-        for name in HOOKS:
+        for name in value_tree.HOOKS:
             hooks = vars(child)[name]
             state.hooks.append((hooks, hooks.copy()))
             state.attributes.append((vars(child), name, hooks))
     known = {id(store) for _, store in value_tree.owners(module)} | seen
-    for function in hook_functions(module):
-        state.heard.extend((held, _contents(held)) for held in _held(function, known))
-    return state
-
-
-def hook_functions(module: torch.nn.Module) -> Iterator[Any]:
-    """Yield the hooks of a module tree, and methods that replace a module's `forward`."""
     for child in module.modules():
-        store = vars(child)
-        for name in HOOKS:
-            yield from store[name].values()
-        if "forward" in store:
-            yield store["forward"]
+        for function in value_tree.hook_functions(child):
+            state.heard.extend((held, _contents(held)) for held in _held(function, known))
+    return state
 
 
 def _held(value: Any, seen: set[int]) -> Iterator[Any]:
@@ -77,7 +66,8 @@ def _held(value: Any, seen: set[int]) -> Iterator[Any]:
     elif isinstance(value, types.CellType):
         seen.add(id(value))
         yield value
-        yield from _held(_contents(value)[0], seen)
+        for item in _contents(value):
+            yield from _held(item, seen)
     elif isinstance(value, types.MethodType):
         yield from _held(value.__func__, seen)
         yield from _held(value.__self__, seen)
@@ -94,12 +84,7 @@ def _held(value: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def _contents(held: Any) -> Any:
-    if not isinstance(held, types.CellType):
-        return held.copy()
-    try:
-        return [held.cell_contents]
-    except ValueError:  # the variable has no value yet
-        return [None]
+    return value_tree.cell_contents(held) if isinstance(held, types.CellType) else held.copy()
 
 
 def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
@@ -137,14 +122,16 @@ def restore_state(state: State) -> None:
     for store, name, value in state.attributes:
         stores.setdefault(id(store), (store, set()))[1].add(name)
         store[name] = value
-    for held, contents in state.heard:
-        if isinstance(held, types.CellType) and not _is_same(contents, _contents(held)):
+    for held, contents in [*state.containers, *state.hooks, *state.heard]:
+        if _is_same(contents, _contents(held)):
+            continue
+        if not isinstance(held, types.CellType):
+            held.clear()
+            getattr(held, _FILL[type(contents)])(contents)
+        elif contents:
             held.cell_contents = contents[0]
-    heard = [row for row in state.heard if not isinstance(row[0], types.CellType)]
-    for container, contents in [*state.containers, *state.hooks, *heard]:
-        if not _is_same(contents, container):
-            container.clear()
-            getattr(container, _FILL[type(contents)])(contents)
+        else:
+            del held.cell_contents
     for store, names in stores.values():
         for name in [n for n in store if n not in names and n not in value_tree.MODULE_INTERNALS]:
             del store[name]

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from diffopt.capture.input_recipes import HostCall, RunInputs, tensors_of
 from diffopt.errors import CaptureError
-from diffopt.host.arguments import Place, items, leaves, rebuilt, replaced, value_at
+from diffopt.host.arguments import Place, is_within, items, leaves, rebuilt, replaced, value_at
 from diffopt.host.cleaners import CLEANERS, probe_text
 from diffopt.host.inputs import Host, decode_args, places_in
+
+_SEED = 987654321  # of the probe's values: none that a caller's were made with
 
 
 def texts(scout: RunInputs) -> list[Place]:
@@ -63,7 +65,7 @@ def seeded(probe: RunInputs, places: Sequence[Place]) -> list[Place]:
 def other_values(texts: Sequence[Place], seeds: Sequence[Place]) -> dict[Place, Any]:
     """Return other texts, each of which every cleaner changes differently, and other seeds."""
     values: dict[Place, Any] = {place: probe_text(index) for index, place in enumerate(texts)}
-    return values | {place: 987654321 + index for index, place in enumerate(seeds)}
+    return values | {place: _SEED + index for index, place in enumerate(seeds)}
 
 
 def same_lengths(scout: RunInputs, probe: RunInputs) -> dict[str, Any] | None:
@@ -137,19 +139,15 @@ def disturb(scout: RunInputs, changed: Mapping[Place, Any]) -> dict[str, Any]:
     changed = dict(changed)
     for index, (place, value) in enumerate(leaves(scout.arguments)):
         if isinstance(value, Image.Image):
-            array = np.array(value)
-            noise = (
-                np.random.default_rng([_NOISE, index])
-                .integers(0, 256, array.shape)
-                .astype(array.dtype)
-            )
+            array, random = np.array(value), np.random.default_rng([_SEED, index])
             if array.dtype == np.uint8:
+                noise = random.integers(0, 256, array.shape).astype(np.uint8)
                 changed[place] = Image.fromarray(noise, mode=value.mode)
         elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
             changed[place] = value[::-1] * 0.5 + (0.25 + index * 2**-8)
         elif isinstance(value, torch.Generator):
             # A clone: only such generators have the same Python identity behind the dispatcher.
-            changed[place] = torch.Generator().manual_seed(987654321 + index).clone_state()
+            changed[place] = torch.Generator().manual_seed(_SEED + index).clone_state()
     for index, place in enumerate(sorted(scout.used_lists, key=repr)):
         for number, value in enumerate(_other_numbers(value_at(scout.arguments, place), index)):
             changed[(*place, number)] = value
@@ -159,14 +157,10 @@ def disturb(scout: RunInputs, changed: Mapping[Place, Any]) -> dict[str, Any]:
     return replaced(scout.arguments, changed)  # type: ignore[no-any-return]
 
 
-_NOISE = 987654321  # a seed that no test picture was made with
-
-
 def inputs_of(host: Host, arguments: Mapping[str, Any]) -> dict[Place, Any]:
     """Return the values of a run's arguments at the places from which inputs are computed."""
     places = host.input_places()
-    rows = leaves(arguments)
-    return {p: v for p, v in rows if any(p[:end] in places for end in range(1, len(p) + 1))}
+    return {p: v for p, v in leaves(arguments) if is_within(p, places)}
 
 
 def _other_numbers(values: list[Any], index: int) -> list[Any]:

@@ -389,9 +389,7 @@ def _same_arg(x: Any, y: Any, final: Recorder, probe: Recorder) -> bool:
     if isinstance(x, fx.Node) and isinstance(y, fx.Node):
         if x.op == "get_attr" and y.op == "get_attr":
             a, b = g.attribute(final.root, str(x.target)), g.attribute(probe.root, str(y.target))
-            return a is b or (
-                a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
-            )
+            return a is b or (a.shape == b.shape and bool(value_tree.equal_values(a, b).all()))
         return format_type(x.meta["val"]) == format_type(y.meta["val"])
     if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
         return len(x) == len(y) and all(

@@ -116,11 +116,14 @@ def _flatten_object(value: Any, leaves: list[Tensor], above: set[int]) -> tuple[
     return (type(value).__qualname__, tuple((n, key) for n, (key, _) in parts.items())), build
 
 
+def equal_values(a: Tensor, b: Tensor) -> Tensor:
+    """Return where two tensors of one shape have the same value; NaN equals NaN."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors have the same type and values; NaN equals NaN."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and bool(equal_values(a, b).all())
 
 
 def update(old: Any, new: Any) -> Any:
@@ -252,7 +255,8 @@ def _parts(value: Any) -> Iterator[Any]:
         yield value.__qualname__
         if not hasattr(value, RECORDED):
             yield id(value.__code__)
-            yield from (c.cell_contents for c in value.__closure__ or () if _is_full(c))
+            for cell in value.__closure__ or ():
+                yield from cell_contents(cell)
             yield from value.__defaults__ or ()
             yield from (value.__kwdefaults__ or {}).values()
     else:
@@ -261,12 +265,22 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from (getattr(value, slot) for slot in slots if hasattr(value, slot))
 
 
-def _is_full(cell: types.CellType) -> bool:
+def cell_contents(cell: types.CellType) -> list[Any]:
+    """Return what a closure's variable holds, in a list; an empty one where it has no value yet."""
     try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:  # the variable has no value yet
-        return False
-    return True
+        return [cell.cell_contents]
+    except ValueError:
+        return []
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def hook_functions(module: torch.nn.Module) -> list[Any]:
+    """Return a module's own hooks, and the function that replaces its `forward`, if any."""
+    store = vars(module)
+    functions = [function for name in HOOKS for function in store[name].values()]
+    return [*functions, store["forward"]] if "forward" in store else functions
 
 
 RECORDED = "_diffopt_recorded"
@@ -290,10 +304,8 @@ def fingerprint(
     parts: list[Hashable] = []
     for child in module.modules():
         store = vars(child)
-        functions = [*store["_forward_hooks"].values(), *store["_forward_pre_hooks"].values()]
-        functions += [store["forward"]] if "forward" in store else []
         kind = id(type(child))
-        parts.append((kind, tuple(store["_modules"]), *map(describe, functions)))
+        parts.append((kind, tuple(store["_modules"]), *map(describe, hook_functions(child))))
         for weights in (store["_parameters"].items(), store["_buffers"].items()):
             parts.extend([(n, None if w is None else weight_key(w)) for n, w in weights])
     for store, name in attributes(module):

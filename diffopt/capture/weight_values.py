@@ -44,11 +44,15 @@ class WeightValues:
         self._backups: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._storages: set[int] = set()
         self._changing: set[Hashable] = set()
+        self._tables: list[Mapping[str, Tensor | None]] = []
 
     def begin(self) -> None:
         """Begin a capture: the weights are what they are now."""
         self._contents.clear()
         self._storages.clear()
+        # Walked for each write in place: to name all weights takes ten times as long.
+        parts = [part for module in self.modules.values() for part in module.modules()]
+        self._tables = [table for part in parts for table in (part._parameters, part._buffers)]
         self._before = {
             _place(tensor): self._digest(tensor)
             for _, tensor in named_weights(self.modules)
@@ -62,7 +66,9 @@ class WeightValues:
         """
         storage = storage_of(tensor)
         return storage in self._storages or any(
-            storage_of(weight) == storage for _, weight in named_weights(self.modules)
+            weight is not None and storage_of(weight) == storage
+            for table in self._tables
+            for weight in table.values()
         )
 
     def before_write(self, tensor: Tensor) -> None:

@@ -104,9 +104,7 @@ def difference(new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[float, flo
     return largest, float((error / norm) ** 0.5) if norm else math.inf
 
 
-def enforce_bounds(
-    step: Pass, record: Record, before: Snapshot, after: Snapshot, budget: float | None
-) -> None:
+def enforce_bounds(step: Pass, record: Record, before: Snapshot, budget: float | None) -> None:
     """Raise a `ToleranceError` where a pass changed the outputs by more than it may.
 
     Sampling may amplify what a step rounds: outputs of an exact pass may differ by as much as some
@@ -121,7 +119,7 @@ def enforce_bounds(
         factor = step.rtol + (ROUNDINGS * coarse[1] if coarse else 0.0)
         allowed = step.atol + factor * _largest(before.outputs())
         if not record.max_abs <= allowed:
-            floor = noise_floor(before.program) if allowed else 0.0
+            floor = noise_floor(before) if allowed else 0.0
             if record.max_abs <= ROUNDINGS * floor:
                 record.notes["rounding is amplified"] = {
                     "output": record.max_abs,
@@ -140,8 +138,8 @@ def enforce_bounds(
         )
 
 
-def noise_floor(program: Program) -> float:
-    """Return how far the outputs move where each call's inputs and results move by a last place.
+def noise_floor(snapshot: Snapshot) -> float:
+    """Return how far outputs move where each call's inputs and results move by a last place.
 
     So far rounding alone may carry the outputs of a program that computes the same in another
     order: a diffusion sampler with large guidance multiplies it from step to step.
@@ -158,12 +156,11 @@ def noise_floor(program: Program) -> float:
         value = interpreter.run_node(node)
         return tuple(map(nudged, value)) if node.op == "call_module" else value
 
-    inputs = [tensor.clone() for tensor in program.sample_inputs()]
-    run = Interpreter(program.root)
+    program = snapshot.program
+    inputs = [nudged(tensor.clone()) for tensor in program.sample_inputs()]
     with torch.no_grad():
-        plain = run.run(*inputs)
-        moved = run.run(*map(nudged, inputs), hook=nudge_results)
-    return difference(moved, plain)[0]
+        moved = Interpreter(program.root).run(*inputs, hook=nudge_results)
+    return difference(program.sample_outputs(moved), snapshot.outputs())[0]
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:

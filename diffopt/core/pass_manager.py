@@ -179,7 +179,7 @@ def _apply(
         tolerance=tolerance if step.is_exact() and step.tolerance_reason else "",
     )
     if options.get("enforce", True):
-        enforce_bounds(step, record, before, after, ctx.budget)
+        enforce_bounds(step, record, before, ctx.budget)
     program.history.append(asdict(record))
     return after, record
 

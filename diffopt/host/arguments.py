@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 Place = tuple[Any, ...]
@@ -29,6 +29,16 @@ def leaves(value: Any, place: Place = ()) -> list[tuple[Place, Any]]:
     if parts is None:
         return [(place, value)]
     return [leaf for key, part in parts for leaf in leaves(part, (*place, key))]
+
+
+def is_within(place: Place, places: Set[Place]) -> bool:
+    """Tell whether a place is one of these, or a part of one."""
+    return any(place[:end] in places for end in range(1, len(place) + 1))
+
+
+def holds_any(place: Place, places: Set[Place]) -> bool:
+    """Tell whether one of these places is this, or a part of it."""
+    return any(other[: len(place)] == place for other in places)
 
 
 def value_at(arguments: Any, place: Sequence[Any]) -> Any:

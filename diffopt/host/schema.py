@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
-from diffopt.host.arguments import Place, items, place_text, short
+from diffopt.host.arguments import Place, holds_any, is_within, items, place_text, short
 
 Schema = dict[str, Any]
 
@@ -70,7 +70,7 @@ class Checker:
     def check(self, place: Place, schema: Schema, value: Any) -> None:
         """Raise a `DiffoptError` where a value is not what the program was traced with."""
         ((kind, known),) = schema.items()
-        free = any(place[:end] in self.inputs for end in range(1, len(place) + 1))
+        free = is_within(place, self.inputs)
         if kind == "object":
             if self.objects.get(place, self) is not value:
                 self._refuse(place, schema, value, free=False)
@@ -105,8 +105,8 @@ class Checker:
             was, is_alike = phrase(schema), _is_like(place, kind, known, describe(value).get(kind))
             if is_alike and kind in ("array", "picture"):  # other contents, in a type that fits
                 was = "another one bound"
-            holds_input = any(there[: len(place)] == place for there in self.inputs)
-            advice = "pass one like it" if free or holds_input else "leave it out"
+            is_input = free or holds_any(place, self.inputs)
+            advice = "pass one like it" if is_input else "leave it out"
             raise DiffoptError(
                 f"{name}={got}: the program was traced with {was} there; {advice}, or trace it "
                 "again with this"
@@ -203,7 +203,7 @@ def rows(place: Place, schema: Schema, inputs: Set[Place]) -> list[tuple[str, st
     A container of which nothing is an input is one row.
     """
     ((kind, known),) = schema.items()
-    if place in inputs or not any(there[: len(place)] == place for there in inputs):
+    if place in inputs or not holds_any(place, inputs):
         text = phrase(schema) if kind not in ("list", "tuple", "dict") else short(plain(schema))
         return [(place_text(place), "input" if place in inputs else "bound", text)]
     parts = _rows(kind, known)

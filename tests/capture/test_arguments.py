@@ -363,9 +363,13 @@ def test_the_output_type():
 # Texts that Python reads
 
 
-def styled(parts, prompt):
+def tokens(parts, prompt):
     length = {"padding": "max_length", "max_length": 16, "truncation": True}
-    x = parts.embed(parts.words(prompt, return_tensors="pt", **length).input_ids).sum(1)
+    return parts.embed(parts.words(prompt, return_tensors="pt", **length).input_ids).sum(1)
+
+
+def styled(parts, prompt):
+    x = tokens(parts, prompt)
     return x * 2 if "cat" in prompt.lower() else x
 
 
@@ -473,11 +477,6 @@ def test_numbers_that_are_indices():
 
 
 # Files of host components
-
-
-def tokens(parts, prompt):
-    length = {"padding": "max_length", "max_length": 16, "truncation": True}
-    return parts.embed(parts.words(prompt, return_tensors="pt", **length).input_ids).sum(1)
 
 
 def padded_with_the_first(parts, prompt):

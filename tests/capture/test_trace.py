@@ -662,6 +662,29 @@ def test_a_hook_that_keeps_something_elsewhere():
     assert torch.equal(program(x=x), pipe(x=x))
 
 
+def test_a_variable_of_a_hook_that_has_no_value_at_first():
+    def loop(parts, x):
+        def keep(module, inputs, output):
+            nonlocal size
+            try:
+                size = size + 1
+            except NameError:
+                size = 10
+            return output * size
+
+        if x is None:
+            size = 0
+        parts.net.register_forward_hook(keep)
+        y = parts.net(x) + parts.net(x + 1)
+        parts.net._forward_hooks.clear()
+        return y
+
+    pipe = Loop(loop, net=net())
+    program = diffopt.trace(pipe, x=torch.ones(2, 4))
+    x = torch.randn(2, 4)
+    assert torch.equal(program(x=x), pipe(x=x))
+
+
 def test_a_helper_that_is_made_for_each_call():
     class Store:
         def __call__(self, x):

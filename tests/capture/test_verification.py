@@ -40,6 +40,17 @@ def test_a_capture_that_differs_does_not_exist():
     assert program.check == "not compared with the pipeline's own result"
 
 
+def test_a_program_that_fails_where_the_pipeline_does_not(monkeypatch):
+    def fail(self, tensors):
+        raise RuntimeError("out of range")
+
+    COUNTER[0] = -100
+    monkeypatch.setattr(Program, "run", fail)
+    with pytest.raises(CaptureError) as caught:
+        diffopt.trace(Counts(), x=torch.ones(2, 4))
+    assert str(caught.value) == "the program fails where the pipeline gives a result: out of range"
+
+
 def test_whether_it_was_compared_is_kept(tmp_path, monkeypatch, caplog):
     COUNTER[0] = -100
     program = diffopt.trace(Counts(), x=torch.ones(2, 4))

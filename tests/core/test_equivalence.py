@@ -9,7 +9,8 @@ from torch import nn
 
 from diffopt.capture.trace import Session
 from diffopt.core import Context, Pass, Pipeline, Record
-from diffopt.core.equivalence import noise_floor
+from diffopt.core.equivalence import Snapshot, noise_floor
+from diffopt.core.record import Size
 from diffopt.errors import ToleranceError
 from diffopt.ir import graph as g
 from diffopt.ir.program import Program
@@ -68,4 +69,4 @@ def test_a_wrong_rewrite_shows_all_the_same():
 
 def test_the_noise_floor_is_that_of_the_last_place():
     once = Session(lambda x: x * 2).program({"x": torch.linspace(-1, 1, 8)})
-    assert 0 < noise_floor(once) <= 4 * torch.finfo(torch.float32).eps
+    assert 0 < noise_floor(Snapshot(once, Size.of(once))) <= 4 * torch.finfo(torch.float32).eps
