@@ -11,7 +11,8 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,23 +20,25 @@ from PIL import Image
 from torch import Tensor, fx
 
 from diffopt.capture import draws
-from diffopt.capture.input_guesses import array_recipes, picture_recipes, reproduces, templates
+from diffopt.capture.input_guesses import templates
 from diffopt.capture.random_streams import RandomStreams
 from diffopt.capture.recorder import Recorder, fail
 from diffopt.capture.torch_functions import DynamicNumber
+from diffopt.capture.tracked_arrays import ArrayRecorder, plain_arrays
 from diffopt.capture.tracked_text import TrackedText
 from diffopt.capture.value_tree import same_bits
 from diffopt.errors import CaptureError
-from diffopt.host.arguments import Place, items, leaves, replaced, short, value_at
+from diffopt.host.arguments import Place, items, leaves, replaced, short
+from diffopt.host.array_expressions import ArrayRead, Row, evaluate, plain, same_value
 from diffopt.host.inputs import (
     Draw,
+    Expression,
     InputStep,
     Number,
     Processor,
     TensorArgument,
     Text,
     places_in,
-    resized,
 )
 from diffopt.host.schema import describe
 from diffopt.host.text_reads import Derived, TextRead
@@ -43,6 +46,8 @@ from diffopt.host.text_reads import Derived, TextRead
 # Methods by which pipelines turn texts and pictures into tensors.
 _PROCESSING = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")
 
+
+R = TypeVar("R", TextRead, ArrayRead)
 
 _LETTERS = (
     *("A big cat", "dog of he", "ink jam", "lemon par", "quiet su", "vow xyz", "01 234", "56 789"),
@@ -99,6 +104,8 @@ class RunInputs:
         self._lists = dict(_number_lists(self.arguments)) if lists else {}
         self.used_lists: set[Place] = set()
         self.text_reads: list[TextRead] = []
+        self.array_reads: list[ArrayRead] = []
+        self.array_recorder = ArrayRecorder(self._note_array_read)
         self._depth = 0
         # By the text's place in the host calls; taken from a probe whose texts every cleaner
         # changes differently.
@@ -116,6 +123,9 @@ class RunInputs:
                 self.add_input(recorder, value, place)
         texts = {p: v for p, v in leaves(self.arguments) if isinstance(v, str)}
         tracked = {p: TrackedText.make(v, Derived(p), self._note_read) for p, v in texts.items()}
+        for place, value in leaves(self.arguments):
+            if isinstance(value, (np.ndarray, Image.Image)):
+                tracked[place] = self.array_recorder.tracked(value, place)
         arguments: dict[str, Any] = replaced(dict(self.arguments), tracked)
         for name in self.dynamic:
             value = arguments.get(name)
@@ -134,19 +144,27 @@ class RunInputs:
         if not self.in_host() and read not in self.text_reads:
             self.text_reads.append(read)
 
-    def text_guards(self, inputs: Set[Place]) -> list[TextRead]:
-        """Return what new texts must give, too: what Python read of those that are inputs.
+    def _note_array_read(self, rows: list[Row], value: Any, where: str) -> None:
+        """Note a value that Python read of pictures or arrays; None stands for all of one."""
+        if self.in_host():
+            return
+        read = ArrayRead(
+            rows, plain(evaluate(rows, self.arguments) if value is None else value), where
+        )
+        if read not in self.array_reads:
+            self.array_reads.append(read)
+
+    def guards_of(self, reads: Sequence[R], earlier: Sequence[R], inputs: Set[Place]) -> list[R]:
+        """Return what new arguments must give, too: what Python read of those that are inputs.
 
         A question needs no guard where the earlier run, which did the same, got the other answer.
         """
-        assert self.earlier is not None
-        answers = {(str(read.text), read.result) for read in self.earlier.text_reads}
+        answers = {(read.about, read.result) for read in earlier if isinstance(read.result, bool)}
 
-        def is_free(read: TextRead) -> bool:
-            return isinstance(read.result, bool) and (str(read.text), not read.result) in answers
+        def is_free(read: R) -> bool:
+            return isinstance(read.result, bool) and (read.about, not read.result) in answers
 
-        reads = [read for read in self.text_reads if read.text.place in inputs]
-        return [read for read in reads if not is_free(read)]
+        return [r for r in reads if not inputs.isdisjoint(r.places) and not is_free(r)]
 
     def add_input(self, recorder: Recorder, tensor: Tensor, place: Place) -> None:
         """Make the argument at a place an input."""
@@ -201,23 +219,24 @@ class RunInputs:
     def watching(self) -> Iterator[None]:
         """Observe calls of host components and tensors built from arrays in the context."""
         originals = [(p, type(p)) for p in self.processors.values()]
-        from_numpy = torch.from_numpy
-        try:
-            for name, processor in self.processors.items():
-                processor.__class__ = self._watched(name, type(processor))
-            torch.from_numpy = self._from_numpy(from_numpy)  # type: ignore[assignment]
-            yield
-        finally:
-            torch.from_numpy = from_numpy
-            for processor, kind in originals:
-                processor.__class__ = kind
+        from_numpy = self._from_numpy(torch.from_numpy)
+        with self.array_recorder.watching(), mock.patch.object(torch, "from_numpy", from_numpy):
+            try:
+                for name, processor in self.processors.items():
+                    processor.__class__ = self._watched(name, type(processor))
+                yield
+            finally:
+                for processor, kind in originals:
+                    processor.__class__ = kind
 
     def _watched(self, name: str, kind: type) -> type:
         def method(original: Callable[..., Any], label: str) -> Callable[..., Any]:
             def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
                 self._depth += 1
                 try:
-                    result = original(processor, *args, **kwargs)
+                    with self.array_recorder.unwatched():
+                        plain, named = plain_arrays((args, kwargs))
+                        result = original(processor, *plain, **named)
                 finally:
                     self._depth -= 1
                 if self._depth == 0 and not isinstance(result, str):
@@ -276,15 +295,13 @@ class RunInputs:
         """
         if isinstance(final, str):
             return final if final == probe else {"text": self._text(final, probe, at).parts}
+        if isinstance(final, (Image.Image, np.ndarray)):
+            rows = self._expression(final, probe)
+            if rows is not None:
+                return {"place": rows[0][1][0]} if len(rows) == 1 else {"expression": rows}
         for place, value in leaves(self.arguments):
             if value is final and not isinstance(final, (str, int, float, bool, type(None))):
                 return {"place": list(place)}
-        if isinstance(final, Image.Image) and isinstance(probe, Image.Image):
-            assert self.earlier is not None
-            pair = (self.arguments, final), (self.earlier.arguments, probe)
-            for place, how in picture_recipes(self.arguments, final):
-                if all(_is_same(resized(value_at(a, place), *how), p) for a, p in pair):
-                    return {"resized": [list(place), *how]}
         if isinstance(final, (list, tuple)):
             kind = "tuple" if isinstance(final, tuple) else "list"
             if not isinstance(probe, (list, tuple)) or len(final) != len(probe):
@@ -331,24 +348,25 @@ class RunInputs:
         self, original: Callable[[np.ndarray], Tensor]
     ) -> Callable[[np.ndarray], Tensor]:
         def from_numpy(array: np.ndarray) -> Tensor:
-            tensor = original(array)
+            plain = array.view(np.ndarray)
+            tensor = original(plain)
             if self._depth or self.recorder is None:
                 return tensor
             for escaped, _, where in self.recorder.escapes:
-                if array is escaped or np.shares_memory(array, escaped):
+                if array is escaped or np.shares_memory(plain, escaped):
                     raise CaptureError(
                         f"{where}: numpy computes on a traced value; use torch operators instead"
                     )
             index = len(self.arrays)
-            self.arrays.append(np.array(array))
+            self.arrays.append(plain.copy())
             if self.earlier is not None and index < len(self.earlier.arrays):
                 self._array(tensor, array, self.earlier.arrays[index])
             return tensor
 
         return from_numpy
 
-    def _array(self, tensor: Tensor, final: np.ndarray, probe: np.ndarray) -> None:
-        if np.array_equal(final, probe, equal_nan=final.dtype.kind in "fc"):
+    def _array(self, tensor: Tensor, array: np.ndarray, probe: np.ndarray) -> None:
+        if same_value(plain_arrays(array), probe):
             return
         assert self.earlier is not None
         assert self.recorder is not None
@@ -359,33 +377,43 @@ class RunInputs:
         if not self.final:
             self.recorder.host_values.add(self.recorder.input("array", tensor))
             return
-        for step in array_recipes(self.arguments, final):
-            if reproduces(step, self.arguments, final) and reproduces(
-                step, self.earlier.arguments, probe
-            ):
-                node = self.recorder.input(_name(step.place), tensor)
-                self.recorder.host_values.add(node)
-                self.steps.append((step, [(node, tensor)]))
-                return
+        rows = self._expression(array, probe)
+        if rows is not None:
+            place = tuple(rows[0][1][0])
+            whole = TensorArgument(place, str(tensor.dtype).removeprefix("torch."))
+            step = whole if len(rows) == 1 else Expression(rows)
+            node = self.recorder.input(_name(place), tensor)
+            self.recorder.host_values.add(node)
+            self.steps.append((step, [(node, tensor)]))
+            return
         fail(
-            "a numpy array made from the arguments enters here, which is neither a resized "
-            "picture nor as it was given",
+            "a numpy array enters here that is made of the arguments by functions which are not "
+            "recorded",
             "pass the argument as a tensor",
         )
+
+    def _expression(self, final: Any, probe: Any) -> list[Row] | None:
+        """Return the rows that compute a picture or an array in this run and in the earlier one."""
+        assert self.earlier is not None
+        rows = self.array_recorder.expression(final)
+        runs = (self.arguments, final), (self.earlier.arguments, probe)
+        if rows is None or not all(same_value(evaluate(rows, a), plain_arrays(v)) for a, v in runs):
+            return None
+        return rows
 
     def is_like(self, name: str, loaded: Any) -> bool:
         """Tell whether a host component gives what the pipeline's own gives, bit by bit.
 
         For the calls of this run, and for these with other texts in place of the caller's.
         """
-        assert self.earlier is not None
-        for call, other in zip(self.calls, self.earlier.calls, strict=False):
+        for index, call in enumerate(self.calls):
             if call.component != name:
                 continue
-            texts = {p: v for p, v in leaves(call.args) if isinstance(v, str)}
-            places = [p for p, v in texts.items() if value_at(other.args, p) != v]
-            more = [dict.fromkeys(places, text) for text in _LETTERS if places]
-            for args, kwargs in (replaced(call.args, texts) for texts in ({}, *more)):
+            places = [(index, *place) for place, _ in leaves(call.args)]
+            made = {p[1:]: self.templates[p] for p in places if p in self.templates}
+            for letters in (None, *(_LETTERS if made else ())):
+                texts = {} if letters is None else self._rendered(made, letters)
+                args, kwargs = plain_arrays(replaced(call.args, texts))
                 results = [
                     tensors_of(getattr(component, call.method)(*args, **kwargs))
                     for component in (self.processors[name], loaded)
@@ -395,6 +423,12 @@ class RunInputs:
                 if keys[0] != keys[1] or not all(same_bits(a, b) for (_, a), (_, b) in pairs):
                     return False
         return True
+
+    def _rendered(self, made: Mapping[Place, Text], text: str) -> dict[Place, str]:
+        """Return texts of a host call for one text in place of all of the caller's."""
+        given = {p: text for p, v in leaves(self.arguments) if isinstance(v, str)}
+        arguments = replaced(self.arguments, given)
+        return {place: template.render(arguments) for place, template in made.items()}
 
     # The result
 

@@ -143,6 +143,9 @@ def disturb(scout: RunInputs, changed: Mapping[Place, Any]) -> dict[str, Any]:
             if array.dtype == np.uint8:
                 noise = random.integers(0, 256, array.shape).astype(np.uint8)
                 changed[place] = Image.fromarray(noise, mode=value.mode)
+        elif isinstance(value, np.ndarray) and value.dtype == np.uint8:
+            random = np.random.default_rng([_SEED, index])
+            changed[place] = random.integers(0, 256, value.shape).astype(np.uint8)
         elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
             changed[place] = value[::-1] * 0.5 + (0.25 + index * 2**-8)
         elif isinstance(value, torch.Generator):

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffopt.capture.dispatch_modes import location, without_modes
 from diffopt.capture.recorder import InputSource, Recorder, fail
+from diffopt.capture.tracked_arrays import TrackedArray
 
 Guard = tuple[str, float, bool, str]
 """(comparison, other side, its result at capture, where)."""
@@ -156,6 +157,9 @@ class TorchFunctionRecorder(TorchFunctionMode):
                 out = func(*args, **kwargs)
                 self.sources.add_input(self.recorder, out, place)
                 return out
+            if any(isinstance(value, TrackedArray) for value in _flat(args[0])):
+                copied = torch.from_numpy(np.array(args[0]))  # which is recorded
+                return copied.to(kwargs.get("device"), kwargs.get("dtype"))
         values = list(_flat((args, kwargs)))
         if any(isinstance(a, DynamicNumber) for a in values):
             return self._with_numbers(name, func, args, kwargs, values)

@@ -192,24 +192,29 @@ class Session:
 
     def _probed(self, arguments: Mapping[str, Any], scout: RunInputs) -> tuple[Program, RunInputs]:
         """Capture the call, which the scout has run, by a run with other values and a final one."""
-        probe, recorder = self._probe(scout)
+        probe, recorder, other = self._probe(scout)
         try:
-            return self._final(arguments, probe, recorder), probe
+            return self._final(arguments, probe, recorder, other), probe
         except CaptureError:
             # Where the number of tokens is not fixed, the probe's texts must have as many.
             changed = perturbation.same_lengths(scout, probe)
             if changed is None:
                 raise
         probe = self._inputs(changed, scout, lists=scout.lists)
-        recorder, _ = self._run(probe, seed=2)
-        return self._final(arguments, probe, recorder), probe
+        recorder, other = self._run(probe, seed=2)
+        return self._final(arguments, probe, recorder, other), probe
 
-    def _final(self, arguments: Mapping[str, Any], probe: RunInputs, probed: Recorder) -> Program:
+    def _final(
+        self, arguments: Mapping[str, Any], probe: RunInputs, probed: Recorder, other: Any
+    ) -> Program:
+        """Run with the caller's arguments and return the program; `other` is the probe's result."""
         copies = perturbation.separated(arguments)
         final = self._inputs(copies, probe, final=True, lists=probe.lists)
         recorder, result = self._run(final, seed=1)
         _check_same_operators(recorder, probed)
-        output = _result_structure(plain_texts(result), recorder)
+        result = plain_texts(result)
+        _check_same_result(result, plain_texts(other), recorder)
+        output = _result_structure(result, recorder)
         steps, sample = final.finish(recorder)
         root = recorder.root
         guards = _guards(recorder, probed, steps)
@@ -250,7 +255,10 @@ class Session:
                 " does not call it",
                 place_text(place),
             )
-        host.text_reads = final.text_guards(host.input_places())
+        inputs, earlier = host.input_places(), final.earlier
+        assert earlier is not None
+        host.text_reads = final.guards_of(final.text_reads, earlier.text_reads, inputs)
+        host.array_reads = final.guards_of(final.array_reads, earlier.array_reads, inputs)
         return host
 
     def _files(self, name: str, final: RunInputs) -> dict[str, bytes]:
@@ -258,18 +266,19 @@ class Session:
         files = save_component(self.processors[name])
         if not files:
             return files
-        changed = value_tree.describe(vars(self.processors[name])) != self._states[name]
-        if not changed and final.is_like(name, load_component(name, files)):
-            return files
-        reason = (
-            "the pipeline changes it in its call"
-            if changed
-            else "what is loaded gives other results"
-        )
+        if value_tree.describe(vars(self.processors[name])) != self._states[name]:
+            reason = "the pipeline changes it in its call"
+        else:
+            try:
+                if final.is_like(name, load_component(name, files)):
+                    return files
+                reason = "what is loaded gives other results"
+            except Exception as error:  # of transformers, which raise any kind
+                reason = f"what is saved cannot be loaded: {error}".partition("\n")[0]
         log.warning("no file will hold %r, as %s", name, reason)
         return {}
 
-    def _probe(self, scout: RunInputs) -> tuple[RunInputs, Recorder]:
+    def _probe(self, scout: RunInputs) -> tuple[RunInputs, Recorder, Any]:
         """Run with other texts, pictures and seeds; strings such as "pt" prove not to be texts."""
         texts, seeds = perturbation.texts(scout), perturbation.seeds(scout)
         while True:
@@ -277,14 +286,14 @@ class Session:
             probe = self._inputs(changed, scout, lists=scout.lists)
             failure: Exception | None = None
             try:
-                recorder, _ = self._run(probe, seed=2)
+                recorder, result = self._run(probe, seed=2)
             except (ValueError, KeyError, AttributeError) as error:
                 failure = error
             found = perturbation.reached(probe, texts), perturbation.seeded(probe, seeds)
             if found != (texts, seeds):
                 texts, seeds = found
             elif failure is None:
-                return probe, recorder
+                return probe, recorder, result
             elif texts or seeds:
                 texts, seeds = [], []  # it fails on some of them: they are bound
             else:
@@ -351,24 +360,26 @@ def _plain_data(value: Any) -> bool:
 
 def _check_same_operators(final: Recorder, probe: Recorder) -> None:
     """Raise a `CaptureError` where runs with other texts and pictures have other operators."""
-
-    def operators(recorder: Recorder) -> list[fx.Node]:
-        return [n for n in recorder.root.graph.nodes if n.op in ("call_function", "call_module")]
-
-    ours, theirs = operators(final), operators(probe)
+    ours, theirs = _operators(final), _operators(probe)
+    twins: dict[fx.Node, fx.Node] = {}
     for a, b in zip(ours, theirs, strict=False):
-        if not _same_target(a, b, final, probe) or not _same_args(a, b, final, probe):
+        if not _same_target(a, b, final, probe) or not _same_args(a, b, final, probe, twins):
             where = a.meta.get("where", "?")
             raise CaptureError(
                 f"{where}: what the pipeline computes here depends in Python on the text, picture "
                 "or seed; make it depend on tensors alone, or pass tensors (prompt_embeds, "
                 "latents) in their place"
             )
+        twins[a] = b
     if len(ours) != len(theirs):
         where = (ours + theirs)[min(len(ours), len(theirs))].meta.get("where", "?")
         raise CaptureError(
             f"{where}: whether this runs depends in Python on the text, picture or seed"
         )
+
+
+def _operators(recorder: Recorder) -> list[fx.Node]:
+    return [n for n in recorder.root.graph.nodes if n.op in ("call_function", "call_module")]
 
 
 def _same_target(a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder) -> bool:
@@ -378,24 +389,47 @@ def _same_target(a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder) -> bo
     return a.target == b.target
 
 
-def _same_args(a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder) -> bool:
-    if len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
-        return False
-    pairs = [*zip(a.args, b.args, strict=True), *((a.kwargs[k], b.kwargs[k]) for k in a.kwargs)]
-    return all(_same_arg(x, y, final, probe) for x, y in pairs)
+def _same_args(
+    a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder, twins: Mapping[fx.Node, fx.Node]
+) -> bool:
+    """Tell whether nodes have the same constants, and the results of twins, as arguments."""
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+            if x.op == y.op == "get_attr":
+                return _same_constant(
+                    g.attribute(final.root, str(x.target)), g.attribute(probe.root, str(y.target))
+                )
+            return twins.get(x, y) is y and format_type(x.meta["val"]) == format_type(y.meta["val"])
+        if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
+            return len(x) == len(y) and all(map(same, x, y))
+        return type(x) is type(y) and bool(x == y)
+
+    return (
+        same(a.args, b.args)
+        and a.kwargs.keys() == b.kwargs.keys()
+        and all(same(value, b.kwargs[name]) for name, value in a.kwargs.items())
+    )
 
 
-def _same_arg(x: Any, y: Any, final: Recorder, probe: Recorder) -> bool:
-    if isinstance(x, fx.Node) and isinstance(y, fx.Node):
-        if x.op == "get_attr" and y.op == "get_attr":
-            a, b = g.attribute(final.root, str(x.target)), g.attribute(probe.root, str(y.target))
-            return a is b or (a.shape == b.shape and bool(value_tree.equal_values(a, b).all()))
-        return format_type(x.meta["val"]) == format_type(y.meta["val"])
-    if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
-        return len(x) == len(y) and all(
-            _same_arg(i, j, final, probe) for i, j in zip(x, y, strict=True)
-        )
-    return type(x) is type(y) and bool(x == y)
+def _same_constant(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool(value_tree.equal_values(a, b).all()))
+
+
+def _check_same_result(result: Any, other: Any, recorder: Recorder) -> None:
+    """Raise a `CaptureError` where what no operator computes is not the same in both runs."""
+    ours, theirs = leaves(result, ("result",)), dict(leaves(other, ("result",)))
+    for place, value in ours:
+        twin = theirs.get(place)
+        if isinstance(value, Tensor) and isinstance(twin, Tensor):
+            same = recorder.node_of(value) is not None or _same_constant(value, twin)
+        else:
+            same = not _plain_data(value) or value == twin
+        if not same:
+            raise CaptureError(
+                f"{place_text(place)}: what the pipeline returns here depends on the text, picture "
+                "or seed by functions that are not recorded; compute it with torch"
+            )
 
 
 def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Guards | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffopt.errors import DiffoptError
 from diffopt.host.arguments import Place, place_text, short, value_at
+from diffopt.host.array_expressions import ArrayRead, evaluate, places_of
 from diffopt.host.cleaners import CLEANERS
 from diffopt.host.processors import load_component
 from diffopt.host.schema import Checker, Schema, describe, phrase, rows
@@ -68,7 +69,7 @@ class Processor:
     method: str
     args: Any
     """JSON, see `decode_args`: a text is {"text": parts of a `Text`}, a picture {"place": …} or
-    {"resized": [place, mode, size …]}, as the arguments of `resized`."""
+    {"expression": rows} of `array_expressions.evaluate`."""
     keys: tuple[str, ...]
     """The entries of the result that become inputs; see `result_entry`."""
 
@@ -127,8 +128,21 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
+class Expression:
+    """What PIL and numpy compute of pictures and arrays, as one tensor."""
+
+    rows: Sequence[Sequence[Any]]
+    """As in `array_expressions.evaluate`."""
+    count = 1
+
+    def run(self, call: "CallArguments") -> list[Tensor]:
+        """Return the array as a tensor."""
+        return [torch.from_numpy(np.asarray(evaluate(self.rows, call.arguments)))]
+
+
+@dataclasses.dataclass(frozen=True)
 class Picture:
-    """PIL images as one tensor: mode, resize, scale, layout."""
+    """PIL images as one tensor: mode, resize, scale, layout; in files of earlier versions."""
 
     place: Place
     """Of an image, or of a list of images, which are stacked."""
@@ -221,10 +235,10 @@ COMPARISONS = {
     "!=": lambda a, b: a != b,
 }
 
-InputStep = TensorArgument | Processor | Draw | Picture | Number
+InputStep = TensorArgument | Processor | Draw | Expression | Picture | Number
 KINDS: dict[type, str] = {
     TensorArgument: "Given",
-    **{cls: cls.__name__ for cls in (Processor, Draw, Picture, Number)},
+    **{cls: cls.__name__ for cls in (Processor, Draw, Expression, Picture, Number)},
 }
 """What files call each class of steps."""
 
@@ -249,6 +263,8 @@ class Host:
     """The callable's own defaults of the arguments that were left out at capture."""
     text_reads: list[TextRead] = dataclasses.field(default_factory=list, repr=False)
     """What Python read of the texts, and new ones must give, too."""
+    array_reads: list[ArrayRead] = dataclasses.field(default_factory=list, repr=False)
+    """What Python read of the pictures and arrays, and new ones must give, too."""
     objects: dict[Place, Any] = dataclasses.field(default_factory=dict, repr=False)
     """Traced arguments that no schema describes; at hand in the process that traced them."""
 
@@ -270,6 +286,8 @@ class Host:
                 places.update(tuple(place) for place in places_in(step.args))
             elif isinstance(step, Draw):
                 places.update([step.generator] if step.generator else [])
+            elif isinstance(step, Expression):
+                places.update(places_of(step.rows))
             else:
                 places.add(step.place)
         return places
@@ -317,6 +335,7 @@ class Host:
             "schema": self.schema,
             "defaults": self.defaults,
             "text_reads": [read.to_json() for read in self.text_reads],
+            "array_reads": [read.to_json() for read in self.array_reads],
         }
 
     @staticmethod
@@ -325,7 +344,8 @@ class Host:
         classes: dict[str, Any] = {kind: cls for cls, kind in KINDS.items()}
         steps = []
         for row in data["steps"]:
-            fields = {k: _tuples(v) if k != "args" else v for k, v in row.items() if k != "kind"}
+            fields = {k: v for k, v in row.items() if k != "kind"}
+            fields |= {k: _tuples(v) for k, v in fields.items() if k not in ("args", "rows")}
             steps.append(classes[row["kind"]](**fields))
         call = data["call"]
         # Files of earlier versions tell the plain arguments alone.
@@ -333,6 +353,7 @@ class Host:
         host = Host(steps, data["output"], call, assets, schema=schema)
         host.defaults = data.get("defaults") or {}
         host.text_reads = [TextRead.from_json(row) for row in data.get("text_reads", ())]
+        host.array_reads = [ArrayRead(*row) for row in data.get("array_reads", ())]
         return host
 
 
@@ -359,7 +380,8 @@ class CallArguments:
                         f"seed={self.seed} and {place_text(place)}: give one of the two"
                     )
         self.arguments = host.call | arguments
-        for read in host.text_reads:
+        reads: list[TextRead | ArrayRead] = [*host.text_reads, *host.array_reads]
+        for read in reads:
             read.check(self.arguments)
         self._generators: dict[tuple[Place | None, int], torch.Generator] = {}
 
@@ -460,7 +482,9 @@ def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:
         return Text(_tuples(value)).render(arguments)
     if kind == "place":
         return _expect(value_at(arguments, value), value)
-    if kind == "resized":
+    if kind == "expression":
+        return evaluate(value, arguments)
+    if kind == "resized":  # in files of earlier versions
         place, *how = _tuples(value)
         return resized(_expect(value_at(arguments, place), place), *how)
     if kind == "dict":
@@ -478,6 +502,8 @@ def places_in(data: Any) -> list[Sequence[str | int]]:
         return [part[0] for part in value if not isinstance(part, str)]
     if kind == "place":
         return [value]
+    if kind == "expression":
+        return list(places_of(value))
     if kind == "resized":
         return [value[0]]
     return [p for item in (value.values() if kind == "dict" else value) for p in places_in(item)]

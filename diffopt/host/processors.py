@@ -1,21 +1,38 @@
-"""Saves tokenizers and image processors as files, and loads them."""
+"""Saves tokenizers and image processors as files, and loads them.
 
+The files are those of `save_pretrained`, which transformers' auto classes load. Where they would
+not, `component.json` says how: the class of a tokenizer that is diffusers' own; and of a processor
+its parts, each in a folder, as its own loading asks for all of them, also those that the pipeline
+never calls (for videos, which takes torchvision).
+"""
+
+import importlib
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffopt import optional
+from diffopt.errors import DiffoptError
+
+_HOW = "component.json"
+_PACKAGES = ("transformers", "diffusers")
 
 
 def load_component(name: str, files: Mapping[str, bytes]) -> Any:
     """Load a tokenizer or image processor from its files."""
     transformers = optional.require("transformers", f"the tokenizer {name!r}", "transformers")
+    how = json.loads(files[_HOW]) if _HOW in files else {}
+    if "parts" in how:
+        return _assembled(name, files, how)
     with tempfile.TemporaryDirectory() as folder:
         for file, content in files.items():
             path = Path(folder, file)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+        if how:
+            return _class(name, how).from_pretrained(folder)
         is_both = {"tokenizer_config.json", "preprocessor_config.json"} <= files.keys()
         if is_both or "processor_config.json" in files:
             return transformers.AutoProcessor.from_pretrained(folder)
@@ -26,9 +43,67 @@ def load_component(name: str, files: Mapping[str, bytes]) -> Any:
 
 def save_component(component: Any) -> dict[str, bytes]:
     """Return the files from which `load_component` loads it; none if it cannot be saved."""
+    kind = type(component)
     if not hasattr(component, "save_pretrained"):
         return {}
+    package = kind.__module__.partition(".")[0]
+    if hasattr(kind, "get_attributes") and package in _PACKAGES:
+        return _saved_parts(component)
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
-        files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    if package == "diffusers":
+        files[_HOW] = _encoded(kind)
+    return files
+
+
+def _saved_parts(processor: Any) -> dict[str, bytes]:
+    """Return the files of a processor's parts, and what else it has that is plain data."""
+    kind = type(processor)
+    names = kind.get_attributes()
+    parts = {n: save_component(p) for n in names if (p := getattr(processor, n, None)) is not None}
+    if not all(parts.values()):
+        return {}
+    files = {f"{name}/{file}": data for name, part in parts.items() for file, data in part.items()}
+    values = {n: v for n, v in vars(processor).items() if n not in names and _is_plain(v)}
+    return files | {_HOW: _encoded(kind, parts=sorted(parts), values=values)}
+
+
+def _assembled(name: str, files: Mapping[str, bytes], how: Mapping[str, Any]) -> Any:
+    """Return a processor of the parts that it had; others are None."""
+    kind = _class(name, how)
+    processor = kind.__new__(kind)
+    vars(processor).update(dict.fromkeys(kind.get_attributes()))
+    vars(processor).update(how["values"])
+    for part in how["parts"]:
+        own = {f.removeprefix(f"{part}/"): c for f, c in files.items() if f.startswith(f"{part}/")}
+        setattr(processor, part, load_component(f"{name}.{part}", own))
+    return processor
+
+
+def _encoded(kind: type, **row: Any) -> bytes:
+    where = kind.__module__
+    if getattr(importlib.import_module(where.partition(".")[0]), kind.__name__, None) is kind:
+        where = where.partition(".")[0]  # where later versions have it, too
+    row = {"class": f"{where}:{kind.__qualname__}", **row}
+    return json.dumps(row, indent=1, sort_keys=True).encode()
+
+
+def _class(name: str, how: Mapping[str, Any]) -> Any:
+    """Return the class of a tokenizer or processor; a `DiffoptError` for any other."""
+    transformers = optional.require("transformers", f"the tokenizer {name!r}", "transformers")
+    where, _, kind = str(how.get("class")).partition(":")
+    known = where.partition(".")[0] in _PACKAGES
+    found = getattr(optional.module_or_reason(where), kind, None) if known else None
+    bases = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
+    if not (isinstance(found, type) and issubclass(found, bases)):
+        raise DiffoptError(f"{name!r} is of the class {how.get('class')}, which is not known here")
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False

@@ -75,6 +75,16 @@ class TextRead:
     result: Any
     where: str
 
+    @property
+    def about(self) -> str:
+        """What was read, whatever it was."""
+        return str(self.text)
+
+    @property
+    def places(self) -> list[Place]:
+        """The place of the argument that was read."""
+        return [self.text.place]
+
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise a `Mismatch` where a text gives another value than the one at capture."""
         try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError, VerifyError
-from diffopt.host.inputs import Draw, Host, Picture, TensorArgument
+from diffopt.host.inputs import Draw, Expression, Host, Picture, TensorArgument
 from diffopt.ir import dynamic_sizes
 from diffopt.ir import graph as g
 
@@ -65,7 +65,7 @@ def stack(sample: Sequence[Tensor], host: Host, count: int) -> list[Tensor]:
     between requests changes an output.
     """
     kinds = [step for step in host.steps for _ in range(step.count)]
-    free = [isinstance(kind, (Draw, TensorArgument, Picture)) for kind in kinds]
+    free = [isinstance(kind, (Draw, TensorArgument, Expression, Picture)) for kind in kinds]
     requests = [list(sample)]
     for seed in range(count - 1):
         generator = torch.Generator().manual_seed(seed)

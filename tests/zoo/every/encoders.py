@@ -2,17 +2,21 @@
 
 import copy
 import functools
+import io
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 import transformers as t
 from diffusers.pipelines.deprecated.alt_diffusion import RobertaSeriesModelWithTransformation
 from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import RobertaSeriesConfig
 from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
-from diffusers.pipelines.kolors import ChatGLMModel
+from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
     LDMBertConfig,
@@ -202,13 +206,9 @@ def vision_tokenizer() -> Any:
     return tokenizer
 
 
-def no_files(self: Any) -> None:
-    raise AttributeError("without a video processor it could not be loaded again")
-
-
 def qwen_processor(name: str) -> Callable[[], Any]:
     def make() -> Any:
-        made = type(name, (getattr(t, name),), {"save_pretrained": property(no_files)})
+        made = getattr(t, name)
         processor = made.__new__(made)  # its `__init__` wants a video processor, of torchvision
         processor.tokenizer = vision_tokenizer()
         processor.image_processor = t.Qwen2VLImageProcessor(
@@ -225,26 +225,26 @@ def qwen_processor(name: str) -> Callable[[], Any]:
     return make
 
 
-class PositionTokenizer(t.PreTrainedTokenizerFast):
-    """Returns the numbers of the tokens too, as the tokenizer of ChatGLM does."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        encoded = super().__call__(*args, **kwargs)
-        mask = encoded["attention_mask"]
-        encoded["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return encoded
-
-
-def position_tokenizer() -> Any:
-    chat = text.chat_tokenizer()
-    return PositionTokenizer(
-        tokenizer_object=chat.backend_tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=512,
+@functools.cache
+def pieces_file() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+    """Return a file of sentencepiece, in a folder that lasts as long as the process."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.WORDS * 4),
+        model_writer=model,
+        vocab_size=text.VOCABULARY // 2,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name, "tokenizer.model")
+    path.write_bytes(model.getvalue())
+    return path, folder
+
+
+def chat_glm_tokenizer() -> Any:
+    """Return the tokenizer of ChatGLM, which is diffusers' own."""
+    return ChatGLMTokenizer(str(pieces_file()[0]))
 
 
 def language_bert() -> Any:
@@ -341,7 +341,7 @@ ENCODERS: dict[str, Callable[..., Any]] = {
         text.chat_tokenizer,
     ),
     "Qwen2Tokenizer": vision_tokenizer,
-    "ChatGLMTokenizer": position_tokenizer,
+    "ChatGLMTokenizer": chat_glm_tokenizer,
     "ClapTextModelWithProjection": clap_text,
     "ClapFeatureExtractor": t.ClapFeatureExtractor,
     "GPT2Tokenizer": text.chat_tokenizer,

@@ -1,0 +1,231 @@
+"""What Python computes of pictures and arrays follows new ones, or these are refused."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+
+import diffopt
+from diffopt.errors import CaptureError, DiffoptError
+from diffopt.host.array_expressions import evaluate
+from diffopt.ir.program import Program
+from tests.capture.random_samplers import picture
+from tests.capture.test_arguments import expect_equal, refusal, sampler
+
+
+def bright(image):
+    return np.asarray(image, dtype=np.float32) / 255
+
+
+def masked(image):
+    array = bright(image)
+    array[array < 0.5] = 0
+    array[array >= 0.5] = 1
+    return 1 - array
+
+
+def in_place(image):
+    array = np.array(image)
+    array //= 2
+    array[1:, ..., 0] = array[:-1, ..., 1]
+    return array.astype(np.float32) * 0.5
+
+
+def framed(image):
+    frame = Image.new("RGB", (12, 10), (9, 8, 7))
+    frame.paste(image.resize((4, 4)), (2, 3))
+    return np.array(frame)
+
+
+def layered(image):
+    red, green, _ = image.split()
+    other = Image.merge("RGB", (green, red, red)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(Image.blend(image, other, 0.25))
+
+
+def through_bytes(image):
+    array = (bright(image).mean(-1) * 255).round().astype("uint8")
+    return np.array(Image.fromarray(array, mode="L").convert("RGB").crop((1, 1, 5, 4)))
+
+
+def gathered(image):
+    parts = [
+        np.array(image)[None],
+        np.array(image.rotate(90, expand=True).resize(image.size))[None],
+    ]
+    return np.concatenate(parts).transpose(0, 3, 1, 2)[:, ::-1]
+
+
+def scaled(image):
+    array = bright(image)
+    return (array - array.min()) / np.maximum(array.max() - array.min(), 1e-6)
+
+
+def rows_one_by_one(image):
+    return np.stack([row.sum(axis=0) for row in bright(image)])
+
+
+FUNCTIONS = {
+    "masked": masked,
+    "in place": in_place,
+    "framed": framed,
+    "layered": layered,
+    "through bytes": through_bytes,
+    "gathered": gathered,
+    "scaled": scaled,
+    "row by row": rows_one_by_one,
+    "blurred": lambda image: np.array(image.filter(ImageFilter.GaussianBlur(1.5)).convert("L")),
+    "upright": lambda image: np.array(ImageOps.exif_transpose(image).convert("RGB")),
+    "fitted": lambda image: np.array(ImageOps.fit(image, (5, 5), Image.Resampling.BILINEAR)),
+    "padded": lambda image: np.pad(np.array(image), ((1, 2), (0, 0), (0, 0)), mode="edge"),
+    "where": lambda image: np.where(np.array(image) > 100, np.float32(1), np.float32(-1)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("entry", ["from_numpy", "tensor", "as_tensor"])
+def test_pictures(name, entry, tmp_path):
+    def function(parts, image):
+        array = FUNCTIONS[name](image)
+        return getattr(torch, entry)(np.ascontiguousarray(array)) * 1
+
+    pipe = sampler(function)
+    source = random.Random(1)
+    program = diffopt.trace(pipe, image=picture(source, (8, 6)))
+    program.save(tmp_path / "a.program")
+    for loaded in (program, Program.load(tmp_path / "a.program")):
+        expect_equal(pipe, loaded, image=picture(source, (8, 6)))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+def test_arrays(dtype):
+    def function(parts, array):
+        return torch.from_numpy(np.stack([array * 2, array[::-1]])).float()
+
+    pipe = sampler(function)
+    values = [np.random.default_rng(s).integers(0, 99, (3, 4)).astype(dtype) for s in (0, 1)]
+    program = diffopt.trace(pipe, array=values[0])
+    expect_equal(pipe, program, array=values[1])
+
+
+def test_lists_of_pictures():
+    def function(parts, images):
+        return torch.tensor(np.array([np.array(image) for image in images]))
+
+    pipe = sampler(function)
+    source = random.Random(1)
+    program = diffopt.trace(pipe, images=[picture(source), picture(source)])
+    expect_equal(pipe, program, images=[picture(source), picture(source)])
+
+
+# What Python reads
+
+
+def of_a_sort(parts, image):
+    array = np.array(image)
+    if array.max() > 128:
+        return torch.from_numpy(array) * 2
+    return torch.from_numpy(array) + 1
+
+
+def region(parts, image):
+    box = image.convert("L").point(lambda v: 255 if v > 10 else 0).getbbox()
+    return torch.from_numpy(np.array(image.crop(box)))
+
+
+def first_row(parts, image):
+    array = np.array(image.convert("L"))
+    top = 0
+    while top < len(array) - 1 and (array[top] == 0).all():
+        top += 1
+    return torch.from_numpy(np.array(image)[top])
+
+
+def flat(level, size=(4, 4)):
+    return Image.new("RGB", size, (level, level, level))
+
+
+def test_a_branch_on_pixels():
+    pipe = sampler(of_a_sort)
+    program = diffopt.trace(pipe, image=flat(200))
+    expect_equal(pipe, program, image=flat(180))
+    program.retrace = None
+    assert "what Python reads of image is False and was True at capture" in refusal(
+        program, image=flat(20)
+    )
+
+
+@pytest.mark.parametrize("function", [region, first_row])
+def test_a_place_that_pixels_tell(function):
+    pipe = sampler(function)
+    source = random.Random(2)
+    given = [picture(source, (6, 6)) for _ in range(3)]
+    given[2].paste((0, 0, 0), (0, 0, 6, 2))
+    try:
+        program = diffopt.trace(pipe, image=given[0])
+    except CaptureError:
+        return
+    program.retrace = None
+    expect_equal(pipe, program, image=given[1])
+    refusal(program, image=given[2])
+
+
+# What is not recorded is refused
+
+
+def aliased(image):
+    array = np.array(image)
+    array[..., 0][:] = 7  # a view is written
+    return array
+
+
+def by_unknown_functions(image):
+    return np.fft.fft(np.array(image, dtype=np.float32)).real.astype(np.float32)
+
+
+def by_bytes(image):
+    return np.frombuffer(image.tobytes(), np.uint8).copy()
+
+
+def by_a_lookup(image):
+    return np.array(ImageOps.autocontrast(image))
+
+
+@pytest.mark.parametrize("function", [aliased, by_unknown_functions, by_bytes, by_a_lookup])
+@pytest.mark.parametrize("entry", ["from_numpy", "tensor"])
+def test_refused(function, entry):
+    pipe = sampler(lambda parts, image: getattr(torch, entry)(function(image)) * 1)
+    with pytest.raises(CaptureError, match=r"by functions (which|that) are not recorded"):
+        diffopt.trace(pipe, image=picture(random.Random(1)), check=False)
+
+
+def test_a_function_of_torch_that_is_not_watched():
+    from_numpy = torch.from_numpy  # as `from torch import from_numpy` binds it
+    pipe = sampler(lambda parts, image, x: from_numpy(np.array(image)).sum() * x)
+    with pytest.raises(CaptureError, match="depends in Python on the text, picture or seed"):
+        diffopt.trace(pipe, image=picture(random.Random(1)), x=torch.ones(2), check=False)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["numpy.load", ["a.npy"], {}],
+        ["numpy.fromfile", ["a"], {}],
+        ["image.save", [{"row": 0}, "a.png"], {}],
+        ["image.__class__", [{"row": 0}], {}],
+        ["Image.open", ["a.png"], {}],
+        ["array.tofile", [{"row": 0}, "a"], {}],
+        ["array.__class__", [{"row": 0}], {}],
+        ["ufunc.load", ["a.npy"], {}],
+        ["ufunc.add.at", [{"row": 0}, 0, 1], {}],
+        ["image.filter", [{"row": 0}, {"filter": ["Kernel", {}]}], {}],
+        ["os.system", ["true"], {}],
+        ["system", ["true"], {}],
+    ],
+)
+def test_only_known_operations_are_run(row):
+    rows = [["argument", [["image"], "image"], {}], row]
+    with pytest.raises(DiffoptError, match="known"):
+        evaluate(rows, {"image": picture(random.Random(1))})
