@@ -155,10 +155,8 @@ def _shapes(program: Program, texts: Texts) -> dict[int, list[int]]:
     call, index = CallArguments(program.host, dict(texts)), 0
     shapes: dict[int, list[int]] = {}
     for step in program.host.steps:
-        if (
-            isinstance(step, Processor)
-            and {str(p[0]) for p in places_in(step.args)} <= texts.keys()
-        ):
+        names = {str(p[0]) for p in places_in(step.args)} if isinstance(step, Processor) else set()
+        if names and names <= texts.keys():
             tensors = step.run(call)
             shapes |= {index + k: list(tensor.shape) for k, tensor in enumerate(tensors)}
         index += step.count

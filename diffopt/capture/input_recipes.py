@@ -31,6 +31,7 @@ from diffopt.errors import CaptureError
 from diffopt.host.arguments import Place, items, leaves, replaced, short
 from diffopt.host.array_expressions import ArrayRead, Row, evaluate, plain, same_value
 from diffopt.host.inputs import (
+    Computed,
     Draw,
     Expression,
     InputStep,
@@ -42,6 +43,7 @@ from diffopt.host.inputs import (
 )
 from diffopt.host.schema import describe
 from diffopt.host.text_reads import Derived, TextRead
+from diffopt.ir import graph as g
 
 # Methods by which pipelines turn texts and pictures into tensors.
 _PROCESSING = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")
@@ -103,6 +105,8 @@ class RunInputs:
         )
         self._lists = dict(_number_lists(self.arguments)) if lists else {}
         self.used_lists: set[Place] = set()
+        self.computed: list[fx.Node] = []
+        """Values that are computed of inputs and that host components are called with."""
         self.text_reads: list[TextRead] = []
         self.array_reads: list[ArrayRead] = []
         self.array_recorder = ArrayRecorder(self._note_array_read)
@@ -260,17 +264,23 @@ class RunInputs:
         other = self.earlier.calls[index].args
         given = {id(value) for _, value in leaves(self.arguments)}
         traced = [value for _, value in leaves(call.args) if self._is_traced(value)]
-        if any(id(value) not in given for value in traced):
+        computed = [value for value in traced if id(value) not in given]
+        if computed:
             if all(self._is_traced(tensor) for _, tensor in tensors_of(call.result)):
                 return  # what it computes of traced values is recorded
-            fail(
-                "a host component is called with a value that is computed of the arguments",
-                "pass what it returns as the argument",
-            )
+            if (
+                not {self.recorder.node_of(value) for value in computed}
+                <= self.recorder.host_values
+            ):
+                fail(
+                    "a host component is called with a value that a model computes, or random "
+                    "numbers",
+                    "pass what it returns as the argument",
+                )
         if not traced and _is_same(call.args, other):
             return  # in every call
         encoded = self.encode(call.args, other, (index,)) if self.final else None
-        if self.final and not places_in(encoded):
+        if self.final and not computed and not places_in(encoded):
             return
         nodes, keys = [], []
         for key, tensor in tensors_of(call.result):
@@ -302,6 +312,9 @@ class RunInputs:
         for place, value in leaves(self.arguments):
             if value is final and not isinstance(final, (str, int, float, bool, type(None))):
                 return {"place": list(place)}
+        if isinstance(final, Tensor) and self.recorder is not None and self._is_traced(final):
+            self.computed.append(self.recorder.value(final))
+            return {"computed": len(self.computed) - 1}
         if isinstance(final, (list, tuple)):
             kind = "tuple" if isinstance(final, tuple) else "list"
             if not isinstance(probe, (list, tuple)) or len(final) != len(probe):
@@ -432,12 +445,16 @@ class RunInputs:
 
     # The result
 
-    def finish(self, recorder: Recorder) -> tuple[list[InputStep], list[Tensor]]:
-        """Sort the inputs by their steps, and drop unused ones; return steps and inputs' values."""
+    def finish(self, recorder: Recorder) -> tuple[list[InputStep], list[Computed], list[Tensor]]:
+        """Sort the inputs by their steps, and drop unused ones.
+
+        Returns:
+            The steps, what they need computed of earlier inputs, and the inputs' values.
+        """
         steps: list[InputStep] = []
         ordered: list[fx.Node] = []
         sample: list[Tensor] = []
-        read = {node for node, _, _ in recorder.reads}
+        read = {*(node for node, _, _ in recorder.reads), *self.computed}
         for step, values in self.steps:
             used = [i for i, (node, _) in enumerate(values) if node.users or node in read]
             if isinstance(step, Processor):
@@ -460,8 +477,27 @@ class RunInputs:
                 graph.erase_node(node)
         for node in reversed(ordered):
             graph._root.append(node)
+        computed = [_computed(recorder.root, node) for node in self.computed]
         with torch.no_grad():
-            return steps, [t.detach().clone(memory_format=torch.preserve_format) for t in sample]
+            return (
+                steps,
+                computed,
+                [t.detach().clone(memory_format=torch.preserve_format) for t in sample],
+            )
+
+
+def _computed(root: fx.GraphModule, node: fx.Node) -> Computed:
+    """Return the graph that computes a value of inputs alone."""
+    needed = g.ancestors([node]) | {node}
+    inputs = [(i, formal) for i, formal in enumerate(g.placeholders(root)) if formal in needed]
+    body = g.new_body("computed")
+    env: dict[fx.Node, fx.Node] = {}
+    g.copy_nodes([formal for _, formal in inputs], root, body, env)
+    g.copy_nodes([n for n in root.graph.nodes if n in needed], root, body, env)
+    body.graph.output((env[node],))
+    g.set_outputs(body, [env[node]])
+    body.recompile()
+    return Computed(body, [index for index, _ in inputs])
 
 
 def _number_lists(value: Any, place: Place = ()) -> Iterator[tuple[int, Place]]:

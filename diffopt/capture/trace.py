@@ -23,7 +23,7 @@ from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text, replaced
 from diffopt.host.guards import Guards
-from diffopt.host.inputs import Host, InputStep, Processor
+from diffopt.host.inputs import Computed, Host, InputStep, Processor
 from diffopt.host.outputs import to_images
 from diffopt.host.processors import load_component, save_component
 from diffopt.host.schema import describe
@@ -215,7 +215,7 @@ class Session:
         result = plain_texts(result)
         _check_same_result(result, plain_texts(other), recorder)
         output = _result_structure(result, recorder)
-        steps, sample = final.finish(recorder)
+        steps, computed, sample = final.finish(recorder)
         root = recorder.root
         guards = _guards(recorder, probed, steps)
         g.prune_unused(root)
@@ -225,7 +225,7 @@ class Session:
                 gm.recompile()
         return Program(
             root,
-            self._host(arguments, final, steps, output),
+            self._host(arguments, final, steps, computed, output),
             sample,
             guards=guards,
             source=self.source,
@@ -239,11 +239,12 @@ class Session:
         arguments: Mapping[str, Any],
         final: RunInputs,
         steps: list[InputStep],
+        computed: list[Computed],
         output: Any,
     ) -> Host:
         used = sorted({step.asset for step in steps if isinstance(step, Processor)})
         plain = {name: value for name, value in arguments.items() if _plain_data(value)}
-        host = Host(steps, output, plain)
+        host = Host(steps, output, plain, computed=computed)
         host.assets = {name: self._files(name, final) for name in used}
         host.components = {name: self.processors[name] for name in used}
         host.schema = {name: describe(value) for name, value in arguments.items()}

@@ -7,13 +7,13 @@ random draws, pictures, numbers, tensors that are arguments themselves. The step
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError
 from diffopt.host.arguments import Place, place_text, short, value_at
@@ -69,7 +69,8 @@ class Processor:
     method: str
     args: Any
     """JSON, see `decode_args`: a text is {"text": parts of a `Text`}, a picture {"place": …} or
-    {"expression": rows} of `array_expressions.evaluate`."""
+    {"expression": rows} of `array_expressions.evaluate`, and {"computed": n} the n-th of the
+    host's `Computed`."""
     keys: tuple[str, ...]
     """The entries of the result that become inputs; see `result_entry`."""
 
@@ -80,7 +81,7 @@ class Processor:
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Call the component, and return the entries that are inputs of the graph."""
-        args, kwargs = decode_args(self.args, call.arguments)
+        args, kwargs = decode_args(self.args, call.arguments, call.computed)
         result = getattr(call.component(self.asset), self.method)(*args, **kwargs)
         return [result_entry(result, key) for key in self.keys]
 
@@ -243,6 +244,20 @@ KINDS: dict[type, str] = {
 """What files call each class of steps."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """A value that the pipeline computes of earlier inputs, and calls a host component with."""
+
+    body: fx.GraphModule
+    inputs: list[int]
+    """The numbers of the program's inputs that the body takes."""
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the value, of the inputs that are there."""
+        with torch.no_grad():
+            return self.body(*(tensors[index] for index in self.inputs))[0]  # type: ignore[no-any-return]
+
+
 @dataclasses.dataclass
 class Host:
     """The host side of a program: the steps to its inputs, and the structure of its result."""
@@ -261,6 +276,7 @@ class Host:
     """What each traced argument was; see `diffopt.host.schema`."""
     defaults: dict[str, Schema] = dataclasses.field(default_factory=dict, repr=False)
     """The callable's own defaults of the arguments that were left out at capture."""
+    computed: list[Computed] = dataclasses.field(default_factory=list, repr=False)
     text_reads: list[TextRead] = dataclasses.field(default_factory=list, repr=False)
     """What Python read of the texts, and new ones must give, too."""
     array_reads: list[ArrayRead] = dataclasses.field(default_factory=list, repr=False)
@@ -276,7 +292,9 @@ class Host:
         seed + 1, …) where the program was traced with a list of them.
         """
         call = CallArguments(self, dict(arguments))
-        return [tensor for step in self.steps for tensor in step.run(call)]
+        for step in self.steps:
+            call.tensors += step.run(call)
+        return call.tensors
 
     def input_places(self) -> set[Place]:
         """Return the places of the arguments from which inputs are computed."""
@@ -383,6 +401,8 @@ class CallArguments:
         reads: list[TextRead | ArrayRead] = [*host.text_reads, *host.array_reads]
         for read in reads:
             read.check(self.arguments)
+        self.tensors: list[Tensor] = []
+        """The inputs of the steps that have run."""
         self._generators: dict[tuple[Place | None, int], torch.Generator] = {}
 
     def _expect_default(self, name: str, value: Any) -> None:
@@ -408,6 +428,10 @@ class CallArguments:
     def value(self, place: Place) -> Any:
         """Return the value at a place; a `DiffoptError` where an input is missing."""
         return _expect(value_at(self.arguments, place), place)
+
+    def computed(self, number: int) -> Tensor:
+        """Return a value that is computed of earlier inputs."""
+        return self.host.computed[number].value(self.tensors)
 
     def generator(self, place: Place | None, stream: int = 0) -> torch.Generator | None:
         """Return the generator of a draw: one object, so that draws continue each other.
@@ -473,7 +497,9 @@ def _as_seed(seed: Any) -> int | None:
     return seed
 
 
-def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:
+def decode_args(
+    data: Any, arguments: Mapping[str, Any], computed: Callable[[int], Tensor] | None = None
+) -> Any:
     """Return a processor's arguments from JSON, with the caller's texts and pictures filled in."""
     if not isinstance(data, dict):
         return data
@@ -487,9 +513,12 @@ def decode_args(data: Any, arguments: Mapping[str, Any]) -> Any:
     if kind == "resized":  # in files of earlier versions
         place, *how = _tuples(value)
         return resized(_expect(value_at(arguments, place), place), *how)
+    if kind == "computed":
+        assert computed is not None
+        return computed(value)
     if kind == "dict":
-        return {k: decode_args(v, arguments) for k, v in value.items()}
-    items = [decode_args(item, arguments) for item in value]
+        return {k: decode_args(v, arguments, computed) for k, v in value.items()}
+    items = [decode_args(item, arguments, computed) for item in value]
     return tuple(items) if kind == "tuple" else items
 
 
@@ -506,6 +535,8 @@ def places_in(data: Any) -> list[Sequence[str | int]]:
         return list(places_of(value))
     if kind == "resized":
         return [value[0]]
+    if kind == "computed":
+        return []
     return [p for item in (value.values() if kind == "dict" else value) for p in places_in(item)]
 
 

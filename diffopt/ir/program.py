@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from diffopt.errors import DiffoptError, VerifyError
 from diffopt.host.arguments import leaves
 from diffopt.host.guards import Guards, Mismatch, mismatch
-from diffopt.host.inputs import Host, Processor
+from diffopt.host.inputs import Computed, Host, Processor
 from diffopt.host.outputs import expect_convertible, pack
 from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
 from diffopt.ir import graph as g
@@ -373,6 +373,8 @@ class Program:
         bodies = self.graphs
         if self.guards:
             bodies["(guards)"] = self.guards.body
+        for number, computed in enumerate(self.host.computed):
+            bodies[f"(computed {number})"] = computed.body
         for name, gm in bodies.items():
             table = {}
             for attribute, tensor in g.named_tensors(gm):
@@ -390,6 +392,7 @@ class Program:
             "guards": [self.guards.expected, self.guards.where, self.guards.from_text]
             if self.guards
             else None,
+            "computed": [computed.inputs for computed in self.host.computed],
             "samples": len(self.sample),
             "history": self.history,
             "source": self.source,
@@ -426,6 +429,10 @@ class Program:
             if name
         }
         guards = Guards(bodies.pop("(guards)"), *data["guards"]) if data["guards"] else None
+        computed = [
+            Computed(bodies.pop(f"(computed {number})"), inputs)
+            for number, inputs in enumerate(data.get("computed", ()))
+        ]
         root = serialize.graph_from_json(graphs[""]["nodes"], "program", table(graphs[""]), bodies)
         files: dict[str, dict[str, bytes]] = {}
         for path, content in assets.items():
@@ -433,6 +440,7 @@ class Program:
             files.setdefault(component, {})[file] = content
         sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
         host = Host.from_json(data["host"], files)
+        host.computed = computed
         return Program(
             root,
             host,

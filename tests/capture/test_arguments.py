@@ -543,6 +543,37 @@ def test_a_host_component_that_is_called_with_a_tensor():
     pipe = sampler(lambda parts, x: parts.halves(x)["pixels"] + x, halves=Halves())
     program = diffopt.trace(pipe, x=torch.ones(4), check=False)
     expect_equal(pipe, program, x=torch.rand(4))
-    pipe = sampler(lambda parts, x: parts.halves(x * 2)["pixels"] + x, halves=Halves())
-    with pytest.raises(CaptureError, match="called with a value that is computed of the arg"):
+    pipe = sampler(lambda parts, x: parts.halves((x * 2).flip(0))["pixels"] + x, halves=Halves())
+    program = diffopt.trace(pipe, x=torch.ones(4), check=False)
+    expect_equal(pipe, program, x=torch.rand(4))
+
+
+def test_a_host_component_that_is_called_with_what_is_computed_of_a_picture(tmp_path):
+    from transformers import CLIPImageProcessorPil
+
+    def function(parts, image):
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        small = torch.nn.functional.interpolate(pixels, size=(5, 5), mode="bicubic", antialias=True)
+        seen = parts.pixels(small, return_tensors="pt", do_rescale=False)["pixel_values"]
+        return seen.sum() + pixels
+
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4})
+    pipe = sampler(function, pixels=pixels)
+    source = random.Random(1)
+    program = diffopt.trace(pipe, image=picture(source, (8, 6)))
+    program.save(tmp_path / "a.program")
+    for loaded in (program, Program.load(tmp_path / "a.program")):
+        expect_equal(pipe, loaded, image=picture(source, (8, 6)))
+
+
+def test_a_host_component_that_is_called_with_what_a_model_computes():
+    pipe = sampler(
+        lambda parts, x: parts.halves(parts.net(x))["pixels"] + x,
+        halves=Halves(),
+        net=nn.Linear(4, 4),
+    )
+    with pytest.raises(CaptureError, match="called with a value that a model computes"):
+        diffopt.trace(pipe, x=torch.ones(4), check=False)
+    pipe = sampler(lambda parts, x: parts.halves(torch.rand(4))["pixels"] + x, halves=Halves())
+    with pytest.raises(CaptureError, match="called with a value that a model computes"):
         diffopt.trace(pipe, x=torch.ones(4), check=False)
