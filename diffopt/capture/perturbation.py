@@ -47,6 +47,13 @@ def reached(probe: RunInputs, places: Sequence[Place]) -> list[Place]:
     return [place for place in places if is_text(place)]
 
 
+def named_in(failure: Exception, probe: RunInputs, places: Sequence[Place]) -> list[Place]:
+    """Return the places whose changed strings an error names: no texts, but names such as "pt"."""
+    message = str(failure)
+    values = {place: value_at(probe.arguments, place) for place in places}
+    return [p for p, text in values.items() if text in message or repr(text)[1:-1] in message]
+
+
 def _host_texts(calls: Iterable[HostCall]) -> list[str]:
     return [v for call in calls for _, v in leaves(call.args) if isinstance(v, str)]
 

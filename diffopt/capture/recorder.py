@@ -29,6 +29,12 @@ _MAX_COPY = 1 << 20
 _IDENTITIES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default)
 
 
+_EMPTY = frozenset(
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
+"""Operators that return memory as it was left."""
+
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
@@ -270,6 +276,10 @@ class Recorder(TorchDispatchMode):
                 self._before_write(tensor)
         if is_random(func):
             return self.sources.draw(self, func, args, kwargs, tracked)
+        if func._schema.name in _EMPTY:
+            return func(
+                *args, **kwargs
+            ).zero_()  # what is in it is nobody's, but the same each time
         if not tracked:
             return func(*args, **kwargs)
         if func in _INDEXED:

@@ -291,7 +291,9 @@ class Session:
             except (ValueError, KeyError, AttributeError) as error:
                 failure = error
             found = perturbation.reached(probe, texts), perturbation.seeded(probe, seeds)
-            if found != (texts, seeds):
+            if failure is not None and (named := perturbation.named_in(failure, probe, texts)):
+                texts = [place for place in texts if place not in named]
+            elif found != (texts, seeds):
                 texts, seeds = found
             elif failure is None:
                 return probe, recorder, result

@@ -91,5 +91,6 @@ ARGUMENTS: dict[str, Any] = {
     "output_type": "pt",
     "max_sequence_length": text.LENGTH,
     "clean_caption": False,
+    "skip_text_cleaning": True,
     "use_resolution_binning": False,
 }
