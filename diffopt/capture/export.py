@@ -28,6 +28,7 @@ from diffopt.capture.module_state import (
 from diffopt.errors import CaptureError
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import args, argument
+from diffopt.ir.op_sets import STRIDED
 from diffopt.ir.printing import target_name
 
 aten = torch.ops.aten
@@ -287,6 +288,8 @@ def _import_nodes(
 
 def _import_operator(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
     if not _is_composite(node.target):
+        if node.target in STRIDED:
+            env = env | _own_memory(body, node.args[0], env)
         copy = body.graph.node_copy(node, lambda n: env[n])
         copy.meta = {"val": g.fake(node.meta["val"])}
         _number_padding(copy)
@@ -296,6 +299,19 @@ def _import_operator(node: fx.Node, body: fx.GraphModule, env: dict[fx.Node, Any
     values = fx.map_arg((args, kwargs), tracer.fresh_value)
     with g.FAKE_MODE, torch.no_grad(), tracer:
         return tracer.map(node.target(*values[0], **values[1]))  # type: ignore[operator]
+
+
+def _own_memory(body: fx.GraphModule, node: Any, env: dict[fx.Node, Any]) -> dict[fx.Node, fx.Node]:
+    """Return a copy in place of a tensor that is all of its memory, in order; else nothing.
+
+    A caller may give one that is a part of another's.
+    """
+    value = env[node].meta["val"]
+    size = value.numel() * value.element_size()
+    if not value.is_contiguous() or size != value.untyped_storage().nbytes():
+        return {}
+    form = torch.contiguous_format
+    return {node: g.call(body.graph, aten.clone.default, env[node], memory_format=form)}
 
 
 def _number_padding(node: fx.Node) -> None:

@@ -26,6 +26,8 @@ SPLITS = (
 """Cut one dimension of the first argument into several results."""
 COPIES = (aten.clone.default, aten._to_copy.default)
 """Have the first argument's elements in memory of their own."""
+STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default)
+"""Count places in the memory of the first argument, which must be all of that memory."""
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 """Have a weight [out, in, places...] as the second argument."""
 ROWWISE = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)

@@ -17,7 +17,7 @@ from diffopt.ir.nodes import (
     same_layout,
     stored_tensor,
 )
-from diffopt.ir.op_sets import COPIES, PERMUTES, SPLITS, VIEWS
+from diffopt.ir.op_sets import COPIES, PERMUTES, SPLITS, STRIDED, VIEWS
 
 aten = torch.ops.aten
 
@@ -39,6 +39,8 @@ def identity_source(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Return the argument that a node returns unchanged; None if it computes something."""
     if node.op != "call_function" or not node.args:
         return None
+    if any(is_call(user, *STRIDED) for user in node.users):
+        return None  # a copy has memory of its own
     for rule in (_same_layout, _only_chunk, _eval_dropout, _cast_and_back, _neutral, _not_permuted):
         source = rule(gm, node)
         # vmap leaves operators on bare numbers behind.

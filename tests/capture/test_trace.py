@@ -723,3 +723,27 @@ def test_a_constant_that_is_written_after_its_use(size):
     for got, expected in zip(program(x=torch.full((1,), 2.0)), function(2.0), strict=True):
         assert torch.equal(got, expected)
     assert len(list(program.weights())) == 3
+
+
+class Overlapping(torch.nn.Module):
+    def forward(self, x):
+        return torch.as_strided(x, (3, 2), (1, 1)) * 2
+
+
+@pytest.mark.parametrize("as_component", [True, False])
+def test_places_in_memory(as_component):
+    net = Overlapping()
+
+    class Sampler:
+        components = {"net": net} if as_component else {}
+
+        def __call__(self, x):
+            y = net(x * 1)
+            y[1:, 1] = net(x)[:2, 0]
+            return y.T.contiguous()[1:] + torch.as_strided(y.flatten()[2:], (2,), (1,), 1).sum()
+
+    pipe = Sampler()
+    program = diffopt.trace(pipe, x=torch.arange(4.0))
+    program = diffopt.Pipeline.parse("unroll,hoist,simplify,fuse").run(program)
+    for x in (torch.rand(4), torch.rand(9)[3:7], torch.rand(4, 2)[:, 1].contiguous()):
+        assert torch.equal(program(x=x), pipe(x))

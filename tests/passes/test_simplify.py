@@ -300,6 +300,16 @@ def test_what_is_no_no_op(make):
     assert record.skipped == []
 
 
+def test_a_copy_that_is_read_by_places_in_memory_stays():
+    def make(b, x):
+        part = b(aten.slice.Tensor, x, 0, 1, 2)
+        own = b(aten.clone.default, part, memory_format=torch.contiguous_format)
+        return b(aten.as_strided.default, own, [2], [1], 1)
+
+    _, record = simplify(make, torch.arange(6.0).reshape(2, 3))
+    assert not record.changed
+
+
 @pytest.mark.parametrize(
     ("start", "between"),
     [

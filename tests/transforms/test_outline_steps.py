@@ -173,6 +173,19 @@ def test_a_tuple_before_the_call(other: bool) -> None:
     assert len(program.calls("denoiser_step")) == 3
 
 
+def test_a_value_of_a_tuple_that_the_next_step_takes() -> None:
+    def loop(b: Any, x: Any) -> fx.Node:
+        for _ in range(4):
+            result = b.call("denoiser", x)[0]
+            parts = b(aten.split.Tensor, b(aten.mul.Tensor, result, 0.5), 1, 1)
+            last = b(operator.getitem, parts, 2)
+            x = b(aten.cat.default, [last, last, last], 1)
+        return x
+
+    program, _ = outline(build.program(loop, X, denoiser=DENOISER))
+    assert len(program.calls("denoiser_step")) == 4
+
+
 def test_a_program_without_a_loop_is_left_alone() -> None:
     program, ctx = outlined("simplify", steps=1)
     assert ctx.skipped == ["steps: no component is called more than once"]
