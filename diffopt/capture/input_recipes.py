@@ -188,6 +188,10 @@ class RunInputs:
             self.used_lists.add(place)
         return place
 
+    def output(self, array: np.ndarray, number: int) -> np.ndarray:
+        """Return the values of a traced tensor as an array whose operations are recorded."""
+        return self.array_recorder.output(array, number)  # type: ignore[no-any-return]
+
     # Random draws
 
     def draw(
@@ -365,11 +369,8 @@ class RunInputs:
             tensor = original(plain)
             if self._depth or self.recorder is None:
                 return tensor
-            for escaped, _, where in self.recorder.escapes:
-                if array is escaped or np.shares_memory(plain, escaped):
-                    raise CaptureError(
-                        f"{where}: numpy computes on a traced value; use torch operators instead"
-                    )
+            if self.array_recorder.depends_on_outputs(array):
+                fail("numpy computes on a traced value", "use torch operators instead")
             index = len(self.arrays)
             self.arrays.append(plain.copy())
             if self.earlier is not None and index < len(self.earlier.arrays):
@@ -383,10 +384,6 @@ class RunInputs:
             return
         assert self.earlier is not None
         assert self.recorder is not None
-        for _, _, where in self.recorder.escapes:
-            raise CaptureError(
-                f"{where}: numpy computes on a traced value; use torch operators instead"
-            )
         if not self.final:
             self.recorder.host_values.add(self.recorder.input("array", tensor))
             return

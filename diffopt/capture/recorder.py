@@ -55,6 +55,9 @@ class InputSource(Protocol):
     def place_of_list(self, value: Any) -> tuple[str | int, ...] | None:
         """Return the place of a list among the caller's arguments."""
 
+    def output(self, array: np.ndarray, number: int) -> np.ndarray:
+        """Return the values of a traced tensor as an array whose operations are recorded."""
+
 
 class Recorder(TorchDispatchMode):
     """Record operators on values that depend on a program's inputs."""
@@ -402,9 +405,10 @@ class Recorder(TorchDispatchMode):
         node.meta |= {"val": g.fake(torch.tensor(out)), "where": str(location())}
         return node
 
-    def escape(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Record that a traced value became a numpy array."""
+    def escape(self, tensor: Tensor, array: np.ndarray) -> np.ndarray:
+        """Record that a traced value became a numpy array, and return that."""
         self.escapes.append((array, self.value(tensor), location()))
+        return self.sources.output(array, len(self.escapes) - 1)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -177,9 +177,7 @@ class TorchFunctionRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "tolist":
             fail("a traced value becomes a Python list here", "keep it a tensor")
-        array = np.array(func(*args, **kwargs))
-        self.recorder.escape(args[0], array)
-        return array
+        return self.recorder.escape(args[0], np.array(func(*args, **kwargs)))
 
     def _with_numbers(self, name: str, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
         if name in ("tensor", "as_tensor"):

@@ -20,8 +20,10 @@ from diffopt.capture.input_recipes import RunInputs, plain_texts
 from diffopt.capture.module_state import pipeline_digests
 from diffopt.capture.recorder import Recorder
 from diffopt.capture.torch_functions import TorchFunctionRecorder
+from diffopt.capture.tracked_arrays import plain_arrays
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text, replaced
+from diffopt.host.array_expressions import OUTPUT, Row, same_value
 from diffopt.host.guards import Guards
 from diffopt.host.inputs import Computed, Host, InputStep, Processor
 from diffopt.host.outputs import to_images
@@ -213,8 +215,8 @@ class Session:
         recorder, result = self._run(final, seed=1)
         _check_same_operators(recorder, probed)
         result = plain_texts(result)
-        _check_same_result(result, plain_texts(other), recorder)
-        output = _result_structure(result, recorder)
+        _check_same_result(result, plain_texts(other), recorder, final)
+        output = _result_structure(result, recorder, final)
         steps, computed, sample = final.finish(recorder)
         root = recorder.root
         guards = _guards(recorder, probed, steps)
@@ -419,13 +421,16 @@ def _same_constant(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and bool(value_tree.equal_values(a, b).all()))
 
 
-def _check_same_result(result: Any, other: Any, recorder: Recorder) -> None:
+def _check_same_result(result: Any, other: Any, recorder: Recorder, final: RunInputs) -> None:
     """Raise a `CaptureError` where what no operator computes is not the same in both runs."""
     ours, theirs = leaves(result, ("result",)), dict(leaves(other, ("result",)))
     for place, value in ours:
         twin = theirs.get(place)
         if isinstance(value, Tensor) and isinstance(twin, Tensor):
             same = recorder.node_of(value) is not None or _same_constant(value, twin)
+        elif isinstance(value, (np.ndarray, Image.Image)):
+            traced = final.array_recorder.depends_on_outputs(value)
+            same = traced or same_value(plain_arrays(value), plain_arrays(twin))
         else:
             same = not _plain_data(value) or value == twin
         if not same:
@@ -479,7 +484,7 @@ def _numbered(rows: Iterable[tuple[Location, Any]]) -> Iterator[tuple[tuple[Loca
 # The result of the pipeline
 
 
-def _result_structure(result: Any, recorder: Recorder) -> Any:
+def _result_structure(result: Any, recorder: Recorder, final: RunInputs) -> Any:
     """Return a result's structure as JSON (see `outputs.pack`), and set the graph's outputs."""
     outs: list[fx.Node] = []
     used: set[int] = set()
@@ -490,18 +495,31 @@ def _result_structure(result: Any, recorder: Recorder) -> Any:
         return outs.index(node)
 
     def array(value: np.ndarray | Image.Image) -> Any:
+        plain = plain_arrays(value)
         for number, (escaped, node, _) in enumerate(recorder.escapes):
-            place = _index_in(escaped, value)
+            place = _index_in(escaped, plain)
             if place is not None:
                 used.add(number)
                 kind = "array" if isinstance(value, np.ndarray) else "image"
                 return {kind: [index(node), *place]}
+        rows = final.array_recorder.expression(value)
+        if rows is not None and final.array_recorder.depends_on_outputs(value):
+            return {"expression": [output_row(row) for row in rows]}
+        if isinstance(plain, np.ndarray) and not final.array_recorder.depends_on_outputs(value):
+            return {"array": [index(recorder.constant(torch.from_numpy(plain.copy())))]}
         if isinstance(value, np.ndarray) and value.ndim and len(value):
             return {"stack": [array(item) for item in value]}
         raise CaptureError(
             "the pipeline turns its result into a form on the host that is not known; "
             "ask for output_type='pt'"
         )
+
+    def output_row(row: Row) -> Row:
+        op, args, kwargs = row
+        if op != OUTPUT:
+            return row
+        used.add(args[0])
+        return op, [index(recorder.escapes[args[0]][1])], kwargs
 
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):

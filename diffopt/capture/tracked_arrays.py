@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from diffopt.capture.dispatch_modes import location
+from diffopt.capture.recorder import fail
 from diffopt.host import array_expressions as ax
 from diffopt.host.arguments import Place, leaves, replaced
 
@@ -49,6 +50,16 @@ class ArrayRecorder:
         kind = "image" if isinstance(value, Image.Image) else "array"
         self.rows.append((ax.ARGUMENT, [list(place), kind], {}))
         return self._bind(value.copy(), len(self.rows) - 1)
+
+    def output(self, array: np.ndarray, number: int) -> Any:
+        """Return the values of a traced tensor as an array whose operations are recorded."""
+        self.rows.append((ax.OUTPUT, [number], {}))
+        return self._bind(array, len(self.rows) - 1)
+
+    def depends_on_outputs(self, value: Any) -> bool:
+        """Tell whether a picture or an array was computed of traced tensors."""
+        row = self.row_of(value)
+        return row is not None and any(op == ax.OUTPUT for op, _, _ in self._rows_to(row))
 
     def row_of(self, value: Any) -> int | None:
         """Return the row of a picture or an array; None of any other value."""
@@ -87,6 +98,8 @@ class ArrayRecorder:
         if row is None or self._depth:
             return
         rows = self._rows_to(row)
+        if any(op == ax.OUTPUT for op, _, _ in rows):
+            fail("Python reads what numpy computes of a traced value", "keep it a tensor")
         known = all(op != _UNKNOWN for op, _, _ in rows)
         reads = [(rows, value)] if known else [([r], None) for r in rows if r[0] == ax.ARGUMENT]
         for expression, result in reads:

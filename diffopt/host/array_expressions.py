@@ -65,6 +65,8 @@ ARRAY_FUNCTIONS = frozenset(
 
 ARGUMENT = "argument"
 """The operation that has an argument's place, and "image" or "array"."""
+OUTPUT = "output"
+"""The operation that has the number of one of the program's outputs."""
 ITEM = "item"
 """The operation that takes one of several results."""
 
@@ -162,8 +164,12 @@ def decode(data: Any, rows: Sequence[Any]) -> Any:
     return made
 
 
-def evaluate(rows: Sequence[Sequence[Any]], arguments: Mapping[str, Any]) -> Any:
-    """Return the value of an expression for a call's arguments.
+def evaluate(
+    rows: Sequence[Sequence[Any]],
+    arguments: Mapping[str, Any],
+    outputs: Sequence[np.ndarray] = (),
+) -> Any:
+    """Return the value of an expression for a call's arguments, or for a program's outputs.
 
     Raises:
         DiffoptError: An argument is missing, or is not of the type that it was at capture.
@@ -172,6 +178,8 @@ def evaluate(rows: Sequence[Sequence[Any]], arguments: Mapping[str, Any]) -> Any
     for op, args, kwargs in rows:
         if op == ARGUMENT:
             values.append(_argument(tuple(args[0]), args[1], arguments))
+        elif op == OUTPUT:
+            values.append(outputs[args[0]])
         else:
             given = [decode(argument, values) for argument in args]
             values.append(apply(op, given, {k: decode(v, values) for k, v in kwargs.items()}))

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
+from diffopt.host.array_expressions import evaluate
 
 
 class Output(dict[str, Any]):
@@ -31,7 +32,8 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
     Args:
         data: The structure: {"list" | "tuple" | "dict": …}, {"class": [name, fields]},
             {"value": …}, {"tensor": i}, or {"array" | "image": [i, index…]} for a part of output i
-            as a numpy array, or as an 8-bit PIL image; {"stack": […]} for stacked arrays.
+            as a numpy array, or as an 8-bit PIL image; {"stack": […]} for stacked arrays;
+            {"expression": rows} for what `array_expressions.evaluate` computes of the outputs.
         tensors: The flat outputs.
         output_type: "pil", "np" or "pt" for images of another type than at capture, which
             `expect_convertible` has allowed.
@@ -49,6 +51,8 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
         if output_type == "pt" and _is_image(tensors, kind, value[0], len(value) - 1):
             return torch.from_numpy(array).movedim(-1, -3)
         return to_images(array, output_type or ("np" if kind == "array" else "pil"))
+    if kind == "expression":
+        return evaluate(value, {}, [np.array(tensor.cpu()) for tensor in tensors])
     if kind == "stack":
         parts = [pack(item, tensors, "np") for item in value]
         return torch.from_numpy(np.stack(parts)) if output_type == "pt" else np.stack(parts)
@@ -102,7 +106,7 @@ def _parts(data: Any) -> Iterator[tuple[str, int, int]]:
         yield kind, value, 0
     elif kind in ("array", "image"):
         yield kind, value[0], len(value) - 1
-    elif kind != "value":
+    elif kind not in ("value", "expression"):
         rows = value[1] if kind == "class" else value
         for row in rows.values() if isinstance(rows, dict) else rows:
             yield from _parts(row)

@@ -156,7 +156,7 @@ def _cut(program: Program, calls: Sequence[fx.Node]) -> list[Step]:
     steps = [Step(call, []) for call in calls]
     for node in nodes:
         if _is_item(node):  # no value of a tuple without the tuple
-            step_of[node] = step_of[node.args[0]]  # type: ignore[index]
+            step_of[node] = step_of[node.all_input_nodes[0]]
         if node.op in ("call_function", "call_module") and step_of[node] >= 0:
             steps[step_of[node]].nodes.append(node)
     return steps

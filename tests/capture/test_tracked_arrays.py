@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 import diffopt
+from diffopt.capture.verification import differences
 from diffopt.errors import CaptureError, DiffoptError
 from diffopt.host.array_expressions import evaluate
 from diffopt.ir.program import Program
@@ -229,3 +230,47 @@ def test_only_known_operations_are_run(row):
     rows = [["argument", [["image"], "image"], {}], row]
     with pytest.raises(DiffoptError, match="known"):
         evaluate(rows, {"image": picture(random.Random(1))})
+
+
+# What is made of results
+
+
+def as_pictures(array):
+    return [Image.fromarray((row * 255).round().astype("uint8")) for row in array]
+
+
+RESULTS = {
+    "bytes": lambda array: (array * 255).astype(np.uint8),
+    "halves": lambda array: (array[..., :2], array[..., 2:].sum(-1)),
+    "pictures": lambda array: [i.resize((3, 3)).convert("L") for i in as_pictures(array)],
+    "depth": lambda array: Image.fromarray((array[0, ..., 0] * 65535).astype(np.uint16)),
+    "stacked": lambda array: np.stack([row.max(axis=-1) for row in array]),
+    "constant": lambda array: {"axis": np.linspace(0, 1, 5), "image": array},
+    "grid": lambda array: np.concatenate(list(array), axis=1).clip(0.2, 0.8),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_numpy_makes_of_results(name, tmp_path):
+    pipe = sampler(lambda parts, x: RESULTS[name](parts.net(x).numpy()), net=torch.nn.Sigmoid())
+    program = diffopt.trace(pipe, x=torch.rand(2, 4, 5, 3))
+    program.save(tmp_path / "a.program")
+    x = torch.rand(2, 4, 5, 3)
+    for loaded in (program, Program.load(tmp_path / "a.program")):
+        assert not [*differences(pipe(x=x), loaded(x=x))]
+
+
+def test_numpy_on_results_that_python_reads_or_torch_takes_back():
+    def branch(parts, x):
+        array = parts.net(x).numpy()
+        return array / array.max() if array.max() > 1 else array
+
+    for function in (branch, lambda parts, x: torch.from_numpy(parts.net(x).numpy() + 1) * x):
+        with pytest.raises(CaptureError, match=r"numpy computes (on|of) a traced value"):
+            diffopt.trace(sampler(function, net=torch.nn.Sigmoid()), x=torch.rand(3), check=False)
+
+
+def test_an_argument_that_is_returned():
+    pipe = sampler(lambda parts, x, image: (x * 2, np.array(image)))
+    with pytest.raises(CaptureError, match="by functions that are not recorded"):
+        diffopt.trace(pipe, x=torch.rand(3), image=flat(3), check=False)
