@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.capture import value_tree
 from diffopt.capture.dispatch_modes import Location, is_random, location
+from diffopt.capture.real_reads import Answers, Key, NeedsRun, ReadCounter, is_read
 from diffopt.capture.storage_views import StorageValue, covers, layout_of, slice_of, storage_of
 from diffopt.capture.weight_values import WeightValues, named_weights
 from diffopt.errors import CaptureError
@@ -64,7 +65,9 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, weights: WeightValues, sources: InputSource) -> None:
+    def __init__(
+        self, weights: WeightValues, sources: InputSource, answers: Answers | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.root = g.new_body("program")
         self.weights = weights
@@ -80,6 +83,9 @@ class Recorder(TorchDispatchMode):
         self.escapes: list[tuple[np.ndarray, fx.Node, Location]] = []
         self.names: dict[str, int] = {}
         self.reads: list[tuple[fx.Node, Any, Location]] = []
+        self.answers = answers
+        self.checks: list[tuple[fx.Node, Any, Location]] = []
+        self._counter = ReadCounter()
         self.host_values: set[fx.Node] = set()
         self.sources = sources
 
@@ -283,16 +289,17 @@ class Recorder(TorchDispatchMode):
             return func(
                 *args, **kwargs
             ).zero_()  # what is in it is nobody's, but the same each time
+        key = self._counter.next() if is_read(func) else None
         if not tracked:
             return func(*args, **kwargs)
+        if key is not None:
+            return self._read(func, args, kwargs, tracked, key)
         if func in _INDEXED:
             args = (args[0], self._positions(args[1]), *args[2:])
         if func in _IDENTITIES:
             out = func(*args, **kwargs)
             self.bind(out, self.value(args[0]))
             return out
-        if func is aten._local_scalar_dense.default or torch.Tag.data_dependent_output in func.tags:
-            return self._read(func, args, kwargs, tracked)
         if torch.Tag.dynamic_output_shape in func.tags and not self._is_fixed_index(func, args):
             # Of a host value, the number of selected elements is known; a guard binds the shape.
             if func is aten.index.Tensor:
@@ -384,17 +391,47 @@ class Recorder(TorchDispatchMode):
                         self.host_values.add(part)
                     self.bind(item, part)
 
-    def _read(self, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]) -> Any:
-        """Return a host value that Python reads and guard it; a `CaptureError` for others."""
+    def _read(self, func: Any, args: Any, kwargs: Any, tracked: list[Tensor], key: Key) -> Any:
+        """Return a value that Python reads: of the host guarded, of a model the real one, checked.
+
+        Raises:
+            CaptureError: It is a number that any other run would change.
+        """
+        out = func(*args, **kwargs)
         if all(self.node_of(t) in self.host_values for t in tracked):
-            out = func(*args, **kwargs)
             if not self.sources.in_host():
                 self.reads.append((self._read_node(func, args, kwargs, out), out, location()))
             return out
+        if isinstance(out, (bool, int)) and self._has_answer(key):
+            assert self.answers is not None
+            return self._checked(self._read_node(func, args, kwargs, self.answers[key]), key)
         fail(
             "Python reads a traced value here (.item(), int(), a comparison or `if` on a tensor)",
             "keep it a tensor (torch.where in place of `if`), or compute it from the arguments",
         )
+
+    def read_list(self, tensor: Tensor) -> Any:
+        """Return the real values of a traced tensor, which Python reads as a list."""
+        key = self._counter.next()
+        if tensor.is_floating_point() or tensor.is_complex() or not self._has_answer(key):
+            fail("a traced value becomes a Python list here", "keep it a tensor")
+        return self._checked(self.value(tensor), key)
+
+    def skip_list(self) -> None:
+        """Count a list that is made of values which are no model's."""
+        self._counter.next()
+
+    def _has_answer(self, key: Key) -> bool:
+        if self.answers is None:
+            raise NeedsRun(f"{location()}: Python reads a traced value here")
+        return key in self.answers
+
+    def _checked(self, node: fx.Node, key: Key) -> Any:
+        assert self.answers is not None
+        value = self.answers[key]
+        if (node, value) not in [(known, other) for known, other, _ in self.checks]:
+            self.checks.append((node, value, key[0]))
+        return value
 
     def _read_node(self, func: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
         """Return the node of the value that was read: a tensor's, or a comparison's."""

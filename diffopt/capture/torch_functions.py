@@ -148,6 +148,9 @@ class TorchFunctionRecorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("numpy", "__array__", "tolist") and args and isinstance(args[0], Tensor):
             return self._to_python(name, func, args, kwargs)
+        if name in ("__format__", "__repr__"):  # for a log: no branch is on a text of numbers
+            with without_modes():
+                return func(*args, **kwargs)
         if name == "__deepcopy__" and self.recorder.node_of(args[0]) is not None:
             args[1][id(args[0])] = twin = args[0].clone(memory_format=torch.preserve_format)
             return twin
@@ -167,6 +170,10 @@ class TorchFunctionRecorder(TorchFunctionMode):
 
     def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         node = self.recorder.node_of(args[0])
+        if name == "tolist":
+            if node is not None and node not in self.recorder.host_values:
+                return self.recorder.read_list(args[0])
+            self.recorder.skip_list()
         if node is None:
             return func(*args, **kwargs)
         if node in self.recorder.host_values:
@@ -175,8 +182,6 @@ class TorchFunctionRecorder(TorchFunctionMode):
                     value = args[0].tolist()
                 self.recorder.reads.append((node, value, location()))
             return func(*args, **kwargs)
-        if name == "tolist":
-            fail("a traced value becomes a Python list here", "keep it a tensor")
         return self.recorder.escape(args[0], np.array(func(*args, **kwargs)))
 
     def _with_numbers(self, name: str, func: Any, args: Any, kwargs: Any, values: Any) -> Any:

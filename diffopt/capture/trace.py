@@ -1,6 +1,7 @@
 """`diffopt.trace`: captures a call of a pipeline as a program."""
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 from collections import Counter
@@ -18,6 +19,7 @@ from diffopt.capture.dispatch_modes import Location
 from diffopt.capture.find_modules import CalledModules
 from diffopt.capture.input_recipes import RunInputs, plain_texts
 from diffopt.capture.module_state import pipeline_digests
+from diffopt.capture.real_reads import Answers, NeedsRun, answers_of
 from diffopt.capture.recorder import Recorder
 from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.capture.tracked_arrays import plain_arrays
@@ -26,7 +28,7 @@ from diffopt.host.arguments import leaves, place_text, replaced
 from diffopt.host.array_expressions import OUTPUT, Row, same_value
 from diffopt.host.guards import Guards
 from diffopt.host.inputs import Computed, Host, InputStep, Processor
-from diffopt.host.outputs import to_images
+from diffopt.host.outputs import Check, to_images
 from diffopt.host.processors import load_component, save_component
 from diffopt.host.schema import describe
 from diffopt.ir import call_tags
@@ -108,6 +110,7 @@ class Session:
     ) -> None:
         self.pipeline, self.dynamic, self.source = pipeline, tuple(dynamic), source
         self.check = check
+        self._answers: Answers | None = None
         if components is None:
             components = getattr(pipeline, "components", None)
         self._found = None if components is not None else CalledModules(pipeline)
@@ -127,12 +130,18 @@ class Session:
     def program(self, arguments: Mapping[str, Any], *, compare: bool = False) -> Program:
         """Capture one call; `compare` it with the pipeline as `check` says, or not at all."""
         self.component_calls.weights.begin()
+        self._answers = None
         while True:
             try:
                 program, probe = self._program(arguments)
                 return self._compared(program, probe, arguments, self.check if compare else False)
             except Lifted:
                 continue  # a number became an input; other exports are kept
+            except NeedsRun as error:
+                log.info("%s: the pipeline runs for real, for which way it goes", error)
+                with self.component_calls.restored():
+                    copies = perturbation.separated(arguments)
+                    self._answers = answers_of(self.pipeline, copies)
             except CaptureError as error:
                 for reason in self.component_calls.inlined.values():
                     error.add_note(reason)
@@ -164,6 +173,8 @@ class Session:
         scout = self._scout(arguments)
         try:
             return self._probed(arguments, scout)
+        except NeedsRun:
+            raise
         except (CaptureError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
             if not scout.used_lists:
                 raise
@@ -197,6 +208,8 @@ class Session:
         probe, recorder, other = self._probe(scout)
         try:
             return self._final(arguments, probe, recorder, other), probe
+        except NeedsRun:
+            raise
         except CaptureError:
             # Where the number of tokens is not fixed, the probe's texts must have as many.
             changed = perturbation.same_lengths(scout, probe)
@@ -217,6 +230,7 @@ class Session:
         result = plain_texts(result)
         _check_same_result(result, plain_texts(other), recorder, final)
         output = _result_structure(result, recorder, final)
+        checks = _add_checks(recorder)
         steps, computed, sample = final.finish(recorder)
         root = recorder.root
         guards = _guards(recorder, probed, steps)
@@ -227,7 +241,9 @@ class Session:
                 gm.recompile()
         return Program(
             root,
-            self._host(arguments, final, steps, computed, output),
+            dataclasses.replace(
+                self._host(arguments, final, steps, computed, output), checks=checks
+            ),
             sample,
             guards=guards,
             source=self.source,
@@ -305,7 +321,7 @@ class Session:
                 raise failure
 
     def _run(self, sources: RunInputs, seed: int) -> tuple[Recorder, Any]:
-        recorder = Recorder(self.component_calls.weights, sources)
+        recorder = Recorder(self.component_calls.weights, sources, self._answers)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -554,6 +570,17 @@ def _result_structure(result: Any, recorder: Recorder, final: RunInputs) -> Any:
     recorder.root.graph.output(tuple(outs))
     g.set_outputs(recorder.root, outs)
     return data
+
+
+def _add_checks(recorder: Recorder) -> list[Check]:
+    """Make the values on which Python branched outputs, behind those of the result."""
+    outs = g.outputs(recorder.root)
+    checks = []
+    for node, value, where in recorder.checks:
+        checks.append(Check(len(outs), value, str(where)))
+        outs.append(node)
+    g.set_outputs(recorder.root, outs)
+    return checks
 
 
 def _index_in(array: np.ndarray, value: np.ndarray | Image.Image) -> tuple[int, ...] | None:

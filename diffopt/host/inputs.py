@@ -19,6 +19,7 @@ from diffopt.errors import DiffoptError
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.array_expressions import ArrayRead, evaluate, places_of
 from diffopt.host.cleaners import CLEANERS
+from diffopt.host.outputs import Check
 from diffopt.host.processors import load_component
 from diffopt.host.schema import Checker, Schema, describe, phrase, rows
 from diffopt.host.text_reads import TextRead
@@ -277,6 +278,7 @@ class Host:
     defaults: dict[str, Schema] = dataclasses.field(default_factory=dict, repr=False)
     """The callable's own defaults of the arguments that were left out at capture."""
     computed: list[Computed] = dataclasses.field(default_factory=list, repr=False)
+    checks: list[Check] = dataclasses.field(default_factory=list, repr=False)
     text_reads: list[TextRead] = dataclasses.field(default_factory=list, repr=False)
     """What Python read of the texts, and new ones must give, too."""
     array_reads: list[ArrayRead] = dataclasses.field(default_factory=list, repr=False)
@@ -352,6 +354,7 @@ class Host:
             "call": self.call,
             "schema": self.schema,
             "defaults": self.defaults,
+            "checks": [dataclasses.astuple(check) for check in self.checks],
             "text_reads": [read.to_json() for read in self.text_reads],
             "array_reads": [read.to_json() for read in self.array_reads],
         }
@@ -370,6 +373,7 @@ class Host:
         schema = data.get("schema") or {name: describe(value) for name, value in call.items()}
         host = Host(steps, data["output"], call, assets, schema=schema)
         host.defaults = data.get("defaults") or {}
+        host.checks = [Check(*row) for row in data.get("checks", ())]
         host.text_reads = [TextRead.from_json(row) for row in data.get("text_reads", ())]
         host.array_reads = [ArrayRead(*row) for row in data.get("array_reads", ())]
         return host

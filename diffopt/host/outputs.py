@@ -1,5 +1,6 @@
 """Host-side packing: from a graph's flat outputs to what the pipeline returns."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from diffopt.errors import DiffoptError
 from diffopt.host.array_expressions import evaluate
+from diffopt.host.guards import mismatch
 
 
 class Output(dict[str, Any]):
@@ -24,6 +26,26 @@ class Output(dict[str, Any]):
 
     def __getitem__(self, key: str | int) -> Any:
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A value of a model's on which Python branched: every run must have the same."""
+
+    output: int
+    """The number of the program's output that has it."""
+    expected: Any
+    where: str
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raise a `Mismatch` where a run had another value, whose result is not the pipeline's."""
+        actual = tensors[self.output].tolist()
+        if actual != self.expected:
+            raise mismatch(
+                f"{self.where.rstrip(':')}: what Python reads here is {actual} in this run and was "
+                f"{self.expected} at capture; trace the program again with arguments like these",
+                from_text=False,
+            )
 
 
 def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:

@@ -190,6 +190,8 @@ class Program:
 
     def pack(self, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
         """Return flat outputs as the pipeline returns them."""
+        for check in self.host.checks:
+            check.check(tensors)
         traced = self.host.traced_output_type()
         return pack(self.host.output, tensors, output_type if output_type != traced else None)
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.every
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "capture-all.md"
 TOGETHER = 8  # rows in one process: imports take longer than a row
-LIMIT = 120  # seconds until a row is given up
+LIMIT = 300  # seconds until a row is given up
 REFUSALS = ("CaptureError", "DiffoptError")
 NAMES = [name for name in pipelines() if name not in LEFT_OUT]
 
