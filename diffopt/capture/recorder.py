@@ -286,9 +286,8 @@ class Recorder(TorchDispatchMode):
         if is_random(func):
             return self.sources.draw(self, func, args, kwargs, tracked)
         if func._schema.name in _EMPTY:
-            return func(
-                *args, **kwargs
-            ).zero_()  # what is in it is nobody's, but the same each time
+            # What is in it is nobody's, but is to be the same in each run.
+            return func(*args, **kwargs).zero_()
         key = self._counter.next() if is_read(func) else None
         if not tracked:
             return func(*args, **kwargs)
@@ -301,25 +300,7 @@ class Recorder(TorchDispatchMode):
             self.bind(out, self.value(args[0]))
             return out
         if torch.Tag.dynamic_output_shape in func.tags and not self._is_fixed_index(func, args):
-            # Of a host value, the number of selected elements is known; a guard binds the shape.
-            if func is aten.index.Tensor:
-                with self:
-                    return self._mask_index(*args)
-            if func is aten.nonzero.default:
-                with self:
-                    return torch.stack(self._selected(args[0]), 1)
-            if func is aten.masked_select.default:
-                with self:
-                    values, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]
-                    return self._mask_index(values, [mask])
-            if all(self.node_of(t) in self.host_values for t in tracked):
-                for tensor in tracked:  # a result that guards make a constant
-                    self.reads.append((self.value(tensor), tensor.tolist(), location()))
-                return func(*args, **kwargs)
-            fail(
-                f"{func._schema.name.split('::')[1]}: its result's shape depends on a traced value",
-                "use a form with a fixed shape (torch.where, a mask multiply)",
-            )
+            return self._select(func, args, kwargs, tracked)
         if func._schema.is_mutable:
             return self._mutate(func, args, kwargs)
         if func is aten.as_strided.default:  # which counts from the beginning of the memory
@@ -334,6 +315,30 @@ class Recorder(TorchDispatchMode):
             self.host_values.add(node)
         self._bind_all(out, node)
         return out
+
+    def _select(self, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]) -> Any:
+        """Record an operator whose result's shape depends on values, which the host must have.
+
+        Then the number of selected elements is known; a guard binds the shape.
+        """
+        if func is aten.index.Tensor:
+            with self:
+                return self._mask_index(*args)
+        if func is aten.nonzero.default:
+            with self:
+                return torch.stack(self._selected(args[0]), 1)
+        if func is aten.masked_select.default:
+            with self:
+                values, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]
+                return self._mask_index(values, [mask])
+        if all(self.node_of(t) in self.host_values for t in tracked):
+            for tensor in tracked:  # a result that guards make a constant
+                self.reads.append((self.value(tensor), tensor.tolist(), location()))
+            return func(*args, **kwargs)
+        fail(
+            f"{func._schema.name.split('::')[1]}: its result's shape depends on a traced value",
+            "use a form with a fixed shape (torch.where, a mask multiply)",
+        )
 
     def _selected(self, mask: Tensor) -> list[Tensor]:
         """Return the coordinates of elements that a mask selects; a guard binds their number."""

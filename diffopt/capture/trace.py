@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, fx
 
 from diffopt.capture import perturbation, value_tree, verification
@@ -21,14 +19,12 @@ from diffopt.capture.input_recipes import RunInputs, plain_texts
 from diffopt.capture.module_state import pipeline_digests
 from diffopt.capture.real_reads import Answers, NeedsRun, answers_of
 from diffopt.capture.recorder import Recorder
+from diffopt.capture.results import Result, is_plain_data, same_constant
 from diffopt.capture.torch_functions import TorchFunctionRecorder
-from diffopt.capture.tracked_arrays import plain_arrays
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text, replaced
-from diffopt.host.array_expressions import OUTPUT, Row, same_value
 from diffopt.host.guards import Guards
 from diffopt.host.inputs import Computed, Host, InputStep, Processor
-from diffopt.host.outputs import Check, to_images
 from diffopt.host.processors import load_component, save_component
 from diffopt.host.schema import describe
 from diffopt.ir import call_tags
@@ -227,10 +223,9 @@ class Session:
         final = self._inputs(copies, probe, final=True, lists=probe.lists)
         recorder, result = self._run(final, seed=1)
         _check_same_operators(recorder, probed)
-        result = plain_texts(result)
-        _check_same_result(result, plain_texts(other), recorder, final)
-        output = _result_structure(result, recorder, final)
-        checks = _add_checks(recorder)
+        returned = Result(plain_texts(result), recorder, final.array_recorder)
+        returned.expect_same(plain_texts(other))
+        output, checks = returned.structure(), returned.checks()
         steps, computed, sample = final.finish(recorder)
         root = recorder.root
         guards = _guards(recorder, probed, steps)
@@ -261,7 +256,7 @@ class Session:
         output: Any,
     ) -> Host:
         used = sorted({step.asset for step in steps if isinstance(step, Processor)})
-        plain = {name: value for name, value in arguments.items() if _plain_data(value)}
+        plain = {name: value for name, value in arguments.items() if is_plain_data(value)}
         host = Host(steps, output, plain, computed=computed)
         host.assets = {name: self._files(name, final) for name in used}
         host.components = {name: self.processors[name] for name in used}
@@ -371,14 +366,6 @@ def _swapped(owner: Any, name: str, value: Any) -> Any:
         vars(owner)[name] = old
 
 
-def _plain_data(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _plain_data(v) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(_plain_data(item) for item in value)
-    return isinstance(value, (str, int, float, bool, type(None)))
-
-
 def _check_same_operators(final: Recorder, probe: Recorder) -> None:
     """Raise a `CaptureError` where runs with other texts and pictures have other operators."""
     ours, theirs = _operators(final), _operators(probe)
@@ -418,7 +405,7 @@ def _same_args(
     def same(x: Any, y: Any) -> bool:
         if isinstance(x, fx.Node) and isinstance(y, fx.Node):
             if x.op == y.op == "get_attr":
-                return _same_constant(
+                return same_constant(
                     g.attribute(final.root, str(x.target)), g.attribute(probe.root, str(y.target))
                 )
             return twins.get(x, y) is y and format_type(x.meta["val"]) == format_type(y.meta["val"])
@@ -431,29 +418,6 @@ def _same_args(
         and a.kwargs.keys() == b.kwargs.keys()
         and all(same(value, b.kwargs[name]) for name, value in a.kwargs.items())
     )
-
-
-def _same_constant(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and bool(value_tree.equal_values(a, b).all()))
-
-
-def _check_same_result(result: Any, other: Any, recorder: Recorder, final: RunInputs) -> None:
-    """Raise a `CaptureError` where what no operator computes is not the same in both runs."""
-    ours, theirs = leaves(result, ("result",)), dict(leaves(other, ("result",)))
-    for place, value in ours:
-        twin = theirs.get(place)
-        if isinstance(value, Tensor) and isinstance(twin, Tensor):
-            same = recorder.node_of(value) is not None or _same_constant(value, twin)
-        elif isinstance(value, (np.ndarray, Image.Image)):
-            traced = final.array_recorder.depends_on_outputs(value)
-            same = traced or same_value(plain_arrays(value), plain_arrays(twin))
-        else:
-            same = not _plain_data(value) or value == twin
-        if not same:
-            raise CaptureError(
-                f"{place_text(place)}: what the pipeline returns here depends on the text, picture "
-                "or seed by functions that are not recorded; compute it with torch"
-            )
 
 
 def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Guards | None:
@@ -495,116 +459,3 @@ def _numbered(rows: Iterable[tuple[Location, Any]]) -> Iterator[tuple[tuple[Loca
     for place, value in rows:
         counts[place] += 1
         yield (place, counts[place]), value
-
-
-# The result of the pipeline
-
-
-def _result_structure(result: Any, recorder: Recorder, final: RunInputs) -> Any:
-    """Return a result's structure as JSON (see `outputs.pack`), and set the graph's outputs."""
-    outs: list[fx.Node] = []
-    used: set[int] = set()
-
-    def index(node: fx.Node) -> int:
-        if node not in outs:
-            outs.append(node)
-        return outs.index(node)
-
-    def array(value: np.ndarray | Image.Image) -> Any:
-        plain = plain_arrays(value)
-        for number, (escaped, node, _) in enumerate(recorder.escapes):
-            place = _index_in(escaped, plain)
-            if place is not None:
-                used.add(number)
-                kind = "array" if isinstance(value, np.ndarray) else "image"
-                return {kind: [index(node), *place]}
-        rows = final.array_recorder.expression(value)
-        if rows is not None and final.array_recorder.depends_on_outputs(value):
-            return {"expression": [output_row(row) for row in rows]}
-        if isinstance(plain, np.ndarray) and not final.array_recorder.depends_on_outputs(value):
-            return {"array": [index(recorder.constant(torch.from_numpy(plain.copy())))]}
-        if isinstance(value, np.ndarray) and value.ndim and len(value):
-            return {"stack": [array(item) for item in value]}
-        raise CaptureError(
-            "the pipeline turns its result into a form on the host that is not known; "
-            "ask for output_type='pt'"
-        )
-
-    def output_row(row: Row) -> Row:
-        op, args, kwargs = row
-        if op != OUTPUT:
-            return row
-        used.add(args[0])
-        return op, [index(recorder.escapes[args[0]][1])], kwargs
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {"tensor": index(recorder.value(value))}
-        if isinstance(value, (np.ndarray, Image.Image)):
-            return array(value)
-        if hasattr(value, "__dataclass_fields__") or (
-            isinstance(value, dict) and type(value) is not dict
-        ):
-            fields = dict(value) if isinstance(value, dict) else vars(value)
-            names = {**fields, **getattr(value, "__dataclass_fields__", {})}
-            ordered = [n for n in getattr(value, "__dataclass_fields__", names) if n in names]
-            kind = f"{type(value).__module__}:{type(value).__qualname__}"
-            return {"class": [kind, {n: visit(getattr(value, n)) for n in ordered}]}
-        if isinstance(value, dict):
-            return {"dict": {k: visit(v) for k, v in value.items()}}
-        if isinstance(value, (list, tuple)):
-            return {"list" if isinstance(value, list) else "tuple": [visit(v) for v in value]}
-        if _plain_data(value):
-            return {"value": value}
-        raise CaptureError(
-            f"the pipeline returns a {type(value).__name__}, which has no tensors that are known"
-        )
-
-    data = visit(result)
-    for number, (_, _, where) in enumerate(recorder.escapes):
-        if number not in used:
-            raise CaptureError(
-                f"{where}: a traced value becomes a numpy array that the pipeline does not return; "
-                "use torch operators"
-            )
-    recorder.root.graph.output(tuple(outs))
-    g.set_outputs(recorder.root, outs)
-    return data
-
-
-def _add_checks(recorder: Recorder) -> list[Check]:
-    """Make the values on which Python branched outputs, behind those of the result."""
-    outs = g.outputs(recorder.root)
-    checks = []
-    for node, value, where in recorder.checks:
-        checks.append(Check(len(outs), value, str(where)))
-        outs.append(node)
-    g.set_outputs(recorder.root, outs)
-    return checks
-
-
-def _index_in(array: np.ndarray, value: np.ndarray | Image.Image) -> tuple[int, ...] | None:
-    """Return the index of a value of the result in an array; None if it is no part of it."""
-    if isinstance(value, Image.Image):
-        if array.ndim < 3 or array.dtype.kind != "f":
-            return None
-        target, ndim = np.asarray(value), 3
-
-        def matches(part: np.ndarray) -> bool:
-            if part.shape[-1] not in (1, 3, 4):
-                return False
-            return np.array_equal(np.asarray(to_images(part, "pil")), target)
-    else:
-        target, ndim = value, value.ndim
-
-        def matches(part: np.ndarray) -> bool:
-            return part.shape == target.shape and np.array_equal(
-                part, target, equal_nan=part.dtype.kind == "f"
-            )
-
-    if array.ndim < ndim:
-        return None
-    for place in np.ndindex(array.shape[: array.ndim - ndim]):
-        if matches(array[place]):
-            return place
-    return None

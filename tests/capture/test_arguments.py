@@ -426,6 +426,22 @@ def test_how_texts_are_normalized():
     assert "'prompt' was bound to 'a cat'" in refusal(program, prompt="a dog")
 
 
+def test_a_name_that_occurs_in_the_calls_of_tokenizers_is_no_text():
+    class Tokenizer(Words):
+        def __call__(self, prompt, kind):
+            return super().__call__(prompt)
+
+    def function(parts, prompt, form):
+        if form not in ("pt", "np"):
+            raise ValueError(f"the form must be 'pt' or 'np', got {form}")
+        return parts.embed(parts.words(prompt, "pt")["input_ids"]).sum(1)
+
+    pipe = sampler(function, words=Tokenizer(), embed=embedding())
+    program = diffopt.trace(pipe, prompt="a cat", form="pt")
+    expect_equal(pipe, program, prompt="a dog", form="pt")
+    assert "'form' was bound to 'pt'" in refusal(program, prompt="a dog", form="np")
+
+
 # Pictures
 
 

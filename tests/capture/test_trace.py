@@ -1,6 +1,7 @@
 """What capture records: writes, state, numbers, generators, texts; and what it refuses."""
 
 import copy
+import math
 import re
 from types import SimpleNamespace
 
@@ -422,19 +423,29 @@ def test_branching_on_the_callers_tensor_is_a_guard():
         program(x=-x)
 
 
-def test_branching_inside_a_component_names_the_line():
+def test_branching_inside_a_component():
     class Branches(nn.Module):
         def forward(self, x):
             return x * 2 if (x * x).sum() > 1 else x
+
+    pipe = Loop(lambda parts, x: parts.net(parts.first(x)), net=Branches(), first=net())
+    program = diffopt.trace(pipe, x=torch.ones(2, 4))
+    assert torch.equal(program(x=-torch.ones(2, 4)), pipe(x=-torch.ones(2, 4)))
+    with pytest.raises(DiffoptError, match=r"sum\(\) > 1 else x: what Python reads here is False"):
+        program(x=torch.zeros(2, 4))
+
+
+def test_a_number_that_is_read_inside_a_component_names_the_line():
+    class Normalizes(nn.Module):
+        def forward(self, x):
+            return x * math.floor((x * x).sum())
 
     def loop(parts, x):
         return parts.net(parts.first(x))
 
     with pytest.raises(CaptureError) as caught:
-        diffopt.trace(Loop(loop, net=Branches(), first=net()), x=torch.ones(2, 4))
-    assert "return x * 2 if (x * x).sum() > 1 else x: Python reads a traced value" in str(
-        caught.value
-    )
+        diffopt.trace(Loop(loop, net=Normalizes(), first=net()), x=torch.ones(2, 4))
+    assert "return x * math.floor((x * x).sum()): Python reads a traced value" in str(caught.value)
     assert "net.forward could not be exported as a whole" in caught.value.__notes__[0]
 
 
