@@ -259,19 +259,22 @@ class ComponentCalls:
     ) -> None:
         """Bind the numbers of a method that takes a tensor for another thing than a number.
 
-        It is called for real with the numbers, and the body with tensors in their place.
+        It is called for real with the numbers, and the body with tensors in their place; both on
+        random values, as on the call's own a network may give the same for any number.
         """
         places = {(signature.component, signature.method, i) for i in range(len(signature.numbers))}
         if not places & self.lifted or signature.state:
             return
+        tensors, spec = value_tree.flatten(arguments)
+        others = {id(t): self._placeholder(t) if t.is_floating_point() else t for t in tensors}
         with without_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            args, kwargs = copy.deepcopy(arguments)
+            args, kwargs = copy.deepcopy(spec.build([others[id(t)] for t in tensors]))
             saved = save_state(module)
             try:
                 expected = value_tree.flatten(original(*args, **kwargs))[0]
             finally:
                 restore_state(saved)
-            got = body.module(*(tensor.clone() for tensor in signature.tensors))
+            got = body.module(*(others.get(id(t), t).clone() for t in signature.tensors))
         if not all(map(value_tree.same_bits, expected, got)):
             self.bound |= places & self.lifted
             self.lifted -= places

@@ -3,7 +3,7 @@
 Each statement is a closure over a small environment: the arguments, the components and the value
 `x` that the function returns. What a statement does is what pipelines do: calls of networks with
 numbers that differ, draws, writes in place, hooks, buffers and weights that are written for a call,
-branches on texts and numbers, numpy, autocast, gradients.
+branches on texts, numbers, pixels and what a network computes, numpy and PIL, autocast, gradients.
 """
 
 import random
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from tests.zoo import generator
@@ -337,6 +337,73 @@ def _image_size(env: SimpleNamespace) -> None:
     env.x = env.x * (width / height)
 
 
+def _pasted(env: SimpleNamespace) -> None:
+    frame = Image.new("RGB", (6, 4), (9, 8, 7))
+    frame.paste(env.a["image"].resize((3, 2)), (1, 1))
+    frame = frame.filter(ImageFilter.BoxBlur(1)).convert("L").crop((0, 0, 4, 2))
+    env.x = env.x + torch.tensor(np.array(frame)) / 255
+
+
+def _masked(env: SimpleNamespace) -> None:
+    values = np.asarray(env.a["image"].resize((4, 2)), dtype=np.float32).mean(axis=-1) / 255
+    values[values < 0.5] = 0
+    values *= 2
+    env.x = env.x + torch.from_numpy(np.where(values > 1.2, values, 1 - values))
+
+
+def _bright(env: SimpleNamespace) -> None:
+    values = np.array(env.a["image"].resize((4, 2)).convert("L"))
+    if values.max() > 220 and not (values == 0).any():
+        env.x = env.x * 2
+    env.x = env.x + torch.from_numpy(values)
+
+
+def _corner(env: SimpleNamespace) -> None:
+    if env.a["image"].getpixel((0, 0))[0] > 128:
+        env.x = env.x - 1
+
+
+def _box(env: SimpleNamespace) -> None:
+    image = env.a["image"].convert("L").point(lambda value: 255 if value > 120 else 0)
+    box = image.getbbox() or (0, 0, 1, 1)
+    env.x = env.x + torch.from_numpy(np.array(env.a["image"].crop(box))).float().mean()
+
+
+def _rows(env: SimpleNamespace) -> None:
+    total = sum(float(row.sum()) > 1.5 for row in env.a["array"])
+    env.x = env.x * total + torch.from_numpy(np.stack([row[::-1] for row in env.a["array"]]))
+
+
+def _array_in_place(env: SimpleNamespace) -> None:
+    env.a["array"][:, 0] = 0.5
+    env.a["array"] += env.a["array"].max(axis=0)
+    env.x = env.x + torch.as_tensor(env.a["array"])
+
+
+def _array_read(env: SimpleNamespace) -> None:
+    if np.any(env.a["array"] > 0.9):
+        env.x = env.x * 3
+
+
+def _limited(env: SimpleNamespace) -> None:
+    y = env.net(env.x) * 1.2
+    if torch.any(y > 1.0):
+        y = y / y.abs().max()
+    env.x = y
+
+
+def _until(env: SimpleNamespace) -> None:
+    for _ in range(3):
+        env.x = env.net(env.x) - 0.6
+        if (env.x > 0).sum() < 4:
+            break
+
+
+def _counted(env: SimpleNamespace) -> None:
+    y = env.net(env.x)
+    env.x = y * int((y > 0).sum()) + sum(number for number in (y[0] > 0.5).long().tolist())
+
+
 def _steps(env: SimpleNamespace) -> None:
     for _ in range(env.a["steps"]):
         env.x = env.net(env.x)
@@ -407,6 +474,17 @@ STATEMENTS: dict[str, tuple[str, Statement]] = {
     "array": ("array", _array),
     "image": ("image", _image),
     "image size": ("image", _image_size),
+    "pasted": ("image", _pasted),
+    "masked": ("image", _masked),
+    "bright": ("image", _bright),
+    "corner": ("image", _corner),
+    "box": ("image", _box),
+    "rows": ("array", _rows),
+    "array in place": ("array", _array_in_place),
+    "array read": ("array", _array_read),
+    "limited": ("", _limited),
+    "until": ("", _until),
+    "counted": ("", _counted),
     "steps": ("steps", _steps),
     "reads argument": ("latents", _reads_argument),
     "alias": ("pair", _alias),

@@ -81,7 +81,7 @@ def test_a_random_sampler(seed):
 
 
 def test_what_the_statements_are_captured_as():
-    """Every statement alone is captured, but where a text's words are counted: a number there."""
+    """Every statement alone is captured, but where what Python read alone is the result."""
     refused = []
     for name in STATEMENTS:
         read, statement = STATEMENTS[name]
@@ -93,4 +93,5 @@ def test_what_the_statements_are_captured_as():
             diffopt.trace(pipe, **separated(pipe.arguments(random.Random(0))))
         except DiffoptError as error:
             refused.append(f"{name}: {error}")
-    assert [line.partition(":")[0] for line in refused] == ["words counted"], refused
+    names = [line.partition(":")[0] for line in refused]
+    assert names == ["words counted", "corner", "array read"], refused
