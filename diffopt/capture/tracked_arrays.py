@@ -125,6 +125,9 @@ class ArrayRecorder:
                 self._patch(stack, Image, name, f"Image.{name}")
             for name in _FROM_DATA:
                 self._patch(stack, np, name, f"numpy.{name}")
+            for name in ("__copy__", "__deepcopy__"):
+                copied = mock.patch.object(Image.Image, name, _copied, create=True)
+                stack.enter_context(copied)
             yield
 
     def _patch(self, stack: contextlib.ExitStack, owner: Any, name: str, op: str) -> None:
@@ -271,6 +274,10 @@ for _name in ax.ARRAY_METHODS:
     setattr(TrackedArray, _name, _tracked_method(_name))
 for _name in ("__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist"):
     setattr(TrackedArray, _name, _reading_method(_name))
+
+
+def _copied(picture: Image.Image, memo: Any = None) -> Image.Image:
+    return picture.copy()
 
 
 def plain_arrays(value: Any) -> Any:

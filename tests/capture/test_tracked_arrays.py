@@ -1,5 +1,6 @@
 """What Python computes of pictures and arrays follows new ones, or these are refused."""
 
+import copy
 import random
 
 import numpy as np
@@ -81,6 +82,7 @@ FUNCTIONS = {
     "upright": lambda image: np.array(ImageOps.exif_transpose(image).convert("RGB")),
     "fitted": lambda image: np.array(ImageOps.fit(image, (5, 5), Image.Resampling.BILINEAR)),
     "padded": lambda image: np.pad(np.array(image), ((1, 2), (0, 0), (0, 0)), mode="edge"),
+    "copied": lambda image: np.array(copy.copy(copy.deepcopy([image])[0]).reduce(2)),
     "where": lambda image: np.where(np.array(image) > 100, np.float32(1), np.float32(-1)),
 }
 

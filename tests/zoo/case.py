@@ -1,7 +1,8 @@
 """What a case is, and how its weights are made."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ def case(
     """Make a case whose pipeline is seeded, and whose call has a generator and a prompt."""
 
     def build() -> Any:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), no_garbage():
             torch.manual_seed(0)
             pipe = make()
         for index, module in enumerate(modules(pipe)):
@@ -87,14 +88,27 @@ def modules(pipe: Any) -> list[nn.Module]:
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
+@contextlib.contextmanager
+def no_garbage() -> Iterator[None]:
+    """Fill memory that nobody has set with NaN in the context."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def randomize(module: nn.Module, seed: int) -> None:
-    """Set to random values all that an initialisation left constant.
+    """Set to random values all that an initialisation left constant, or never set.
 
     A zero output layer hides everything before it, so that a wrong capture would pass.
     """
     module.eval().requires_grad_(False)
     source = generator(seed)
     for weight in module.parameters():
+        if bool(weight.isnan().any()):
+            weight.zero_()
         if weight.numel() > 1 and not torch.equal(weight, weight.flatten()[0].expand_as(weight)):
             continue
         # A matrix keeps the scale of its input; a vector is a norm's scale (1) or a bias (0).
