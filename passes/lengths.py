@@ -26,7 +26,7 @@ from typing import Any
 from diffopt.core import Context, Pass, Pipeline, option
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.host.inputs import CallArguments, Processor, places_in
+from diffopt.host.inputs import CallArguments, Processor, Tokens
 from diffopt.ir import dynamic_sizes
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Length
@@ -132,8 +132,8 @@ def _texts(program: Program) -> Texts:
     names = [
         str(place[0])
         for step in program.host.steps
-        if isinstance(step, Processor)
-        for place in places_in(step.args)
+        if isinstance(step, (Processor, Tokens))
+        for place in step.places()
     ]
     call = program.host.call
     return {name: call[name] for name in dict.fromkeys(names) if _is_text(call.get(name))}
@@ -155,7 +155,8 @@ def _shapes(program: Program, texts: Texts) -> dict[int, list[int]]:
     call, index = CallArguments(program.host, dict(texts)), 0
     shapes: dict[int, list[int]] = {}
     for step in program.host.steps:
-        names = {str(p[0]) for p in places_in(step.args)} if isinstance(step, Processor) else set()
+        places = step.places() if isinstance(step, (Processor, Tokens)) else []
+        names = {str(place[0]) for place in places}
         if names and names <= texts.keys():
             tensors = step.run(call)
             shapes |= {index + k: list(tensor.shape) for k, tensor in enumerate(tensors)}

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -20,12 +21,20 @@ from PIL import Image
 from torch import Tensor, fx
 
 from diffopt.capture import draws
+from diffopt.capture.dispatch_modes import location
 from diffopt.capture.input_guesses import templates
 from diffopt.capture.random_streams import RandomStreams
 from diffopt.capture.recorder import Recorder, fail
 from diffopt.capture.torch_functions import DynamicNumber
 from diffopt.capture.tracked_arrays import ArrayRecorder, plain_arrays
 from diffopt.capture.tracked_text import TrackedText
+from diffopt.capture.tracked_tokens import (
+    nested_numbers,
+    parts_of,
+    plain_tokens,
+    token_lists,
+    tracked,
+)
 from diffopt.capture.value_tree import same_bits
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import Place, items, leaves, replaced, short
@@ -39,6 +48,8 @@ from diffopt.host.inputs import (
     Processor,
     TensorArgument,
     Text,
+    TokenRead,
+    Tokens,
     places_in,
 )
 from diffopt.host.schema import describe
@@ -107,6 +118,12 @@ class RunInputs:
         self.used_lists: set[Place] = set()
         self.computed: list[fx.Node] = []
         """Values that are computed of inputs and that host components are called with."""
+        self.tokens: dict[Place, list[int]] = {}
+        """The lists of tokens that host components returned, by the call and the place in it."""
+        self.joined: list[list[Any]] = []
+        """The lists of numbers of which tensors were made, after the first call with tokens."""
+        self.encoded: dict[int, Any] = {}
+        self._token_reads: dict[tuple[int, Place, str], tuple[Any, str]] = {}
         self.text_reads: list[TextRead] = []
         self.array_reads: list[ArrayRead] = []
         self.array_recorder = ArrayRecorder(self._note_array_read)
@@ -161,14 +178,14 @@ class RunInputs:
     def guards_of(self, reads: Sequence[R], earlier: Sequence[R], inputs: Set[Place]) -> list[R]:
         """Return what new arguments must give, too: what Python read of those that are inputs.
 
-        A question needs no guard where the earlier run, which did the same, got the other answer.
+        A question needs no guard where the earlier run, which did the same, got the other answer,
+        and that to this question alone.
         """
-        answers = {(read.about, read.result) for read in earlier if isinstance(read.result, bool)}
-
-        def is_free(read: R) -> bool:
-            return isinstance(read.result, bool) and (read.about, not read.result) in answers
-
-        return [r for r in reads if not inputs.isdisjoint(r.places) and not is_free(r)]
+        answers = {read.about: read.result for read in earlier}
+        others = [read for read in reads if answers.get(read.about, read.result) != read.result]
+        is_free = len(others) == 1 and isinstance(others[0].result, bool)
+        guarded = [read for read in reads if not (is_free and read is others[0])]
+        return [read for read in guarded if not inputs.isdisjoint(read.places)]
 
     def add_input(self, recorder: Recorder, tensor: Tensor, place: Place) -> None:
         """Make the argument at a place an input."""
@@ -191,6 +208,64 @@ class RunInputs:
     def output(self, array: np.ndarray, number: int) -> np.ndarray:
         """Return the values of a traced tensor as an array whose operations are recorded."""
         return self.array_recorder.output(array, number)  # type: ignore[no-any-return]
+
+    def _note_tokens(self, index: int, place: Place, what: str, value: Any) -> None:
+        if not self.in_host():
+            self._token_reads.setdefault((index, place, what), (value, str(location())))
+
+    def token_reads(self) -> list[TokenRead]:
+        """Return what new texts' tokens must be, too."""
+        reads = self._token_reads.items()
+        return [
+            TokenRead(self._source((index, *place)), what, value, where)
+            for (index, place, what), (value, where) in reads
+            if index in self.encoded
+        ]
+
+    def _source(self, key: Place) -> list[Any]:
+        call = self.calls[key[0]]
+        return [call.component, call.method, self.encoded[key[0]], list(key[1:])]
+
+    def are_tokens(self, value: Any) -> bool:
+        """Tell whether a list depends on the tokens that host components returned."""
+        numbers = nested_numbers(value) if self.tokens else None
+        if not numbers:
+            return False
+        self.joined.append(numbers)
+        index = len(self.joined) - 1
+        earlier = self.earlier.joined[index : index + 1] if self.earlier else []
+        return bool(earlier) and earlier[0] != numbers
+
+    def add_tokens(self, recorder: Recorder, tensor: Tensor) -> None:
+        """Make a tensor of the list that `are_tokens` has seen last an input."""
+        assert self.earlier is not None
+        parts: Any = None
+        if self.final:
+            parts = self._parts(self.joined[-1], self.earlier.joined[len(self.joined) - 1])
+            if parts is None:
+                fail(
+                    "a tensor is made of numbers of tokens that Python has changed",
+                    "make it a tensor first (return_tensors='pt')",
+                )
+        node = recorder.input("tokens", tensor)
+        recorder.host_values.add(node)
+        self.steps.append((Tokens(parts, str(tensor.dtype)[6:]), [(node, tensor)]))
+
+    def _parts(self, final: list[Any], probe: list[Any]) -> list[Any] | None:
+        """Return how nested lists are joined of tokens, as `inputs.joined` takes it."""
+        assert self.earlier is not None
+        if any(isinstance(row, list) for row in (*final, *probe)):
+            if len(final) != len(probe):
+                return None
+            rows = [self._parts(*pair) for pair in zip(final, probe, strict=True)]
+            return None if None in rows else rows
+        theirs = self.earlier.tokens
+        ours = {k: v for k, v in self.tokens.items() if k[0] in self.encoded and k in theirs}
+        known = {key: (numbers, theirs[key]) for key, numbers in ours.items()}
+        parts = parts_of(final, probe, known)
+        if parts is None:
+            return None
+        return [{"of": self._source(p["of"])} if isinstance(p, dict) else p for p in parts]
 
     # Random draws
 
@@ -240,6 +315,7 @@ class RunInputs:
     def _watched(self, name: str, kind: type) -> type:
         def method(original: Callable[..., Any], label: str) -> Callable[..., Any]:
             def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
+                args, kwargs = plain_tokens((args, kwargs))
                 self._depth += 1
                 try:
                     with self.array_recorder.unwatched():
@@ -249,6 +325,8 @@ class RunInputs:
                     self._depth -= 1
                 if self._depth == 0 and not isinstance(result, str):
                     self._called(HostCall(name, label, plain_texts((args, kwargs)), result))
+                    if self.lists:
+                        result = tracked(result, partial(self._note_tokens, len(self.calls) - 1))
                 return result
 
             return call
@@ -261,6 +339,8 @@ class RunInputs:
     def _called(self, call: HostCall) -> None:
         index = len(self.calls)
         self.calls.append(call)
+        if self.lists:
+            self.tokens |= {(index, *place): value for place, value in token_lists(call.result)}
         if self.earlier is None or self.recorder is None:
             return
         if index >= len(self.earlier.calls):
@@ -270,7 +350,8 @@ class RunInputs:
         traced = [value for _, value in leaves(call.args) if self._is_traced(value)]
         computed = [value for value in traced if id(value) not in given]
         if computed:
-            if all(self._is_traced(tensor) for _, tensor in tensors_of(call.result)):
+            results = tensors_of(call.result)
+            if results and all(self._is_traced(tensor) for _, tensor in results):
                 return  # what it computes of traced values is recorded
             if (
                 not {self.recorder.node_of(value) for value in computed}
@@ -286,6 +367,7 @@ class RunInputs:
         encoded = self.encode(call.args, other, (index,)) if self.final else None
         if self.final and not computed and not places_in(encoded):
             return
+        self.encoded[index] = encoded
         nodes, keys = [], []
         for key, tensor in tensors_of(call.result):
             node = self.recorder.input(f"{call.component}_{key}" if key else call.component, tensor)
@@ -319,6 +401,10 @@ class RunInputs:
         if isinstance(final, Tensor) and self.recorder is not None and self._is_traced(final):
             self.computed.append(self.recorder.value(final))
             return {"computed": len(self.computed) - 1}
+        if isinstance(final, list) and final != probe and self.tokens and nested_numbers(final):
+            parts = self._parts(final, probe) if isinstance(probe, list) else None
+            if parts is not None:
+                return {"tokens": parts}
         if isinstance(final, (list, tuple)):
             kind = "tuple" if isinstance(final, tuple) else "list"
             if not isinstance(probe, (list, tuple)) or len(final) != len(probe):
@@ -373,6 +459,7 @@ class RunInputs:
                 fail("numpy computes on a traced value", "use torch operators instead")
             index = len(self.arrays)
             self.arrays.append(plain.copy())
+            self.array_recorder.exported(array)
             if self.earlier is not None and index < len(self.earlier.arrays):
                 self._array(tensor, array, self.earlier.arrays[index])
             return tensor
@@ -425,7 +512,7 @@ class RunInputs:
                 texts = {} if letters is None else self._rendered(made, letters)
                 args, kwargs = plain_arrays(replaced(call.args, texts))
                 results = [
-                    tensors_of(getattr(component, call.method)(*args, **kwargs))
+                    _values(getattr(component, call.method)(*args, **kwargs))
                     for component in (self.processors[name], loaded)
                 ]
                 keys = [[key for key, _ in result] for result in results]
@@ -517,6 +604,11 @@ def tensors_of(result: Any) -> list[tuple[str, Tensor]]:
     if hasattr(result, "items"):
         return [(k, v) for k, v in result.items() if isinstance(v, Tensor)]
     return []
+
+
+def _values(result: Any) -> list[tuple[Any, Tensor]]:
+    lists = [(place, torch.tensor(numbers)) for place, numbers in token_lists(result)]
+    return [*tensors_of(result), *lists]
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffopt.capture.input_recipes import HostCall, RunInputs, tensors_of
+from diffopt.capture.tracked_tokens import token_lists
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import Place, is_within, items, leaves, rebuilt, replaced, value_at
 from diffopt.host.cleaners import CLEANERS, probe_text
@@ -20,10 +21,15 @@ _SEED = 987654321  # of the probe's values: none that a caller's were made with
 def texts(scout: RunInputs) -> list[Place]:
     """Return the places of strings that may be texts: they occur in arguments of host calls.
 
-    Where a host call returns no tensors, Python uses its result: its texts are bound.
+    Where a host call returns neither tensors nor tokens, Python uses its result: its texts are
+    bound.
     """
-    seen = _host_texts(call for call in scout.calls if tensors_of(call.result))
-    bound = _host_texts(call for call in scout.calls if not tensors_of(call.result))
+
+    def is_followed(call: HostCall) -> bool:
+        return bool(tensors_of(call.result) or (scout.lists and token_lists(call.result)))
+
+    seen = _host_texts(call for call in scout.calls if is_followed(call))
+    bound = _host_texts(call for call in scout.calls if not is_followed(call))
     places = []
     for place, value in leaves(scout.arguments):
         if not isinstance(value, str):
@@ -150,11 +156,13 @@ def disturb(scout: RunInputs, changed: Mapping[Place, Any]) -> dict[str, Any]:
             if array.dtype == np.uint8:
                 noise = random.integers(0, 256, array.shape).astype(np.uint8)
                 changed[place] = Image.fromarray(noise, mode=value.mode)
+                changed[place].info = dict(value.info)  # how it was stored, and is to be turned
         elif isinstance(value, np.ndarray) and value.dtype == np.uint8:
             random = np.random.default_rng([_SEED, index])
             changed[place] = random.integers(0, 256, value.shape).astype(np.uint8)
         elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
-            changed[place] = value[::-1] * 0.5 + (0.25 + index * 2**-8)
+            turned = value[::-1] if value.ndim else value
+            changed[place] = turned * value.dtype.type(0.5) + value.dtype.type(0.25 + index * 2**-8)
         elif isinstance(value, torch.Generator):
             # A clone: only such generators have the same Python identity behind the dispatcher.
             changed[place] = torch.Generator().manual_seed(_SEED + index).clone_state()

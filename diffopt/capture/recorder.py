@@ -56,6 +56,12 @@ class InputSource(Protocol):
     def place_of_list(self, value: Any) -> tuple[str | int, ...] | None:
         """Return the place of a list among the caller's arguments."""
 
+    def are_tokens(self, value: Any) -> bool:
+        """Tell whether a list depends on the tokens that host components returned."""
+
+    def add_tokens(self, recorder: "Recorder", tensor: Tensor) -> None:
+        """Make a tensor of the list that `are_tokens` has seen last an input."""
+
     def output(self, array: np.ndarray, number: int) -> np.ndarray:
         """Return the values of a traced tensor as an array whose operations are recorded."""
 
@@ -86,6 +92,7 @@ class Recorder(TorchDispatchMode):
         self.answers = answers
         self.checks: list[tuple[fx.Node, Any, Location]] = []
         self._counter = ReadCounter()
+        self._shared: set[int] = set()
         self.host_values: set[fx.Node] = set()
         self.sources = sources
 
@@ -151,6 +158,11 @@ class Recorder(TorchDispatchMode):
 
     def _before_write(self, tensor: Tensor) -> None:
         """Keep what weights and constants in the memory of a tensor hold, before it is written."""
+        if storage_of(tensor) in self._shared:
+            fail(
+                "a tensor is written here whose memory a numpy array shares",
+                "write before it becomes an array, or a clone",
+            )
         if self.weights.is_written(tensor):
             self.weights.before_write(tensor)
         for name in self._lent.pop(storage_of(tensor), {}).values():
@@ -428,7 +440,9 @@ class Recorder(TorchDispatchMode):
 
     def _has_answer(self, key: Key) -> bool:
         if self.answers is None:
-            raise NeedsRun(f"{location()}: Python reads a traced value here")
+            error = NeedsRun(f"{location()}: Python reads a traced value here")
+            FAILURES.append(error)
+            raise error
         return key in self.answers
 
     def _checked(self, node: fx.Node, key: Key) -> Any:
@@ -440,15 +454,23 @@ class Recorder(TorchDispatchMode):
 
     def _read_node(self, func: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
         """Return the node of the value that was read: a tensor's, or a comparison's."""
-        if func is aten._local_scalar_dense.default:
-            return self.value(args[0])
         margs, mkwargs = self._map((args, kwargs))
+        if func in (aten._local_scalar_dense.default, aten.is_nonzero.default):
+            node = self.emit(aten.reshape.default, margs[0], []) if args[0].ndim else margs[0]
+            is_flag = func is aten._local_scalar_dense.default or args[0].dtype == torch.bool
+            return node if is_flag else self.emit(aten.ne.Scalar, node, 0)
+        if func is aten.equal.default:
+            return self.emit(aten.all.default, self.emit(aten.eq.Tensor, *margs))
+        if func is aten.allclose.default:
+            return self.emit(aten.all.default, self.emit(aten.isclose.default, *margs, **mkwargs))
         node = self.root.graph.call_function(func, margs, mkwargs)
         node.meta |= {"val": g.fake(torch.tensor(out)), "where": str(location())}
         return node
 
     def escape(self, tensor: Tensor, array: np.ndarray) -> np.ndarray:
         """Record that a traced value became a numpy array, and return that."""
+        self._shared.add(storage_of(tensor))
+        self.keep.append(tensor)
         self.escapes.append((array, self.value(tensor), location()))
         return self.sources.output(array, len(self.escapes) - 1)
 
@@ -480,6 +502,12 @@ def _functional_variant(func: Any) -> Any:
     return None
 
 
+FAILURES: list[CaptureError] = []
+"""Errors of the run, which a pipeline may catch itself."""
+
+
 def fail(problem: str, advice: str) -> NoReturn:
     """Raise a `CaptureError` about the running line of the pipeline."""
-    raise CaptureError(f"{location()}: {problem}; {advice}")
+    error = CaptureError(f"{location()}: {problem}; {advice}")
+    FAILURES.append(error)
+    raise error

@@ -12,7 +12,7 @@ from diffopt.capture.tracked_arrays import ArrayRecorder, plain_arrays
 from diffopt.capture.value_tree import equal_values
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text
-from diffopt.host.array_expressions import OUTPUT, Row, same_value
+from diffopt.host.array_expressions import ITEM, OUTPUT, Row, rows_to, same_value
 from diffopt.host.outputs import Check, to_images
 from diffopt.ir import graph as g
 
@@ -101,34 +101,57 @@ class Result:
         )
 
     def _array(self, value: np.ndarray | Image.Image) -> Any:
-        plain = plain_arrays(value)
-        for number, (escaped, node, _) in enumerate(self.recorder.escapes):
-            place = _index_in(escaped, plain)
-            if place is not None:
-                self._escaped.add(number)
-                kind = "array" if isinstance(value, np.ndarray) else "image"
-                return {kind: [self._index(node), *place]}
-        rows = self.arrays.expression(value)
-        traced = self.arrays.depends_on_outputs(value)
-        if rows is not None and traced:
-            return {"expression": [self._with_output(row) for row in rows]}
-        if isinstance(plain, np.ndarray) and not traced:  # the same in every run
-            constant = self.recorder.constant(torch.from_numpy(plain.copy()))
+        if not self.arrays.depends_on_outputs(value):  # the same in every run
+            if isinstance(value, Image.Image):
+                raise CaptureError("the pipeline returns a picture that it does not compute")
+            constant = self.recorder.constant(torch.from_numpy(np.array(plain_arrays(value))))
             return {"array": [self._index(constant)]}
-        if isinstance(value, np.ndarray) and value.ndim and len(value):
-            return {"stack": [self._array(item) for item in value]}
-        raise CaptureError(
-            "the pipeline turns its result into a form on the host that is not known; "
-            "ask for output_type='pt'"
-        )
+        rows = self.arrays.expression(value)
+        if rows is None:
+            raise CaptureError(
+                "the pipeline turns its result into a form on the host that is not known; "
+                "ask for output_type='pt'"
+            )
+        return self._image(value, rows) or self._form(rows)
+
+    def _form(self, rows: list[Row]) -> Any:
+        """Return the structure of an array by its rows: whole outputs, or expressions of them."""
+        op, args, kwargs = rows[-1]
+        if op == OUTPUT:
+            return {"array": [self._escape(args[0])]}
+        if op == "array.__getitem__" and isinstance(args[1], int):
+            form = self._form(rows_to(rows, args[0]["row"]))
+            return {"array": [*form["array"], args[1]]} if "array" in form else self._all(rows)
+        is_stack = op in ("numpy.stack", "numpy.array") and kwargs in ({}, {"axis": 0})
+        if is_stack and len(args) == 1 and isinstance(args[0], list):
+            forms = [self._form(rows_to(rows, part["row"])) for part in args[0]]
+            if all("array" in form for form in forms):
+                return {"stack": forms}
+        return self._all(rows)
+
+    def _all(self, rows: list[Row]) -> Any:
+        return {"expression": [self._with_output(row) for row in rows]}
+
+    def _image(self, value: Any, rows: list[Row]) -> Any:
+        """Return the form of 8-bit images, which may be asked for as arrays; None of others."""
+        if not isinstance(value, Image.Image) or not _TO_BYTES.issuperset(op for op, _, _ in rows):
+            return None
+        escaped = next(args[0] for op, args, _ in rows if op == OUTPUT)
+        array, _, _ = self.recorder.escapes[escaped]
+        place = _index_in(array, value)
+        return None if place is None else {"image": [self._escape(escaped), *place]}
+
+    def _escape(self, number: int) -> int:
+        """Return the number of the output that a traced tensor is which became an array."""
+        self._escaped.add(number)
+        return self._index(self.recorder.escapes[number][1])
 
     def _with_output(self, row: Row) -> Row:
         """Return a row with the number of an output in place of the number of an array."""
         op, args, kwargs = row
         if op != OUTPUT:
             return row
-        self._escaped.add(args[0])
-        return op, [self._index(self.recorder.escapes[args[0]][1])], kwargs
+        return op, [self._escape(args[0])], kwargs
 
 
 def same_constant(a: Tensor, b: Tensor) -> bool:
@@ -145,28 +168,21 @@ def is_plain_data(value: Any) -> bool:
     return isinstance(value, (str, int, float, bool, type(None)))
 
 
-def _index_in(array: np.ndarray, value: np.ndarray | Image.Image) -> tuple[int, ...] | None:
-    """Return the index of a value of the result in an array; None if it is no part of it."""
-    if isinstance(value, Image.Image):
-        if array.ndim < 3 or array.dtype.kind != "f":
-            return None
-        target, ndim = np.asarray(value), 3
+_TO_BYTES = frozenset(
+    (
+        *(OUTPUT, ITEM, "array.__getitem__", "ufunc.multiply", "array.round", "numpy.round"),
+        *("ufunc.rint", "array.astype", "array.squeeze", "Image.fromarray", "numpy.array"),
+    )
+)
+"""The operations by which pipelines make images of bytes of values from 0 to 1."""
 
-        def matches(part: np.ndarray) -> bool:
-            if part.shape[-1] not in (1, 3, 4):
-                return False
-            return np.array_equal(np.asarray(to_images(part, "pil")), target)
-    else:
-        target, ndim = value, value.ndim
 
-        def matches(part: np.ndarray) -> bool:
-            return part.shape == target.shape and np.array_equal(
-                part, target, equal_nan=part.dtype.kind == "f"
-            )
-
-    if array.ndim < ndim:
+def _index_in(array: np.ndarray, picture: Image.Image) -> tuple[int, ...] | None:
+    """Return the place in an array of which a picture is made; None without one."""
+    if array.ndim < 3 or array.dtype.kind != "f" or array.shape[-1] not in (1, 3, 4):
         return None
-    for place in np.ndindex(array.shape[: array.ndim - ndim]):
-        if matches(array[place]):
+    target = np.asarray(picture)
+    for place in np.ndindex(array.shape[:-3]):
+        if np.array_equal(np.asarray(to_images(array[place], "pil")), target):
             return place
     return None

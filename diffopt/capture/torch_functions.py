@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from diffopt.capture.dispatch_modes import location, without_modes
 from diffopt.capture.recorder import InputSource, Recorder, fail
-from diffopt.capture.tracked_arrays import TrackedArray
+from diffopt.capture.tracked_arrays import TrackedArray, plain_arrays
+from diffopt.capture.tracked_tokens import plain_tokens
 
 Guard = tuple[str, float, bool, str]
 """(comparison, other side, its result at capture, where)."""
@@ -148,9 +149,6 @@ class TorchFunctionRecorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("numpy", "__array__", "tolist") and args and isinstance(args[0], Tensor):
             return self._to_python(name, func, args, kwargs)
-        if name in ("__format__", "__repr__"):  # for a log: no branch is on a text of numbers
-            with without_modes():
-                return func(*args, **kwargs)
         if name == "__deepcopy__" and self.recorder.node_of(args[0]) is not None:
             args[1][id(args[0])] = twin = args[0].clone(memory_format=torch.preserve_format)
             return twin
@@ -160,9 +158,14 @@ class TorchFunctionRecorder(TorchFunctionMode):
                 out = func(*args, **kwargs)
                 self.sources.add_input(self.recorder, out, place)
                 return out
+            if self.sources.are_tokens(args[0]):
+                out = func(plain_tokens(args[0]), *args[1:], **kwargs)
+                self.sources.add_tokens(self.recorder, out)
+                return out
             if any(isinstance(value, TrackedArray) for value in _flat(args[0])):
+                plain = func(plain_arrays(args[0]), *args[1:], **kwargs)
                 copied = torch.from_numpy(np.array(args[0]))  # which is recorded
-                return copied.to(kwargs.get("device"), kwargs.get("dtype"))
+                return copied.to(plain.device, plain.dtype)
         values = list(_flat((args, kwargs)))
         if any(isinstance(a, DynamicNumber) for a in values):
             return self._with_numbers(name, func, args, kwargs, values)

@@ -18,13 +18,13 @@ from diffopt.capture.find_modules import CalledModules
 from diffopt.capture.input_recipes import RunInputs, plain_texts
 from diffopt.capture.module_state import pipeline_digests
 from diffopt.capture.real_reads import Answers, NeedsRun, answers_of
-from diffopt.capture.recorder import Recorder
+from diffopt.capture.recorder import FAILURES, Recorder
 from diffopt.capture.results import Result, is_plain_data, same_constant
 from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text, replaced
 from diffopt.host.guards import Guards
-from diffopt.host.inputs import Computed, Host, InputStep, Processor
+from diffopt.host.inputs import Computed, Host, InputStep, Processor, Tokens
 from diffopt.host.processors import load_component, save_component
 from diffopt.host.schema import describe
 from diffopt.ir import call_tags
@@ -172,7 +172,7 @@ class Session:
         except NeedsRun:
             raise
         except (CaptureError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
-            if not scout.used_lists:
+            if not scout.used_lists and not scout.tokens:
                 raise
         # Of a list that Python reads as well, the values are bound.
         scout = self._inputs(perturbation.separated(arguments), None, lists=False)
@@ -182,10 +182,11 @@ class Session:
     def _scout(self, arguments: Mapping[str, Any]) -> RunInputs:
         """Run with the caller's arguments; the first time, find components if none are named."""
         if self._found is not None:
-            found, self._found = self._found, None
+            found = self._found
             with found.watching():
                 scout = self._inputs(perturbation.separated(arguments), None)
                 self._run(scout, seed=1)
+            self._found = None
             if not found.modules:
                 return scout
             self._set(found.named())
@@ -255,9 +256,10 @@ class Session:
         computed: list[Computed],
         output: Any,
     ) -> Host:
-        used = sorted({step.asset for step in steps if isinstance(step, Processor)})
         plain = {name: value for name, value in arguments.items() if is_plain_data(value)}
         host = Host(steps, output, plain, computed=computed)
+        host.token_reads = final.token_reads()
+        used = sorted(host.used_assets())
         host.assets = {name: self._files(name, final) for name in used}
         host.components = {name: self.processors[name] for name in used}
         host.schema = {name: describe(value) for name, value in arguments.items()}
@@ -325,7 +327,10 @@ class Session:
             stack.enter_context(self.component_calls.recording(recorder, seed))
             stack.enter_context(TorchFunctionRecorder(recorder, sources))
             stack.enter_context(recorder)
+            FAILURES.clear()
             result = self.pipeline(**sources.start(recorder))
+        if FAILURES:  # which the pipeline has caught
+            raise FAILURES[0]
         return recorder, result
 
     def _retrace(self, arguments: Mapping[str, Any]) -> Callable[..., Program]:
@@ -427,7 +432,7 @@ def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Gua
     same operators.
     """
     formals = g.placeholders(final.root)
-    texts = [isinstance(step, Processor) for step in steps for _ in range(step.count)]
+    texts = [isinstance(step, (Processor, Tokens)) for step in steps for _ in range(step.count)]
     texts_only = {node for node, is_text in zip(formals, texts, strict=True) if is_text}
     body = g.new_body("guards")
     env: dict[fx.Node, fx.Node] = {}

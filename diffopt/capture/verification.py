@@ -114,4 +114,4 @@ def differences(expected: Any, got: Any, place: Place = ("result",)) -> Iterator
 
 
 def _numbers(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    return value if isinstance(value, Tensor) else torch.as_tensor(np.ascontiguousarray(value))

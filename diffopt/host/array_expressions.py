@@ -54,10 +54,22 @@ ARRAY_FUNCTIONS = frozenset(
         *("concatenate", "vstack", "hstack", "dstack", "expand_dims", "squeeze", "transpose"),
         *("moveaxis", "swapaxes", "rollaxis", "reshape", "ravel", "flip", "fliplr", "flipud"),
         *("rot90", "roll", "repeat", "tile", "pad", "where", "clip", "zeros_like", "ones_like"),
-        *("full_like", "empty_like", "mean", "sum", "max", "min", "amax", "amin", "any", "all"),
+        *("full_like", "mean", "sum", "max", "min", "amax", "amin", "any", "all"),
         *("round", "around", "broadcast_to", "take", "cumsum", "argmax", "argmin", "average"),
         *("median", "percentile", "quantile", "std", "var", "dot", "prod", "count_nonzero"),
-        *("nan_to_num", "isclose", "allclose", "array_equal", "diff", "interp", "nonzero", "split"),
+        *(
+            "zeros",
+            "ones",
+            "full",
+            "nan_to_num",
+            "isclose",
+            "allclose",
+            "array_equal",
+            "diff",
+            "interp",
+            "nonzero",
+            "split",
+        ),
         *("argwhere", "array_split", "atleast_3d", "unravel_index", "histogram"),
     )
 )
@@ -67,6 +79,8 @@ ARGUMENT = "argument"
 """The operation that has an argument's place, and "image" or "array"."""
 OUTPUT = "output"
 """The operation that has the number of one of the program's outputs."""
+SHAPE = "shape"
+"""The operation that has an array's shape as a list."""
 ITEM = "item"
 """The operation that takes one of several results."""
 
@@ -182,7 +196,14 @@ def evaluate(
             values.append(outputs[args[0]])
         else:
             given = [decode(argument, values) for argument in args]
-            values.append(apply(op, given, {k: decode(v, values) for k, v in kwargs.items()}))
+            named = {key: decode(value, values) for key, value in kwargs.items()}
+            try:
+                values.append(apply(op, given, named))
+            except (ValueError, TypeError, IndexError, KeyError, OSError) as error:
+                names = ", ".join(dict.fromkeys(map(place_text, places_of(rows)))) or "the result"
+                raise DiffoptError(
+                    f"{names}: {op} fails on values like these: {error}".partition("\n")[0]
+                ) from error
     return values[-1]
 
 
@@ -202,6 +223,10 @@ def apply(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     kind, _, name = op.partition(".")
     if op == ITEM:
         return args[0][args[1]]
+    if op == SHAPE:
+        return list(np.shape(args[0]))
+    if op == "image.orientation":
+        return orientation(args[0])
     if op in ("image.paste", "image.putalpha", "array.__setitem__"):
         target = args[0].copy()
         getattr(target, name)(*args[1:], **kwargs)
@@ -211,7 +236,10 @@ def apply(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     elif kind == "Image":
         function = _known(name, IMAGE_FUNCTIONS, Image)
     elif kind == "array":
-        function = _known(name, ARRAY_METHODS, np.ndarray)
+        _known(name, ARRAY_METHODS, np.ndarray)
+        if not isinstance(args[0], (np.ndarray, np.generic)):
+            raise DiffoptError(f"{op}: {type(args[0]).__name__} is no array")
+        return getattr(args[0], name)(*args[1:], **kwargs)
     elif kind == "ufunc":
         name, _, method = name.partition(".")
         function = getattr(np, name, None)
@@ -221,6 +249,11 @@ def apply(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     else:
         function = _known(name, ARRAY_FUNCTIONS, np)
     return function(*args, **kwargs)
+
+
+def orientation(picture: Image.Image) -> int:
+    """Return how a picture is to be turned, by its EXIF data; 1 for one that is upright."""
+    return int(picture.getexif().get(0x0112, 1))
 
 
 def _known(name: str, names: frozenset[str], owner: Any) -> Any:
@@ -249,6 +282,19 @@ def renumbered(data: Any, order: Mapping[int, int]) -> Any:
     if isinstance(data, (list, tuple)):
         return type(data)(renumbered(part, order) for part in data)
     return data
+
+
+def rows_to(rows: Sequence[Row], last: int) -> list[Row]:
+    """Return the rows that one of them needs, and that one last, numbered anew."""
+    needed: set[int] = set()
+    todo = [last]
+    while todo:
+        row = todo.pop()
+        if row not in needed:
+            needed.add(row)
+            todo += rows_in(rows[row])
+    order = {row: index for index, row in enumerate(sorted(needed))}
+    return [renumbered(rows[row], order) for row in order]
 
 
 def places_of(rows: Sequence[Sequence[Any]]) -> list[Place]:

@@ -7,7 +7,7 @@ random draws, pictures, numbers, tensors that are arguments themselves. The step
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from diffopt.errors import DiffoptError
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.array_expressions import ArrayRead, evaluate, places_of
 from diffopt.host.cleaners import CLEANERS
+from diffopt.host.guards import mismatch
 from diffopt.host.outputs import Check
 from diffopt.host.processors import load_component
 from diffopt.host.schema import Checker, Schema, describe, phrase, rows
@@ -80,11 +81,91 @@ class Processor:
         """The number of tensors that the step returns."""
         return len(self.keys)
 
+    def places(self) -> list[Sequence[str | int]]:
+        """Return the places of the caller's values that the step reads."""
+        return places_in(self.args)
+
+    def assets(self) -> set[str]:
+        """Return the components that the step calls."""
+        return {self.asset} | assets_in(self.args)
+
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Call the component, and return the entries that are inputs of the graph."""
-        args, kwargs = decode_args(self.args, call.arguments, call.computed)
+        args, kwargs = decode_args(self.args, call.arguments, call)
         result = getattr(call.component(self.asset), self.method)(*args, **kwargs)
         return [result_entry(result, key) for key in self.keys]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A tensor of lists that tokenizers return, joined with each other and with numbers."""
+
+    parts: Any
+    """As `joined` takes it."""
+    dtype: str
+    count = 1
+
+    def places(self) -> list[Sequence[str | int]]:
+        """Return the places of the caller's values that the step reads."""
+        return places_in({"tokens": self.parts})
+
+    def assets(self) -> set[str]:
+        """Return the components that the step calls."""
+        return assets_in({"tokens": self.parts})
+
+    def run(self, call: "CallArguments") -> list[Tensor]:
+        """Return the lists as a tensor."""
+        return [torch.tensor(joined(self.parts, call), dtype=getattr(torch, self.dtype))]
+
+
+def joined(parts: Any, call: "CallArguments") -> list[Any]:
+    """Return what parts stand for: numbers, lists of parts, {"of": arguments of `listed`}."""
+    result: list[Any] = []
+    for part in parts:
+        if isinstance(part, dict):
+            result += listed(part["of"], call)
+        else:
+            result.append(joined(part, call) if isinstance(part, list) else part)
+    return result
+
+
+def listed(source: Sequence[Any], call: "CallArguments") -> list[int]:
+    """Return a list in what a tokenizer returns.
+
+    Args:
+        source: The component's name, the method, its arguments as in `Processor`, and the place.
+        call: The call's arguments.
+    """
+    name, method, encoded, place = source
+    args, kwargs = decode_args(encoded, call.arguments, call)
+    value = value_at(getattr(call.component(name), method)(*args, **kwargs), place)
+    if not isinstance(value, list):
+        raise DiffoptError(f"{name!r} gives no list of tokens for this text")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRead:
+    """What Python read of a list of tokens: that of a new text must be the same."""
+
+    source: Sequence[Any]
+    """As in `listed`."""
+    what: str
+    """"count", or "all" of the numbers."""
+    result: Any
+    where: str
+
+    def check(self, call: "CallArguments") -> None:
+        """Raise a `Mismatch` where a text's tokens are others."""
+        tokens = listed(self.source, call)
+        actual = tokens if self.what == "all" else len(tokens)
+        if actual != self.result:
+            about = "the tokens are" if self.what == "all" else "the number of tokens is"
+            raise mismatch(
+                f"{self.where.rstrip(':')}: {about} {short(actual)} for this text, and "
+                f"{short(self.result)} at capture; trace the program again with a text like this",
+                from_text=True,
+            )
 
 
 FILLS = {"randn": "normal_", "rand": "uniform_", "randint": "random_"}
@@ -237,10 +318,10 @@ COMPARISONS = {
     "!=": lambda a, b: a != b,
 }
 
-InputStep = TensorArgument | Processor | Draw | Expression | Picture | Number
+InputStep = TensorArgument | Processor | Tokens | Draw | Expression | Picture | Number
 KINDS: dict[type, str] = {
     TensorArgument: "Given",
-    **{cls: cls.__name__ for cls in (Processor, Draw, Expression, Picture, Number)},
+    **{cls: cls.__name__ for cls in (Processor, Tokens, Draw, Expression, Picture, Number)},
 }
 """What files call each class of steps."""
 
@@ -277,6 +358,7 @@ class Host:
     """What each traced argument was; see `diffopt.host.schema`."""
     defaults: dict[str, Schema] = dataclasses.field(default_factory=dict, repr=False)
     """The callable's own defaults of the arguments that were left out at capture."""
+    token_reads: list[TokenRead] = dataclasses.field(default_factory=list, repr=False)
     computed: list[Computed] = dataclasses.field(default_factory=list, repr=False)
     checks: list[Check] = dataclasses.field(default_factory=list, repr=False)
     text_reads: list[TextRead] = dataclasses.field(default_factory=list, repr=False)
@@ -302,8 +384,8 @@ class Host:
         """Return the places of the arguments from which inputs are computed."""
         places: set[Place] = set()
         for step in self.steps:
-            if isinstance(step, Processor):
-                places.update(tuple(place) for place in places_in(step.args))
+            if isinstance(step, (Processor, Tokens)):
+                places.update(tuple(place) for place in step.places())
             elif isinstance(step, Draw):
                 places.update([step.generator] if step.generator else [])
             elif isinstance(step, Expression):
@@ -314,8 +396,12 @@ class Host:
 
     def without_files(self) -> list[str]:
         """Return the host components of which no file can hold what they need."""
-        used = {step.asset for step in self.steps if isinstance(step, Processor)}
-        return sorted(name for name in used if not self.assets.get(name))
+        return sorted(name for name in self.used_assets() if not self.assets.get(name))
+
+    def used_assets(self) -> set[str]:
+        """Return the host components that steps call."""
+        calls = [step for step in self.steps if isinstance(step, (Processor, Tokens))]
+        return {name for step in calls for name in step.assets()}
 
     def draws(self) -> bool:
         """Tell whether random numbers are among the inputs."""
@@ -355,6 +441,7 @@ class Host:
             "schema": self.schema,
             "defaults": self.defaults,
             "checks": [dataclasses.astuple(check) for check in self.checks],
+            "token_reads": [dataclasses.astuple(read) for read in self.token_reads],
             "text_reads": [read.to_json() for read in self.text_reads],
             "array_reads": [read.to_json() for read in self.array_reads],
         }
@@ -366,13 +453,15 @@ class Host:
         steps = []
         for row in data["steps"]:
             fields = {k: v for k, v in row.items() if k != "kind"}
-            fields |= {k: _tuples(v) for k, v in fields.items() if k not in ("args", "rows")}
+            data_of_others = ("args", "rows", "parts")
+            fields |= {k: _tuples(v) for k, v in fields.items() if k not in data_of_others}
             steps.append(classes[row["kind"]](**fields))
         call = data["call"]
         # Files of earlier versions tell the plain arguments alone.
         schema = data.get("schema") or {name: describe(value) for name, value in call.items()}
         host = Host(steps, data["output"], call, assets, schema=schema)
         host.defaults = data.get("defaults") or {}
+        host.token_reads = [TokenRead(*row) for row in data.get("token_reads", ())]
         host.checks = [Check(*row) for row in data.get("checks", ())]
         host.text_reads = [TextRead.from_json(row) for row in data.get("text_reads", ())]
         host.array_reads = [ArrayRead(*row) for row in data.get("array_reads", ())]
@@ -408,6 +497,8 @@ class CallArguments:
         self.tensors: list[Tensor] = []
         """The inputs of the steps that have run."""
         self._generators: dict[tuple[Place | None, int], torch.Generator] = {}
+        for token_read in host.token_reads:
+            token_read.check(self)
 
     def _expect_default(self, name: str, value: Any) -> None:
         known = self.host.defaults[name]
@@ -502,9 +593,12 @@ def _as_seed(seed: Any) -> int | None:
 
 
 def decode_args(
-    data: Any, arguments: Mapping[str, Any], computed: Callable[[int], Tensor] | None = None
+    data: Any, arguments: Mapping[str, Any], call: "CallArguments | None" = None
 ) -> Any:
-    """Return a processor's arguments from JSON, with the caller's texts and pictures filled in."""
+    """Return a processor's arguments from JSON, with the caller's texts and pictures filled in.
+
+    What is computed of earlier inputs, and lists of tokens, take the whole `call`.
+    """
     if not isinstance(data, dict):
         return data
     ((kind, value),) = data.items()
@@ -518,11 +612,14 @@ def decode_args(
         place, *how = _tuples(value)
         return resized(_expect(value_at(arguments, place), place), *how)
     if kind == "computed":
-        assert computed is not None
-        return computed(value)
+        assert call is not None
+        return call.computed(value)
+    if kind == "tokens":
+        assert call is not None
+        return joined(value, call)
     if kind == "dict":
-        return {k: decode_args(v, arguments, computed) for k, v in value.items()}
-    items = [decode_args(item, arguments, computed) for item in value]
+        return {k: decode_args(v, arguments, call) for k, v in value.items()}
+    items = [decode_args(item, arguments, call) for item in value]
     return tuple(items) if kind == "tuple" else items
 
 
@@ -541,7 +638,29 @@ def places_in(data: Any) -> list[Sequence[str | int]]:
         return [value[0]]
     if kind == "computed":
         return []
+    if kind == "tokens":
+        return [place for source in _sources(value) for place in places_in(source[2])]
     return [p for item in (value.values() if kind == "dict" else value) for p in places_in(item)]
+
+
+def assets_in(data: Any) -> set[str]:
+    """Return the components whose lists of tokens are in a processor's encoded arguments."""
+    if not isinstance(data, dict):
+        return set()
+    ((kind, value),) = data.items()
+    if kind == "tokens":
+        return {str(source[0]) for source in _sources(value)}
+    if kind not in ("dict", "list", "tuple"):
+        return set()
+    parts = value.values() if kind == "dict" else value
+    return {name for part in parts for name in assets_in(part)}
+
+
+def _sources(parts: Any) -> list[Sequence[Any]]:
+    """Return what lists of tokens are in nested parts; see `joined`."""
+    if isinstance(parts, dict):
+        return [parts["of"]]
+    return [s for part in parts for s in _sources(part)] if isinstance(parts, list) else []
 
 
 def result_entry(result: Any, key: str) -> Tensor:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
+from diffopt.host.arguments import short
 from diffopt.host.array_expressions import evaluate
 from diffopt.host.guards import mismatch
 
@@ -42,8 +43,9 @@ class Check:
         actual = tensors[self.output].tolist()
         if actual != self.expected:
             raise mismatch(
-                f"{self.where.rstrip(':')}: what Python reads here is {actual} in this run and was "
-                f"{self.expected} at capture; trace the program again with arguments like these",
+                f"{self.where.rstrip(':')}: what Python reads here is {short(actual)} in this run "
+                f"and was {short(self.expected)} at capture; trace the program again with "
+                "arguments like these",
                 from_text=False,
             )
 
@@ -115,23 +117,32 @@ def expect_convertible(data: Any, values: Sequence[Tensor], traced: Any, output_
         advice = "trace it again with this one"
     elif not any(_is_image(values, *part) for part in _parts(data)):
         advice = "what it returns is no image, and is not converted"
+    elif any(kind == "expression" for kind, _ in _kinds(data)):
+        advice = "numpy computes a part of the result, which is not converted"
     else:
         return
     was = "without one" if traced is None else f"with {traced!r}"
     raise DiffoptError(f"output_type={output_type!r}: the program was traced {was}; {advice}")
 
 
-def _parts(data: Any) -> Iterator[tuple[str, int, int]]:
-    """Yield the parts of a result: the kind, the number of the output, the axes indexed."""
+def _kinds(data: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a result's structure."""
     ((kind, value),) = data.items()
-    if kind == "tensor":
-        yield kind, value, 0
-    elif kind in ("array", "image"):
-        yield kind, value[0], len(value) - 1
-    elif kind not in ("value", "expression"):
-        rows = value[1] if kind == "class" else value
-        for row in rows.values() if isinstance(rows, dict) else rows:
-            yield from _parts(row)
+    if kind in ("tensor", "array", "image", "value", "expression"):
+        yield kind, value
+        return
+    rows = value[1] if kind == "class" else value
+    for row in rows.values() if isinstance(rows, dict) else rows:
+        yield from _kinds(row)
+
+
+def _parts(data: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield the parts of a result that are outputs: the kind, the number, the axes indexed."""
+    for kind, value in _kinds(data):
+        if kind == "tensor":
+            yield kind, value, 0
+        elif kind in ("array", "image"):
+            yield kind, value[0], len(value) - 1
 
 
 def to_images(array: np.ndarray, output_type: str) -> Any:

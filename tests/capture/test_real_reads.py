@@ -127,16 +127,6 @@ def test_an_error_of_the_real_run_is_the_pipelines():
         diffopt.trace(sampler(refuses_nan, net=net()), x=LOW * torch.nan)
 
 
-def test_a_text_of_a_value_is_for_logs():
-    def function(parts, x):
-        y = parts.net(x)
-        logging.getLogger("test").info(f"the first is {y[0]:.3f}, of {y}")
-        return y * 2
-
-    pipe = sampler(function, net=net())
-    expect_equal(pipe, diffopt.trace(pipe, x=LOW), x=HIGH)
-
-
 def test_several_requests_in_one_run(tmp_path):
     pipe = sampler(limited, net=net())
     program = Pipeline.parse("batch(max=2)").run(diffopt.trace(pipe, x=HIGH))
