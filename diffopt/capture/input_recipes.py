@@ -183,7 +183,8 @@ class RunInputs:
         """
         answers = {read.about: read.result for read in earlier}
         others = [read for read in reads if answers.get(read.about, read.result) != read.result]
-        is_free = len(others) == 1 and isinstance(others[0].result, bool)
+        alike = [read.about for read in reads] == [read.about for read in earlier]
+        is_free = alike and len(others) == 1 and isinstance(others[0].result, bool)
         guarded = [read for read in reads if not (is_free and read is others[0])]
         return [read for read in guarded if not inputs.isdisjoint(read.places)]
 
@@ -452,14 +453,18 @@ class RunInputs:
     ) -> Callable[[np.ndarray], Tensor]:
         def from_numpy(array: np.ndarray) -> Tensor:
             plain = array.view(np.ndarray)
-            tensor = original(plain)
+            tensor = original(np.asarray(plain))
             if self._depth or self.recorder is None:
                 return tensor
             if self.array_recorder.depends_on_outputs(array):
                 fail("numpy computes on a traced value", "use torch operators instead")
             index = len(self.arrays)
             self.arrays.append(plain.copy())
-            self.array_recorder.exported(array)
+            if any(map(self.recorder.is_written, self.array_recorder.exported(array, tensor))):
+                fail(
+                    "an array enters here whose memory a tensor shares that was written",
+                    "write a clone",
+                )
             if self.earlier is not None and index < len(self.earlier.arrays):
                 self._array(tensor, array, self.earlier.arrays[index])
             return tensor

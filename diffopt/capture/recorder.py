@@ -116,6 +116,10 @@ class Recorder(TorchDispatchMode):
         node = self.node_of(tensor)
         return node if node is not None else self.constant(tensor)
 
+    def is_written(self, tensor: Tensor) -> bool:
+        """Tell whether the memory of a tensor has been written."""
+        return storage_of(tensor) in self.storages
+
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
         """Record that a tensor has the value of a node."""
         storage = self.storages.get(storage_of(tensor))

@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from diffopt.capture.dispatch_modes import location
 from diffopt.capture.recorder import fail
@@ -56,7 +57,7 @@ class ArrayRecorder:
         self.rows: list[ax.Row] = []
         self._pictures: dict[int, tuple[Image.Image, int]] = {}
         self._sharing: dict[int, tuple[Any, list[weakref.ref[TrackedArray]]]] = {}
-        self._exported: set[int] = set()
+        self._exported: dict[int, list[Tensor]] = {}
         self._note = note
         self._depth = 0
 
@@ -64,8 +65,12 @@ class ArrayRecorder:
 
     def tracked(self, value: Any, place: Place) -> Any:
         """Return a copy of an argument, a picture or an array, whose operations are recorded."""
-        kind = "image" if isinstance(value, Image.Image) else "array"
-        return self.bind(value.copy(), self._row(ax.ARGUMENT, list(place), kind))
+        if not isinstance(value, Image.Image):
+            return self.bind(value.copy(), self._row(ax.ARGUMENT, list(place), "array"))
+        picture = self.bind(value.copy(), self._row(ax.ARGUMENT, list(place), "image"))
+        picture.info = _Info(picture.info)
+        picture.info.note = lambda: self.read(self.add("image.info", [picture], {}), value.info)
+        return picture
 
     def output(self, array: np.ndarray, number: int) -> Any:
         """Return the values of a traced tensor as an array whose operations are recorded."""
@@ -160,10 +165,13 @@ class ArrayRecorder:
                     other.row = self._row(_UNKNOWN, *(r for r in (other.row, row) if r is not None))
             target.recorder, target.row = self, row
 
-    def exported(self, array: Any) -> None:
-        """Record that a tensor shares an array's memory."""
-        if isinstance(array, TrackedArray):
-            self._exported.add(id(_owner(array)))
+    def exported(self, array: Any, tensor: Tensor) -> list[Tensor]:
+        """Record that a tensor shares an array's memory; return those that did before."""
+        if not isinstance(array, TrackedArray):
+            return []
+        sharing = self._exported.setdefault(id(_owner(array)), [])
+        sharing.append(tensor)
+        return sharing[:-1]
 
     def read(self, row: int | None, value: Any) -> None:
         """Note that Python read the value of a row: or, of one that is not known, the arguments."""
@@ -259,6 +267,8 @@ class ArrayRecorder:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             plain_args, plain_kwargs = plain_arrays((args, kwargs))
             result = original(*plain_args, **plain_kwargs)
+            for _, size in leaves([args, kwargs]):
+                self.read(self.row_of(size), size if isinstance(size, np.ndarray) else None)
             return result if _is_of_library() else self.record(op, args, kwargs, result)
 
         return wrapper
@@ -298,6 +308,25 @@ class ArrayRecorder:
             return original(*args, **kwargs)
 
         return wrapper
+
+
+class _Info(dict[Any, Any]):
+    """What is stored beside a picture's pixels."""
+
+    note: Callable[[], None]
+
+    def __contains__(self, key: object) -> bool:
+        self.note()
+        return super().__contains__(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        self.note()
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return an entry."""
+        self.note()
+        return super().get(key, default)
 
 
 class TrackedArray(np.ndarray):

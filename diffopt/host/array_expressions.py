@@ -227,6 +227,8 @@ def apply(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return list(np.shape(args[0]))
     if op == "image.orientation":
         return orientation(args[0])
+    if op == "image.info":
+        return dict(args[0].info)
     if op in ("image.paste", "image.putalpha", "array.__setitem__"):
         target = args[0].copy()
         getattr(target, name)(*args[1:], **kwargs)
@@ -357,4 +359,7 @@ def plain(value: Any) -> Any:
         ).hexdigest()
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
+    if isinstance(value, dict):
+        text = repr(sorted((str(key), repr(item)) for key, item in value.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
     return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value

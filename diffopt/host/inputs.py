@@ -378,6 +378,8 @@ class Host:
         call = CallArguments(self, dict(arguments))
         for step in self.steps:
             call.tensors += step.run(call)
+        for read in self.token_reads:
+            read.check(call)
         return call.tensors
 
     def input_places(self) -> set[Place]:
@@ -497,8 +499,6 @@ class CallArguments:
         self.tensors: list[Tensor] = []
         """The inputs of the steps that have run."""
         self._generators: dict[tuple[Place | None, int], torch.Generator] = {}
-        for token_read in host.token_reads:
-            token_read.check(self)
 
     def _expect_default(self, name: str, value: Any) -> None:
         known = self.host.defaults[name]

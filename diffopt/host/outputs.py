@@ -71,7 +71,8 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
             return to_images(np.asarray(tensor.movedim(-3, -1).float().cpu()), output_type)
         return tensor
     if kind in ("array", "image"):
-        array = np.asarray(tensors[value[0]].cpu())[tuple(value[1:])]
+        array = np.asarray(tensors[value[0]].cpu())
+        array = array[tuple(value[1:])] if value[1:] else array
         if output_type == "pt" and _is_image(tensors, kind, value[0], len(value) - 1):
             return torch.from_numpy(array).movedim(-1, -3)
         return to_images(array, output_type or ("np" if kind == "array" else "pil"))

@@ -6,9 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 import diffopt
+from diffopt.capture.perturbation import separated
 from diffopt.capture.verification import differences
 from diffopt.errors import CaptureError, DiffoptError
 from diffopt.host.array_expressions import evaluate
@@ -175,6 +176,130 @@ def test_a_place_that_pixels_tell(function):
     refusal(program, image=given[2])
 
 
+# Every call has the pipeline's result, or is refused, whatever Python does to pixels
+
+
+def cut(array):
+    np.clip(array, 0, 1, out=array)
+
+
+def cut_rows(array):
+    for row in array:
+        row[row > 1] = 1
+
+
+def cut_a_view(array):
+    array.reshape(-1)[array.reshape(-1) > 1] = 1
+
+
+def cut_by_a_function(array):
+    np.copyto(array, 0, where=array > 1)
+
+
+def cut_shared(array):
+    torch.from_numpy(array).clamp_(0, 1)
+
+
+@pytest.mark.parametrize("write", [cut, cut_rows, cut_a_view, cut_by_a_function, cut_shared])
+def test_writes_that_change_nothing_at_capture(write):
+    def function(parts, array):
+        array = np.array(array)
+        write(array)
+        return torch.from_numpy(array) * 1
+
+    assert holds(function, *({"array": np.full((3, 4), v, np.float32)} for v in (0.25, 0.5, 2.0)))
+
+
+QUESTIONS = {
+    "of two answers": lambda a: bool(a[0, 0, 0] > 100) != bool(a[0, 0, 1] > 100),
+    "the largest": lambda a: max(a[0, 0]) > 200,
+    "kinds": lambda a: len(np.unique(a)) < 3,
+    "places": lambda a: len(np.argwhere(a > 0)) == 0,
+    "selected": lambda a: a[a > 0].size == 0,
+    "bytes": lambda a: a.tobytes() == bytes(a.size),
+    "one by one": lambda a: any(v > 200 for v in a.flat),
+    "order": lambda a: a.ravel().argsort()[0] == 0,
+    "text": lambda a: f"{a.max()}" == "0",
+    "a table": lambda a: {0: True}.get(a.max(), False),
+    "of a canvas": lambda a: canvas(a).max() == 0,
+    "as long": lambda a: len(np.zeros(int(a.max()))) == 0,
+}
+
+
+def canvas(array):
+    made = np.zeros((*array.shape[:2], 3))
+    made[:] = array
+    return made
+
+
+def test_questions_about_pixels():
+    for name, question in QUESTIONS.items():
+
+        def function(parts, image, question=question):
+            values = torch.from_numpy(np.array(image))
+            return values * 2 if question(np.array(image)) else values
+
+        source = random.Random(1)
+        assert holds(function, *({"image": i} for i in (picture(source), flat(0), flat(255)))), name
+
+
+PICTURE_QUESTIONS = {
+    "a pixel": lambda i: i.load()[0, 0] == (255, 255, 255),
+    "all pixels": lambda i: max(max(p) for p in i.getdata()) < 10,
+    "bytes": lambda i: not any(i.tobytes()),
+    "a difference": lambda i: ImageChops.difference(i, flat(255, i.size)).getbbox() is None,
+    "colors": lambda i: len(i.quantize(4).getcolors()) < 2,
+    "information": lambda i: "dpi" in i.info,
+    "equality": lambda i: i == flat(0, i.size),
+}
+
+
+def test_questions_about_pictures():
+    for name, question in PICTURE_QUESTIONS.items():
+
+        def function(parts, image, question=question):
+            values = torch.from_numpy(np.array(image))
+            return values * 2 if question(image) else values
+
+        marked = flat(255)
+        marked.info["dpi"] = (72, 72)
+        source = random.Random(1)
+        given = ({"image": i} for i in (picture(source), flat(0), flat(255), marked))
+        assert holds(function, *given), name
+
+
+def test_a_picture_that_is_to_be_turned():
+    turned = picture(random.Random(1))
+    exif = turned.getexif()
+    exif[0x0112] = 3
+    turned.info["exif"] = exif.tobytes()
+
+    def function(parts, image):
+        return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+
+    upright = picture(random.Random(2))
+    assert holds(function, {"image": upright}, {"image": turned})
+    assert holds(function, {"image": turned}, {"image": upright})
+
+
+def holds(function, first, *others):
+    """Tell whether all calls give the pipeline's result or are refused; the first is traced."""
+    pipe = sampler(function)
+    try:
+        program = diffopt.trace(pipe, check=False, **separated(first))
+    except CaptureError:
+        return True
+    program.retrace = None
+    for arguments in (first, *others):
+        try:
+            got = program(**separated(arguments))
+        except DiffoptError:
+            continue
+        if [*differences(pipe(**separated(arguments)), got)]:
+            return False
+    return True
+
+
 # What is not recorded is refused
 
 
@@ -248,6 +373,10 @@ RESULTS = {
     "depth": lambda array: Image.fromarray((array[0, ..., 0] * 65535).astype(np.uint16)),
     "stacked": lambda array: np.stack([row.max(axis=-1) for row in array]),
     "constant": lambda array: {"axis": np.linspace(0, 1, 5), "image": array},
+    "clipped": lambda array: array.clip(-10, 10),
+    "the largest": lambda array: [array.min(), array.max()],
+    "one by one": lambda array: [array[1], array[0][2]],
+    "turned": lambda array: array[::-1],
     "grid": lambda array: np.concatenate(list(array), axis=1).clip(0.2, 0.8),
 }
 
