@@ -37,9 +37,8 @@ class ReadCounter:
     def __init__(self) -> None:
         self._counts: Counter[Location] = Counter()
 
-    def next(self) -> Key:
-        """Return the key of a value that is read now."""
-        place = location()
+    def next(self, place: Location) -> Key:
+        """Return the key of a value that is read at a line."""
         self._counts[place] += 1
         return place, self._counts[place]
 
@@ -73,7 +72,7 @@ def answers_of(pipeline: Callable[..., Any], arguments: Mapping[str, Any]) -> An
     counter, answers = ReadCounter(), dict[Key, Any]()
 
     def note(value: Any) -> None:
-        answers[counter.next()] = value
+        answers[counter.next(location())] = value
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

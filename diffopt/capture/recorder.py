@@ -304,7 +304,7 @@ class Recorder(TorchDispatchMode):
         if func._schema.name in _EMPTY:
             # What is in it is nobody's, but is to be the same in each run.
             return func(*args, **kwargs).zero_()
-        key = self._counter.next() if is_read(func) else None
+        key = self._counter.next(location()) if is_read(func) else None
         if not tracked:
             return func(*args, **kwargs)
         if key is not None:
@@ -433,14 +433,14 @@ class Recorder(TorchDispatchMode):
 
     def read_list(self, tensor: Tensor) -> Any:
         """Return the real values of a traced tensor, which Python reads as a list."""
-        key = self._counter.next()
+        key = self._counter.next(location())
         if tensor.is_floating_point() or tensor.is_complex() or not self._has_answer(key):
             fail("a traced value becomes a Python list here", "keep it a tensor")
         return self._checked(self.value(tensor), key)
 
     def skip_list(self) -> None:
         """Count a list that is made of values which are no model's."""
-        self._counter.next()
+        self._counter.next(location())
 
     def _has_answer(self, key: Key) -> bool:
         if self.answers is None:

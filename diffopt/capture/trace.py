@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from diffopt.capture.dispatch_modes import Location
 from diffopt.capture.find_modules import CalledModules
 from diffopt.capture.input_recipes import RunInputs, plain_texts
 from diffopt.capture.module_state import pipeline_digests
-from diffopt.capture.real_reads import Answers, NeedsRun, answers_of
+from diffopt.capture.real_reads import Answers, NeedsRun, ReadCounter, answers_of
 from diffopt.capture.recorder import FAILURES, Recorder
 from diffopt.capture.results import Result, is_plain_data, same_constant
 from diffopt.capture.torch_functions import TorchFunctionRecorder
@@ -460,7 +459,6 @@ def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Gua
 
 def _numbered(rows: Iterable[tuple[Location, Any]]) -> Iterator[tuple[tuple[Location, int], Any]]:
     """Number what has been read at the same line of the pipeline."""
-    counts: Counter[Location] = Counter()
+    counter = ReadCounter()
     for place, value in rows:
-        counts[place] += 1
-        yield (place, counts[place]), value
+        yield counter.next(place), value

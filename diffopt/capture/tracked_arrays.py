@@ -441,7 +441,6 @@ class TrackedArray(np.ndarray):
 def _tracked_method(name: str) -> Any:
     original = getattr(np.ndarray, name)
 
-    @functools.wraps(original)
     def method(self: TrackedArray, *args: Any, **kwargs: Any) -> Any:
         plain_args, plain_kwargs = plain_arrays((args, kwargs))
         result = original(_plain(self), *plain_args, **plain_kwargs)
@@ -457,18 +456,19 @@ def _tracked_method(name: str) -> Any:
             recorder.written(target, recorder._unknown_row([self, args, kwargs]))
         return target if "out" in kwargs else bound
 
+    method.__name__ = name
     return method
 
 
 def _reading_method(name: str) -> Any:
     original = getattr(np.ndarray, name)
 
-    @functools.wraps(original)
     def method(self: TrackedArray, *args: Any) -> Any:
         value = original(_plain(self), *args)
         self._read(_plain(self))
         return value
 
+    method.__name__ = name
     return method
 
 
