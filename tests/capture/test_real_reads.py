@@ -54,7 +54,15 @@ def in_a_loop(parts, x):
     return x
 
 
+def compares(parts, x):
+    y = parts.net(x)
+    if torch.equal(y, x) and not torch.equal(y, x[:2]) and torch.allclose(y, x):
+        y = y * 3
+    return y if torch.equal(x[:3], x) or y.ravel()[:1] > 1e6 else y + 1
+
+
 CASES = {
+    "comparisons": (compares, HIGH, LOW, LOW * torch.nan),
     "a limit": (limited, HIGH, HIGH * 2, LOW),
     "below it": (limited, LOW, LOW * 2, HIGH),
     "nan": (refuses_nan, LOW, HIGH, LOW * torch.nan),
