@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError
+from diffopt.host.arguments import short
 
 
 class Mismatch(DiffoptError):
@@ -44,7 +45,8 @@ class Guards:
             actual = value.tolist() if isinstance(value, Tensor) else value
             if actual != expected:
                 raise mismatch(
-                    f"{where.rstrip(':')}: this is {actual} for these arguments and was "
-                    f"{expected} at capture; trace the program again with arguments like these",
+                    f"{where.rstrip(':')}: this is {short(actual)} for these arguments and was "
+                    f"{short(expected)} at capture; trace the program again with arguments like "
+                    "these",
                     from_text=from_text,
                 )
