@@ -26,7 +26,7 @@ from typing import Any
 from diffopt.core import Context, Pass, Pipeline, option
 from diffopt.core.equivalence import difference
 from diffopt.errors import DiffoptError, ToleranceError
-from diffopt.host.inputs import CallArguments, Processor, Tokens
+from diffopt.host.inputs import CallArguments
 from diffopt.ir import dynamic_sizes
 from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Length
@@ -130,10 +130,7 @@ def _reads(program: Program) -> str:
 def _texts(program: Program) -> Texts:
     """Return the texts of the captured call."""
     names = [
-        str(place[0])
-        for step in program.host.steps
-        if isinstance(step, (Processor, Tokens))
-        for place in step.places()
+        str(place[0]) for step in program.host.steps if step.from_text for place in step.places()
     ]
     call = program.host.call
     return {name: call[name] for name in dict.fromkeys(names) if _is_text(call.get(name))}
@@ -155,9 +152,8 @@ def _shapes(program: Program, texts: Texts) -> dict[int, list[int]]:
     call, index = CallArguments(program.host, dict(texts)), 0
     shapes: dict[int, list[int]] = {}
     for step in program.host.steps:
-        places = step.places() if isinstance(step, (Processor, Tokens)) else []
-        names = {str(place[0]) for place in places}
-        if names and names <= texts.keys():
+        names = {str(place[0]) for place in step.places()}
+        if step.from_text and names and names <= texts.keys():
             tensors = step.run(call)
             shapes |= {index + k: list(tensor.shape) for k, tensor in enumerate(tensors)}
         index += step.count

@@ -167,11 +167,8 @@ class RunInputs:
 
     def _note_array_read(self, rows: list[Row], value: Any, where: str) -> None:
         """Note a value that Python read of pictures or arrays; None stands for all of one."""
-        if self.in_host():
-            return
-        read = ArrayRead(
-            rows, plain(evaluate(rows, self.arguments) if value is None else value), where
-        )
+        value = evaluate(rows, self.arguments) if value is None else value
+        read = ArrayRead(rows, plain(value), where)
         if read not in self.array_reads:
             self.array_reads.append(read)
 

@@ -100,7 +100,7 @@ def same_lengths(scout: RunInputs, probe: RunInputs) -> dict[str, Any] | None:
     scout.templates = reader.templates
     changed: dict[Place, Any] = {}
     for index, place in enumerate(places):
-        concerned = [c for c in calls if place in map(tuple, places_in(c[1]))]
+        concerned = [c for c in calls if place in places_in(c[1])]
         for text in _others_of(originals[place], index):
             arguments = replaced(scout.arguments, {place: text})
             if all(_has_length(*call, scout.processors, arguments) for call in concerned):
@@ -152,14 +152,13 @@ def disturb(scout: RunInputs, changed: Mapping[Place, Any]) -> dict[str, Any]:
     changed = dict(changed)
     for index, (place, value) in enumerate(leaves(scout.arguments)):
         if isinstance(value, Image.Image):
-            array, random = np.array(value), np.random.default_rng([_SEED, index])
+            array = np.array(value)
             if array.dtype == np.uint8:
-                noise = random.integers(0, 256, array.shape).astype(np.uint8)
-                changed[place] = Image.fromarray(noise, mode=value.mode)
-                changed[place].info = dict(value.info)  # how it was stored, and is to be turned
+                picture = Image.fromarray(_noise(array, index), mode=value.mode)
+                picture.info = dict(value.info)  # how it was stored, and is to be turned
+                changed[place] = picture
         elif isinstance(value, np.ndarray) and value.dtype == np.uint8:
-            random = np.random.default_rng([_SEED, index])
-            changed[place] = random.integers(0, 256, value.shape).astype(np.uint8)
+            changed[place] = _noise(value, index)
         elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
             turned = value[::-1] if value.ndim else value
             changed[place] = turned * value.dtype.type(0.5) + value.dtype.type(0.25 + index * 2**-8)
@@ -173,6 +172,11 @@ def disturb(scout: RunInputs, changed: Mapping[Place, Any]) -> dict[str, Any]:
         if not any(symbol == "==" and result for symbol, _, result, _ in guards):
             changed[place] = float(value_at(scout.arguments, place)) * (1 + 2**-12)
     return replaced(scout.arguments, changed)  # type: ignore[no-any-return]
+
+
+def _noise(array: np.ndarray, index: int) -> np.ndarray:
+    random = np.random.default_rng([_SEED, index])
+    return random.integers(0, 256, array.shape).astype(np.uint8)
 
 
 def inputs_of(host: Host, arguments: Mapping[str, Any]) -> dict[Place, Any]:

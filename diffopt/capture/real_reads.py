@@ -13,15 +13,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.capture.dispatch_modes import Location, location
-from diffopt.errors import CaptureError
 
 Key = tuple[Location, int]
 """A line, and how many values have been read there before."""
 Answers = Mapping[Key, Any]
 
 
-class NeedsRun(CaptureError):
-    """A value is read that no answer is there for, as the pipeline has not run for real."""
+class NeedsRun(Exception):
+    """A value is read that no answer is there for: the pipeline must run for real first."""
 
 
 def is_read(func: Any) -> bool:
@@ -67,15 +66,13 @@ class _ListObserver(TorchFunctionMode):
         return result
 
 
-def answers_of(pipeline: Callable[..., Any], arguments: Mapping[str, Any]) -> Answers:
-    """Run a pipeline for real, and return what Python read in it."""
+def answers_of(run: Callable[[], Any]) -> Answers:
+    """Run the pipeline for real, by `run`, and return what Python read in it."""
     counter, answers = ReadCounter(), dict[Key, Any]()
 
     def note(value: Any) -> None:
         answers[counter.next(location())] = value
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        with _ListObserver(note), _OperatorObserver(note):
-            pipeline(**arguments)
+    with _ListObserver(note), _OperatorObserver(note):
+        run()
     return answers

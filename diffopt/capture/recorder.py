@@ -508,7 +508,7 @@ def _functional_variant(func: Any) -> Any:
     return None
 
 
-FAILURES: list[CaptureError] = []
+FAILURES: list[Exception] = []
 """Errors of the run, which a pipeline may catch itself."""
 
 

@@ -1,10 +1,10 @@
 """`diffopt.trace`: captures a call of a pipeline as a program."""
 
 import contextlib
-import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text, replaced
 from diffopt.host.guards import Guards
-from diffopt.host.inputs import Computed, Host, InputStep, Processor, Tokens
+from diffopt.host.inputs import Computed, Host, InputStep
 from diffopt.host.processors import load_component, save_component
 from diffopt.host.schema import describe
 from diffopt.ir import call_tags
@@ -135,8 +135,8 @@ class Session:
             except NeedsRun as error:
                 log.info("%s: the pipeline runs for real, for which way it goes", error)
                 with self.component_calls.restored():
-                    copies = perturbation.separated(arguments)
-                    self._answers = answers_of(self.pipeline, copies)
+                    run = partial(verification.run_for_real, self.pipeline, arguments)
+                    self._answers = answers_of(run)
             except CaptureError as error:
                 for reason in self.component_calls.inlined.values():
                     error.add_note(reason)
@@ -168,8 +168,6 @@ class Session:
         scout = self._scout(arguments)
         try:
             return self._probed(arguments, scout)
-        except NeedsRun:
-            raise
         except (CaptureError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
             if not scout.used_lists and not scout.tokens:
                 raise
@@ -204,8 +202,6 @@ class Session:
         probe, recorder, other = self._probe(scout)
         try:
             return self._final(arguments, probe, recorder, other), probe
-        except NeedsRun:
-            raise
         except CaptureError:
             # Where the number of tokens is not fixed, the probe's texts must have as many.
             changed = perturbation.same_lengths(scout, probe)
@@ -227,6 +223,8 @@ class Session:
         returned.expect_same(plain_texts(other))
         output, checks = returned.structure(), returned.checks()
         steps, computed, sample = final.finish(recorder)
+        host = self._host(arguments, final, steps, computed, output)
+        host.checks = checks
         root = recorder.root
         guards = _guards(recorder, probed, steps)
         g.prune_unused(root)
@@ -236,9 +234,7 @@ class Session:
                 gm.recompile()
         return Program(
             root,
-            dataclasses.replace(
-                self._host(arguments, final, steps, computed, output), checks=checks
-            ),
+            host,
             sample,
             guards=guards,
             source=self.source,
@@ -431,7 +427,7 @@ def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Gua
     same operators.
     """
     formals = g.placeholders(final.root)
-    texts = [isinstance(step, (Processor, Tokens)) for step in steps for _ in range(step.count)]
+    texts = [step.from_text for step in steps for _ in range(step.count)]
     texts_only = {node for node, is_text in zip(formals, texts, strict=True) if is_text}
     body = g.new_body("guards")
     env: dict[fx.Node, fx.Node] = {}

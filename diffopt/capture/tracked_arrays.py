@@ -159,7 +159,9 @@ class ArrayRecorder:
                     "an array is written here whose memory a tensor shares",
                     "write before it becomes a tensor",
                 )
-            for reference in self._sharing.get(owner, (None, []))[1]:
+            sharing = self._sharing.get(owner, (None, []))[1]
+            sharing[:] = [reference for reference in sharing if reference() is not None]
+            for reference in sharing:
                 other = reference()
                 if other is not None and other is not target:
                     other.row = self._row(_UNKNOWN, *(r for r in (other.row, row) if r is not None))
@@ -184,10 +186,9 @@ class ArrayRecorder:
         if not arguments:
             return  # the same in every run
         known = value is not None and all(op != _UNKNOWN for op, _, _ in rows)
+        reads = [(rows, value)] if known else [([argument], None) for argument in arguments]
         with self.unwatched():
-            for expression, result in (
-                [(rows, value)] if known else [([r], None) for r in arguments]
-            ):
+            for expression, result in reads:
                 self._note(expression, result, str(location()))
 
     def _row(self, op: str, *args: Any) -> int:
@@ -260,16 +261,18 @@ class ArrayRecorder:
         return wrapper
 
     def _anew(self, name: str) -> Callable[..., Any]:
-        original = getattr(np, "zeros" if name == "empty" else name)
-        op = f"numpy.{'zeros' if name == 'empty' else name}"
+        original, as_name = getattr(np, name), "zeros" if name == "empty" else name
+        filled = getattr(np, as_name)
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            plain_args, plain_kwargs = plain_arrays((args, kwargs))
-            result = original(*plain_args, **plain_kwargs)
+            if self._depth or _is_of_library():
+                return original(*args, **kwargs)
             for _, size in leaves([args, kwargs]):
-                self.read(self.row_of(size), size if isinstance(size, np.ndarray) else None)
-            return result if _is_of_library() else self.record(op, args, kwargs, result)
+                self.read(self.row_of(size), size)
+            plain_args, plain_kwargs = plain_arrays((args, kwargs))
+            result = filled(*plain_args, **plain_kwargs)
+            return self.record(f"numpy.{as_name}", args, kwargs, result)
 
         return wrapper
 

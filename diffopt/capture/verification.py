@@ -69,11 +69,11 @@ def compare(
             ) from error
 
     try:
-        expected, outcome = _run(pipeline, probe), EQUAL
-        got = _run(replay, probe)
+        expected, outcome = run_for_real(pipeline, probe), EQUAL
+        got = run_for_real(replay, probe)
     except (Mismatch, ValueError, TypeError, IndexError, KeyError, RuntimeError):
-        expected, outcome = _run(pipeline, arguments), _OWN
-        got = _run(replay, arguments)
+        expected, outcome = run_for_real(pipeline, arguments), _OWN
+        got = run_for_real(replay, arguments)
     for difference in differences(expected, got):
         raise CaptureError(
             f"the program does not give what the pipeline gives: {difference}; something that the "
@@ -82,7 +82,8 @@ def compare(
     return outcome
 
 
-def _run(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+def run_for_real(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a function with copies of arguments, and with the same default generator each time."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return function(**perturbation.separated(arguments))

@@ -12,7 +12,14 @@ from torch import Tensor, fx
 
 from diffopt.errors import DiffoptError
 from diffopt.host.arguments import value_at
-from diffopt.host.inputs import CallArguments, Draw, Processor, TensorArgument, places_in
+from diffopt.host.inputs import (
+    CallArguments,
+    Draw,
+    InputStep,
+    Processor,
+    TensorArgument,
+    is_computed,
+)
 from diffopt.ir import graph as g
 from diffopt.ir.op_sets import COPIES, VIEWS
 from diffopt.ir.program import Program
@@ -113,15 +120,17 @@ def _inputs(program: Program, call: CallArguments) -> list[Tensor]:
     tensors = list(program.sample)
     at = 0
     for step in program.host.steps:
-        if isinstance(step, Draw) or (isinstance(step, Processor) and _is_at_hand(step, call)):
+        if isinstance(step, Draw) or (step.from_text and _is_at_hand(step, call)):
             tensors[at : at + step.count] = step.run(call)
         at += step.count
     return tensors
 
 
-def _is_at_hand(step: Processor, call: CallArguments) -> bool:
+def _is_at_hand(step: InputStep, call: CallArguments) -> bool:
     """Tell whether a call has all that a step reads: a program does not keep pictures."""
-    return all(value_at(call.arguments, place[:1]) is not None for place in places_in(step.args))
+    if isinstance(step, Processor) and is_computed(step.args):
+        return False
+    return all(value_at(call.arguments, place[:1]) is not None for place in step.places())
 
 
 def _labels(program: Program) -> dict[int, int]:

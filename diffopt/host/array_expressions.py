@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 from diffopt.errors import DiffoptError
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.guards import mismatch
+from diffopt.host.schema import describe
 
 IMAGE_METHODS = frozenset(
     (
@@ -25,7 +26,10 @@ IMAGE_METHODS = frozenset(
 )
 """Methods of PIL's images that return images."""
 IMAGE_READS = frozenset(
-    (*("getbbox", "getextrema", "getpixel", "getcolors", "histogram", "entropy", "getprojection"),)
+    (
+        *("getbbox", "getextrema", "getpixel", "getcolors", "histogram", "entropy"),
+        "getprojection",
+    )
 )
 """Methods of PIL's images that return what Python may branch on."""
 IMAGE_FUNCTIONS = frozenset(
@@ -57,19 +61,8 @@ ARRAY_FUNCTIONS = frozenset(
         *("full_like", "mean", "sum", "max", "min", "amax", "amin", "any", "all"),
         *("round", "around", "broadcast_to", "take", "cumsum", "argmax", "argmin", "average"),
         *("median", "percentile", "quantile", "std", "var", "dot", "prod", "count_nonzero"),
-        *(
-            "zeros",
-            "ones",
-            "full",
-            "nan_to_num",
-            "isclose",
-            "allclose",
-            "array_equal",
-            "diff",
-            "interp",
-            "nonzero",
-            "split",
-        ),
+        *("zeros", "ones", "full", "nan_to_num", "isclose", "allclose", "array_equal", "diff"),
+        *("interp", "nonzero", "split"),
         *("argwhere", "array_split", "atleast_3d", "unravel_index", "histogram"),
     )
 )
@@ -181,9 +174,14 @@ def decode(data: Any, rows: Sequence[Any]) -> Any:
 def evaluate(
     rows: Sequence[Sequence[Any]],
     arguments: Mapping[str, Any],
-    outputs: Sequence[np.ndarray] = (),
+    output: Callable[[int], np.ndarray] | None = None,
 ) -> Any:
-    """Return the value of an expression for a call's arguments, or for a program's outputs.
+    """Return the value of an expression for a call's arguments.
+
+    Args:
+        rows: The expression.
+        arguments: Of the call.
+        output: Returns an output of the program by its number.
 
     Raises:
         DiffoptError: An argument is missing, or is not of the type that it was at capture.
@@ -193,7 +191,9 @@ def evaluate(
         if op == ARGUMENT:
             values.append(_argument(tuple(args[0]), args[1], arguments))
         elif op == OUTPUT:
-            values.append(outputs[args[0]])
+            if output is None:
+                raise DiffoptError("an output of the program is none of its inputs")
+            values.append(output(args[0]))
         else:
             given = [decode(argument, values) for argument in args]
             named = {key: decode(value, values) for key, value in kwargs.items()}
@@ -270,9 +270,8 @@ def rows_in(data: Any) -> list[int]:
         if set(data) == {"row"}:
             return [data["row"]]
         data = list(data.values())
-    return (
-        [row for part in data for row in rows_in(part)] if isinstance(data, (list, tuple)) else []
-    )
+    parts = data if isinstance(data, (list, tuple)) else ()
+    return [row for part in parts for row in rows_in(part)]
 
 
 def renumbered(data: Any, order: Mapping[int, int]) -> Any:
@@ -353,10 +352,7 @@ class ArrayRead:
 def plain(value: Any) -> Any:
     """Return what was read as JSON gives it back; of much of it a digest."""
     if isinstance(value, Image.Image) or (isinstance(value, np.ndarray) and value.size > _DIGEST):
-        content = np.ascontiguousarray(value)
-        return hashlib.sha256(
-            f"{content.dtype}{content.shape}".encode() + content.tobytes()
-        ).hexdigest()
+        return describe(value)
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, dict):

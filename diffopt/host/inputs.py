@@ -7,7 +7,7 @@ random draws, pictures, numbers, tensors that are arguments themselves. The step
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,29 @@ from diffopt.host.text_reads import TextRead
 from diffopt.spec import suggest
 
 
+class Step:
+    """What the host does for inputs of a program, as plain data."""
+
+    count = 1
+    """Of the tensors that the step returns."""
+    from_text = False
+    """Whether texts tell how large they are."""
+
+    def places(self) -> list[Place]:
+        """Return the places of the caller's values that the step reads."""
+        return [self.place]  # type: ignore[attr-defined]
+
+    def assets(self) -> set[str]:
+        """Return the host components that the step calls."""
+        return set()
+
+
 @dataclasses.dataclass(frozen=True)
-class TensorArgument:
+class TensorArgument(Step):
     """An argument that is a tensor, an array or a list of numbers."""
 
     place: Place
     dtype: str
-    count = 1  # of the tensors that the step returns
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the argument as a tensor."""
@@ -64,7 +80,7 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Processor:
+class Processor(Step):
     """A call of a tokenizer or another host-side component."""
 
     asset: str
@@ -75,13 +91,14 @@ class Processor:
     host's `Computed`."""
     keys: tuple[str, ...]
     """The entries of the result that become inputs; see `result_entry`."""
+    from_text = True
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """The number of tensors that the step returns."""
         return len(self.keys)
 
-    def places(self) -> list[Sequence[str | int]]:
+    def places(self) -> list[Place]:
         """Return the places of the caller's values that the step reads."""
         return places_in(self.args)
 
@@ -97,15 +114,15 @@ class Processor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(Step):
     """A tensor of lists that tokenizers return, joined with each other and with numbers."""
 
     parts: Any
     """As `joined` takes it."""
     dtype: str
-    count = 1
+    from_text = True
 
-    def places(self) -> list[Sequence[str | int]]:
+    def places(self) -> list[Place]:
         """Return the places of the caller's values that the step reads."""
         return places_in({"tokens": self.parts})
 
@@ -173,7 +190,7 @@ FILLS = {"randn": "normal_", "rand": "uniform_", "randint": "random_"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class Draw(Step):
     """A random draw, from the generator at a place or, without one, from the default generator."""
 
     op: str
@@ -189,7 +206,10 @@ class Draw:
     """Of the result, where it is not contiguous."""
     stream: int = 0
     """Which of the generators that the pipeline makes of this seed."""
-    count = 1
+
+    def places(self) -> list[Place]:
+        """Return the place of the generator, if there is one."""
+        return [self.generator] if self.generator else []
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the random numbers."""
@@ -211,12 +231,15 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class Expression:
+class Expression(Step):
     """What PIL and numpy compute of pictures and arrays, as one tensor."""
 
     rows: Sequence[Sequence[Any]]
     """As in `array_expressions.evaluate`."""
-    count = 1
+
+    def places(self) -> list[Place]:
+        """Return the places of the pictures and arrays."""
+        return places_of(self.rows)
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the array as a tensor."""
@@ -224,7 +247,7 @@ class Expression:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Picture(Step):
     """PIL images as one tensor: mode, resize, scale, layout; in files of earlier versions."""
 
     place: Place
@@ -239,7 +262,6 @@ class Picture:
     """"hwc", "chw" or "hw", with "n" in front for a batch."""
     reducing_gap: float | None = None
     """PIL's first reduction by whole numbers when resizing; see `PIL.Image.resize`."""
-    count = 1
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Return the images as one tensor."""
@@ -288,13 +310,12 @@ def resized(
 
 
 @dataclasses.dataclass(frozen=True)
-class Number:
+class Number(Step):
     """A number that is an input (`dynamic=`), with the comparisons that capture relied on."""
 
     place: Place
     guards: tuple[tuple[str, float, bool, str], ...] = ()
     """(comparison, other side, its result at capture, where), for example (">", 1.0, True, "…")."""
-    count = 1
 
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Check the guards and return the number as a float64 scalar."""
@@ -358,9 +379,12 @@ class Host:
     """What each traced argument was; see `diffopt.host.schema`."""
     defaults: dict[str, Schema] = dataclasses.field(default_factory=dict, repr=False)
     """The callable's own defaults of the arguments that were left out at capture."""
-    token_reads: list[TokenRead] = dataclasses.field(default_factory=list, repr=False)
     computed: list[Computed] = dataclasses.field(default_factory=list, repr=False)
+    """What host components are called with that is computed of inputs."""
     checks: list[Check] = dataclasses.field(default_factory=list, repr=False)
+    """What Python read of models' values, and each run must give, too."""
+    token_reads: list[TokenRead] = dataclasses.field(default_factory=list, repr=False)
+    """What Python read of the texts' tokens, and new ones' must be, too."""
     text_reads: list[TextRead] = dataclasses.field(default_factory=list, repr=False)
     """What Python read of the texts, and new ones must give, too."""
     array_reads: list[ArrayRead] = dataclasses.field(default_factory=list, repr=False)
@@ -376,25 +400,17 @@ class Host:
         seed + 1, …) where the program was traced with a list of them.
         """
         call = CallArguments(self, dict(arguments))
+        for array_read in self.array_reads:
+            array_read.check(call.arguments)
         for step in self.steps:
             call.tensors += step.run(call)
-        for read in self.token_reads:
-            read.check(call)
+        for token_read in self.token_reads:
+            token_read.check(call)
         return call.tensors
 
     def input_places(self) -> set[Place]:
         """Return the places of the arguments from which inputs are computed."""
-        places: set[Place] = set()
-        for step in self.steps:
-            if isinstance(step, (Processor, Tokens)):
-                places.update(tuple(place) for place in step.places())
-            elif isinstance(step, Draw):
-                places.update([step.generator] if step.generator else [])
-            elif isinstance(step, Expression):
-                places.update(places_of(step.rows))
-            else:
-                places.add(step.place)
-        return places
+        return {place for step in self.steps for place in step.places()}
 
     def without_files(self) -> list[str]:
         """Return the host components of which no file can hold what they need."""
@@ -402,8 +418,7 @@ class Host:
 
     def used_assets(self) -> set[str]:
         """Return the host components that steps call."""
-        calls = [step for step in self.steps if isinstance(step, (Processor, Tokens))]
-        return {name for step in calls for name in step.assets()}
+        return {name for step in self.steps for name in step.assets()}
 
     def draws(self) -> bool:
         """Tell whether random numbers are among the inputs."""
@@ -493,8 +508,7 @@ class CallArguments:
                         f"seed={self.seed} and {place_text(place)}: give one of the two"
                     )
         self.arguments = host.call | arguments
-        reads: list[TextRead | ArrayRead] = [*host.text_reads, *host.array_reads]
-        for read in reads:
+        for read in host.text_reads:
             read.check(self.arguments)
         self.tensors: list[Tensor] = []
         """The inputs of the steps that have run."""
@@ -623,44 +637,46 @@ def decode_args(
     return tuple(items) if kind == "tuple" else items
 
 
-def places_in(data: Any) -> list[Sequence[str | int]]:
+def places_in(data: Any) -> list[Place]:
     """Return the places of the caller's values in a processor's encoded arguments."""
-    if not isinstance(data, dict):
-        return []
-    ((kind, value),) = data.items()
-    if kind == "text":
-        return [part[0] for part in value if not isinstance(part, str)]
-    if kind == "place":
-        return [value]
-    if kind == "expression":
-        return list(places_of(value))
-    if kind == "resized":
-        return [value[0]]
-    if kind == "computed":
-        return []
-    if kind == "tokens":
-        return [place for source in _sources(value) for place in places_in(source[2])]
-    return [p for item in (value.values() if kind == "dict" else value) for p in places_in(item)]
+    places: list[Place] = []
+    for kind, value in _encoded_leaves(data):
+        if kind == "text":
+            places += [tuple(part[0]) for part in value if not isinstance(part, str)]
+        elif kind == "place":
+            places.append(tuple(value))
+        elif kind == "expression":
+            places += places_of(value)
+        elif kind == "resized":
+            places.append(tuple(value[0]))
+    return places
 
 
 def assets_in(data: Any) -> set[str]:
     """Return the components whose lists of tokens are in a processor's encoded arguments."""
+    return {str(source[0]) for kind, source in _encoded_leaves(data) if kind == "of"}
+
+
+def is_computed(data: Any) -> bool:
+    """Tell whether a processor's encoded arguments need what is computed of other inputs."""
+    return any(kind == "computed" for kind, _ in _encoded_leaves(data))
+
+
+def _encoded_leaves(data: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the kind and value of each encoded argument, those within lists of tokens too."""
+    if isinstance(data, list):
+        for part in data:
+            yield from _encoded_leaves(part)
+        return
     if not isinstance(data, dict):
-        return set()
+        return
     ((kind, value),) = data.items()
-    if kind == "tokens":
-        return {str(source[0]) for source in _sources(value)}
-    if kind not in ("dict", "list", "tuple"):
-        return set()
-    parts = value.values() if kind == "dict" else value
-    return {name for part in parts for name in assets_in(part)}
-
-
-def _sources(parts: Any) -> list[Sequence[Any]]:
-    """Return what lists of tokens are in nested parts; see `joined`."""
-    if isinstance(parts, dict):
-        return [parts["of"]]
-    return [s for part in parts for s in _sources(part)] if isinstance(parts, list) else []
+    if kind in ("dict", "list", "tuple", "tokens"):
+        yield from _encoded_leaves([*(value.values() if kind == "dict" else value)])
+        return
+    yield kind, value
+    if kind == "of":
+        yield from _encoded_leaves(value[2])
 
 
 def result_entry(result: Any, key: str) -> Tensor:

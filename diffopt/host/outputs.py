@@ -77,7 +77,7 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
             return torch.from_numpy(array).movedim(-1, -3)
         return to_images(array, output_type or ("np" if kind == "array" else "pil"))
     if kind == "expression":
-        return evaluate(value, {}, [np.array(tensor.cpu()) for tensor in tensors])
+        return evaluate(value, {}, lambda index: np.array(tensors[index].cpu()))
     if kind == "stack":
         parts = [pack(item, tensors, "np") for item in value]
         return torch.from_numpy(np.stack(parts)) if output_type == "pt" else np.stack(parts)

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from diffopt.errors import DiffoptError, VerifyError
 from diffopt.host.arguments import leaves
 from diffopt.host.guards import Guards, Mismatch, mismatch
-from diffopt.host.inputs import Computed, Host, Processor, Tokens
+from diffopt.host.inputs import Computed, Host
 from diffopt.host.outputs import expect_convertible, pack
 from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
 from diffopt.ir import graph as g
@@ -139,8 +139,7 @@ class Program:
         if "output_type" in arguments:
             self._expect_convertible(arguments["output_type"])
         tensors = self.host.prepare(arguments)
-        steps = (step for step in self.host.steps for _ in range(step.count))
-        is_text = [isinstance(step, (Processor, Tokens)) for step in steps]
+        is_text = [step.from_text for step in self.host.steps for _ in range(step.count)]
         inputs = zip(g.placeholders(self.root), tensors, is_text, strict=True)
         for index, (node, tensor, from_text) in enumerate(inputs):
             shape, traced = list(tensor.shape), list(node.meta["val"].shape)

@@ -56,6 +56,13 @@ def expect_equal(pipe, program, **arguments):
     assert torch.equal(program(**separated(arguments)), expected)
 
 
+def expect_equal_from_file(pipe, program, folder, **arguments):
+    """Check a program, and what is loaded of its file."""
+    program.save(folder / "a.program")
+    for function in (program, Program.load(folder / "a.program")):
+        expect_equal(pipe, function, **arguments)
+
+
 def refusal(program, **arguments):
     with pytest.raises(DiffoptError) as caught:
         program(**arguments)
@@ -464,9 +471,7 @@ def test_pictures_that_numpy_computes_on(name, tmp_path):
     pipe = sampler(lambda parts, image: torch.from_numpy(PICTURES[name](image).copy()) * 1)
     source = random.Random(1)
     program = diffopt.trace(pipe, image=picture(source, (8, 6)))
-    program.save(tmp_path / "a.program")
-    for function in (program, Program.load(tmp_path / "a.program")):
-        expect_equal(pipe, function, image=picture(source, (8, 6)))
+    expect_equal_from_file(pipe, program, tmp_path, image=picture(source, (8, 6)))
 
 
 def test_a_host_component_that_is_called_alike_each_time():
@@ -517,9 +522,13 @@ def test_a_tokenizer_that_its_files_do_not_hold(tmp_path, caplog):
     assert not again.host.assets["words"]
 
 
-def test_a_host_component_that_is_called_with_a_resized_picture(tmp_path):
+def clip_pixels():
     from transformers import CLIPImageProcessorPil
 
+    return CLIPImageProcessorPil(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4})
+
+
+def test_a_host_component_that_is_called_with_a_resized_picture(tmp_path):
     def function(parts, image):
         small = image.convert("L").resize((6, 4), Image.Resampling.LANCZOS).convert("RGB")
         half = image.resize((4, 4), Image.Resampling.BICUBIC)
@@ -528,13 +537,10 @@ def test_a_host_component_that_is_called_with_a_resized_picture(tmp_path):
         )
         return first * 2 + second + small.size[0]
 
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4})
-    pipe = sampler(function, pixels=pixels)
+    pipe = sampler(function, pixels=clip_pixels())
     source = random.Random(1)
     program = diffopt.trace(pipe, image=picture(source, (8, 6)))
-    program.save(tmp_path / "a.program")
-    for loaded in (program, Program.load(tmp_path / "a.program")):
-        expect_equal(pipe, loaded, image=picture(source, (8, 6)))
+    expect_equal_from_file(pipe, program, tmp_path, image=picture(source, (8, 6)))
 
 
 def test_numbers_that_a_component_reads_as_well():
@@ -565,21 +571,16 @@ def test_a_host_component_that_is_called_with_a_tensor():
 
 
 def test_a_host_component_that_is_called_with_what_is_computed_of_a_picture(tmp_path):
-    from transformers import CLIPImageProcessorPil
-
     def function(parts, image):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
         small = torch.nn.functional.interpolate(pixels, size=(5, 5), mode="bicubic", antialias=True)
         seen = parts.pixels(small, return_tensors="pt", do_rescale=False)["pixel_values"]
         return seen.sum() + pixels
 
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4})
-    pipe = sampler(function, pixels=pixels)
+    pipe = sampler(function, pixels=clip_pixels())
     source = random.Random(1)
     program = diffopt.trace(pipe, image=picture(source, (8, 6)))
-    program.save(tmp_path / "a.program")
-    for loaded in (program, Program.load(tmp_path / "a.program")):
-        expect_equal(pipe, loaded, image=picture(source, (8, 6)))
+    expect_equal_from_file(pipe, program, tmp_path, image=picture(source, (8, 6)))
 
 
 def test_a_host_component_that_is_called_with_what_a_model_computes():

@@ -15,7 +15,7 @@ from diffopt.errors import CaptureError, DiffoptError
 from diffopt.host.array_expressions import evaluate
 from diffopt.ir.program import Program
 from tests.capture.random_samplers import picture
-from tests.capture.test_arguments import expect_equal, refusal, sampler
+from tests.capture.test_arguments import expect_equal, expect_equal_from_file, refusal, sampler
 
 
 def bright(image):
@@ -98,9 +98,7 @@ def test_pictures(name, entry, tmp_path):
     pipe = sampler(function)
     source = random.Random(1)
     program = diffopt.trace(pipe, image=picture(source, (8, 6)))
-    program.save(tmp_path / "a.program")
-    for loaded in (program, Program.load(tmp_path / "a.program")):
-        expect_equal(pipe, loaded, image=picture(source, (8, 6)))
+    expect_equal_from_file(pipe, program, tmp_path, image=picture(source, (8, 6)))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
@@ -386,6 +384,17 @@ def test_what_numpy_makes_of_results(name, tmp_path):
     x = torch.rand(2, 4, 5, 3)
     for loaded in (program, Program.load(tmp_path / "a.program")):
         assert not [*differences(pipe(x=x), loaded(x=x))]
+
+
+def test_a_result_in_bfloat16_beside_one_of_numpy():
+    def function(parts, x):
+        y = parts.net(x)
+        return (y * 2).numpy().clip(0, 1), y.bfloat16()
+
+    pipe = sampler(function, net=torch.nn.Sigmoid())
+    program = diffopt.trace(pipe, x=torch.rand(3))
+    x = torch.rand(3)
+    assert not [*differences(pipe(x=x), program(x=x))]
 
 
 def test_numpy_on_results_that_python_reads_or_torch_takes_back():
