@@ -37,6 +37,10 @@ TIGHT = {"atol": 2e-5, "rtol": 1e-5}
 
 WORTH_PACKING = onednn._WORTH_PACKING
 
+needs_integers = pytest.mark.skipif(
+    cpu._lack() is not None, reason=f"integer kernels are not exact here: {cpu._lack()}"
+)
+
 
 @pytest.fixture(autouse=True)
 def _small_products_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +180,10 @@ def test_the_compiler_takes_a_packed_weight_as_it_is_whatever_its_strides() -> N
     torch.testing.assert_close(run([x])[0], gm(x)[0])
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[needs_integers] * (how == "int8")) for n, (how, _) in LAYERS.items()],
+)
 def test_a_layer_runs_on_what_it_should_and_gives_the_same(name: str) -> None:
     gm = layers(name)
     result, further = lowered(gm)
@@ -195,6 +202,7 @@ def test_a_layer_runs_on_what_it_should_and_gives_the_same(name: str) -> None:
     )
 
 
+@needs_integers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_results_have_the_type_of_the_layer(dtype: torch.dtype) -> None:
     pixels = "convolution of pixels, weight alone"
@@ -210,6 +218,7 @@ def test_results_have_the_type_of_the_layer(dtype: torch.dtype) -> None:
         torch.testing.assert_close(output, expected, atol=2e-2, rtol=2e-2)
 
 
+@needs_integers
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 2, 1]])
 def test_outputs_keep_their_memory_layout(order: list[int]) -> None:
     def make(make: Any, *inputs: fx.Node) -> fx.Node:
@@ -254,6 +263,7 @@ def test_bodies_without_quantized_weights_are_as_they_were() -> None:
     assert not result.setup.takes
 
 
+@needs_integers
 def test_every_kind_of_layer_compiles() -> None:
     gm = layers(*LAYERS)
     result, further = lowered(gm)
@@ -266,6 +276,7 @@ def test_every_kind_of_layer_compiles() -> None:
         assert output.stride() == expected.stride()
 
 
+@needs_integers
 def test_one_library_for_a_range_of_sizes() -> None:
     gm = layers("static", "convolution")
     result, further = lowered(gm)
@@ -309,6 +320,7 @@ def test_an_engine_gives_what_the_program_gives(text: str, engines: Callable[[st
     torch.testing.assert_close(output, expected, **TIGHT)
 
 
+@needs_integers
 def test_a_weight_that_two_components_share_is_stored_and_packed_once(
     engines: Callable[[str], Path],
 ) -> None:
@@ -331,6 +343,7 @@ def test_frozen_kernels_hold_the_floats_and_not_the_integers(
     assert not [name for name in engine.tensors if "weight" in name]
 
 
+@needs_integers
 def test_packing_counts_layers_on_floats_too(engines: Callable[[str], Path]) -> None:
     engine = load(engines("cpu(pack=true)"))
     assert engine.manifest["components"]["one"]["layers"] == {"int8": 1, "float": 1}
@@ -338,7 +351,14 @@ def test_packing_counts_layers_on_floats_too(engines: Callable[[str], Path]) -> 
     assert targets["mkldnn._reorder_linear_weight.default"] == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this CPU"
+)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+)
 def test_products_are_packed_where_that_saves_time(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
