@@ -19,7 +19,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from diffopt.lowering.compile_inputs import (
     platform_tag,
     source_hash,
 )
+from diffopt.lowering.cpu_instructions import has_integer_products, instructions
 from diffopt.lowering.executor import ComponentFunction
 from diffopt.lowering.hardware import Hardware, hardware
 from diffopt.lowering.target import EngineContents, Lowered, Target, option
@@ -45,9 +45,6 @@ from diffopt.storage import disk_cache
 
 # Instruction sets that -march=native may use.
 _ISA = ("avx", "amx", "fma", "bmi", "sse4", "f16c", "sha", "vaes", "gfni", "sve", "asimd", "i8mm")
-
-# They accumulate products of 8-bit integers in 32 bits; others saturate in 16.
-_INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 _SETUP = "(setup).json"
 
@@ -213,15 +210,9 @@ def _narrow_convolutions(bodies: Mapping[str, fx.GraphModule]) -> int:
 
 def _requires() -> dict[str, Any]:
     """Return what a library that is built here requires of a machine, as JSON."""
-    flags: set[str] = set()
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                flags.update(line.partition(":")[2].split())
-                break
     return {
         "platform": platform_tag(),
-        "isa": sorted(f for f in flags if f.startswith(_ISA)),
+        "isa": sorted(f for f in instructions() if f.startswith(_ISA)),
         "torch": ".".join(torch.__version__.split(".")[:2]),
     }
 
@@ -230,7 +221,7 @@ def _lack() -> str | None:
     """Return why integer products cannot run on this machine, None if they can."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch has no oneDNN"
-    if not set(_INTEGERS).intersection(_requires()["isa"]):
+    if not has_integer_products():
         return "this CPU has no products of 8-bit integers (AVX-VNNI or AMX)"
     return None
 

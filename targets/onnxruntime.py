@@ -31,6 +31,7 @@ from diffopt.ir import serialize
 from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.program import Program
 from diffopt.lowering.compile_inputs import component_key, dynamic_bounds, not_on_cpu, source_hash
+from diffopt.lowering.cpu_instructions import saturates
 from diffopt.lowering.executor import ComponentFunction
 from diffopt.lowering.hardware import Hardware, hardware
 from diffopt.lowering.onnx import NEEDS, export
@@ -80,7 +81,7 @@ class Onnxruntime(Target):
         for index, (name, gm) in enumerate(program.components.items()):
             progress(f"exporting {name}", index / len(program.components))
             model = _exported(name, gm, free.get(name))
-            adapted[name] = ort_kernels.adapt(model)
+            adapted[name] = ort_kernels.adapt(model, integer_convolutions=not saturates())
         tensor_ids = {
             (name, key): id(tensor)
             for name, gm in program.components.items()
@@ -125,6 +126,11 @@ class Onnxruntime(Target):
             }
             constants |= {key: results[index] for key, index in row["setup"].items()}
             model = bytes(engine.members[f"{name}.onnx"])
+            if saturates() and b"ConvInteger" in model:
+                raise DiffoptError(
+                    f"{name}: its convolutions on integers need a CPU with AVX-VNNI or AMX: build"
+                    " it again for this machine"
+                )
             strides = _strides(engine.graphs[name])
             try:
                 bodies[name] = sessions.Session(model, constants, strides, threads, self.pack)

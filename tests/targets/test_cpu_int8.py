@@ -19,8 +19,8 @@ from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
 from diffopt.ir import qdq
 from diffopt.ir.printing import target_name
+from diffopt.lowering import cpu_instructions, onednn
 from diffopt.lowering import load_time_graph as loading
-from diffopt.lowering import onednn
 from diffopt.lowering.aoti import LibraryFunction, compile_body, open_library
 from diffopt.targets import cpu
 from diffopt.targets.cpu import Cpu
@@ -493,5 +493,5 @@ def test_pack_or_freeze() -> None:
 def test_cpus_without_products_of_integers(
     flags: list[str], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_requires", lambda: {"isa": flags})
+    monkeypatch.setattr(cpu_instructions, "instructions", lambda: frozenset(flags))
     assert cpu._lack() == message

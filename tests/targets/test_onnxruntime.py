@@ -20,8 +20,10 @@ from diffopt.engine.engine import build, load
 from diffopt.errors import DiffoptError
 from diffopt.ir import qdq
 from diffopt.ir.program import Program
+from diffopt.lowering import cpu_instructions
 from diffopt.lowering.onnx import sessions
 from diffopt.lowering.target import parse_target
+from diffopt.targets import onnxruntime
 from diffopt.targets.onnxruntime import Onnxruntime
 from tests.passes.build import body, parameter, randn
 from tests.passes.build import program as written
@@ -211,6 +213,16 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# Kernels for convolutions on integers are taken where they are exact.
+EXACT = not cpu_instructions.saturates()
+CONVOLUTIONS = ("convolution", "strided in groups", "convolution, silu", "one axis")
+
+
+def kind(name: str) -> str:
+    """Return what a layer runs on here."""
+    return "float" if name in CONVOLUTIONS and not EXACT else LAYERS[name][0]
+
+
 # Without those that are equal to another: a model has equal nodes once.
 KINDS = [name for name in LAYERS if name not in ("rows, gelu", "static, gelu")]
 
@@ -224,7 +236,7 @@ def test_quantized_layers_give_what_the_graph_gives(quantized: Path) -> None:
 
 
 def test_the_manifest_says_which_layers_run_on_integers(quantized: Path) -> None:
-    counts = Counter(LAYERS[name][0] for name in KINDS)
+    counts = Counter(map(kind, KINDS))
     assert load(quantized).manifest["components"]["part"]["layers"] == dict(counts)
 
 
@@ -250,8 +262,26 @@ def test_integer_kernels_are_in_the_profile(
         ran.update(e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time"))
     expected = operators(models(quantized)["kernels/part.onnx"])
     assert ran["MatMulIntegerToFloat"] == expected["MatMulIntegerToFloat"] == 7
-    assert ran["ConvInteger"] == expected["ConvInteger"] == 4
+    assert ran["ConvInteger"] == expected["ConvInteger"] == 4 * EXACT
     assert ran["DynamicQuantizeLinear"] == 1
+
+
+@pytest.mark.skipif(not EXACT, reason="no convolution runs on integers on this CPU")
+def test_a_file_with_integer_convolutions_is_refused_where_they_saturate(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "saturates", lambda: True)
+    with pytest.raises(DiffoptError, match="convolutions on integers need a CPU with AVX-VNNI"):
+        load(quantized).run(SAMPLES)
+
+
+def test_convolutions_run_on_floats_where_integers_saturate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "saturates", lambda: True)
+    engine = build(one_body(layers("convolution"), *SAMPLES), "onnxruntime", tmp_path / "x")
+    assert engine.manifest["components"]["part"]["layers"] == {"float": 1}
+    torch.testing.assert_close(engine.run(SAMPLES)[0], layers("convolution")(*SAMPLES)[0], **TIGHT)
 
 
 def test_integers_are_of_the_types_with_fast_kernels(quantized: Path) -> None:

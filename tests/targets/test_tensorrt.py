@@ -254,7 +254,9 @@ def test_rewritten_layers_give_the_same(
     assert after.dtype == before.dtype
     assert error(after, exact) < 1.1 * error(before, exact)
     if dtype == torch.float32:
-        assert error(after, before) < 2e-6
+        # With scales of the values themselves, a number amid two integers may become the other.
+        is_fixed = scaling in (None, "static")
+        assert error(after, before) < (2e-6 if is_fixed else 0.05 * error(before, exact))
     for layer in qdq.layers(legalized):
         x = layer.x.args[0] if nodes.is_call(layer.x, aten._to_copy.default) else layer.x
         activation = qdq.activation(layer.x) or qdq.activation(x)

@@ -57,15 +57,20 @@ class Adapted:
     widened: bool
 
 
-def adapt(model: onnx.ModelProto) -> Adapted:
-    """Return a model from `export` without weights, rewritten to the fastest kernels."""
+def adapt(model: onnx.ModelProto, *, integer_convolutions: bool = True) -> Adapted:
+    """Return a model from `export` without weights, rewritten to the fastest kernels.
+
+    Args:
+        model: The model.
+        integer_convolutions: Whether the CPU's kernels for convolutions on integers are exact.
+    """
     layers: Counter[str] = Counter()
     halves: list[gs.Tensor] = []
     adapted = edit(
         onnx.shape_inference.infer_shapes(model),
         lambda graph: halves.extend(widen(graph)),
         drop_casts,
-        lambda graph: layers.update(_lower_quantized_layers(graph)),
+        lambda graph: layers.update(_lower_quantized_layers(graph, integer_convolutions)),
         decompose_group_norms,
         fold_constants,
     )
@@ -171,7 +176,7 @@ def _input(tensor: gs.Tensor) -> _Input | None:
     return _Input(clip.inputs[0], wide.inputs[0], product.inputs[1], None)
 
 
-def _lower_quantized_layers(graph: gs.Graph) -> Counter[str]:
+def _lower_quantized_layers(graph: gs.Graph, integer_convolutions: bool) -> Counter[str]:
     """Replace quantized layers by kernels, and count them by the type of their product."""
     counts: Counter[str] = Counter()
     inputs = _UnsignedInputs(graph)
@@ -189,7 +194,8 @@ def _lower_quantized_layers(graph: gs.Graph) -> Counter[str]:
             continue
         x = _input(node.inputs[0])
         result, kind = None, "float"
-        if x is not None and not weight.block_size and elem_type(weight.values) in _INTEGER_TYPES:
+        is_integer = not weight.block_size and elem_type(weight.values) in _INTEGER_TYPES
+        if x is not None and is_integer and (node.op != "Conv" or integer_convolutions):
             result, kind = _integer_product(graph, node, weight, x, inputs), "int8"
         elif x is None and elem_type(weight.values) == TensorProto.UINT4:
             result, kind = _int4_product(graph, node, weight), "int4"

@@ -25,6 +25,8 @@ def options(threads: int, pack: bool) -> ort.SessionOptions:
     result.log_severity_level = 3  # errors
     # `ort_kernels` has chosen integer kernels; ONNX Runtime's own QDQ fusion breaks opset 21.
     result.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Without VNNI, products of uint8 and int8 saturate in 16 bits: there, take uint8 and uint8.
+    result.add_session_config_entry("session.x64quantprecision", "1")
     if not pack:
         result.add_session_config_entry("session.disable_prepacking", "1")
     return result
