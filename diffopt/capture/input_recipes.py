@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, fx
 
-from diffopt.capture import draws
+from diffopt.capture import draws, tracked_patterns, value_tree
 from diffopt.capture.dispatch_modes import location
 from diffopt.capture.input_guesses import templates
 from diffopt.capture.random_streams import RandomStreams
@@ -36,7 +36,7 @@ from diffopt.capture.tracked_tokens import (
     tracked,
 )
 from diffopt.capture.value_tree import same_bits
-from diffopt.errors import CaptureError
+from diffopt.errors import CaptureError, DiffoptError
 from diffopt.host.arguments import Place, items, leaves, replaced, short
 from diffopt.host.array_expressions import ArrayRead, Row, evaluate, plain, same_value
 from diffopt.host.inputs import (
@@ -77,6 +77,10 @@ class HostCall:
     method: str
     args: Any
     result: Any
+    origins: Mapping[Place, Derived] = dataclasses.field(default_factory=dict)
+    """Of the texts in the arguments that methods have made of the caller's."""
+    state: Any = None
+    """What the component was when it was called."""
 
 
 class RunInputs:
@@ -132,6 +136,7 @@ class RunInputs:
         # changes differently.
         self.templates: dict[Place, Text] = dict(earlier.templates) if earlier else {}
         self.recorder: Recorder | None = None
+        self._states: dict[str, Any] = {}
 
     # The caller's own tensors and numbers
 
@@ -301,7 +306,11 @@ class RunInputs:
         """Observe calls of host components and tensors built from arrays in the context."""
         originals = [(p, type(p)) for p in self.processors.values()]
         from_numpy = self._from_numpy(torch.from_numpy)
-        with self.array_recorder.watching(), mock.patch.object(torch, "from_numpy", from_numpy):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.array_recorder.watching())
+            stack.enter_context(mock.patch.object(torch, "from_numpy", from_numpy))
+            if any(isinstance(value, str) for _, value in leaves(self.arguments)):
+                stack.enter_context(tracked_patterns.watching())
             try:
                 for name, processor in self.processors.items():
                     processor.__class__ = self._watched(name, type(processor))
@@ -314,6 +323,9 @@ class RunInputs:
         def method(original: Callable[..., Any], label: str) -> Callable[..., Any]:
             def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
                 args, kwargs = plain_tokens((args, kwargs))
+                state = self._state(name, processor)
+                origins = {p: v.origin for p, v in leaves((args, kwargs)) if _is_made(v)}
+                args, kwargs = plain_texts((args, kwargs))
                 self._depth += 1
                 try:
                     with self.array_recorder.unwatched():
@@ -322,17 +334,33 @@ class RunInputs:
                 finally:
                     self._depth -= 1
                 if self._depth == 0 and not isinstance(result, str):
-                    self._called(HostCall(name, label, plain_texts((args, kwargs)), result))
+                    self._called(HostCall(name, label, (args, kwargs), result, origins, state))
                     if self.lists:
                         result = tracked(result, partial(self._note_tokens, len(self.calls) - 1))
                 return result
 
             return call
 
+        def set_attribute(processor: Any, attribute: str, value: Any) -> None:
+            self._states.pop(name, None)
+            kind.__setattr__(processor, attribute, value)  # type: ignore[call-arg]
+
         methods = {m: method(getattr(kind, m), m) for m in _PROCESSING if hasattr(kind, m)}
+        methods["__setattr__"] = set_attribute
         return type(
             kind.__name__, (kind,), {**methods, "__module__": kind.__module__, "__slots__": ()}
         )
+
+    def _state(self, name: str, processor: Any) -> Any:
+        """Return what a host component is, described anew where an attribute was set since."""
+        if name not in self._states:
+            self._states[name] = value_tree.describe(vars(processor))
+        return self._states[name]
+
+    def states(self, name: str) -> list[Any]:
+        """Return what a host component was at each call, with other texts, too."""
+        runs = [self, *([self.earlier] if self.earlier else [])]
+        return [call.state for run in runs for call in run.calls if call.component == name]
 
     def _called(self, call: HostCall) -> None:
         index = len(self.calls)
@@ -360,7 +388,7 @@ class RunInputs:
                     "numbers",
                     "pass what it returns as the argument",
                 )
-        if not traced and _is_same(call.args, other):
+        if not traced and not call.origins and _is_same(call.args, other):
             return  # in every call
         encoded = self.encode(call.args, other, (index,)) if self.final else None
         if self.final and not computed and not places_in(encoded):
@@ -388,7 +416,10 @@ class RunInputs:
             at: The number of the call, and the place of these in its arguments.
         """
         if isinstance(final, str):
-            return final if final == probe else {"text": self._text(final, probe, at).parts}
+            is_made = at[1:] in self.calls[at[0]].origins
+            if final == probe and not is_made:
+                return final
+            return {"text": self._text(final, probe, at).parts}
         if isinstance(final, (Image.Image, np.ndarray)):
             rows = self._expression(final, probe)
             if rows is not None:
@@ -428,6 +459,12 @@ class RunInputs:
         def fits(text: Text) -> bool:
             return text.render(self.arguments) == final
 
+        origin = self.calls[at[0]].origins.get(at[1:])
+        if origin is not None:
+            made = Text(({"derived": origin.to_json()},))
+            if fits(made) and made.render(self.earlier.arguments) == probe:
+                self.templates[at] = made
+                return made
         if at in self.templates and fits(self.templates[at]):
             return self.templates[at]
         originals = dict(leaves(self.arguments))
@@ -512,6 +549,8 @@ class RunInputs:
             made = {p[1:]: self.templates[p] for p in places if p in self.templates}
             for letters in (None, *(_LETTERS if made else ())):
                 texts = {} if letters is None else self._rendered(made, letters)
+                if texts is None:
+                    continue
                 args, kwargs = plain_arrays(replaced(call.args, texts))
                 results = [
                     _values(getattr(component, call.method)(*args, **kwargs))
@@ -523,11 +562,17 @@ class RunInputs:
                     return False
         return True
 
-    def _rendered(self, made: Mapping[Place, Text], text: str) -> dict[Place, str]:
-        """Return texts of a host call for one text in place of all of the caller's."""
+    def _rendered(self, made: Mapping[Place, Text], text: str) -> dict[Place, str] | None:
+        """Return texts of a host call for one text in place of all of the caller's.
+
+        None where none are made of this text.
+        """
         given = {p: text for p, v in leaves(self.arguments) if isinstance(v, str)}
         arguments = replaced(self.arguments, given)
-        return {place: template.render(arguments) for place, template in made.items()}
+        try:
+            return {place: template.render(arguments) for place, template in made.items()}
+        except DiffoptError:
+            return None
 
     # The result
 
@@ -591,6 +636,10 @@ def _number_lists(value: Any, place: Place = ()) -> Iterator[tuple[int, Place]]:
         yield id(value), place
     for key, part in items(value) or ():
         yield from _number_lists(part, (*place, key))
+
+
+def _is_made(value: Any) -> bool:
+    return isinstance(value, TrackedText) and bool(value.origin.steps)
 
 
 def plain_texts(value: Any) -> Any:

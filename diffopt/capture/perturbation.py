@@ -1,5 +1,6 @@
 """Other arguments for a second run: values that differ between runs depend on the arguments."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ def texts(scout: RunInputs) -> list[Place]:
     def is_followed(call: HostCall) -> bool:
         return bool(tensors_of(call.result) or (scout.lists and token_lists(call.result)))
 
-    seen = _host_texts(call for call in scout.calls if is_followed(call))
+    followed = [call for call in scout.calls if is_followed(call)]
+    seen, made = _host_texts(followed), _origins(followed)
     bound = _host_texts(call for call in scout.calls if not is_followed(call))
     places = []
     for place, value in leaves(scout.arguments):
@@ -37,16 +39,19 @@ def texts(scout: RunInputs) -> list[Place]:
         cleaned = {clean(value) for clean in CLEANERS.values()}
         if cleaned & set(bound):
             continue
-        if cleaned & set(seen) or (len(value) > 4 and any(c in s for c in cleaned for s in seen)):
+        is_part = len(value) > 4 and any(c in s for c in cleaned for s in seen)
+        if cleaned & set(seen) or is_part or place in made:
             places.append(place)
     return places
 
 
 def reached(probe: RunInputs, places: Sequence[Place]) -> list[Place]:
     """Return the places whose changed strings reached a host component: these are texts."""
-    seen = _host_texts(probe.calls)
+    seen, made = _host_texts(probe.calls), _origins(probe.calls)
 
     def is_text(place: Place) -> bool:
+        if place in made:
+            return True
         cleaned = [clean(value_at(probe.arguments, place)) for clean in CLEANERS.values()]
         return any(c in s for c in cleaned for s in seen)
 
@@ -64,6 +69,11 @@ def _host_texts(calls: Iterable[HostCall]) -> list[str]:
     return [v for call in calls for _, v in leaves(call.args) if isinstance(v, str)]
 
 
+def _origins(calls: Iterable[HostCall]) -> set[Place]:
+    """Return the places of the texts of which methods made what host components are called with."""
+    return {p for call in calls for derived in call.origins.values() for p in derived.places()}
+
+
 def seeds(scout: RunInputs) -> list[Place]:
     """Return the places of numbers that may be the seeds of generators which the pipeline makes."""
     made = scout.streams.made
@@ -75,10 +85,34 @@ def seeded(probe: RunInputs, places: Sequence[Place]) -> list[Place]:
     return [place for place in places if value_at(probe.arguments, place) in probe.streams.made]
 
 
-def other_values(texts: Sequence[Place], seeds: Sequence[Place]) -> dict[Place, Any]:
+def other_values(
+    scout: RunInputs, texts: Sequence[Place], seeds: Sequence[Place]
+) -> dict[Place, Any]:
     """Return other texts, each of which every cleaner changes differently, and other seeds."""
-    values: dict[Place, Any] = {place: probe_text(index) for index, place in enumerate(texts)}
+    values: dict[Place, Any] = {
+        place: _other_text(value_at(scout.arguments, place), index)
+        for index, place in enumerate(texts)
+    }
     return values | {place: _SEED + index for index, place in enumerate(seeds)}
+
+
+def _other_text(text: str, index: int) -> str:
+    """Return a text for the probe; in JSON only strings differ, as pipelines look names up."""
+    data, other = _json(text), probe_text(index)
+    if data is None:
+        return other
+    strings = {place: other.strip() for place, v in leaves(data) if isinstance(v, str)}
+    return f"\t{json.dumps(replaced(data, strings), ensure_ascii=False)}\t"
+
+
+def _json(text: str) -> Any:
+    """Return the object or list that a text is in JSON; None where it is none."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def same_lengths(scout: RunInputs, probe: RunInputs) -> dict[str, Any] | None:
@@ -90,6 +124,7 @@ def same_lengths(scout: RunInputs, probe: RunInputs) -> dict[str, Any] | None:
     places = [p for p, v in leaves(probe.arguments) if isinstance(v, str) and v != originals.get(p)]
     calls = []
     reader = RunInputs(scout.arguments, scout.processors, probe, final=True)
+    reader.calls = scout.calls
     for index, (call, other) in enumerate(zip(scout.calls, probe.calls, strict=False)):
         try:
             encoded = reader.encode(call.args, other.args, (index,))
@@ -113,6 +148,11 @@ def same_lengths(scout: RunInputs, probe: RunInputs) -> dict[str, Any] | None:
 
 def _others_of(text: str, index: int) -> Iterator[str]:
     """Yield texts that may have as many tokens: the words in another order, single letters."""
+    strings = [v for _, v in leaves(_json(text)) if isinstance(v, str) and v in text]
+    if strings:
+        longest = max(strings, key=len)
+        yield from (text.replace(longest, other) for other in _others_of(longest, index))
+        return
     words = text.split()
     for start in range(1, len(words)):
         rotated = [*words[start:], *words[:start]]

@@ -158,7 +158,7 @@ class TorchFunctionRecorder(TorchFunctionMode):
                 out = func(*args, **kwargs)
                 self.sources.add_input(self.recorder, out, place)
                 return out
-            if self.sources.are_tokens(args[0]):
+            if not self.sources.in_host() and self.sources.are_tokens(args[0]):
                 out = func(plain_tokens(args[0]), *args[1:], **kwargs)
                 self.sources.add_tokens(self.recorder, out)
                 return out

@@ -120,7 +120,6 @@ class Session:
             for name, c in components.items()
             if not isinstance(c, (torch.nn.Module, str, int, float, type(None))) and callable(c)
         }
-        self._states = {n: value_tree.describe(vars(p)) for n, p in self.processors.items()}
 
     def program(self, arguments: Mapping[str, Any], *, compare: bool = False) -> Program:
         """Capture one call; `compare` it with the pipeline as `check` says, or not at all."""
@@ -277,8 +276,9 @@ class Session:
         files = save_component(self.processors[name])
         if not files:
             return files
-        if value_tree.describe(vars(self.processors[name])) != self._states[name]:
-            reason = "the pipeline changes it in its call"
+        state = value_tree.describe(vars(self.processors[name]))
+        if any(other != state for other in final.states(name)):
+            reason = "the pipeline changes it between its calls"
         else:
             try:
                 if final.is_like(name, load_component(name, files)):
@@ -293,7 +293,7 @@ class Session:
         """Run with other texts, pictures and seeds; strings such as "pt" prove not to be texts."""
         texts, seeds = perturbation.texts(scout), perturbation.seeds(scout)
         while True:
-            changed = perturbation.disturb(scout, perturbation.other_values(texts, seeds))
+            changed = perturbation.disturb(scout, perturbation.other_values(scout, texts, seeds))
             probe = self._inputs(changed, scout, lists=scout.lists)
             failure: Exception | None = None
             try:

@@ -1,11 +1,15 @@
 """Texts that note what Python reads of them: a branch on a text holds for texts alike only."""
 
+import dis
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 
 from diffopt.capture.dispatch_modes import location
-from diffopt.host.text_reads import READS, TEXTS, WHOLE, Derived, Step, TextRead
+from diffopt.host.text_reads import MATCHES, READS, TEXTS, WHOLE, Derived, Step, TextRead
 
 # What these modules read of a text is part of how it is normalized or tokenized.
 _NORMALIZING = frozenset(
@@ -34,53 +38,203 @@ class TrackedText(str):
 
     def read(self, *steps: Step, result: Any) -> None:
         """Note that the running Python code read this text."""
-        frame = sys._getframe(1)
-        while frame.f_globals.get("__name__") == __name__ and frame.f_back is not None:
-            frame = frame.f_back
-        caller = str(frame.f_globals.get("__name__", ""))
-        if caller.partition(".")[0] not in _NORMALIZING:
+        if calling_package(sys._getframe(1)) not in _NORMALIZING:
             self.note(TextRead(self.after(*steps), result, str(location())))
 
-    def made(self, step: Step, result: Any) -> Any:
-        """Return a text, or a list of texts, that one of the methods has made of this one."""
+    def read_whole(self) -> None:
+        """Note that the running Python code read all of this text."""
+        self.read((WHOLE, ()), result=str.__str__(self))
+
+    def made(self, result: Any, *steps: Step) -> Any:
+        """Return what some steps have made of this text: texts are tracked, all else is read."""
         if isinstance(result, str):
-            return TrackedText.make(result, self.after(step), self.note)
-        self.read(step, ("__len__", ()), result=len(result))
-        origins = [self.after(step, ("__getitem__", (index,))) for index in range(len(result))]
-        parts = zip(result, origins, strict=True)
-        return type(result)([TrackedText.make(part, origin, self.note) for part, origin in parts])
+            return TrackedText.make(result, self.after(*steps), self.note)
+        if result is None or isinstance(result, re.Match):
+            self.read(*steps, ("is_found", ()), result=result is not None)
+            return None if result is None else TrackedMatch(result, self, steps)
+        if isinstance(result, (list, tuple)):
+            self.read(*steps, ("__len__", ()), result=len(result))
+            return type(result)(self._parts(enumerate(result), steps).values())
+        if isinstance(result, dict):
+            self.read(*steps, ("list", ()), result=list(result))
+            return self._parts(result.items(), steps)
+        self.read(*steps, result=result)
+        return result
+
+    def _parts(self, parts: Any, steps: tuple[Step, ...]) -> dict[Any, Any]:
+        return {k: self.made(part, *steps, ("__getitem__", (k,))) for k, part in parts}
+
+    def __str__(self) -> str:
+        return self
 
     def __hash__(self) -> int:
-        self.read((WHOLE, ()), result=str.__str__(self))
+        self.read_whole()
         return str.__hash__(self)
 
+    def __bool__(self) -> bool:
+        return bool(self.made(str.__len__(self) > 0, ("bool", ())))
+
+    def __len__(self) -> int:
+        count = str.__len__(self)
+        if _is_tested(sys._getframe(1)):
+            self.read(("bool", ()), result=count > 0)
+        else:
+            self.read(("__len__", ()), result=count)
+        return count
+
+    def __int__(self) -> int:
+        return int(self._number(int))
+
+    def __float__(self) -> float:
+        return float(self._number(float))
+
+    def _number(self, kind: Callable[[str], Any]) -> Any:
+        with ReadingWholeOfErrors(self):
+            return self.made(kind(str.__str__(self)), (kind.__name__, ()))
+
+    def __copy__(self) -> "TrackedText":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "TrackedText":
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.read_whole()
+        return str, (str.__str__(self),)
+
     def __radd__(self, other: str) -> Any:
-        return self.made(("__radd__", (str.__str__(other),)), str.__add__(other, self))
+        plain = str.__str__(other)
+        return self.made(str.__add__(plain, self), ("__radd__", (plain,)))
 
     def __iter__(self) -> Iterator[str]:
         count = len(self)
         return iter([self[index] for index in range(count)])
 
 
+class TrackedMatch:
+    """What a regular expression found in a text."""
+
+    def __init__(self, match: "re.Match[str]", text: TrackedText, steps: tuple[Step, ...]) -> None:
+        self._match, self._text, self._steps = match, text, steps
+
+    __class__ = property(lambda self: re.Match)
+
+    def __getitem__(self, group: Any) -> Any:
+        return self.group(group)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._match, name)
+        if name not in MATCHES:
+            self._text.read_whole()
+            return value
+
+        def method(*args: Any) -> Any:
+            return self._text.made(value(*args), *self._steps, (name, args))
+
+        return method
+
+
+class ReadingWholeOfErrors:
+    """Notes that Python read all of a text where what reads it fails, as that is a branch, too."""
+
+    def __init__(self, *texts: Any) -> None:
+        self.texts = texts
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, (LookupError, ValueError)):
+            read_all(self.texts)
+
+
+def read_all(values: Any) -> None:
+    """Note that Python read all of each tracked text among these values."""
+    for value in values:
+        if isinstance(value, TrackedText):
+            value.read_whole()
+        elif isinstance(value, (tuple, list)):
+            read_all(value)
+
+
+def calling_package(frame: FrameType) -> str:
+    """Return the package whose code called what tracks texts."""
+    while _is_ours(frame) and frame.f_back is not None:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _is_ours(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__"))
+    return name.startswith("diffopt.capture.tracked_")
+
+
+def as_arguments(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return the arguments of a step as it keeps them; None where one is no plain value."""
+    given = [value.origin if isinstance(value, TrackedText) else value for value in values]
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, tuple):
+            return all(map(is_plain, value))
+        return type(value) in (str, int, float, bool, type(None), slice)
+
+    known = all(isinstance(value, Derived) or is_plain(value) for value in given)
+    return tuple(given) if known else None
+
+
 def _method(name: str) -> Callable[..., Any]:
     original = getattr(str, name)
 
     def method(self: TrackedText, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
+        given = None if kwargs or name not in TEXTS | READS else as_arguments(args)
+        with ReadingWholeOfErrors(self, args):
+            result = original(self, *args, **kwargs)
         if result is NotImplemented:
             return result
-        if kwargs:
-            self.read((WHOLE, ()), result=str.__str__(self))
+        if given is None:
+            read_all((self, *args, *kwargs.values()))
             return result
-        step = (name, tuple(a.origin if isinstance(a, TrackedText) else a for a in args))
-        if name in TEXTS:
-            return self.made(step, result)
-        self.read(step, result=result)
-        return result
+        return self.made(result, (name, given))
 
     method.__name__ = name
     return method
 
 
-for _name in (TEXTS | READS) - {"__radd__"}:
+_OTHERS = ("encode", "format", "format_map", "translate", "join", "__mod__")
+for _name in (*(TEXTS | READS) - {"__radd__", "__len__"}, *_OTHERS):
     setattr(TrackedText, _name, _method(_name))
+
+
+# What may follow a call whose result is only tested for being true, as in `if len(text):`.
+_TESTS = ("POP_JUMP", "JUMP_IF", "TO_BOOL", "UNARY_NOT")
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
+
+
+def _is_tested(frame: FrameType) -> bool:
+    """Tell whether a frame is in a call of `len`, and only tests its result for being true."""
+    before, call, after = _around(frame)
+    names = (i.argval for i in reversed(before) if i.opname in _LOADS or i.opname == "CALL")
+    name = next((name for name in names if name == "len" or isinstance(name, int)), None)
+    return name == "len" and call == 1 and after.startswith(_TESTS)
+
+
+def is_discarded(frame: FrameType) -> bool:
+    """Tell whether a frame is in a call, and does not use its result."""
+    _, call, after = _around(frame)
+    return call is not None and after == "POP_TOP"
+
+
+def _around(frame: FrameType) -> tuple[Sequence[dis.Instruction], int | None, str]:
+    """Return the instructions before the running call, its number of arguments, what follows."""
+    instructions = _instructions(frame.f_code)
+    at = max(i for i, one in enumerate(instructions) if one.offset <= frame.f_lasti)
+    before, (call, *after) = instructions[:at], instructions[at:]
+    if call.opname not in ("CALL", "PRECALL"):
+        return before, None, ""
+    if call.opname == "PRECALL":  # of Python 3.11: one call are two instructions
+        after = after[1:]
+    return before, call.arg, after[0].opname
+
+
+@cache
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    return list(dis.get_instructions(code))

@@ -23,7 +23,7 @@ from diffopt.host.guards import mismatch
 from diffopt.host.outputs import Check
 from diffopt.host.processors import load_component
 from diffopt.host.schema import Checker, Schema, describe, phrase, rows
-from diffopt.host.text_reads import TextRead
+from diffopt.host.text_reads import NO_VALUE, Derived, TextRead
 from diffopt.spec import suggest
 
 
@@ -61,13 +61,28 @@ class TensorArgument(Step):
 class Text:
     """A template for the caller's texts, each normalized by one of `CLEANERS`."""
 
-    parts: tuple[str | tuple[Place, str], ...]
-    """Literal texts, and (place, cleaner) of the caller's texts."""
+    parts: tuple[str | tuple[Place, str] | dict[str, Any], ...]
+    """Literal texts, (place, cleaner) of the caller's texts, and {"derived": JSON} of a `Derived`
+    text."""
 
     def render(self, arguments: Mapping[str, Any]) -> str:
         """Return the text, with the caller's texts filled in."""
-        parts = (p if isinstance(p, str) else self._fill(*p, arguments) for p in self.parts)
-        return "".join(parts)
+        return "".join(self._part(part, arguments) for part in self.parts)
+
+    def _part(self, part: Any, arguments: Mapping[str, Any]) -> str:
+        if isinstance(part, str):
+            return part
+        if not isinstance(part, dict):
+            place, clean = part
+            return self._fill(place, clean, arguments)
+        derived = Derived.from_json(part["derived"])
+        self._fill(derived.place, "", arguments)  # a text, or an error
+        try:
+            return str(derived.value(arguments))
+        except NO_VALUE as error:
+            raise DiffoptError(
+                f"{derived} has no value for this text ({error}): trace again with one like it"
+            ) from error
 
     def _fill(self, place: Place, clean: str, arguments: Mapping[str, Any]) -> str:
         value = value_at(arguments, place)
@@ -642,7 +657,7 @@ def places_in(data: Any) -> list[Place]:
     places: list[Place] = []
     for kind, value in _encoded_leaves(data):
         if kind == "text":
-            places += [tuple(part[0]) for part in value if not isinstance(part, str)]
+            places += [place for part in value for place in _places_of_part(part)]
         elif kind == "place":
             places.append(tuple(value))
         elif kind == "expression":
@@ -650,6 +665,13 @@ def places_in(data: Any) -> list[Place]:
         elif kind == "resized":
             places.append(tuple(value[0]))
     return places
+
+
+def _places_of_part(part: Any) -> list[Place]:
+    """Return the places of the caller's texts in a part of a `Text`."""
+    if isinstance(part, dict):
+        return Derived.from_json(part["derived"]).places()
+    return [] if isinstance(part, str) else [tuple(part[0])]
 
 
 def assets_in(data: Any) -> set[str]:

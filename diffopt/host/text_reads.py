@@ -1,9 +1,15 @@
 """What Python read of the caller's texts at capture, other than to tokenize them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import html
+import json
+import re
+import unicodedata
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from diffopt import optional
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.guards import mismatch
 
@@ -12,6 +18,7 @@ TEXTS = frozenset(
         *("strip", "lstrip", "rstrip", "lower", "upper", "casefold", "title", "capitalize"),
         *("swapcase", "replace", "removeprefix", "removesuffix", "expandtabs", "split", "rsplit"),
         *("splitlines", "partition", "rpartition", "__getitem__", "__add__", "__radd__"),
+        *("center", "ljust", "rjust", "zfill", "__mul__", "__rmul__"),
     )
 )
 """Methods that return texts, or lists of texts."""
@@ -24,11 +31,59 @@ READS = frozenset(
     )
 )
 """Methods whose result Python branches on."""
+MATCHES = frozenset(("group", "groups", "groupdict", "start", "end", "span"))
+"""Methods of what a regular expression has found."""
+
+
+def _fixed(text: str) -> str:
+    ftfy = optional.require("ftfy", "the cleaning of the pipeline's texts", "diffusers")
+    return str(ftfy.fix_text(text))
+
+
+def _searching(method: str) -> Callable[..., Any]:
+    return lambda text, pattern, flags: getattr(re.compile(pattern, flags), method)(text)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "re.search": _searching("search"),
+    "re.match": _searching("match"),
+    "re.fullmatch": _searching("fullmatch"),
+    "re.escape": re.escape,
+    "re.findall": _searching("findall"),
+    "re.finditer": lambda text, *pattern: list(re.compile(*pattern).finditer(text)),
+    "re.split": lambda text, count, *pattern: re.compile(*pattern).split(text, count),
+    "re.sub": lambda text, new, count, *pattern: re.compile(*pattern).sub(new, text, count),
+    "is_found": lambda match: match is not None,
+    "html.unescape": html.unescape,
+    "html.escape": html.escape,
+    "ftfy.fix_text": _fixed,
+    "unicodedata.normalize": lambda text, form: unicodedata.normalize(form, text),
+    "urllib.parse.unquote": urllib.parse.unquote,
+    "urllib.parse.unquote_plus": urllib.parse.unquote_plus,
+    "json.loads": json.loads,
+    "is_json": _is_json,
+    "list": list,
+    "int": int,
+    "float": float,
+    "bool": bool,
+}
+"""What the standard library makes of a text, which comes first; see `TrackedText`."""
 WHOLE = "whole"
 """The read of a text as a key of a dictionary or a set: all of it."""
 
+NO_VALUE = (LookupError, ValueError, TypeError, AttributeError)
+"""What steps raise for a text of another structure."""
+
 Step = tuple[str, tuple[Any, ...]]
-"""A method of a text, and its arguments: plain values, slices, and `Derived` texts."""
+"""A method or one of `FUNCTIONS`, and its arguments: plain values, slices, `Derived` texts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +97,26 @@ class Derived:
         """Return the value for a call's arguments."""
         value = value_at(arguments, self.place)
         for name, args in self.steps:
-            if name == WHOLE:
-                continue
-            if name not in TEXTS and name not in READS:
-                raise ValueError(f"{name} is no method by which texts are read")
             given = [a.value(arguments) if isinstance(a, Derived) else a for a in args]
-            value = given[0] + value if name == "__radd__" else getattr(value, name)(*given)
+            value = _applied(value, name, given)
         return value
 
+    def places(self) -> list[Place]:
+        """Return the places of the caller's texts of which this is made."""
+        others = [a for _, args in self.steps for a in args if isinstance(a, Derived)]
+        return [self.place, *(place for other in others for place in other.places())]
+
     def __str__(self) -> str:
-        calls = [f".{name}({', '.join(map(_text, args))})" for name, args in self.steps]
-        return place_text(self.place) + "".join(calls)
+        text = place_text(self.place)
+        for name, args in self.steps:
+            given = [_text(argument) for argument in args]
+            is_function = name in FUNCTIONS
+            text = (
+                f"{name}({', '.join([text, *given])})"
+                if is_function
+                else f"{text}.{name}({', '.join(given)})"
+            )
+        return text
 
     def to_json(self) -> list[Any]:
         """Return the text as JSON."""
@@ -82,14 +146,14 @@ class TextRead:
 
     @property
     def places(self) -> list[Place]:
-        """The place of the argument that was read."""
-        return [self.text.place]
+        """The places of the arguments that were read."""
+        return self.text.places()
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise a `Mismatch` where a text gives another value than the one at capture."""
         try:
             actual = self.text.value(arguments)
-        except (IndexError, ValueError) as error:
+        except NO_VALUE as error:
             actual = str(error)
         if actual != self.result:
             raise mismatch(
@@ -106,6 +170,21 @@ class TextRead:
     def from_json(data: Sequence[Any]) -> "TextRead":
         """Rebuild a read from what `to_json` returned."""
         return TextRead(Derived.from_json(data[0]), *data[1:])
+
+
+def _applied(value: Any, name: str, args: Sequence[Any]) -> Any:
+    """Return what a step makes of a value."""
+    if name == WHOLE:
+        return value
+    if name in FUNCTIONS:
+        return FUNCTIONS[name](value, *args)
+    known = MATCHES if isinstance(value, re.Match) else TEXTS | READS
+    if name not in known:
+        raise ValueError(f"{name} is no method by which texts are read")
+    if name == "__radd__":
+        return args[0] + value
+    result = getattr(value, name)(*args)
+    return list(result) if name in MATCHES and isinstance(result, tuple) else result
 
 
 def _text(argument: Any) -> str:

@@ -1,0 +1,227 @@
+"""What the standard library makes of the caller's texts: regular expressions, entities, JSON.
+
+Its functions read a text in C, where no method of it is called. In a run of the pipeline they are
+replaced by functions that say what they made, in their modules and in those that have taken them
+from there; and regular expressions that modules and classes hold, as those know no other way.
+"""
+
+import contextlib
+import html
+import json
+import re
+import sys
+import types
+import unicodedata
+import urllib.parse
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from diffopt import optional
+from diffopt.capture.tracked_text import (
+    ReadingWholeOfErrors,
+    TrackedText,
+    as_arguments,
+    calling_package,
+    is_discarded,
+    read_all,
+)
+
+# By method of a pattern: its parameters. In functions of `re`, "pattern" comes first.
+_METHODS = {
+    **dict.fromkeys(("search", "match", "fullmatch", "findall", "finditer"), ("string",)),
+    "split": ("string", "maxsplit"),
+    **dict.fromkeys(("sub", "subn"), ("repl", "string", "count")),
+}
+# Their modules hold nothing that pipelines call with a text.
+_SKIPPED = frozenset(
+    (
+        *sys.stdlib_module_names,
+        *("diffopt", "torch", "numpy", "PIL", "scipy", "sympy", "networkx", "onnx", "rich"),
+        *("transformers", "tokenizers", "ftfy", "huggingface_hub", "pytest", "_pytest", "mypy"),
+    )
+) - {"__main__"}
+
+
+class TrackedPattern:
+    """A regular expression, which says what it finds in a tracked text."""
+
+    def __init__(self, pattern: "re.Pattern[str]") -> None:
+        self._pattern = pattern
+
+    __class__ = property(lambda self: re.Pattern)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._pattern, name)
+        return self._method(name, value) if name in _METHODS else value
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._pattern == getattr(other, "_pattern", other))
+
+    def __hash__(self) -> int:
+        return hash(self._pattern)
+
+    def __reduce__(self) -> Any:
+        return re.compile, (self._pattern.pattern, self._pattern.flags)
+
+    def _method(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            values = (*args, *kwargs.values())
+            if not any(isinstance(value, TrackedText) for value in values):
+                return original(*args, **kwargs)
+            named = dict(zip(_METHODS[name], args, strict=False)) | kwargs
+            text, step = named.get("string"), None
+            if isinstance(text, TrackedText) and len(args) <= len(named) <= len(_METHODS[name]):
+                step = self._step(name, named)
+            plain = [str.__str__(v) if isinstance(v, TrackedText) else v for v in args]
+            result = original(*plain, **kwargs)
+            if step is None or not isinstance(text, TrackedText):
+                read_all(values)
+                return result
+            if name == "finditer":
+                return iter(text.made(list(result), step))
+            return text.made(result, step)
+
+        return method
+
+    def _step(self, name: str, named: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]] | None:
+        """Return the step that this call is; None where it is none."""
+        numbers = {"split": (named.get("maxsplit", 0),), "sub": (named.get("count", 0),)}
+        new = (named["repl"],) if name == "sub" else ()
+        args = as_arguments((*new, *numbers.get(name, ()), self.pattern, self.flags))
+        known = not set(named) - {"string", "repl", "count", "maxsplit"} and name != "subn"
+        return (f"re.{name}", args) if known and args is not None else None
+
+
+def _of_re(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(value, TrackedText) for value in (*args, *kwargs.values())):
+            return original(*args, **kwargs)
+        parameters = ("pattern", *_METHODS[name], "flags")
+        named = dict(zip(parameters, args, strict=False)) | kwargs
+        pattern, flags = named.pop("pattern"), named.pop("flags", 0)
+        read_all([pattern])
+        if isinstance(pattern, TrackedText):
+            pattern = str.__str__(pattern)
+        return getattr(TrackedPattern(re.compile(pattern, flags)), name)(**named)
+
+    return function
+
+
+def _compile(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compile(pattern: Any, flags: Any = 0) -> Any:
+        read_all([pattern])
+        frame = sys._getframe(1)
+        result = original(str.__str__(pattern) if isinstance(pattern, str) else pattern, flags)
+        is_module = frame.f_code.co_name == "<module>"  # imported now, and used later
+        return result if is_module or calling_package(frame) in _SKIPPED else TrackedPattern(result)
+
+    return compile
+
+
+def _of_text(name: str, original: Callable[..., Any], place: int = 0) -> Callable[..., Any]:
+    """Return a function that takes a text at a place of its arguments, and returns one."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        text = args[place] if len(args) > place else None
+        rest = as_arguments((*args[:place], *args[place + 1 :]))
+        if not isinstance(text, TrackedText) or kwargs or rest is None:
+            read_all((*args, *kwargs.values()))
+            return original(*args, **kwargs)
+        given = [*args[:place], str.__str__(text), *args[place + 1 :]]
+        return text.made(original(*given), (name, rest))
+
+    return function
+
+
+def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
+    def loads(*args: Any, **kwargs: Any) -> Any:
+        text = args[0] if args else None
+        if not isinstance(text, TrackedText) or kwargs:
+            read_all((*args, *kwargs.values()))
+            return original(*args, **kwargs)
+        with ReadingWholeOfErrors(text):
+            result = original(str.__str__(text))
+        if is_discarded(sys._getframe(1)):
+            text.read(("is_json", ()), result=True)
+            return result
+        return text.made(result, ("json.loads", ()))
+
+    return loads
+
+
+def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what stands for each function of the standard library."""
+    rows = {getattr(re, name): _of_re(name, getattr(re, name)) for name in _METHODS}
+    rows |= {re.compile: _compile(re.compile), json.loads: _loads(json.loads)}
+    texts: dict[str, Callable[..., Any]] = {
+        "re.escape": re.escape,
+        "html.unescape": html.unescape,
+        "html.escape": html.escape,
+        "urllib.parse.unquote": urllib.parse.unquote,
+        "urllib.parse.unquote_plus": urllib.parse.unquote_plus,
+    }
+    ftfy = optional.module_or_reason("ftfy")
+    if isinstance(ftfy, types.ModuleType):
+        texts["ftfy.fix_text"] = ftfy.fix_text
+    rows |= {original: _of_text(name, original) for name, original in texts.items()}
+    normalize = unicodedata.normalize
+    return rows | {normalize: _of_text("unicodedata.normalize", normalize, 1)}
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Let functions and regular expressions say what they make of texts in the context."""
+    functions = _functions()
+    changed: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, name, value in _holders(functions):
+            is_pattern = type(value) is re.Pattern
+            new = TrackedPattern(value) if is_pattern else functions[value]
+            setattr(owner, name, new)
+            changed.append((owner, name, value))
+        yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+
+
+def _holders(functions: Mapping[Any, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Yield each module or class that has one of these functions or a pattern, its name, it."""
+    homes = {original.__module__ for original in functions}
+    for name, module in list(sys.modules.items()):
+        is_home = name in homes
+        if not isinstance(module, types.ModuleType):
+            continue
+        if is_home or name.partition(".")[0] not in _SKIPPED:
+            count, held = _seen.get(module, (-1, []))
+            if count != len(vars(module)):
+                held = _held_by(module, functions, is_home)
+                _seen[module] = (len(vars(module)), held)
+            for owner, key in held:
+                value = vars(owner).get(key)
+                if type(value) is re.Pattern or (type(value) in _FUNCTIONS and value in functions):
+                    yield owner, key, value
+
+
+# By module: how many names it had when it was searched, and what was found.
+_seen: "weakref.WeakKeyDictionary[types.ModuleType, tuple[int, list[tuple[Any, str]]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _held_by(
+    module: types.ModuleType, functions: Mapping[Any, Any], is_home: bool
+) -> list[tuple[Any, str]]:
+    values = [] if is_home else list(vars(module).values())
+    own = [v for v in values if isinstance(v, type) and v.__module__ == module.__name__]
+    return [
+        (owner, name)
+        for owner in (module, *own)
+        for name, value in list(vars(owner).items())
+        if (type(value) is re.Pattern and not is_home)
+        or (type(value) in _FUNCTIONS and value in functions)
+    ]
+
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)

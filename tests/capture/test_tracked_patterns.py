@@ -1,0 +1,156 @@
+"""What the standard library makes and reads of texts: followed, guarded, or the text is bound."""
+
+import contextlib
+import html
+import json
+import re
+import unicodedata
+import urllib.parse
+from html import unescape
+
+import pytest
+import torch
+from torch import nn
+
+import diffopt
+from diffopt.capture import tracked_patterns
+from diffopt.capture.tracked_patterns import TrackedPattern
+from diffopt.errors import DiffoptError
+from diffopt.ir.program import Program
+from tests.zoo.text import clip_tokenizer
+
+COLOUR = re.compile(r"(red|blue) (\w+)", re.IGNORECASE)
+
+
+class Sampler:
+    """Sums embeddings of what a function makes of the prompt, times a number that it reads."""
+
+    colour = re.compile("red")
+
+    def __init__(self, function):
+        torch.manual_seed(0)
+        embed = nn.Embedding(160, 4).requires_grad_(False)
+        self.components = {"words": clip_tokenizer(), "embed": embed}
+        self.function = function
+
+    def __call__(self, prompt):
+        text, number = self.function(prompt)
+        length = {"padding": "max_length", "max_length": 16, "truncation": True}
+        ids = self.components["words"](text, return_tensors="pt", **length).input_ids
+        return self.components["embed"](ids).sum(1) * (1.0 + number)
+
+
+def made(function):
+    return lambda prompt: (function(prompt), 0.0)
+
+
+def read(function):
+    return lambda prompt: (prompt, float(function(prompt)))
+
+
+MADE = {
+    "sub": (made(lambda p: re.sub(r"\d+", "n", p)), "3 cats", "a cat of 12"),
+    "sub with groups": (made(lambda p: re.sub(r"(\w) (\w)", r"\2 \1", p)), "a cat", "my dogs"),
+    "a pattern of the module": (made(lambda p: COLOUR.sub("pink", p)), "a Red hat", "blue cats"),
+    "compiled in the call": (made(lambda p: re.compile("a").sub("", p, 1)), "a cat", "cats"),
+    "split": (made(lambda p: re.split(r"\s+(?=[A-z]|$)", p)[-2]), "a red hat", "my blue hat"),
+    "a group": (made(lambda p: re.search(r"(\w+)\s+(\w)", p).group(2)), "a red hat", "1 BLUE cat"),
+    "groups": (made(lambda p: re.search(r"(\w+)\s+(\w)", p).groups()[1]), "a hat", "1 BLUE cat"),
+    "an item of a match": (made(lambda p: re.search(r"\w+\s+(\w+)", p)[1]), "a hat", "1 BLUE cat"),
+    "all": (made(lambda p: re.findall("[A-z]+", p)[0]), "cat a b", "dog 1 b c"),
+    "one of all": (made(lambda p: re.findall("(?i)[a-z]+", p)[1]), "cat 1 x y", "dog 2 y z"),
+    "each": (made(lambda p: next(re.finditer("[A-z]+", p)).group()), "cat 1", "dog 2"),
+    "entities": (made(lambda p: html.unescape(p).upper()), "a &amp; b", "&lt;cat&gt;"),
+    "a function of a module's": (made(lambda p: unescape(p).upper()), "a &amp; b", "&lt;cat&gt;"),
+    "forms": (made(lambda p: unicodedata.normalize("NFKC", p).upper()), "ﬁg", "ﬁsh"),
+    "an address": (made(lambda p: urllib.parse.unquote_plus(p).upper()), "a+cat", "red%20hats"),
+    "JSON": (made(lambda p: json.loads(p)["a"]["b"]), '{"a": {"b": "cat"}}', '{"a":{"b":"dogs"}}'),
+    "str": (made(lambda p: str(p).upper()), "a cat", "dogs"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_of_texts_is_made_of_new_ones(name, tmp_path):
+    function, first, other = MADE[name]
+    pipe = Sampler(function)
+    diffopt.trace(pipe, prompt=first).save(tmp_path / "a.program")
+    program = Program.load(tmp_path / "a.program")
+    assert torch.equal(program(prompt=other), pipe(prompt=other))
+
+
+def is_number(text):
+    try:
+        return int(text) >= 0
+    except ValueError:
+        return False
+
+
+READ = {
+    "search": (read(lambda p: bool(re.search("cat", p))), "a dog", "a bird", "the cat"),
+    "a module's pattern": (read(lambda p: COLOUR.match(p) is None), "a dog", "a cat", "red hat"),
+    "a class's pattern": (read(lambda p: bool(Sampler.colour.search(p))), "a", "a cat", "red"),
+    "fullmatch": (read(lambda p: bool(re.fullmatch(r"(?s)\s*[A-z].*", p))), "dog", "cat", "1 cat"),
+    "how many": (read(lambda p: len(re.findall("a", p))), "a cat", "an apple", "dog"),
+    "where": (read(lambda p: re.search("cat", p).start()), "a cat", "", "two cats"),
+    "subn": (read(lambda p: re.subn("a", "b", p)[1]), "a cat", "a cat", "dog"),
+    "by a function": (
+        lambda p: (re.sub("c", lambda m: m.group().upper(), p), 0.0),
+        *("a cat", "a cat", "cc"),
+    ),
+    "a number in JSON": (read(lambda p: json.loads(p)["n"]), '{"n": 2}', '{"n":2 }', '{"n": 3}'),
+    "keys in JSON": (read(lambda p: "n" in json.loads(p)), '{"n": 2}', '{ "n": 2}', '{"m": 2}'),
+    "a number": (read(int), "3", "", "4"),
+    "a fraction": (read(float), "1.5", "", "2"),
+    "whether it is a number": (read(is_number), "a dog", "a cat", "3"),
+    "bytes": (read(lambda p: len(p.encode())), "a cat", "a cat", "dogs"),
+    "if": (read(lambda p: 1 if p else 0), "a cat", "dogs", ""),
+    "if len": (read(lambda p: 1 if len(p) else 0), "a cat", "dogs", ""),
+    "characters": (read(lambda p: any(c.isdigit() for c in p)), "a cat", "a dog", "a 3at"),
+    "str": (read(lambda p: "cat" in str(p)), "a cat", "the cats", "dog"),
+    "one field": (read(lambda p: "cat" in f"{p}"), "a cat", "the cats", "dog"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", READ)
+def test_what_python_reads_of_texts_holds_for_new_ones(name, tmp_path):
+    function, first, alike, other = READ[name]
+    pipe = Sampler(function)
+    program = diffopt.trace(pipe, prompt=first)
+    if alike:
+        assert torch.equal(program(prompt=alike), pipe(prompt=alike))
+    # It is captured when it comes, or refused.
+    with contextlib.suppress(DiffoptError):
+        assert torch.equal(program(prompt=other), pipe(prompt=other))
+    program.save(tmp_path / "a.program")
+    with pytest.raises(DiffoptError) as caught:
+        Program.load(tmp_path / "a.program")(prompt=other)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_that_is_only_checked():
+    def checked(prompt):
+        json.loads(prompt)
+        return prompt, 0.0
+
+    pipe = Sampler(checked)
+    program = diffopt.trace(pipe, prompt='{"a": "cat"}')
+    program.retrace = None
+    other = '[{"b": [1, 2, "dog"]}]'
+    assert torch.equal(program(prompt=other), pipe(prompt=other))
+    with pytest.raises(DiffoptError, match=r"is_json\(prompt\) is False"):
+        program(prompt="{a: dog}")
+
+
+def test_nothing_stays_replaced():
+    def held():
+        return re.sub, re.compile, json.loads, html.unescape, COLOUR, Sampler.colour, unescape
+
+    originals = held()
+    with tracked_patterns.watching():
+        assert not any(a is b for a, b in zip(held(), originals, strict=True))
+        assert isinstance(COLOUR, TrackedPattern)
+        assert isinstance(COLOUR, re.Pattern)
+        assert COLOUR.sub("x", "a red hat") == "a x"
+        assert re.compile("a") == re.compile("a")
+    assert all(a is b for a, b in zip(held(), originals, strict=True))
