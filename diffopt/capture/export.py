@@ -168,6 +168,7 @@ def export(
             warnings.simplefilter("ignore")
             exported = torch.export.export(call, tuple(inputs), strict=False)
             _refuse_random(exported.graph_module)
+            _replace_writes(exported.graph_module)
             if _writes(exported.graph_module):
                 exported = exported.run_decompositions({})
     finally:
@@ -194,6 +195,53 @@ def _refuse_random(gm: fx.GraphModule) -> None:
         drops = node.target is aten.dropout.default and bool(node.args[1]) and bool(node.args[2])
         if drops or is_random(node.target):
             raise CaptureError(f"{target_name(node)} draws random numbers inside")
+
+
+def _replace_writes(gm: fx.GraphModule) -> None:
+    """Let operators that write return a new tensor, where nothing else shares the memory.
+
+    `ExportedProgram.run_decompositions` does so for all, which traces the whole graph once more.
+    """
+    for node in list(_operators(gm)):
+        if node.target is aten.detach_.default:  # no value changes
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.graph.erase_node(node)
+        elif (functional := _functional_form(node)) is not None:
+            written: Any = node.args[0]
+            node.target = functional
+            for user in [user for user in written.users if node < user]:
+                user.replace_input_with(written, node)
+
+
+def _functional_form(node: fx.Node) -> torch._ops.OpOverload | None:
+    """Return the operator that computes what this one writes; None where others may see it."""
+    schema, written = node.target._schema, node.args[0]  # type: ignore[union-attr]
+    if not schema.is_mutable or not isinstance(written, fx.Node) or not _is_new(written):
+        return None
+    mutable = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+    functional = getattr(packet, schema.overload_name or "default", None)
+    if mutable != [True, *[False] * (len(mutable) - 1)] or functional is None:
+        return None
+    if not all(_is_new(user) for user in written.users if user < node):
+        return None  # a view, in which the write is seen
+    value = written.meta["val"]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with value.fake_mode, torch.no_grad():
+        result = functional(*args, **kwargs)
+    is_same = isinstance(result, Tensor) and _layout(result) == _layout(value)
+    return functional if is_same else None
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Tell whether a node's result is in memory of its own."""
+    if not isinstance(node.target, torch._ops.OpOverload) or _is_composite(node.target):
+        return False
+    return not any(result.alias_info for result in node.target._schema.returns)
 
 
 def _writes(gm: fx.GraphModule) -> bool:
