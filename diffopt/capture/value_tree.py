@@ -302,13 +302,14 @@ def fingerprint(
         skip: Attributes to ignore, by the id of their owner's `__dict__` and their name.
     """
     parts: list[Hashable] = []
-    for child in module.modules():
-        store = vars(child)
-        kind = id(type(child))
-        parts.append((kind, tuple(store["_modules"]), *map(describe, hook_functions(child))))
-        for weights in (store["_parameters"].items(), store["_buffers"].items()):
-            parts.extend([(n, None if w is None else weight_key(w)) for n, w in weights])
-    for store, name in attributes(module):
-        if not skip or (id(store), name) not in skip:
-            parts.append((name, describe(store[name])))
-    return hash(tuple(parts))
+    with torch._C.DisableTorchFunction():  # what is asked of tensors here is no part of the call
+        for child in module.modules():
+            store = vars(child)
+            kind = id(type(child))
+            parts.append((kind, tuple(store["_modules"]), *map(describe, hook_functions(child))))
+            for weights in (store["_parameters"].items(), store["_buffers"].items()):
+                parts.extend([(n, None if w is None else weight_key(w)) for n, w in weights])
+        for store, name in attributes(module):
+            if not skip or (id(store), name) not in skip:
+                parts.append((name, describe(store[name])))
+        return hash(tuple(parts))

@@ -24,7 +24,7 @@ from diffopt.ir import graph as g
 from diffopt.ir.flops import graph_flops, node_flops
 from diffopt.ir.program import Program
 from tests.passes.build import Builder, body, parameter, randn
-from tests.zoo import CASES
+from tests.zoo import CASES, session, traced
 from tests.zoo.case import randomize
 
 aten = torch.ops.aten
@@ -60,11 +60,12 @@ UNETS = ("sd", "sdxl", "sd-controlnet", "kandinsky-decoder", "ddim")
 
 @cache
 def pipeline(name: str) -> Any:
+    if name not in DEEPER:
+        return session(name).pipeline
     pipe = CASES[name].build()
-    if name in DEEPER:
-        net = type(pipe.transformer)(**{**pipe.transformer.config, **DEEPER[name]})
-        randomize(net, 0)
-        pipe.transformer = net
+    net = type(pipe.transformer)(**{**pipe.transformer.config, **DEEPER[name]})
+    randomize(net, 0)
+    pipe.transformer = net
     return pipe
 
 
@@ -73,8 +74,11 @@ def program(name: str, passes: str) -> Program:
     first, _, last = passes.rpartition(",")
     if first:
         return Pipeline.parse(last).run(program(name, first), verify=False)
-    traced = diffopt.trace(pipeline(name), **CASES[name].inputs(0))
-    return Pipeline.parse(passes).run(traced, verify=False)
+    if name in DEEPER:
+        captured = diffopt.trace(pipeline(name), **CASES[name].inputs(0), check=False)
+    else:
+        captured = traced(name)
+    return Pipeline.parse(passes).run(captured, verify=False)
 
 
 def denoiser(name: str, passes: str) -> tuple[fx.GraphModule, list[fx.Node]]:
