@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,10 @@ SLOW = (
 )
 ORDER = {name: place for place, name in enumerate(SLOW)}
 
+# Files that capture the same pipelines of the zoo, which one process does once for them.
+SHARED = ("capture/test_pipelines", "analysis/test_denoiser_structure", "pruning/test_selection")
+SHARED += ("ir/test_call_tags", "passes/test_batch")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(50_000, 20, 10)
@@ -56,6 +61,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave out the rows of every pipeline class, which take an hour, where `-m` has no `every`."""
     named = "every" in (config.option.markexpr or "")
     return True if collection_path.name == "test_every_pipeline.py" and not named else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process, and those in `SHARED` to the same."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            is_shared = file.removeprefix("tests/").removesuffix(".py") in SHARED
+            return "the zoo" if is_shared else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def place_of(item: pytest.Item) -> str:
