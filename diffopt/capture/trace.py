@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.capture import perturbation, value_tree, verification
+from diffopt.capture import perturbation, tracked_composition, value_tree, verification
 from diffopt.capture.component_calls import ComponentCalls, Lifted
 from diffopt.capture.dispatch_modes import Location
 from diffopt.capture.find_modules import CalledModules
@@ -319,6 +319,8 @@ class Session:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(_SEEDS + seed)
             stack.enter_context(sources.watching())
+            if any(isinstance(value, str) for _, value in leaves(sources.arguments)):
+                stack.enter_context(tracked_composition.watching(self.pipeline))
             stack.enter_context(self.component_calls.recording(recorder, seed))
             stack.enter_context(TorchFunctionRecorder(recorder, sources))
             stack.enter_context(recorder)

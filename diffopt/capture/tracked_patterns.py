@@ -34,7 +34,7 @@ _METHODS = {
     **dict.fromkeys(("sub", "subn"), ("repl", "string", "count")),
 }
 # Their modules hold nothing that pipelines call with a text.
-_SKIPPED = frozenset(
+SKIPPED = frozenset(
     (
         *sys.stdlib_module_names,
         *("diffopt", "torch", "numpy", "PIL", "scipy", "sympy", "networkx", "onnx", "rich"),
@@ -114,7 +114,7 @@ def _compile(original: Callable[..., Any]) -> Callable[..., Any]:
         frame = sys._getframe(1)
         result = original(str.__str__(pattern) if isinstance(pattern, str) else pattern, flags)
         is_module = frame.f_code.co_name == "<module>"  # imported now, and used later
-        return result if is_module or calling_package(frame) in _SKIPPED else TrackedPattern(result)
+        return result if is_module or calling_package(frame) in SKIPPED else TrackedPattern(result)
 
     return compile
 
@@ -193,7 +193,7 @@ def _holders(functions: Mapping[Any, Any]) -> Iterator[tuple[Any, str, Any]]:
         is_home = name in homes
         if not isinstance(module, types.ModuleType):
             continue
-        if is_home or name.partition(".")[0] not in _SKIPPED:
+        if is_home or name.partition(".")[0] not in SKIPPED:
             count, held = _seen.get(module, (-1, []))
             if count != len(vars(module)):
                 held = _held_by(module, functions, is_home)

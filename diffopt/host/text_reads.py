@@ -70,6 +70,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "urllib.parse.unquote_plus": urllib.parse.unquote_plus,
     "json.loads": json.loads,
     "is_json": _is_json,
+    "is_in": lambda text, whole: text in whole,
     "list": list,
     "int": int,
     "float": float,

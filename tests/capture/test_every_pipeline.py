@@ -5,10 +5,12 @@ docs/capture-all.md.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +80,30 @@ def limit(child: subprocess.Popen[str], seconds: float) -> threading.Timer:
     return timer
 
 
+def run_all(names: list[str]) -> dict[str, Row]:
+    """Run rows, in another process from where one has crashed."""
+    rows: dict[str, Row] = {}
+    while left := [name for name in names if name not in rows]:
+        rows |= run(left)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def futures(request):
+    """Run the rows of the tests that were chosen, with a process for each core."""
+    chosen = {
+        getattr(item, "callspec", None) and item.callspec.id for item in request.session.items
+    }
+    names = [name for name in NAMES if name in chosen]
+    found: dict[str, Future[dict[str, Row]]] = {}
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    for start in range(0, len(names), TOGETHER):
+        part = names[start : start + TOGETHER]
+        found |= dict.fromkeys(part, pool.submit(run_all, part))
+    yield found
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.fixture(scope="module")
 def rows():
     """Collect the rows, and write the document if none was left out."""
@@ -122,11 +148,8 @@ def cell(row: Row) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pipeline(name, rows):
-    if name not in rows:
-        place = NAMES.index(name)
-        rows.update(run([n for n in NAMES[place : place + TOGETHER] if n not in rows]))
-    row = rows[name]
+def test_pipeline(name, rows, futures):
+    row = rows[name] = futures[name].result()[name]
     assert row.whole or row.kind in REFUSALS, f"{row.kind} after {row.steps}: {row.error}"
 
 

@@ -1,4 +1,4 @@
-"""What the standard library makes and reads of texts: followed, guarded, or the text is bound."""
+"""What Python and its library make and read of texts: followed, guarded, or the text is bound."""
 
 import contextlib
 import html
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import diffopt
-from diffopt.capture import tracked_patterns
+from diffopt.capture import tracked_composition, tracked_patterns
 from diffopt.capture.tracked_patterns import TrackedPattern
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
@@ -66,6 +66,10 @@ MADE = {
     "an address": (made(lambda p: urllib.parse.unquote_plus(p).upper()), "a+cat", "red%20hats"),
     "JSON": (made(lambda p: json.loads(p)["a"]["b"]), '{"a": {"b": "cat"}}', '{"a":{"b":"dogs"}}'),
     "str": (made(lambda p: str(p).upper()), "a cat", "dogs"),
+    "an f-string": (made(lambda p: f"<{p!s}> {p.upper()}"), "a cat", "dogs"),
+    "percent": (made(lambda p: "%s, %s" % (p.upper(), p)), "a cat", "dogs"),  # noqa: UP031
+    "format": (made(lambda p: "{} {{{0}}} {x}".replace("{} ", "").format(p, x=1)), "a cat", "dogs"),
+    "join": (made(lambda p: ", ".join(w.upper() for w in (p, "red"))), "a cat", "dogs"),
 }
 
 
@@ -107,6 +111,17 @@ READ = {
     "if len": (read(lambda p: 1 if len(p) else 0), "a cat", "dogs", ""),
     "characters": (read(lambda p: any(c.isdigit() for c in p)), "a cat", "a dog", "a 3at"),
     "str": (read(lambda p: "cat" in str(p)), "a cat", "the cats", "dog"),
+    "in an f-string": (read(lambda p: "cat" in f"a {p}"), "a cat", "the cats", "dog"),
+    "in a joined text": (read(lambda p: "cat" in " ".join([p, "x"])), "a cat", "the cats", "dog"),
+    "in what format gives": (
+        read(lambda p: "{} x".format(p).startswith("cat")),  # noqa: UP032
+        *("a dog", "a bird", "cats"),
+    ),
+    "in what % gives": (read(lambda p: ("a %s" % p).count("cat")), "a cat", "my cat", "dog"),  # noqa: UP031
+    "as a part": (read(lambda p: p in "a cat and a dog"), "a bird", "two birds", "a cat"),
+    "not as a part": (read(lambda p: p not in "a cat and a dog"), "bird", "birds", "a dog"),
+    "one of some": (read(lambda p: p in ("a cat", "a dog")), "bird", "birds", "a dog"),
+    "with a width": (read(lambda p: len(f"{p:>9}")), "a cat", "", "a very long cat"),
     "one field": (read(lambda p: "cat" in f"{p}"), "a cat", "the cats", "dog"),
 }
 
@@ -140,6 +155,37 @@ def test_json_that_is_only_checked():
     assert torch.equal(program(prompt=other), pipe(prompt=other))
     with pytest.raises(DiffoptError, match=r"is_json\(prompt\) is False"):
         program(prompt="{a: dog}")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: f"{3!r:>4} {'x'} {2.5:.2f} {'a':{'>'}{3}}",
+        lambda: "%d %s %%" % (1, "x"),  # noqa: UP031
+        lambda: 7 % 3,
+        lambda: "{0} {0} {a} {}".replace("{}", "").format(1, a="x"),
+        lambda: ", ".join(c for c in "abc"),
+        lambda: ["a" in "cat", "a" not in ["b"], 1 in (1, 2), "x" in {"x": 1}],
+    ],
+)
+def test_code_without_texts_does_what_it_did(function):
+    expected = function()
+    original = function.__code__
+    with tracked_composition.watching(function):
+        assert function.__code__ is not original
+        assert function() == expected
+    assert function.__code__ is original
+
+
+def test_a_source_that_has_changed_is_not_taken(tmp_path, monkeypatch):
+    file = tmp_path / "changed_module.py"
+    file.write_text("def f(x):\n    return f'a {x}'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import changed_module
+
+    file.write_text("def f(x):\n    return f'b {x}'\n")
+    with tracked_composition.watching(changed_module.f):
+        assert changed_module.f("c") == "a c"
 
 
 def test_nothing_stays_replaced():
