@@ -36,22 +36,27 @@ def joined(*parts: str) -> str:
 
 def field(value: Any, conversion: int, spec: str) -> str:
     """Return a field of an f-string."""
-    if isinstance(value, TrackedText):
-        if conversion in (-1, ord("s")) and not spec:
-            return value
-        value.read_whole()
-    convert: dict[int, Callable[[Any], Any]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
-    return format(convert[conversion](value) if conversion != -1 else value, spec)
+    if isinstance(value, TrackedText) and conversion in (ord("r"), ord("a")):
+        name = "repr" if conversion == ord("r") else "ascii"
+        value = value.made(getattr(builtins, name)(str.__str__(value)), (name, ()))
+    elif conversion != -1:
+        convert: dict[int, Callable[[Any], Any]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
+        value = convert[conversion](value)
+    if not isinstance(value, TrackedText):
+        return format(value, spec)
+    plain = str.__str__(value)
+    return str(value.made(format(plain, spec), ("format", (spec,)))) if spec else value
 
 
 def percent(text: Any, values: Any) -> Any:
     """Return `text % values`."""
     row = values if isinstance(values, tuple) else (values,)
-    if not isinstance(text, str) or not any(isinstance(value, TrackedText) for value in row):
+    given = [*values.values()] if isinstance(values, dict) else row
+    if not isinstance(text, str) or not any(isinstance(value, TrackedText) for value in given):
         return text % values
     literals = text.split("%s")
     if len(literals) != len(row) + 1 or any("%" in literal for literal in literals):
-        read_all(row)
+        read_all(given)
         return text % values
     return joined(literals[0], *_between(map(str, row), literals[1:]))
 
@@ -174,35 +179,42 @@ def _codes(file: str) -> dict[types.CodeType, types.CodeType]:
     return found
 
 
-def _functions(pipeline: Any) -> dict[types.FunctionType, None]:
+def _functions(pipeline: Any) -> list[types.FunctionType]:
     """Return the functions of the pipeline's own modules, and those that it holds."""
-    kinds = [kind for kind in type(pipeline).__mro__ if not _is_skipped(kind.__module__)]
-    modules = [sys.modules.get(kind.__module__) for kind in kinds]
     found: dict[types.FunctionType, None] = {}
     stack = [pipeline, *getattr(pipeline, "__dict__", {}).values()]
-    for module in modules:
-        values = list(vars(module).values()) if module else []
-        own = [v for v in values if getattr(v, "__module__", None) == module.__name__]  # type: ignore[union-attr]
-        stack += own + [v for kind in own if isinstance(kind, type) for v in vars(kind).values()]
-    while stack:
-        value = stack.pop()
+    modules = {kind.__module__ for kind in type(pipeline).__mro__}
+    searched: set[str] = set()
+    while stack or modules - searched:
+        for name in modules - searched:
+            searched.add(name)
+            stack += _defined_in(name)
+        value = stack.pop() if stack else None
+        value = getattr(value, "func", value)  # of a partial
         value = getattr(value, "fget", None) or getattr(value, "__func__", value)
         if not isinstance(value, types.FunctionType):
             continue
         value = inspect.unwrap(value)
-        if value in found or _is_skipped(value.__module__ or ""):
+        if value in found or _is_skipped(value.__module__):
             continue
         found[value] = None
+        modules.add(value.__module__)
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # an empty cell
                 stack.append(cell.cell_contents)
-        if value.__name__ == "<lambda>" or "<locals>" in value.__qualname__:
-            stack += [v for v in value.__globals__.values() if isinstance(v, types.FunctionType)]
-    return found
+    return list(found)
 
 
-def _is_skipped(module: str) -> bool:
-    return module.partition(".")[0] in SKIPPED
+def _defined_in(name: str) -> list[Any]:
+    """Return the functions of a module, and what its classes hold."""
+    if _is_skipped(name) or name not in sys.modules:
+        return []
+    own = [v for v in vars(sys.modules[name]).values() if getattr(v, "__module__", None) == name]
+    return own + [v for kind in own if isinstance(kind, type) for v in vars(kind).values()]
+
+
+def _is_skipped(module: str | None) -> bool:
+    return str(module).partition(".")[0] in SKIPPED
 
 
 @contextlib.contextmanager

@@ -67,6 +67,7 @@ MADE = {
     "JSON": (made(lambda p: json.loads(p)["a"]["b"]), '{"a": {"b": "cat"}}', '{"a":{"b":"dogs"}}'),
     "str": (made(lambda p: str(p).upper()), "a cat", "dogs"),
     "an f-string": (made(lambda p: f"<{p!s}> {p.upper()}"), "a cat", "dogs"),
+    "a field's form": (made(lambda p: f"{p!r:>9}{p:>3}"), "a cat", "dogs"),
     "percent": (made(lambda p: "%s, %s" % (p.upper(), p)), "a cat", "dogs"),  # noqa: UP031
     "format": (made(lambda p: "{} {{{0}}} {x}".replace("{} ", "").format(p, x=1)), "a cat", "dogs"),
     "join": (made(lambda p: ", ".join(w.upper() for w in (p, "red"))), "a cat", "dogs"),
@@ -118,6 +119,10 @@ READ = {
         *("a dog", "a bird", "cats"),
     ),
     "in what % gives": (read(lambda p: ("a %s" % p).count("cat")), "a cat", "my cat", "dog"),  # noqa: UP031
+    "in what % gives of names": (
+        read(lambda p: "cat" in "a %(p)s" % {"p": p}),  # noqa: UP031
+        *("a cat", "a cat", "dog"),
+    ),
     "as a part": (read(lambda p: p in "a cat and a dog"), "a bird", "two birds", "a cat"),
     "not as a part": (read(lambda p: p not in "a cat and a dog"), "bird", "birds", "a dog"),
     "one of some": (read(lambda p: p in ("a cat", "a dog")), "bird", "birds", "a dog"),
