@@ -203,7 +203,8 @@ def _replace_writes(gm: fx.GraphModule) -> None:
     `ExportedProgram.run_decompositions` does so for all, which traces the whole graph once more.
     """
     for node in list(_operators(gm)):
-        if node.target is aten.detach_.default:  # no value changes
+        # No value changes: a dropout that drops some was refused, and others give their argument.
+        if node.target in (aten.detach_.default, aten.dropout.default):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             node.graph.erase_node(node)
         elif (functional := _functional_form(node)) is not None:

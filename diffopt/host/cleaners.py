@@ -10,7 +10,8 @@ from diffopt import optional
 Cleaner = Callable[[str], str]
 
 
-def _fix(text: str) -> str:
+def fix_text(text: str) -> str:
+    """Return a text as ftfy mends it."""
     ftfy = optional.require("ftfy", "the cleaning of the pipeline's texts", "diffusers")
     return str(ftfy.fix_text(text))
 
@@ -21,7 +22,7 @@ _OPERATIONS: dict[str, Cleaner] = {
     "lower": str.lower,
     "unescape": lambda text: html.unescape(html.unescape(text)),
     "spaces": lambda text: re.sub(r"\s+", " ", text),
-    "fix": _fix,
+    "fix": fix_text,
 }
 
 

@@ -9,8 +9,8 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diffopt import optional
 from diffopt.host.arguments import Place, place_text, short, value_at
+from diffopt.host.cleaners import fix_text
 from diffopt.host.guards import mismatch
 
 TEXTS = frozenset(
@@ -33,11 +33,6 @@ READS = frozenset(
 """Methods whose result Python branches on."""
 MATCHES = frozenset(("group", "groups", "groupdict", "start", "end", "span"))
 """Methods of what a regular expression has found."""
-
-
-def _fixed(text: str) -> str:
-    ftfy = optional.require("ftfy", "the cleaning of the pipeline's texts", "diffusers")
-    return str(ftfy.fix_text(text))
 
 
 def _searching(method: str) -> Callable[..., Any]:
@@ -64,7 +59,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "is_found": lambda match: match is not None,
     "html.unescape": html.unescape,
     "html.escape": html.escape,
-    "ftfy.fix_text": _fixed,
+    "ftfy.fix_text": fix_text,
     "unicodedata.normalize": lambda text, form: unicodedata.normalize(form, text),
     "urllib.parse.unquote": urllib.parse.unquote,
     "urllib.parse.unquote_plus": urllib.parse.unquote_plus,

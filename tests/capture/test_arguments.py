@@ -1,5 +1,6 @@
 """Every leaf of a call's arguments is an input, is bound, or is refused: nothing is dropped."""
 
+import contextlib
 import copy
 import html
 import random
@@ -521,6 +522,49 @@ def test_a_tokenizer_that_its_files_do_not_hold(tmp_path, caplog):
     )
     again = diffopt.trace(pipe, prompt="the dogs")  # it is as the first call has left it
     assert not again.host.assets["words"]
+
+
+def test_a_tokenizer_that_the_pipeline_sets_up(tmp_path):
+    def padded_left(parts, prompt):
+        parts.words.padding_side = "left"
+        x = tokens(parts, prompt)
+        return x * torch.arange(1.0, 5)
+
+    pipe = sampler(padded_left, words=copy.deepcopy(clip_tokenizer()), embed=embedding())
+    program = diffopt.trace(pipe, prompt="the dogs")
+    expect_equal_from_file(pipe, program, tmp_path, prompt="a red cat")
+
+
+def test_a_tokenizer_that_changes_between_its_calls(caplog):
+    def both_sides(parts, prompt):
+        total = 0
+        for side, scale in (("left", 1.0), ("right", 2.0)):
+            parts.words.padding_side = side
+            total = total + scale * tokens(parts, prompt)
+        return total
+
+    pipe = sampler(both_sides, words=copy.deepcopy(clip_tokenizer()), embed=embedding())
+    with contextlib.suppress(DiffoptError):  # in the process, too, it is what the last call left
+        program = diffopt.trace(pipe, prompt="the dogs")
+        assert not program.host.assets["words"]
+        expect_equal(pipe, program, prompt="a red cat")
+
+
+def test_tokens_of_the_parts_of_a_text(tmp_path):
+    def in_parts(parts, prompt):
+        ids = []
+        for part in re.split(r"('[^']*')", prompt):
+            if len(part):
+                ids.extend(parts.words(part, add_special_tokens=False)["input_ids"])
+        length = {"padding": "max_length", "max_length": 32}
+        padded = parts.words.pad({"input_ids": [ids]}, return_tensors="pt", **length)
+        return parts.embed(padded.input_ids).sum(1)
+
+    pipe = sampler(in_parts, words=clip_tokenizer(), embed=embedding())
+    program = diffopt.trace(pipe, prompt="the dogs")
+    expect_equal_from_file(pipe, program, tmp_path, prompt="dogs the")
+    program.retrace = None
+    assert "__len__() is 3" in refusal(program, prompt="a 'red' cat")
 
 
 def clip_pixels():
