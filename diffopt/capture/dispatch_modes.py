@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import linecache
 import os
 import sys
@@ -65,3 +66,19 @@ def is_random(func: Any) -> bool:
         return False
     name, arguments = func._schema.name, func._schema.arguments
     return name.startswith("aten::rand") or any(a.name == "generator" for a in arguments)
+
+
+@functools.cache
+def functional_variant(func: Any) -> Any:
+    """Return the operator with the same arguments that returns what `func` writes, or None."""
+
+    def parameters(overload: Any) -> list[tuple[str, str]]:
+        arguments = overload._schema.arguments
+        return [(a.name, str(a.type)) for a in arguments if not (a.is_out or a.name == "out")]
+
+    packet = getattr(torch.ops.aten, func._schema.name.split("::")[1].removesuffix("_"), None)
+    for name in packet.overloads() if packet is not None else ():
+        variant = getattr(packet, name)
+        if not variant._schema.is_mutable and parameters(variant) == parameters(func):
+            return variant
+    return None

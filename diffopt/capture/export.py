@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.capture import value_tree
-from diffopt.capture.dispatch_modes import is_random
+from diffopt.capture.dispatch_modes import functional_variant, is_random
 from diffopt.capture.module_state import (
     Attribute,
     State,
@@ -220,8 +220,7 @@ def _functional_form(node: fx.Node) -> torch._ops.OpOverload | None:
     if not schema.is_mutable or not isinstance(written, fx.Node) or not _is_new(written):
         return None
     mutable = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-    packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
-    functional = getattr(packet, schema.overload_name or "default", None)
+    functional = functional_variant(node.target)
     if mutable != [True, *[False] * (len(mutable) - 1)] or functional is None:
         return None
     if not all(_is_new(user) for user in written.users if user < node):
@@ -230,12 +229,7 @@ def _functional_form(node: fx.Node) -> torch._ops.OpOverload | None:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with value.fake_mode, torch.no_grad():
         result = functional(*args, **kwargs)
-    is_same = isinstance(result, Tensor) and _layout(result) == _layout(value)
-    return functional if is_same else None
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    return functional if g.memory_layout(result) == g.memory_layout(value) else None
 
 
 def _is_new(node: fx.Node) -> bool:

@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor, fx
 
-from diffopt.capture import draws, tracked_patterns, value_tree
+from diffopt.capture import draws, tracked_composition, tracked_patterns, value_tree
 from diffopt.capture.dispatch_modes import location
 from diffopt.capture.input_guesses import templates
 from diffopt.capture.random_streams import RandomStreams
 from diffopt.capture.recorder import Recorder, fail
 from diffopt.capture.torch_functions import DynamicNumber
 from diffopt.capture.tracked_arrays import ArrayRecorder, plain_arrays
-from diffopt.capture.tracked_text import TrackedText
+from diffopt.capture.tracked_text import TrackedText, plain_texts
 from diffopt.capture.tracked_tokens import (
     nested_numbers,
     parts_of,
@@ -77,9 +77,9 @@ class HostCall:
     method: str
     args: Any
     result: Any
-    origins: Mapping[Place, Derived] = dataclasses.field(default_factory=dict)
+    origins: Mapping[Place, Derived]
     """Of the texts in the arguments that methods have made of the caller's."""
-    state: Any = None
+    state: Any
     """What the component was when it was called."""
 
 
@@ -302,8 +302,8 @@ class RunInputs:
     # Tokenizers, image processors, numpy
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Observe calls of host components and tensors built from arrays in the context."""
+    def watching(self, pipeline: Any) -> Iterator[None]:
+        """Observe calls of host components, texts, and tensors built from arrays in the context."""
         originals = [(p, type(p)) for p in self.processors.values()]
         from_numpy = self._from_numpy(torch.from_numpy)
         with contextlib.ExitStack() as stack:
@@ -311,6 +311,7 @@ class RunInputs:
             stack.enter_context(mock.patch.object(torch, "from_numpy", from_numpy))
             if any(isinstance(value, str) for _, value in leaves(self.arguments)):
                 stack.enter_context(tracked_patterns.watching())
+                stack.enter_context(tracked_composition.watching(pipeline))
             try:
                 for name, processor in self.processors.items():
                     processor.__class__ = self._watched(name, type(processor))
@@ -359,7 +360,7 @@ class RunInputs:
 
     def states(self, name: str) -> list[Any]:
         """Return what a host component was at each call, with other texts, too."""
-        runs = [self, *([self.earlier] if self.earlier else [])]
+        runs = (run for run in (self, self.earlier) if run is not None)
         return [call.state for run in runs for call in run.calls if call.component == name]
 
     def _called(self, call: HostCall) -> None:
@@ -416,8 +417,7 @@ class RunInputs:
             at: The number of the call, and the place of these in its arguments.
         """
         if isinstance(final, str):
-            is_made = at[1:] in self.calls[at[0]].origins
-            if final == probe and not is_made:
+            if final == probe and at[1:] not in self.calls[at[0]].origins:
                 return final
             return {"text": self._text(final, probe, at).parts}
         if isinstance(final, (Image.Image, np.ndarray)):
@@ -640,12 +640,6 @@ def _number_lists(value: Any, place: Place = ()) -> Iterator[tuple[int, Place]]:
 
 def _is_made(value: Any) -> bool:
     return isinstance(value, TrackedText) and bool(value.origin.steps)
-
-
-def plain_texts(value: Any) -> Any:
-    """Return a value with plain strings in place of tracked ones."""
-    texts = {p: str.__str__(v) for p, v in leaves(value) if isinstance(v, TrackedText)}
-    return replaced(value, texts)
 
 
 def tensors_of(result: Any) -> list[tuple[str, Tensor]]:

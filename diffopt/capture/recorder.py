@@ -5,7 +5,6 @@ are functionalized: a written storage has one current value, of which every tens
 """
 
 import dataclasses
-import functools
 import operator
 from typing import Any, NoReturn, Protocol
 
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.capture import value_tree
-from diffopt.capture.dispatch_modes import Location, is_random, location
+from diffopt.capture.dispatch_modes import Location, functional_variant, is_random, location
 from diffopt.capture.real_reads import Answers, Key, NeedsRun, ReadCounter, is_read
 from diffopt.capture.storage_views import StorageValue, covers, layout_of, slice_of, storage_of
 from diffopt.capture.weight_values import WeightValues, named_weights
@@ -254,7 +253,7 @@ class Recorder(TorchDispatchMode):
         if func is aten.copy_.default:
             return [self._copied(args[0], margs[1])]
         mkwargs = {k: v for k, v in mkwargs.items() if not k.startswith("out")}
-        variant = _functional_variant(func)
+        variant = functional_variant(func)
         if variant is None:
             fail(
                 f"{func} writes in place and has no functional twin",
@@ -490,22 +489,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     ]
     values = value_tree.flatten(written)[0]
     return [value for value in values if isinstance(value, Tensor)]
-
-
-@functools.cache
-def _functional_variant(func: Any) -> Any:
-    """Return the operator with the same arguments that returns what `func` writes, or None."""
-
-    def parameters(overload: Any) -> list[tuple[str, str]]:
-        arguments = overload._schema.arguments
-        return [(a.name, str(a.type)) for a in arguments if not (a.is_out or a.name == "out")]
-
-    packet = getattr(aten, func._schema.name.split("::")[1].removesuffix("_"), None)
-    for name in packet.overloads() if packet is not None else ():
-        variant = getattr(packet, name)
-        if not variant._schema.is_mutable and parameters(variant) == parameters(func):
-            return variant
-    return None
 
 
 FAILURES: list[Exception] = []

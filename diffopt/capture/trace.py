@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.capture import perturbation, tracked_composition, value_tree, verification
+from diffopt.capture import perturbation, value_tree, verification
 from diffopt.capture.component_calls import ComponentCalls, Lifted
 from diffopt.capture.dispatch_modes import Location
 from diffopt.capture.find_modules import CalledModules
-from diffopt.capture.input_recipes import RunInputs, plain_texts
+from diffopt.capture.input_recipes import RunInputs
 from diffopt.capture.module_state import pipeline_digests
 from diffopt.capture.real_reads import Answers, NeedsRun, ReadCounter, answers_of
 from diffopt.capture.recorder import FAILURES, Recorder
 from diffopt.capture.results import Result, is_plain_data, same_constant
 from diffopt.capture.torch_functions import TorchFunctionRecorder
+from diffopt.capture.tracked_text import plain_texts
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text, replaced
 from diffopt.host.guards import Guards
@@ -318,9 +319,7 @@ class Session:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(_SEEDS + seed)
-            stack.enter_context(sources.watching())
-            if any(isinstance(value, str) for _, value in leaves(sources.arguments)):
-                stack.enter_context(tracked_composition.watching(self.pipeline))
+            stack.enter_context(sources.watching(self.pipeline))
             stack.enter_context(self.component_calls.recording(recorder, seed))
             stack.enter_context(TorchFunctionRecorder(recorder, sources))
             stack.enter_context(recorder)

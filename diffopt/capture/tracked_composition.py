@@ -18,14 +18,14 @@ from functools import cache
 from typing import Any
 
 from diffopt.capture.tracked_patterns import SKIPPED
-from diffopt.capture.tracked_text import TrackedText, read_all
+from diffopt.capture.tracked_text import TrackedText, any_tracked, plain_texts, read_all
 
 # What stands in place of the expressions
 
 
 def joined(*parts: str) -> str:
     """Return the parts of an f-string as one."""
-    if not any(isinstance(part, TrackedText) for part in parts):
+    if not any_tracked(parts):
         return "".join(parts)
     total: Any = None
     for part in parts:
@@ -38,21 +38,22 @@ def field(value: Any, conversion: int, spec: str) -> str:
     """Return a field of an f-string."""
     if isinstance(value, TrackedText) and conversion in (ord("r"), ord("a")):
         name = "repr" if conversion == ord("r") else "ascii"
-        value = value.made(getattr(builtins, name)(str.__str__(value)), (name, ()))
+        value = value.made(getattr(builtins, name)(plain_texts(value)), (name, ()))
     elif conversion != -1:
         convert: dict[int, Callable[[Any], Any]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
         value = convert[conversion](value)
     if not isinstance(value, TrackedText):
         return format(value, spec)
-    plain = str.__str__(value)
-    return str(value.made(format(plain, spec), ("format", (spec,)))) if spec else value
+    if not spec:
+        return value
+    return str(value.made(format(plain_texts(value), spec), ("format", (spec,))))
 
 
 def percent(text: Any, values: Any) -> Any:
     """Return `text % values`."""
     row = values if isinstance(values, tuple) else (values,)
     given = [*values.values()] if isinstance(values, dict) else row
-    if not isinstance(text, str) or not any(isinstance(value, TrackedText) for value in given):
+    if not isinstance(text, str) or not any_tracked(given):
         return text % values
     literals = text.split("%s")
     if len(literals) != len(row) + 1 or any("%" in literal for literal in literals):
@@ -68,11 +69,11 @@ def call(text: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     if method == "join" and len(args) == 1 and not kwargs:
         rows = list(args[0])
-        if not any(isinstance(row, TrackedText) for row in (text, *rows)):
+        if not any_tracked((text, *rows)):
             return original(rows)
         return joined(*_between([text] * len(rows), rows)[1:])
     values = (*args, *kwargs.values())
-    if not any(isinstance(value, TrackedText) for value in values):
+    if not any_tracked(values):
         return original(*args, **kwargs)
     known = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
     parts = _parts(text, known)
@@ -104,7 +105,7 @@ def _between(ones: Any, others: Any) -> list[Any]:
 def contains(part: Any, whole: Any) -> bool:
     """Return `part in whole`."""
     if isinstance(part, TrackedText) and type(whole) is str:
-        return bool(part.made(str.__str__(part) in whole, ("is_in", (whole,))))
+        return bool(part.made(plain_texts(part) in whole, ("is_in", (whole,))))
     return part in whole
 
 

@@ -15,15 +15,18 @@ import unicodedata
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from diffopt import optional
 from diffopt.capture.tracked_text import (
     ReadingWholeOfErrors,
     TrackedText,
+    any_tracked,
     as_arguments,
     calling_package,
     is_discarded,
+    plain_texts,
     read_all,
 )
 
@@ -66,17 +69,14 @@ class TrackedPattern:
 
     def _method(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def method(*args: Any, **kwargs: Any) -> Any:
-            values = (*args, *kwargs.values())
-            if not any(isinstance(value, TrackedText) for value in values):
+            if not any_tracked((*args, *kwargs.values())):
                 return original(*args, **kwargs)
+            result = original(*plain_texts(args), **plain_texts(kwargs))
             named = dict(zip(_METHODS[name], args, strict=False)) | kwargs
-            text, step = named.get("string"), None
-            if isinstance(text, TrackedText) and len(args) <= len(named) <= len(_METHODS[name]):
-                step = self._step(name, named)
-            plain = [str.__str__(v) if isinstance(v, TrackedText) else v for v in args]
-            result = original(*plain, **kwargs)
+            text = named.pop("string", None)
+            step = self._step(name, named) if len(args) <= len(_METHODS[name]) else None
             if step is None or not isinstance(text, TrackedText):
-                read_all(values)
+                read_all((*args, *kwargs.values()))
                 return result
             if name == "finditer":
                 return iter(text.made(list(result), step))
@@ -85,25 +85,25 @@ class TrackedPattern:
         return method
 
     def _step(self, name: str, named: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]] | None:
-        """Return the step that this call is; None where it is none."""
-        numbers = {"split": (named.get("maxsplit", 0),), "sub": (named.get("count", 0),)}
-        new = (named["repl"],) if name == "sub" else ()
-        args = as_arguments((*new, *numbers.get(name, ()), self.pattern, self.flags))
-        known = not set(named) - {"string", "repl", "count", "maxsplit"} and name != "subn"
-        return (f"re.{name}", args) if known and args is not None else None
+        """Return the step of a call with these arguments beside the text; None where it is none."""
+        own: dict[str, tuple[Any, ...]] = {
+            "split": (named.get("maxsplit", 0),),
+            "sub": (named.get("repl"), named.get("count", 0)),
+        }
+        args = as_arguments((*own.get(name, ()), self.pattern, self.flags))
+        is_known = name != "subn" and named.keys() <= set(_METHODS[name])
+        return (f"re.{name}", args) if is_known and args is not None else None
 
 
 def _of_re(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(value, TrackedText) for value in (*args, *kwargs.values())):
+        if not any_tracked((*args, *kwargs.values())):
             return original(*args, **kwargs)
         parameters = ("pattern", *_METHODS[name], "flags")
         named = dict(zip(parameters, args, strict=False)) | kwargs
         pattern, flags = named.pop("pattern"), named.pop("flags", 0)
         read_all([pattern])
-        if isinstance(pattern, TrackedText):
-            pattern = str.__str__(pattern)
-        return getattr(TrackedPattern(re.compile(pattern, flags)), name)(**named)
+        return getattr(TrackedPattern(re.compile(plain_texts(pattern), flags)), name)(**named)
 
     return function
 
@@ -112,7 +112,7 @@ def _compile(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile(pattern: Any, flags: Any = 0) -> Any:
         read_all([pattern])
         frame = sys._getframe(1)
-        result = original(str.__str__(pattern) if isinstance(pattern, str) else pattern, flags)
+        result = original(plain_texts(pattern), flags)
         is_module = frame.f_code.co_name == "<module>"  # imported now, and used later
         return result if is_module or calling_package(frame) in SKIPPED else TrackedPattern(result)
 
@@ -128,8 +128,7 @@ def _of_text(name: str, original: Callable[..., Any], place: int = 0) -> Callabl
         if not isinstance(text, TrackedText) or kwargs or rest is None:
             read_all((*args, *kwargs.values()))
             return original(*args, **kwargs)
-        given = [*args[:place], str.__str__(text), *args[place + 1 :]]
-        return text.made(original(*given), (name, rest))
+        return text.made(original(*plain_texts(args)), (name, rest))
 
     return function
 
@@ -141,7 +140,7 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
             read_all((*args, *kwargs.values()))
             return original(*args, **kwargs)
         with ReadingWholeOfErrors(text):
-            result = original(str.__str__(text))
+            result = original(plain_texts(text))
         if is_discarded(sys._getframe(1)):
             text.read(("is_json", ()), result=True)
             return result
@@ -150,6 +149,7 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
     return loads
 
 
+@cache
 def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what stands for each function of the standard library."""
     rows = {getattr(re, name): _of_re(name, getattr(re, name)) for name in _METHODS}
@@ -172,36 +172,39 @@ def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
     """Let functions and regular expressions say what they make of texts in the context."""
-    functions = _functions()
     changed: list[tuple[Any, str, Any]] = []
     try:
-        for owner, name, value in _holders(functions):
-            is_pattern = type(value) is re.Pattern
-            new = TrackedPattern(value) if is_pattern else functions[value]
-            setattr(owner, name, new)
-            changed.append((owner, name, value))
+        for owner, name in _holders():
+            value = vars(owner).get(name)
+            new = _replacement(value)
+            if new is not None:
+                setattr(owner, name, new)
+                changed.append((owner, name, value))
         yield
     finally:
         for owner, name, value in changed:
             setattr(owner, name, value)
 
 
-def _holders(functions: Mapping[Any, Any]) -> Iterator[tuple[Any, str, Any]]:
-    """Yield each module or class that has one of these functions or a pattern, its name, it."""
-    homes = {original.__module__ for original in functions}
+def _replacement(value: Any) -> Any:
+    """Return what stands for a function or a pattern; None for anything else."""
+    if type(value) is re.Pattern:
+        return TrackedPattern(value)
+    is_function = type(value) in (types.FunctionType, types.BuiltinFunctionType)
+    return _functions().get(value) if is_function else None
+
+
+def _holders() -> Iterator[tuple[Any, str]]:
+    """Yield the modules and classes that hold a function or a pattern, and its name there."""
+    yield from ((sys.modules[f.__module__], f.__name__) for f in _functions())
     for name, module in list(sys.modules.items()):
-        is_home = name in homes
-        if not isinstance(module, types.ModuleType):
+        if name.partition(".")[0] in SKIPPED or not isinstance(module, types.ModuleType):
             continue
-        if is_home or name.partition(".")[0] not in SKIPPED:
-            count, held = _seen.get(module, (-1, []))
-            if count != len(vars(module)):
-                held = _held_by(module, functions, is_home)
-                _seen[module] = (len(vars(module)), held)
-            for owner, key in held:
-                value = vars(owner).get(key)
-                if type(value) is re.Pattern or (type(value) in _FUNCTIONS and value in functions):
-                    yield owner, key, value
+        count, held = _seen.get(module, (-1, []))
+        if count != len(vars(module)):
+            held = _held_by(module)
+            _seen[module] = (len(vars(module)), held)
+        yield from held
 
 
 # By module: how many names it had when it was searched, and what was found.
@@ -210,18 +213,12 @@ _seen: "weakref.WeakKeyDictionary[types.ModuleType, tuple[int, list[tuple[Any, s
 )
 
 
-def _held_by(
-    module: types.ModuleType, functions: Mapping[Any, Any], is_home: bool
-) -> list[tuple[Any, str]]:
-    values = [] if is_home else list(vars(module).values())
+def _held_by(module: types.ModuleType) -> list[tuple[Any, str]]:
+    values = list(vars(module).values())
     own = [v for v in values if isinstance(v, type) and v.__module__ == module.__name__]
     return [
         (owner, name)
         for owner in (module, *own)
         for name, value in list(vars(owner).items())
-        if (type(value) is re.Pattern and not is_home)
-        or (type(value) in _FUNCTIONS and value in functions)
+        if _replacement(value) is not None
     ]
-
-
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)

@@ -3,12 +3,13 @@
 import dis
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
 from diffopt.capture.dispatch_modes import location
+from diffopt.host.arguments import leaves, replaced
 from diffopt.host.text_reads import MATCHES, READS, TEXTS, WHOLE, Derived, Step, TextRead
 
 # What these modules read of a text is part of how it is normalized or tokenized.
@@ -145,6 +146,17 @@ class ReadingWholeOfErrors:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, (LookupError, ValueError)):
             read_all(self.texts)
+
+
+def any_tracked(values: Iterable[Any]) -> bool:
+    """Tell whether a tracked text is among these values."""
+    return any(isinstance(value, TrackedText) for value in values)
+
+
+def plain_texts(value: Any) -> Any:
+    """Return a value with plain strings in place of tracked ones."""
+    texts = {p: str.__str__(v) for p, v in leaves(value) if isinstance(v, TrackedText)}
+    return replaced(value, texts)
 
 
 def read_all(values: Any) -> None:

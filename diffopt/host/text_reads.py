@@ -109,12 +109,10 @@ class Derived:
         text = place_text(self.place)
         for name, args in self.steps:
             given = [_text(argument) for argument in args]
-            is_function = name in FUNCTIONS
-            text = (
-                f"{name}({', '.join([text, *given])})"
-                if is_function
-                else f"{text}.{name}({', '.join(given)})"
-            )
+            if name in FUNCTIONS:
+                text = f"{name}({', '.join([text, *given])})"
+            else:
+                text = f"{text}.{name}({', '.join(given)})"
         return text
 
     def to_json(self) -> list[Any]:
