@@ -76,7 +76,8 @@ def functional_variant(func: Any) -> Any:
         arguments = overload._schema.arguments
         return [(a.name, str(a.type)) for a in arguments if not (a.is_out or a.name == "out")]
 
-    packet = getattr(torch.ops.aten, func._schema.name.split("::")[1].removesuffix("_"), None)
+    name = func._schema.name.split("::")[1].removesuffix("_")
+    packet = getattr(getattr(torch.ops, func.namespace), name, None)
     for name in packet.overloads() if packet is not None else ():
         variant = getattr(packet, name)
         if not variant._schema.is_mutable and parameters(variant) == parameters(func):

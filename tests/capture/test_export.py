@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import diffopt
+from diffopt.capture.dispatch_modes import functional_variant
 
 
 class Body(nn.Module):
@@ -120,3 +121,10 @@ def test_what_nothing_else_sees_is_not_traced_again(function):
     with refuse as decompose:
         traced(function)
     assert not decompose.called
+
+
+def test_an_operator_of_another_library_is_not_taken_for_one_of_torchs():
+    library = torch.library.Library("diffopt_test", "FRAGMENT")
+    library.define("mul_(Tensor(a!) self, Tensor other) -> Tensor(a!)")
+    assert functional_variant(torch.ops.aten.mul_.Tensor) is torch.ops.aten.mul.Tensor
+    assert functional_variant(torch.ops.diffopt_test.mul_.default) is None
