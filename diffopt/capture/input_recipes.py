@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, fx
 
-from diffopt.capture import draws, tracked_composition, tracked_patterns, value_tree
+from diffopt.capture import draws, followed_code, tracked_patterns, value_tree
 from diffopt.capture.dispatch_modes import location
 from diffopt.capture.input_guesses import templates
 from diffopt.capture.random_streams import RandomStreams
@@ -311,7 +311,7 @@ class RunInputs:
             stack.enter_context(mock.patch.object(torch, "from_numpy", from_numpy))
             if any(isinstance(value, str) for _, value in leaves(self.arguments)):
                 stack.enter_context(tracked_patterns.watching())
-                stack.enter_context(tracked_composition.watching(pipeline))
+                stack.enter_context(followed_code.watching(pipeline, final=self.final))
             try:
                 for name, processor in self.processors.items():
                     processor.__class__ = self._watched(name, type(processor))

@@ -42,6 +42,7 @@ SKIPPED = frozenset(
         *sys.stdlib_module_names,
         *("diffopt", "torch", "numpy", "PIL", "scipy", "sympy", "networkx", "onnx", "rich"),
         *("transformers", "tokenizers", "ftfy", "huggingface_hub", "pytest", "_pytest", "mypy"),
+        *("accelerate", "tqdm", "packaging", "yaml", "requests"),
     )
 ) - {"__main__"}
 
@@ -156,6 +157,7 @@ def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
     rows |= {re.compile: _compile(re.compile), json.loads: _loads(json.loads)}
     texts: dict[str, Callable[..., Any]] = {
         "re.escape": re.escape,
+        "json.dumps": json.dumps,
         "html.unescape": html.unescape,
         "html.escape": html.escape,
         "urllib.parse.unquote": urllib.parse.unquote,

@@ -3,13 +3,13 @@
 import dis
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
 from diffopt.capture.dispatch_modes import location
-from diffopt.host.arguments import leaves, replaced
+from diffopt.host.arguments import items, leaves, replaced
 from diffopt.host.text_reads import MATCHES, READS, TEXTS, WHOLE, Derived, Step, TextRead
 
 # What these modules read of a text is part of how it is normalized or tokenized.
@@ -67,6 +67,10 @@ class TrackedText(str):
 
     def __str__(self) -> str:
         return self
+
+    def __repr__(self) -> str:
+        self.read_whole()
+        return str.__repr__(self)
 
     def __hash__(self) -> int:
         self.read_whole()
@@ -159,13 +163,26 @@ def plain_texts(value: Any) -> Any:
     return replaced(value, texts)
 
 
-def read_all(values: Any) -> None:
-    """Note that Python read all of each tracked text among these values."""
-    for value in values:
+def tracked_in(values: Iterable[Any]) -> list[TrackedText]:
+    """Return the tracked texts among these values, and in containers among them."""
+    found, stack, seen = [], [*values], set()
+    while stack:
+        value = stack.pop()
         if isinstance(value, TrackedText):
-            value.read_whole()
-        elif isinstance(value, (tuple, list)):
-            read_all(value)
+            found.append(value)
+        elif id(value) not in seen and isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            seen.add(id(value))
+            stack += [*value, *value.values()] if isinstance(value, Mapping) else value
+        elif id(value) not in seen and (parts := items(value)):
+            seen.add(id(value))
+            stack += [part for _, part in parts]
+    return found
+
+
+def read_all(values: Iterable[Any]) -> None:
+    """Note that Python read all of each tracked text among these values."""
+    for text in tracked_in(values):
+        text.read_whole()
 
 
 def calling_package(frame: FrameType) -> str:

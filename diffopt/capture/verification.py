@@ -1,6 +1,7 @@
 """Compares a captured program with the pipeline itself, which runs once for real."""
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,10 +14,14 @@ from torch import Tensor
 from diffopt.capture import perturbation
 from diffopt.capture.value_tree import equal_values
 from diffopt.errors import CaptureError
-from diffopt.host.arguments import Place, items, place_text
+from diffopt.host.arguments import Place, items, leaves, place_text
 from diffopt.host.guards import Mismatch
 from diffopt.host.schema import describe, phrase
 from diffopt.ir.program import Program
+
+log = logging.getLogger("diffopt")
+
+_ARRAYS = (Tensor, np.ndarray, Image.Image)
 
 LIMIT = 120.0
 """Seconds that a comparison may take which nobody asked for."""
@@ -79,7 +84,16 @@ def compare(
             f"the program does not give what the pipeline gives: {difference}; something that the "
             "pipeline does was not captured (check=False, or --no-check, captures it all the same)"
         )
+    if not _tells(expected):
+        log.warning("the comparison tells nothing: the pipeline's result has no finite number")
+        return f"{outcome}, which has no finite number"
     return outcome
+
+
+def _tells(result: Any) -> bool:
+    """Tell whether a result could have differed: it is not NaN throughout."""
+    numbers = [_numbers(v) for _, v in leaves(result) if isinstance(v, _ARRAYS)]
+    return not numbers or any(bool(tensor.isfinite().any()) for tensor in numbers)
 
 
 def run_for_real(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -105,7 +119,7 @@ def differences(expected: Any, got: Any, place: Place = ("result",)) -> Iterator
         ours, theirs = ({"tensor": [*row["tensor"][:2], None]} for row in (ours, theirs))
     if ours != theirs:
         yield f"{name} is {phrase(theirs)}, not {phrase(ours)}"
-    elif isinstance(expected, (Tensor, np.ndarray, Image.Image)):
+    elif isinstance(expected, _ARRAYS):
         a, b = _numbers(expected), _numbers(got)
         same = equal_values(a, b)
         if not bool(same.all()):

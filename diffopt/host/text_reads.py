@@ -64,6 +64,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "urllib.parse.unquote": urllib.parse.unquote,
     "urllib.parse.unquote_plus": urllib.parse.unquote_plus,
     "json.loads": json.loads,
+    "json.dumps": json.dumps,
     "is_json": _is_json,
     "is_in": lambda text, whole: text in whole,
     "list": list,

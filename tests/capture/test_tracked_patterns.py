@@ -1,11 +1,19 @@
 """What Python and its library make and read of texts: followed, guarded, or the text is bound."""
 
 import contextlib
+import functools
 import html
+import inspect
 import json
+import operator
 import re
+import shlex
+import string
+import sys
+import textwrap
 import unicodedata
 import urllib.parse
+import zlib
 from html import unescape
 
 import pytest
@@ -13,10 +21,11 @@ import torch
 from torch import nn
 
 import diffopt
-from diffopt.capture import tracked_composition, tracked_patterns
+from diffopt.capture import followed_code, tracked_patterns
 from diffopt.capture.tracked_patterns import TrackedPattern
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
+from tests.capture import text_helpers
 from tests.zoo.text import clip_tokenizer
 
 COLOUR = re.compile(r"(red|blue) (\w+)", re.IGNORECASE)
@@ -70,6 +79,15 @@ MADE = {
     "a field's form": (made(lambda p: f"{p!r:>9}{p:>3}"), "a cat", "dogs"),
     "percent": (made(lambda p: "%s, %s" % (p.upper(), p)), "a cat", "dogs"),  # noqa: UP031
     "format": (made(lambda p: "{} {{{0}}} {x}".replace("{} ", "").format(p, x=1)), "a cat", "dogs"),
+    "str.upper": (made(lambda p: str.upper(p)), "a cat", "dogs"),
+    "of each": (made(lambda p: next(map(str.upper, [p]))), "a cat", "dogs"),
+    "by a key": (made(lambda p: max([p, "a"], key=str.lower).upper()), "b cat", "dogs"),
+    "put into": (made(lambda p: "<x>, x".replace("x", p).upper()), "a cat", "dogs"),
+    "a method of a template": (made(lambda p: next(map("a {}".format, [p]))), "cat", "dogs"),
+    "a helper's": (made(lambda p: text_helpers.shouted(p)), "a cat", "dogs"),
+    "an object's": (made(lambda p: text_helpers.Shouter("{} !").shout(p)), "a cat", "dogs"),
+    "repr": (made(lambda p: repr(p).upper()), "a cat", "dogs"),
+    "a value in JSON": (made(lambda p: json.dumps(p).upper()), "a cat", "dogs"),
     "join": (made(lambda p: ", ".join(w.upper() for w in (p, "red"))), "a cat", "dogs"),
 }
 
@@ -112,6 +130,30 @@ READ = {
     "if len": (read(lambda p: 1 if len(p) else 0), "a cat", "dogs", ""),
     "characters": (read(lambda p: any(c.isdigit() for c in p)), "a cat", "a dog", "a 3at"),
     "str": (read(lambda p: "cat" in str(p)), "a cat", "the cats", "dog"),
+    "a letter's number": (read(lambda p: ord(p[0]) == 97), "dog", "dig", "a cat"),
+    "a number of a base": (read(lambda p: int(p, 16)), "1f", "", "2f"),
+    "bytes of": (read(lambda p: len(bytes(p, "utf8"))), "a cat", "", "dogs"),
+    "of each": (read(lambda p: next(map(str.isupper, [p]))), "a cat", "dogs", "DOGS"),
+    "a letter's number of each": (read(lambda p: max(map(ord, p))), "a cat", "", "dogs"),
+    "a method": (read(lambda p: str.startswith(p, "a")), "dog", "cat", "a cat"),
+    "of another text": (read(lambda p: "a cat".startswith(p)), "dog", "", "a"),
+    "of an operator": (read(lambda p: operator.contains(p, "cat")), "a cat", "", "dog"),
+    "wrapped": (read(lambda p: len(textwrap.wrap(p, 4))), "a cat", "", "two cats and dogs"),
+    "split by a shell's rules": (read(lambda p: len(shlex.split(p))), "a cat", "", "a 'b c' d"),
+    "a template of the library": (
+        read(lambda p: "cat" in string.Template("a $x").substitute(x=p)),
+        *("a cat", "", "dog"),
+    ),
+    "in JSON": (read(lambda p: "cat" in json.dumps({"p": [p]})), "a cat", "", "dog"),
+    "in a list's text": (read(lambda p: "cat" in str([p])), "a cat", "", "dog"),
+    "evaluated": (read(lambda p: eval(repr(p)) == "dog"), "a cat", "", "dog"),
+    "an attribute's name": (read(lambda p: getattr(text_helpers, p)), "ONE", "", "TWO"),
+    "partial": (read(lambda p: functools.partial(int, base=16)(p)), "1f", "", "2f"),
+    "a digest": (read(lambda p: zlib.crc32(p.encode()) == zlib.crc32(b"dog")), "a cat", "", "dog"),
+    "a helper's": (read(lambda p: text_helpers.has_cat(p)), "a cat", "the cat", "dog"),
+    "a decorated helper's": (read(lambda p: text_helpers.decorated(p)), "dog", "dig", "a cat"),
+    "an object's": (read(lambda p: text_helpers.Shouter("cat").found(p)), "dog", "b", "a"),
+    "its type": (read(lambda p: 1 if type(p) is str else 0), "a cat", "dogs", None),
     "in an f-string": (read(lambda p: "cat" in f"a {p}"), "a cat", "the cats", "dog"),
     "in a joined text": (read(lambda p: "cat" in " ".join([p, "x"])), "a cat", "the cats", "dog"),
     "in what format gives": (
@@ -171,15 +213,60 @@ def test_json_that_is_only_checked():
         lambda: "{0} {0} {a} {}".replace("{}", "").format(1, a="x"),
         lambda: ", ".join(c for c in "abc"),
         lambda: ["a" in "cat", "a" not in ["b"], 1 in (1, 2), "x" in {"x": 1}],
+        lambda: (
+            sorted(["B", "a"], key=str.lower)
+            + list(map(functools.partial("{text}{}".format, text="b"), "a"))
+        ),
+        lambda x=2: (
+            eval("x + 1"),
+            sorted(locals()),
+            dict.fromkeys("ab", x),
+            "a".replace("a", "b"),
+        ),
+        lambda one="upper": (
+            type(one),
+            type("T", (int,), {})(3),
+            int("1f", base=16),
+            int("7"),
+            getattr("a", one)(),
+        ),
+        lambda: (max(3, 1), max("ab", default=""), "".join(iter("ab")), repr("a")),
+        lambda: Sub().value(),
+        lambda: [sys._getframe(0).f_code.co_name, inspect.currentframe().f_lineno > 0],
     ],
 )
 def test_code_without_texts_does_what_it_did(function):
     expected = function()
     original = function.__code__
-    with tracked_composition.watching(function):
+    with followed_code.watching(function, final=True):
         assert function.__code__ is not original
         assert function() == expected
     assert function.__code__ is original
+
+
+class Base:
+    def value(self):
+        return [1]
+
+
+class Sub(Base):
+    def value(self):
+        return [*super().value(), len(vars(self)), format(2.5, ".2f")]
+
+
+def test_code_without_source_that_may_read_texts_is_said(caplog):
+    names = {"torch": torch}
+    exec("def plain(p):\n    return p, 0.5 + torch.ones(1)[0]", names)
+    exec("def reading(p):\n    return p, float('cat' in f'a {p}')", names)
+    exec("def calling(p):\n    return p, float(ord(p[0]) > 0)", names)
+    for name in ("plain", "reading", "calling"):
+        diffopt.trace(Sampler(names[name]), prompt="a dog")
+    assert [
+        r.getMessage().partition(" of texts")[0] for r in caplog.records if r.name == "diffopt"
+    ] == [
+        "the source of reading is not at hand: what it reads",
+        "the source of calling is not at hand: what it reads",
+    ]
 
 
 def test_a_source_that_has_changed_is_not_taken(tmp_path, monkeypatch):
@@ -189,7 +276,7 @@ def test_a_source_that_has_changed_is_not_taken(tmp_path, monkeypatch):
     import changed_module
 
     file.write_text("def f(x):\n    return f'b {x}'\n")
-    with tracked_composition.watching(changed_module.f):
+    with followed_code.watching(changed_module.f, final=True):
         assert changed_module.f("c") == "a c"
 
 

@@ -51,6 +51,15 @@ def test_a_program_that_fails_where_the_pipeline_does_not(monkeypatch):
     assert str(caught.value) == "the program fails where the pipeline gives a result: out of range"
 
 
+def test_a_result_without_a_number_tells_nothing(caplog):
+    pipe = Counts()
+    COUNTER[0] = -100
+    pipe.components["net"].weight.fill_(torch.nan)
+    program = diffopt.trace(pipe, x=torch.ones(2, 4))
+    assert program.check == f"{EQUAL}, which has no finite number"
+    assert "the comparison tells nothing" in caplog.text
+
+
 def test_whether_it_was_compared_is_kept(tmp_path, monkeypatch, caplog):
     COUNTER[0] = -100
     program = diffopt.trace(Counts(), x=torch.ones(2, 4))

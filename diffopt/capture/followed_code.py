@@ -1,0 +1,175 @@
+"""The pipeline's own functions, compiled so that what Python does in C with a text is seen.
+
+While the pipeline runs, its own functions have code that is compiled from their source, with calls
+in place of f-strings, `%` and `in`, and with each function that is called handed to `callee` first.
+Only where the source compiles to exactly the code that a function has.
+"""
+
+import ast
+import builtins
+import contextlib
+import copy
+import dis
+import linecache
+import logging
+import types
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from diffopt.capture.reachable_functions import (
+    codes_of,
+    inner_codes,
+    names_in,
+    reachable_functions,
+    values_named_by,
+)
+from diffopt.capture.tracked_calls import callee, evaluated
+from diffopt.capture.tracked_composition import contains, field, joined, percent
+
+log = logging.getLogger("diffopt")
+
+_FUNCTIONS = {
+    f"__diffopt_{f.__name__}__": f for f in (joined, field, percent, contains, callee, evaluated)
+}
+
+# Compilers and `tracked_text` know them by name.
+_LOOKING_AT_FRAMES = ("super", "locals", "vars", "globals", "dir", "len")
+
+
+class _Calls(ast.NodeTransformer):
+    def _call(self, function: Callable[..., Any], node: ast.expr, *args: ast.expr) -> ast.Call:
+        name = ast.Name(f"__diffopt_{function.__name__}__", ast.Load())
+        return ast.copy_location(ast.Call(name, list(args), []), node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        """Join the parts of an f-string."""
+        self.generic_visit(node)
+        parts = []
+        for part in node.values:
+            if isinstance(part, ast.FormattedValue):
+                spec = part.format_spec or ast.Constant("")
+                part = self._call(field, part, part.value, ast.Constant(part.conversion), spec)
+            parts.append(part)
+        return self._call(joined, node, *parts)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        """Replace `%`."""
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Mod):
+            return node
+        return self._call(percent, node, node.left, node.right)
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """Hand the function that is called to `callee`, or the text that it evaluates."""
+        self.generic_visit(node)
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name in ("eval", "exec"):
+            node.args[:1] = [
+                self._call(evaluated, argument, argument) for argument in node.args[:1]
+            ]
+        elif name not in _LOOKING_AT_FRAMES:
+            node.func = self._call(callee, node.func, node.func)
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        """Replace `in` and `not in`."""
+        self.generic_visit(node)
+        if len(node.ops) != 1 or not isinstance(node.ops[0], (ast.In, ast.NotIn)):
+            return node
+        new: ast.expr = self._call(contains, node, node.left, node.comparators[0])
+        is_in = isinstance(node.ops[0], ast.In)
+        return new if is_in else ast.copy_location(ast.UnaryOp(ast.Not(), new), node)
+
+
+@cache
+def _statements(file: str) -> list[ast.stmt]:
+    """Return the statements of a file."""
+    try:
+        return ast.parse("".join(linecache.getlines(file))).body
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+
+
+@cache
+def _codes(file: str, index: int) -> dict[types.CodeType, types.CodeType]:
+    """Return the code of a statement's functions with calls, by the code that they have without."""
+    statements = _statements(file)
+    # With the others than definitions: which names are imported changes how they are compiled.
+    kept = [s for i, s in enumerate(statements) if i == index or not isinstance(s, _DEFINITIONS)]
+    tree = ast.Module(kept, [])
+    plain = compile(tree, file, "exec", dont_inherit=True)
+    changed = ast.fix_missing_locations(_Calls().visit(copy.deepcopy(tree)))
+    stack = [(plain, compile(changed, file, "exec", dont_inherit=True))]
+    found = {}
+    while stack:
+        one, other = stack.pop()
+        found[one] = other
+        inner = [inner_codes(one), inner_codes(other)]
+        if [code.co_qualname for code in inner[0]] == [code.co_qualname for code in inner[1]]:
+            stack += zip(*inner, strict=True)
+    return found
+
+
+def _with_calls(code: types.CodeType) -> types.CodeType | None:
+    """Return a function's code with calls; None where a file's source is not that of this code."""
+    for index, statement in enumerate(_statements(code.co_filename)):
+        parts = [statement, *getattr(statement, "decorator_list", ())]
+        first, last = min(part.lineno for part in parts), statement.end_lineno or 0
+        if first <= code.co_firstlineno <= last:
+            new = _codes(code.co_filename, index).get(code)
+            if new is not None and new.co_freevars == code.co_freevars:
+                return new
+    return None
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+@contextlib.contextmanager
+def watching(pipeline: Any, *, final: bool) -> Iterator[None]:
+    """Give the pipeline's functions code that follows texts, in the context.
+
+    The `final` time, a line says which of them have no source.
+    """
+    changed: list[tuple[types.FunctionType, types.CodeType]] = []
+    try:
+        vars(builtins).update(_FUNCTIONS)
+        for function in reachable_functions(pipeline):
+            old = function.__code__
+            new = _with_calls(old)
+            if new is not None:
+                function.__code__ = new
+                changed.append((function, old))
+            elif final and _may_read(function):
+                log.warning(_NO_SOURCE, function.__qualname__)
+        yield
+    finally:
+        for function, old in changed:
+            function.__code__ = old
+        for name in _FUNCTIONS:
+            vars(builtins).pop(name, None)
+
+
+_NO_SOURCE = (
+    "the source of %s is not at hand: what it reads of texts that it composes, or by functions of"
+    " C, is not seen, and not compared with later texts; define it in a file"
+)
+
+
+def _may_read(function: types.FunctionType) -> bool:
+    """Tell whether a function, or one in it, does what only its source lets us see."""
+    instructions = [one for code in codes_of(function) for one in dis.get_instructions(code)]
+    return (
+        any(one.opname in _COMPOSING or one.argrepr == "%" for one in instructions)
+        or bool(names_in(function) & {"format", "join", "replace"})
+        or any(callable(v) and callee(v) is not v for v in _called(function))
+    )
+
+
+def _called(function: types.FunctionType) -> list[Any]:
+    builtin = [getattr(builtins, name, None) for name in names_in(function)]
+    return [*values_named_by(function), *builtin]
+
+
+_COMPOSING = ("FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC", "BUILD_STRING", "CONTAINS_OP")

@@ -1,0 +1,199 @@
+"""Functions of C and of the standard library, which no tracked text sees at work.
+
+`followed_code` hands each function that the pipeline's own code calls to `callee`: what may look
+into a text reads all of the tracked ones among its arguments. What only carries texts (containers,
+iterators, `print`, `copy` …), or is Python of another package, is called as it is.
+"""
+
+import functools
+import itertools
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffopt.capture.tracked_composition import field, of_plain
+from diffopt.capture.tracked_text import TrackedText, plain_texts, read_all, tracked_in
+
+# They look at texts by methods that Python calls, or not at all; and the first ones at the frame
+# that calls them.
+_CARRYING = frozenset(
+    (
+        *(super, locals, vars, globals, dir, eval, exec, object, property, staticmethod),
+        *(classmethod, isinstance, issubclass, callable, id, hash, len, iter, next, enumerate),
+        *(zip, reversed, any, all, sum, list, tuple, set, frozenset, dict, str, bool, slice, range),
+        *(float, sys.intern),
+    )
+)
+# They call functions among their arguments.
+_CALLING = frozenset(
+    (
+        *(map, filter, sorted, min, max, functools.reduce, itertools.starmap, itertools.takewhile),
+        *(itertools.dropwhile, itertools.filterfalse, itertools.groupby, itertools.accumulate),
+    )
+)
+# Modules whose functions and classes carry texts, or take none.
+_CARRYING_MODULES = frozenset(
+    (
+        *("abc", "argparse", "ast", "asyncio", "bisect", "collections", "concurrent", "contextlib"),
+        *("contextvars", "copy", "dataclasses", "enum", "functools", "gc", "heapq", "inspect"),
+        *("itertools", "logging", "queue", "sys", "threading", "time", "traceback", "types"),
+        *("typing", "unittest", "warnings", "weakref", "torch"),
+    )
+)
+_READING_PACKAGES = (
+    sys.stdlib_module_names | {"numpy", "PIL", "scipy", "sympy", "networkx", "onnx", "ftfy"}
+) - _CARRYING_MODULES
+_CONTAINERS = (dict, list, tuple, set, frozenset, types.MappingProxyType, types.GeneratorType)
+_OF_C = (types.BuiltinFunctionType, types.MethodWrapperType)
+_DESCRIPTORS = (
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.ClassMethodDescriptorType,
+)
+_FUNCTIONS = (types.FunctionType, types.MethodType, partial, *_OF_C, *_DESCRIPTORS)
+
+
+def callee(function: Any) -> Any:
+    """Return a function that stands for one which the pipeline's own code calls."""
+    inner = function.__func__ if type(function) is types.MethodType else function
+    kind = type(inner)
+    if kind is types.FunctionType:
+        return _by_module(function, inner.__globals__.get("__name__"))
+    if kind in _OF_C and not isinstance(function.__self__, types.ModuleType):
+        return _bound(function, function.__self__)
+    if kind in _DESCRIPTORS and function.__objclass__ is str:
+        return partial(_of_str, function.__name__)
+    if kind in _DESCRIPTORS:
+        return function if issubclass(function.__objclass__, _CONTAINERS) else _reading(function)
+    if kind is partial:
+        return partial(callee(function.func), *function.args, **function.keywords)
+    if kind in _OF_C or isinstance(function, type):
+        return _known(function)
+    return _by_module(function, kind.__module__)
+
+
+def evaluated(code: Any) -> Any:
+    """Return what `eval` or `exec` is given."""
+    read_all([code])
+    return plain_texts(code)
+
+
+def _by_module(function: Any, module: str | None) -> Any:
+    is_reading = _package(module) in _READING_PACKAGES and not _is_carrying(module)
+    return _reading(function) if is_reading else function
+
+
+def _package(module: str | None) -> str:
+    return str(module).partition(".")[0]
+
+
+def _is_carrying(module: str | None) -> bool:
+    return _package(module).lstrip("_") in _CARRYING_MODULES
+
+
+def _known(function: Any) -> Any:
+    """Return what stands for a function of a C module, or for a class."""
+    if function in _CARRYING:
+        return function
+    if function in _CALLING:
+        return _calling(function)
+    if function in _OTHERS:
+        return _OTHERS[function]
+    if not isinstance(function, type):
+        return function if _is_carrying(function.__module__) else _reading(function)
+    return (
+        function
+        if issubclass(function, BaseException)
+        else _by_module(function, function.__module__)
+    )
+
+
+def _bound(function: Any, owner: Any) -> Any:
+    """Return what stands for a method of C."""
+    if type(owner) is str:
+        return partial(of_plain, owner, function.__name__)
+    kind = owner if isinstance(owner, type) else type(owner)
+    if issubclass(kind, _CONTAINERS):
+        return _calling(function) if function.__name__ == "sort" else function
+    # torch's functions are methods of a class that says nothing of its module.
+    is_torch = getattr(torch, function.__name__, None) is function
+    return function if is_torch or _is_carrying(kind.__module__) else _reading(function)
+
+
+def _of_str(name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call `str.name` as a method."""
+    if args and type(args[0]) is str:
+        return of_plain(args[0], name, *args[1:], **kwargs)
+    if args and isinstance(args[0], TrackedText):
+        return getattr(args[0], name)(*args[1:], **kwargs)
+    return _reading(getattr(str, name))(*args, **kwargs)
+
+
+def _reading(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values(), getattr(function, "__self__", None))
+        if not tracked_in(values):
+            return function(*args, **kwargs)
+        read_all(values)
+        named = {name: _plain(value) for name, value in kwargs.items()}
+        return function(*map(_plain, args), **named)
+
+    return call
+
+
+def _plain(value: Any) -> Any:
+    return plain_texts(value) if isinstance(value, TrackedText) else value
+
+
+def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
+    def followed(value: Any) -> Any:
+        return callee(value) if type(value) in _FUNCTIONS or isinstance(value, type) else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        named = {name: followed(value) for name, value in kwargs.items()}
+        return function(*map(followed, args), **named)
+
+    return call
+
+
+# Functions that look into some arguments only, and those whose result is followed
+
+
+def _kind(*args: Any) -> Any:
+    if len(args) != 1:
+        return type(*args)
+    kind = str if isinstance(args[0], TrackedText) else type(args[0])
+    is_ours = kind.__module__.startswith("diffopt.capture.tracked_")
+    return args[0].__class__ if is_ours else kind
+
+
+def _int(*args: Any, **kwargs: Any) -> int:
+    return int(*args) if len(args) == 1 and not kwargs else _reading(int)(*args, **kwargs)
+
+
+def _print(*args: Any, **kwargs: Any) -> None:
+    print(*plain_texts(args), **kwargs)
+
+
+def _format(value: Any, spec: str = "") -> str:
+    return field(value, -1, spec)
+
+
+def _by_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(owner: Any, name: Any, *args: Any) -> Any:
+        read_all([name])
+        return function(owner, _plain(name), *args)
+
+    return call
+
+
+_OTHERS: dict[Any, Callable[..., Any]] = {
+    **{function: _by_name(function) for function in (getattr, hasattr, setattr, delattr)},
+    **{type: _kind, int: _int, print: _print, format: _format},
+    repr: lambda value: field(value, ord("r"), ""),
+    ascii: lambda value: field(value, ord("a"), ""),
+}
