@@ -129,4 +129,4 @@ def differences(expected: Any, got: Any, place: Place = ("result",)) -> Iterator
 
 
 def _numbers(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(np.ascontiguousarray(value))
+    return value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))

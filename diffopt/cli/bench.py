@@ -60,7 +60,8 @@ def _engine(engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Sam
     call = {**spread(engine, arguments), **as_tensors(engine)}
 
     def sampler(seed: int) -> Tensor:
-        results = engine.serve([{**call, "seed": seed + k} for k in range(0, batch, count)])
+        calls = [engine.host.seeded(call, seed + k) for k in range(0, batch, count)]
+        results = engine.serve(calls)
         return torch.cat([torch.as_tensor(first_output(result)) for result in results])
 
     return sampler
@@ -106,7 +107,7 @@ def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) 
 
     def sampler(seed: int) -> Tensor:
         if isinstance(pipe, Program):
-            return torch.as_tensor(first_output(pipe(**call, seed=seed)))
+            return torch.as_tensor(first_output(pipe(**pipe.host.seeded(call, seed))))
         with torch.no_grad():
             result = pipe(**load_model.call_arguments(pipe, call, batch=batch, seed=seed))
         return torch.as_tensor(first_output(result))

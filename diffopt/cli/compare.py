@@ -99,7 +99,7 @@ def _sample(
     file: Path,
     loaded: Any,
     calls: Sequence[Mapping[str, Any]],
-    seed: int,
+    seed: int | None,
     number: int,
     progress: Progress,
 ) -> Tensor:
@@ -147,7 +147,7 @@ def _pictures(images: Tensor) -> list[Image.Image]:
 
 def _print(rows: Sequence[Distance], prompts: Sequence[str], flags: CompareFlags) -> None:
     if flags.as_json:
-        seeds = list(range(flags.seed, flags.seed + flags.number))
+        seeds = [(flags.seed or 0) + index for index in range(flags.number)]
         results = [asdict(row) for row in rows]
         show.print_json({"prompts": list(prompts), "seeds": seeds, "results": results})
         return

@@ -164,7 +164,10 @@ class RunFlags:
     ]
     prompt: Annotated[str | None, typer.Option(help="What to make.")] = None
     negative_prompt: Annotated[str | None, typer.Option(help="What to stay away from.")] = None
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the first image, by default 0; the others count up."),
+    ] = None
     number: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 1
     guidance_scale: Annotated[float | None, typer.Option(help="How much the prompt counts.")] = None
     target: Annotated[
@@ -218,8 +221,9 @@ class CompareFlags:
         Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")
     ] = None
     seed: Annotated[
-        int, typer.Option(help="Seed of each prompt's first image; the others count up.")
-    ] = 0
+        int | None,
+        typer.Option(help="Seed of each prompt's first image, by default 0; the others count up."),
+    ] = None
     number: Annotated[int, typer.Option("-n", min=1, help="How many images of each prompt.")] = 1
     settings: Settings = None
     as_json: Json = False

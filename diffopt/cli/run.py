@@ -60,17 +60,29 @@ def _as_traced(value: Any, traced: Mapping[str, Any]) -> Any:
 
 
 def sample(
-    loaded: Any, arguments: Mapping[str, Any], seed: int, number: int, progress: Progress
+    loaded: Any, arguments: Mapping[str, Any], seed: int | None, number: int, progress: Progress
 ) -> list[Any]:
-    """Return the results of as many calls as sample `number` images, one seed after another."""
+    """Return the results of as many calls as sample `number` images, one seed after another.
+
+    From 0 on where `seed` is None, and without one where the program takes none.
+    """
     low, high = loaded.batch or (1, 1)
+    if seed is not None:
+        arguments = {**arguments, "seed": seed}  # which a program that takes none refuses
+    elif number > 1 and not loaded.host.takes_seed():
+        raise DiffoptError(
+            f"-n {number}: the program draws no random numbers of a seed, and every image would be"
+            " the same; leave -n out"
+        )
+    first = seed or 0
     call = spread(loaded, arguments)
     results: list[Any] = []
     done = 0
     while done < number:
         progress(f"image {done + 1} of {number}", done / number)
         count = min(high, max(low, number - done))
-        for result in loaded.serve([{**call, "seed": seed + done + k} for k in range(count)]):
+        calls = [loaded.host.seeded(call, first + done + k) for k in range(count)]
+        for result in loaded.serve(calls):
             results.append(image_files.first_output(result))
         done = sum(map(len, results))
     return results

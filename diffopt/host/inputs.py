@@ -444,13 +444,17 @@ class Host:
         return "seed" in self.schema or "seed" in self.defaults
 
     def takes_seed(self) -> bool:
-        """Tell whether a call may have any `seed`; else it is an argument that was bound."""
-        return not self.has_own_seed() or ("seed",) in self.input_places()
+        """Tell whether a call may have any `seed`; else it is bound, or nothing is drawn."""
+        return ("seed",) in self.input_places() if self.has_own_seed() else self.draws()
+
+    def seeded(self, arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Return the arguments with a seed where a call may have any."""
+        return {**arguments, "seed": seed} if self.takes_seed() else dict(arguments)
 
     def inputs(self) -> set[str]:
         """Return the names of the arguments that may differ between calls."""
         names = {str(place[0]) for place in self.input_places()}
-        return names | ({"seed"} if self.draws() and not self.has_own_seed() else set())
+        return names | ({"seed"} if self.takes_seed() else set())
 
     def bindings(self) -> list[tuple[str, str, str]]:
         """Return what became of each traced argument; see `schema.rows`."""
@@ -517,6 +521,10 @@ class CallArguments:
             elif name not in host.inputs():
                 self._refuse_unknown(name, value)
         if self.seed is not None:
+            if not host.draws():
+                raise DiffoptError(
+                    f"seed={self.seed}: the program draws no random numbers; leave the seed out"
+                )
             for place in sorted(host.input_places(), key=repr):
                 if isinstance(value_at(arguments, place), torch.Generator):
                     raise DiffoptError(

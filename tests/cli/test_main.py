@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffopt.capture.trace import trace
 from diffopt.capture.verification import EQUAL
 from tests.command import Run
 
@@ -101,6 +102,25 @@ def test_seeds_count_up(diffopt: Run, engine: Path) -> None:
     assert two.shape == (2, 3, 16, 16)
     np.testing.assert_array_equal(two[1:], one)
     assert np.abs(two[0] - two[1]).max() > 0.01
+
+
+def test_a_program_that_draws_nothing_takes_no_seed(diffopt: Run) -> None:
+    trace(torch.nn.Tanh(), input=torch.ones(1, 3)).save("a.program")
+    command = ("run", "a.program", "--set", "input=[[1.0, 2.0, 3.0]]", "-o")
+    assert diffopt(*command, "one.pt").code == 0
+    assert torch.equal(torch.load("one.pt"), torch.tensor([[1.0, 2.0, 3.0]]).tanh())
+    done = diffopt(*command, "two.pt", "--seed", 1)
+    assert (done.code, done.err) == (
+        2,
+        "diffopt: error: seed=1: the program draws no random numbers; leave the seed out\n",
+    )
+    done = diffopt(*command, "two.pt", "-n", 4)
+    assert (done.code, done.err) == (
+        2,
+        "diffopt: error: -n 4: the program draws no random numbers of a seed, and every image would"
+        " be the same; leave -n out\n",
+    )
+    assert not os.path.exists("two.pt")
 
 
 def test_a_batch_is_made_in_one_call(diffopt: Run, pipelines: None, engine: Path) -> None:

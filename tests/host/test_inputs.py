@@ -115,6 +115,14 @@ def test_a_seed_stands_for_generators():
     assert torch.equal(second, torch.randn(2, generator=generator(6)))
 
 
+def test_a_seed_where_nothing_is_drawn():
+    host = Host([STEPS[-1]], {"tensor": 0}, {})
+    assert host.seeded({"guidance": 2.0}, 5) == {"guidance": 2.0}
+    with pytest.raises(DiffoptError) as caught:
+        host.prepare({"guidance": 2.0, "seed": 5})
+    assert str(caught.value) == "seed=5: the program draws no random numbers; leave the seed out"
+
+
 def test_a_generator_that_is_elsewhere():
     class Elsewhere(torch.Generator):
         device = torch.device("cuda", 0)
