@@ -324,7 +324,11 @@ class Session:
             stack.enter_context(TorchFunctionRecorder(recorder, sources))
             stack.enter_context(recorder)
             FAILURES.clear()
-            result = self.pipeline(**sources.start(recorder))
+            try:
+                result = self.pipeline(**sources.start(recorder))
+            except Exception as error:
+                error.args = plain_texts(error.args)
+                raise
         if FAILURES:  # which the pipeline has caught
             raise FAILURES[0]
         return recorder, result

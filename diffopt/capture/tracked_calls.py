@@ -9,6 +9,7 @@ import functools
 import itertools
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -62,7 +63,9 @@ def callee(function: Any) -> Any:
     inner = function.__func__ if type(function) is types.MethodType else function
     kind = type(inner)
     if kind is types.FunctionType:
-        return _by_module(function, inner.__globals__.get("__name__"))
+        module = inner.__globals__.get("__name__")
+        is_logging = module == "logging" and function.__name__ in _LOGGING
+        return _saying(function) if is_logging else _by_module(function, module)
     if kind in _OF_C and not isinstance(function.__self__, types.ModuleType):
         return _bound(function, function.__self__)
     if kind in _DESCRIPTORS and function.__objclass__ is str:
@@ -179,6 +182,24 @@ def _print(*args: Any, **kwargs: Any) -> None:
     print(*plain_texts(args), **kwargs)
 
 
+def _saying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that logs or warns: texts are kept by nobody as tracked ones."""
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        args, kwargs = plain_texts((args, kwargs))
+        if len(args) > _STACK_LEVEL and function is warnings.warn:
+            args = (*args[:_STACK_LEVEL], args[_STACK_LEVEL] + 1, *args[_STACK_LEVEL + 1 :])
+        else:
+            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+        function(*args, **kwargs)
+
+    return call
+
+
+_LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log")
+_STACK_LEVEL = 2  # the place of it among the arguments of `warnings.warn`
+
+
 def _format(value: Any, spec: str = "") -> str:
     return field(value, -1, spec)
 
@@ -194,6 +215,7 @@ def _by_name(function: Callable[..., Any]) -> Callable[..., Any]:
 _OTHERS: dict[Any, Callable[..., Any]] = {
     **{function: _by_name(function) for function in (getattr, hasattr, setattr, delattr)},
     **{type: _kind, int: _int, print: _print, format: _format},
+    warnings.warn: _saying(warnings.warn),
     repr: lambda value: field(value, ord("r"), ""),
     ascii: lambda value: field(value, ord("a"), ""),
 }

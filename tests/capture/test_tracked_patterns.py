@@ -5,6 +5,7 @@ import functools
 import html
 import inspect
 import json
+import logging
 import operator
 import re
 import shlex
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import unicodedata
 import urllib.parse
+import warnings
 import zlib
 from html import unescape
 
@@ -267,6 +269,31 @@ def test_code_without_source_that_may_read_texts_is_said(caplog):
         "the source of reading is not at hand: what it reads",
         "the source of calling is not at hand: what it reads",
     ]
+
+
+def test_nobody_keeps_a_tracked_text(caplog):
+    log = logging.getLogger("somebody")
+
+    def warned(prompt):
+        warnings.warn(f"warned of {prompt}", stacklevel=1)
+        log.warning("logged %s", prompt)
+        log.warning(f"logged {prompt}")
+        return prompt, 0.0
+
+    with pytest.warns(UserWarning, match="warned of") as seen:
+        diffopt.trace(Sampler(warned), prompt="a cat")
+    assert {type(row.message.args[0]) for row in seen} == {str}
+    assert {row.filename for row in seen} == {__file__}
+    records = [row for row in caplog.records if row.name == "somebody"]
+    assert {type(row.getMessage()) for row in records} == {str}
+    assert {row.pathname for row in records} == {__file__}
+
+    def failed(prompt):
+        raise NotImplementedError(f"no {prompt}")
+
+    with pytest.raises(NotImplementedError, match="no a cat") as caught:
+        diffopt.trace(Sampler(failed), prompt="a cat")
+    assert type(caught.value.args[0]) is str
 
 
 def test_a_source_that_has_changed_is_not_taken(tmp_path, monkeypatch):
