@@ -24,20 +24,41 @@ from diffopt.capture.reachable_functions import (
     reachable_functions,
     values_named_by,
 )
-from diffopt.capture.tracked_calls import callee, evaluated
-from diffopt.capture.tracked_composition import contains, field, joined, percent
+from diffopt.capture.tracked_calls import argument, callee
+from diffopt.capture.tracked_composition import contains, field, has_items, joined, percent, seen
+from diffopt.capture.tracked_text import plain_texts, read_all
 
 log = logging.getLogger("diffopt")
 
-_FUNCTIONS = {
-    f"__diffopt_{f.__name__}__": f for f in (joined, field, percent, contains, callee, evaluated)
-}
 
-# Compilers and `tracked_text` know them by name.
-_LOOKING_AT_FRAMES = ("super", "locals", "vars", "globals", "dir", "len")
+def evaluated(code: Any) -> Any:
+    """Return what `eval` or `exec` is given, with calls in place of what Python does in C."""
+    read_all([code])
+    if not isinstance(code, str):
+        return code
+    source = plain_texts(code)
+    for mode, text in (("eval", source.lstrip(" \t")), ("exec", source)):
+        with contextlib.suppress(SyntaxError, ValueError):
+            tree = ast.fix_missing_locations(_Calls().visit(ast.parse(text, mode=mode)))
+            return compile(tree, "<string>", mode, dont_inherit=True)
+    return source
+
+
+_FUNCTIONS = {
+    f"__diffopt_{function.__name__}__": function
+    for function in (joined, field, percent, contains, has_items, seen, callee, argument, evaluated)
+}
+# Of what the pipeline keeps of a capture (functions that it made in a call), the code stays.
+_AFTERWARDS: dict[str, Callable[..., Any]] = {
+    "__diffopt_callee__": lambda function, is_discarded=False: function,
+    "__diffopt_argument__": lambda value: value,
+    "__diffopt_evaluated__": lambda code: code,
+}
 
 
 class _Calls(ast.NodeTransformer):
+    """Puts calls of `_FUNCTIONS` in the place of expressions."""
+
     def _call(self, function: Callable[..., Any], node: ast.expr, *args: ast.expr) -> ast.Call:
         name = ast.Name(f"__diffopt_{function.__name__}__", ast.Load())
         return ast.copy_location(ast.Call(name, list(args), []), node)
@@ -60,26 +81,88 @@ class _Calls(ast.NodeTransformer):
             return node
         return self._call(percent, node, node.left, node.right)
 
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
+        """Replace `%=`; of attributes and items, which are looked up once, read the operand."""
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Mod):
+            return node
+        if not isinstance(node.target, ast.Name):
+            node.value = self._call(seen, node.value, node.value)
+            return node
+        before = ast.copy_location(ast.Name(node.target.id, ast.Load()), node)
+        value = self._call(percent, node.value, before, node.value)
+        return ast.copy_location(ast.Assign([node.target], value), node)
+
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Hand the function that is called to `callee`, or the text that it evaluates."""
+        """Hand the function that is called to `callee`, and those among its arguments."""
         self.generic_visit(node)
         name = node.func.id if isinstance(node.func, ast.Name) else ""
-        if name in ("eval", "exec"):
-            node.args[:1] = [
-                self._call(evaluated, argument, argument) for argument in node.args[:1]
-            ]
-        elif name not in _LOOKING_AT_FRAMES:
+        if name in ("eval", "exec") and len(node.args) == 1:  # with the builtins that are here
+            node.args[:1] = [self._call(evaluated, code, code) for code in node.args[:1]]
+        elif name != "super":  # which compilers know by its name
             node.func = self._call(callee, node.func, node.func)
+        kinds = (ast.Name, ast.Attribute, ast.Call)
+        node.args = [self._call(argument, a, a) if isinstance(a, kinds) else a for a in node.args]
+        for keyword in node.keywords:
+            if keyword.arg is not None and isinstance(keyword.value, kinds):
+                keyword.value = self._call(argument, keyword.value, keyword.value)
+        return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+        """Say of a call that its result is discarded."""
+        self.generic_visit(node)
+        call = node.value
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Call) and _is_callee(call.func):
+            call.func.args.append(ast.copy_location(ast.Constant(True), call))
         return node
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
-        """Replace `in` and `not in`."""
+        """Replace `in` and `not in`; in chains, read what is compared."""
         self.generic_visit(node)
-        if len(node.ops) != 1 or not isinstance(node.ops[0], (ast.In, ast.NotIn)):
+        if not any(isinstance(op, (ast.In, ast.NotIn)) for op in node.ops):
+            return node
+        if len(node.ops) > 1:
+            node.left = self._call(seen, node.left, node.left)
+            node.comparators = [self._call(seen, value, value) for value in node.comparators]
             return node
         new: ast.expr = self._call(contains, node, node.left, node.comparators[0])
         is_in = isinstance(node.ops[0], ast.In)
         return new if is_in else ast.copy_location(ast.UnaryOp(ast.Not(), new), node)
+
+    # What is only tested
+
+    def visit_If(self, node: ast.If) -> ast.stmt:
+        """Test whether a text is empty, and not how long it is."""
+        return self._with_test(node)
+
+    def visit_While(self, node: ast.While) -> ast.stmt:
+        """As `if`."""
+        return self._with_test(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        """As `if`."""
+        return self._with_test(node)
+
+    def _with_test(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.test = self._tested(node.test)
+        return node
+
+    def _tested(self, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.BoolOp):
+            node.values = [self._tested(value) for value in node.values]
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            node.operand = self._tested(node.operand)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Call):
+            function, is_one = node.func, len(node.args) == 1 and not node.keywords
+            name = function.args[0] if _is_callee(function) else None
+            if isinstance(name, ast.Name) and name.id == "len" and is_one:
+                return self._call(has_items, node, name, node.args[0])
+        return node
+
+
+def _is_callee(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name) and node.func.id == f"__diffopt_{callee.__name__}__"
 
 
 @cache
@@ -147,8 +230,7 @@ def watching(pipeline: Any, *, final: bool) -> Iterator[None]:
     finally:
         for function, old in changed:
             function.__code__ = old
-        for name in _FUNCTIONS:
-            vars(builtins).pop(name, None)
+        vars(builtins).update(_AFTERWARDS)
 
 
 _NO_SOURCE = (

@@ -5,8 +5,14 @@ into a text reads all of the tracked ones among its arguments. What only carries
 iterators, `print`, `copy` …), or is Python of another package, is called as it is.
 """
 
+import bisect
+import collections
+import collections.abc
 import functools
+import heapq
+import inspect
 import itertools
+import operator
 import sys
 import types
 import warnings
@@ -16,8 +22,14 @@ from typing import Any
 
 import torch
 
-from diffopt.capture.tracked_composition import field, of_plain
-from diffopt.capture.tracked_text import TrackedText, plain_texts, read_all, tracked_in
+from diffopt.capture.tracked_composition import field, of_plain, seen
+from diffopt.capture.tracked_text import (
+    TrackedText,
+    plain_texts,
+    read_all,
+    text_of,
+    tracked_in,
+)
 
 # They look at texts by methods that Python calls, or not at all; and the first ones at the frame
 # that calls them.
@@ -25,8 +37,8 @@ _CARRYING = frozenset(
     (
         *(super, locals, vars, globals, dir, eval, exec, object, property, staticmethod),
         *(classmethod, isinstance, issubclass, callable, id, hash, len, iter, next, enumerate),
-        *(zip, reversed, any, all, sum, list, tuple, set, frozenset, dict, str, bool, slice, range),
-        *(float, sys.intern),
+        *(zip, reversed, any, all, sum, list, tuple, set, frozenset, dict, bool, slice, range),
+        *(float, operator.is_, operator.is_not),
     )
 )
 # They call functions among their arguments.
@@ -34,21 +46,28 @@ _CALLING = frozenset(
     (
         *(map, filter, sorted, min, max, functools.reduce, itertools.starmap, itertools.takewhile),
         *(itertools.dropwhile, itertools.filterfalse, itertools.groupby, itertools.accumulate),
+        *(heapq.merge, heapq.nlargest, heapq.nsmallest, functools.cmp_to_key),
+        *(bisect.bisect, bisect.bisect_left, bisect.bisect_right, bisect.insort),
     )
 )
 # Modules whose functions and classes carry texts, or take none.
 _CARRYING_MODULES = frozenset(
     (
-        *("abc", "argparse", "ast", "asyncio", "bisect", "collections", "concurrent", "contextlib"),
+        *("abc", "argparse", "asyncio", "bisect", "collections", "concurrent", "contextlib"),
         *("contextvars", "copy", "dataclasses", "enum", "functools", "gc", "heapq", "inspect"),
-        *("itertools", "logging", "queue", "sys", "threading", "time", "traceback", "types"),
+        *("itertools", "logging", "queue", "sys", "threading", "traceback", "types"),
         *("typing", "unittest", "warnings", "weakref", "torch"),
     )
 )
 _READING_PACKAGES = (
-    sys.stdlib_module_names | {"numpy", "PIL", "scipy", "sympy", "networkx", "onnx", "ftfy"}
+    sys.stdlib_module_names
+    | {"numpy", "PIL", "scipy", "sympy", "networkx", "onnx", "ftfy", "yaml", "requests"}
+    | {"transformers", "tokenizers", "packaging", "huggingface_hub"}
 ) - _CARRYING_MODULES
-_CONTAINERS = (dict, list, tuple, set, frozenset, types.MappingProxyType, types.GeneratorType)
+_CONTAINERS = (
+    *(dict, list, tuple, set, frozenset, collections.deque, types.MappingProxyType),
+    *(types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType),
+)
 _OF_C = (types.BuiltinFunctionType, types.MethodWrapperType)
 _DESCRIPTORS = (
     types.MethodDescriptorType,
@@ -58,31 +77,50 @@ _DESCRIPTORS = (
 _FUNCTIONS = (types.FunctionType, types.MethodType, partial, *_OF_C, *_DESCRIPTORS)
 
 
-def callee(function: Any) -> Any:
-    """Return a function that stands for one which the pipeline's own code calls."""
+def callee(function: Any, is_discarded: bool = False) -> Any:
+    """Return a function that stands for one which the pipeline's own code calls.
+
+    Args:
+        function: The one that it calls.
+        is_discarded: Whether nothing is made of its result, so that it only checks.
+    """
+    if is_discarded and isinstance(function, types.FunctionType):
+        function = vars(function).get("checked", function)
     inner = function.__func__ if type(function) is types.MethodType else function
     kind = type(inner)
     if kind is types.FunctionType:
         module = inner.__globals__.get("__name__")
-        is_logging = module == "logging" and function.__name__ in _LOGGING
-        return _saying(function) if is_logging else _by_module(function, module)
+        if module == "logging" and function.__name__ in _LOGGING:
+            return _saying(function)
+        if function.__name__ == "tokenize" and _package(module) == "transformers":
+            return _tokenizing(function)
+        # numpy's functions, which capture replaces
+        is_array = module == "diffopt.capture.tracked_arrays"
+        return _reading(function) if is_array else _by_module(function, module)
     if kind in _OF_C and not isinstance(function.__self__, types.ModuleType):
         return _bound(function, function.__self__)
     if kind in _DESCRIPTORS and function.__objclass__ is str:
         return partial(_of_str, function.__name__)
     if kind in _DESCRIPTORS:
-        return function if issubclass(function.__objclass__, _CONTAINERS) else _reading(function)
+        is_carrying = function.__name__ in _SETTING or issubclass(
+            function.__objclass__, _CONTAINERS
+        )
+        return function if is_carrying else _reading(function)
     if kind is partial:
         return partial(callee(function.func), *function.args, **function.keywords)
     if kind in _OF_C or isinstance(function, type):
         return _known(function)
-    return _by_module(function, kind.__module__)
+    method = inspect.getattr_static(kind, "__call__", None)
+    is_python = isinstance(method, types.FunctionType)
+    return _by_module(function, method.__globals__["__name__"] if is_python else kind.__module__)
 
 
-def evaluated(code: Any) -> Any:
-    """Return what `eval` or `exec` is given."""
-    read_all([code])
-    return plain_texts(code)
+def argument(value: Any) -> Any:
+    """Return what stands for a function of C that is handed to be called later."""
+    return callee(value) if type(value) in (*_OF_C, *_DESCRIPTORS, partial) else value
+
+
+_SETTING = ("__setattr__", "__delattr__")
 
 
 def _by_module(function: Any, module: str | None) -> Any:
@@ -119,8 +157,10 @@ def _bound(function: Any, owner: Any) -> Any:
     """Return what stands for a method of C."""
     if type(owner) is str:
         return partial(of_plain, owner, function.__name__)
+    if function.__name__ in _SETTING or owner is sys.stdout or owner is sys.stderr:
+        return function
     kind = owner if isinstance(owner, type) else type(owner)
-    if issubclass(kind, _CONTAINERS):
+    if kind is object or issubclass(kind, (BaseException, *_CONTAINERS)):
         return _calling(function) if function.__name__ == "sort" else function
     # torch's functions are methods of a class that says nothing of its module.
     is_torch = getattr(torch, function.__name__, None) is function
@@ -138,18 +178,23 @@ def _of_str(name: str, /, *args: Any, **kwargs: Any) -> Any:
 
 def _reading(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        values = (*args, *kwargs.values(), getattr(function, "__self__", None))
-        if not tracked_in(values):
-            return function(*args, **kwargs)
-        read_all(values)
-        named = {name: _plain(value) for name, value in kwargs.items()}
-        return function(*map(_plain, args), **named)
+        read_all((*args, *kwargs.values(), getattr(function, "__self__", None)))
+        named = {name: _read(value) for name, value in kwargs.items()}
+        return function(*map(_read, args), **named)
 
     return call
 
 
-def _plain(value: Any) -> Any:
-    return plain_texts(value) if isinstance(value, TrackedText) else value
+def _read(value: Any) -> Any:
+    """Return an argument that is read: what comes of iterators and functions later is, too."""
+    if isinstance(value, TrackedText):
+        return plain_texts(value)
+    if type(value) in _FUNCTIONS:
+        return lambda *args, **kwargs: seen(value(*args, **kwargs))
+    is_iterator = isinstance(value, collections.abc.Iterator)
+    if is_iterator and type(value).__module__ in ("builtins", "itertools"):
+        return map(seen, value)
+    return value
 
 
 def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,10 +211,10 @@ def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
 # Functions that look into some arguments only, and those whose result is followed
 
 
-def _kind(*args: Any) -> Any:
+def _kind(*args: Any, **kwargs: Any) -> Any:
     if len(args) != 1:
-        return type(*args)
-    kind = str if isinstance(args[0], TrackedText) else type(args[0])
+        return type(*args, **kwargs)
+    kind = type(args[0])
     is_ours = kind.__module__.startswith("diffopt.capture.tracked_")
     return args[0].__class__ if is_ours else kind
 
@@ -178,15 +223,29 @@ def _int(*args: Any, **kwargs: Any) -> int:
     return int(*args) if len(args) == 1 and not kwargs else _reading(int)(*args, **kwargs)
 
 
+def _str(*args: Any, **kwargs: Any) -> str:
+    return text_of(args[0]) if len(args) == 1 and not kwargs else str(*args, **kwargs)
+
+
 def _print(*args: Any, **kwargs: Any) -> None:
-    print(*plain_texts(args), **kwargs)
+    file = kwargs.get("file")
+    if file is not None and file not in (sys.stdout, sys.stderr):
+        read_all(args)
+    print(*map(_shown, args), **kwargs)
+
+
+def _shown(value: Any) -> Any:
+    """Return what is printed or logged, of which nothing depends on it."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_shown, value)) if tracked_in(value) else value
+    return plain_texts(value) if isinstance(value, TrackedText) else value
 
 
 def _saying(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that logs or warns: texts are kept by nobody as tracked ones."""
 
     def call(*args: Any, **kwargs: Any) -> None:
-        args, kwargs = plain_texts((args, kwargs))
+        args = tuple(map(_shown, args))
         if len(args) > _STACK_LEVEL and function is warnings.warn:
             args = (*args[:_STACK_LEVEL], args[_STACK_LEVEL] + 1, *args[_STACK_LEVEL + 1 :])
         else:
@@ -204,17 +263,31 @@ def _format(value: Any, spec: str = "") -> str:
     return field(value, -1, spec)
 
 
+def _tokenizing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a tokenizer's method that gives tokens as texts, which are looked up by name."""
+
+    def call(text: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(text, TrackedText):
+            for token in function.__self__.added_tokens_encoder:  # type: ignore[attr-defined]
+                text.made(str.__contains__(text, token), ("__contains__", (token,)))
+        return function(plain_texts(text), *args, **kwargs)
+
+    return call
+
+
 def _by_name(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(owner: Any, name: Any, *args: Any) -> Any:
         read_all([name])
-        return function(owner, _plain(name), *args)
+        return function(owner, plain_texts(name), *args)
 
     return call
 
 
 _OTHERS: dict[Any, Callable[..., Any]] = {
     **{function: _by_name(function) for function in (getattr, hasattr, setattr, delattr)},
-    **{type: _kind, int: _int, print: _print, format: _format},
+    **{type: _kind, str: _str, int: _int, print: _print, format: _format},
+    inspect.cleandoc: _reading(inspect.cleandoc),
+    sys.intern: _reading(sys.intern),
     warnings.warn: _saying(warnings.warn),
     repr: lambda value: field(value, ord("r"), ""),
     ascii: lambda value: field(value, ord("a"), ""),

@@ -5,9 +5,12 @@ functions here in their place.
 """
 
 import builtins
+import collections
+import re
 import string
-from collections.abc import Callable, Mapping
-from itertools import chain
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffopt.capture.tracked_text import (
@@ -15,6 +18,7 @@ from diffopt.capture.tracked_text import (
     any_tracked,
     plain_texts,
     read_all,
+    text_of,
     tracked_in,
 )
 
@@ -27,70 +31,104 @@ def joined(*parts: str) -> str:
     for part in parts:
         if isinstance(part, TrackedText) or part:
             total = part if total is None else total + part
-    return str(total)
+    return total  # type: ignore[no-any-return]
 
 
 def field(value: Any, conversion: int, spec: str) -> str:
     """Return a field of an f-string."""
+    if isinstance(spec, TrackedText):
+        read_all([spec])
+        spec = plain_texts(spec)
     if isinstance(value, TrackedText) and conversion in (ord("r"), ord("a")):
         name = "repr" if conversion == ord("r") else "ascii"
         value = value.made(getattr(builtins, name)(plain_texts(value)), (name, ()))
     elif conversion != -1:
-        convert: dict[int, Callable[[Any], Any]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
-        value = convert[conversion](value)
+        convert: dict[int, Callable[[Any], Any]] = {ord("r"): repr, ord("a"): ascii}
+        value = convert.get(conversion, text_of)(value)
     if not isinstance(value, TrackedText):
         return format(value, spec)
     if not spec:
         return value
-    return str(value.made(format(plain_texts(value), spec), ("format", (spec,))))
+    return value.made(format(plain_texts(value), spec), ("format", (spec,)))  # type: ignore[no-any-return]
 
 
 def percent(text: Any, values: Any) -> Any:
     """Return `text % values`."""
+    if type(text) is not str or type(values) in (int, float):
+        return text % values
+    parts = _percent_parts(text, values)
+    if parts is not None and any_tracked(parts):
+        return joined(*parts)
+    read_all([values])
+    return text % values
+
+
+_FIELD = re.compile(r"%(?:\((.*?)\))?(-?)(\d*)((?:\.\d+)?)(.?)", re.DOTALL)
+
+
+def _percent_parts(text: str, values: Any) -> list[Any] | None:
+    """Return the literals and fields of `text % values`; None where there are others than texts."""
     row = values if isinstance(values, tuple) else (values,)
-    given = [*values.values()] if isinstance(values, dict) else row
-    if not isinstance(text, str) or not any_tracked(given):
-        return text % values
-    literals = text.split("%s")
-    if len(literals) != len(row) + 1 or any("%" in literal for literal in literals):
-        read_all(given)
-        return text % values
-    return joined(literals[0], *chain(*zip(map(str, row), literals[1:], strict=True)))
+    parts: list[Any] = []
+    end = count = 0
+    for match in _FIELD.finditer(text):
+        parts.append(text[end : match.start()])
+        end = match.end()
+        key, left, width, precision, kind = match.groups()
+        if kind == "%":
+            parts.append("%")
+            continue
+        if kind not in ("s", "r", "a") or (key is None and count >= len(row)):
+            return None
+        value = row[count] if key is None else values[key]
+        count += key is None
+        spec = f"{'<' if left else '>'}{width}" if width else ""
+        parts.append(field(field(value, ord(kind), ""), -1, spec + precision))
+    if not isinstance(values, Mapping) and count != len(row):
+        return None
+    return [*parts, text[end:]]
 
 
 def of_plain(text: str, method: str, /, *args: Any, **kwargs: Any) -> Any:
     """Return `text.method(…)` of a text that is not tracked; its arguments may be."""
-    rows = [*args[0]] if method == "join" and len(args) == 1 else []
-    values = (*args, *kwargs.values(), *rows)
-    if rows:
-        args = (rows,)  # of an iterator, which is spent
-    if not tracked_in(values):
-        return getattr(text, method)(*args, **kwargs)
     parts: list[Any] | None = None
-    if method == "join":
-        parts = _separated(rows, text)
+    if method == "join" and len(args) == 1:
+        rows = [*args[0]]
+        args = (rows,)  # of an iterator, which is spent
+        parts = _separated(rows, text) if all(isinstance(row, str) for row in rows) else None
     elif method == "format":
-        parts = _parts(text, {**{str(index): value for index, value in enumerate(args)}, **kwargs})
+        parts = _parts(text, args, kwargs)
+    elif method == "format_map" and len(args) == 1:
+        parts = _parts(text, (), args[0])
     elif method == "replace" and len(args) == 2 and type(args[0]) is str and args[0]:
         parts = _separated(text.split(args[0]), args[1])
-    if parts is not None:
+    if parts is not None and any_tracked(parts):
         return joined(*parts)
+    values = (*args, *kwargs.values())
+    if not tracked_in(values):
+        return getattr(text, method)(*args, **kwargs)
     read_all(values)
     return getattr(text, method)(*plain_texts(args), **plain_texts(kwargs))
 
 
-def _parts(text: str, known: Mapping[str, Any]) -> list[str] | None:
-    """Return a format's literals and values; None where it has other things than values."""
+def _parts(text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str] | None:
+    """Return a format's literals and fields; None for one that is not well formed."""
+    formatter = string.Formatter()
     parts, count = [], 0
-    for literal, name, spec, conversion in string.Formatter().parse(text):
-        parts.append(literal)
-        if name is None:
-            continue
-        key = name or str(count)
-        if spec or conversion or key not in known:
-            return None
-        parts.append(str(known[key]))
-        count += 1
+    try:
+        for literal, name, spec, conversion in formatter.parse(text):
+            parts.append(literal)
+            if name is None:
+                continue
+            if name[:1] in ("", ".", "["):
+                name = f"{count}{name}"
+                count += 1
+            if spec and "{" in spec:
+                return None
+            value, _ = formatter.get_field(name, args, kwargs)
+            parts.append(field(value, ord(conversion) if conversion else -1, spec or ""))
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return None  # it is raised by the format itself
     return parts
 
 
@@ -100,6 +138,30 @@ def _separated(parts: list[Any], separator: Any) -> list[Any]:
 
 def contains(part: Any, whole: Any) -> bool:
     """Return `part in whole`."""
-    if isinstance(part, TrackedText) and type(whole) is str:
+    if not isinstance(part, TrackedText):
+        return part in whole
+    if type(whole) is str:
         return bool(part.made(plain_texts(part) in whole, ("is_in", (whole,))))
+    method = getattr(type(whole), "__contains__", None)
+    is_python = isinstance(method, types.FunctionType)
+    if is_python and method.__module__.partition(".")[0] in sys.stdlib_module_names:
+        is_python = False
+    if not isinstance(whole, _SEARCHED) and not is_python:
+        read_all([part])
     return part in whole
+
+
+# Containers that compare what they hold by its methods.
+_SEARCHED = (dict, list, tuple, set, frozenset, collections.deque, TrackedText)
+
+
+def has_items(length: Callable[[Any], int], value: Any) -> bool:
+    """Return whether `len(value)` is true, which is less than how much it is."""
+    is_text = length is len and isinstance(value, TrackedText)
+    return bool(value if is_text else length(value))
+
+
+def seen(value: Any) -> Any:
+    """Return a value for what no one follows: all of its texts are read."""
+    read_all([value])
+    return plain_texts(value)

@@ -25,7 +25,6 @@ from diffopt.capture.tracked_text import (
     any_tracked,
     as_arguments,
     calling_package,
-    is_discarded,
     plain_texts,
     read_all,
 )
@@ -71,7 +70,7 @@ class TrackedPattern:
     def _method(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def method(*args: Any, **kwargs: Any) -> Any:
             if not any_tracked((*args, *kwargs.values())):
-                return original(*args, **kwargs)
+                return original(*map(_read_results, args), **kwargs)
             result = original(*plain_texts(args), **plain_texts(kwargs))
             named = dict(zip(_METHODS[name], args, strict=False)) | kwargs
             text = named.pop("string", None)
@@ -99,12 +98,25 @@ class TrackedPattern:
 def _of_re(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
         if not any_tracked((*args, *kwargs.values())):
-            return original(*args, **kwargs)
+            return original(*map(_read_results, args), **kwargs)
         parameters = ("pattern", *_METHODS[name], "flags")
         named = dict(zip(parameters, args, strict=False)) | kwargs
         pattern, flags = named.pop("pattern"), named.pop("flags", 0)
         read_all([pattern])
         return getattr(TrackedPattern(re.compile(plain_texts(pattern), flags)), name)(**named)
+
+    return function
+
+
+def _read_results(value: Any) -> Any:
+    """Return a function that is to give parts of a text so that what it gives is read."""
+    if not callable(value):
+        return value
+
+    def function(*args: Any) -> Any:
+        result = value(*args)
+        read_all([result])
+        return plain_texts(result)
 
     return function
 
@@ -139,14 +151,20 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
         text = args[0] if args else None
         if not isinstance(text, TrackedText) or kwargs:
             read_all((*args, *kwargs.values()))
-            return original(*args, **kwargs)
+            return original(*plain_texts(args), **kwargs)
         with ReadingWholeOfErrors(text):
-            result = original(plain_texts(text))
-        if is_discarded(sys._getframe(1)):
-            text.read(("is_json", ()), result=True)
-            return result
-        return text.made(result, ("json.loads", ()))
+            return text.made(original(plain_texts(text)), ("json.loads", ()))
 
+    def checked(*args: Any, **kwargs: Any) -> None:
+        text = args[0] if args else None
+        if not isinstance(text, TrackedText) or kwargs:
+            loads(*args, **kwargs)
+            return
+        with ReadingWholeOfErrors(text):
+            original(plain_texts(text))
+        text.read(("is_json", ()), result=True)
+
+    loads.checked = checked  # type: ignore[attr-defined]
     return loads
 
 

@@ -1,15 +1,16 @@
 """Texts that note what Python reads of them: a branch on a text holds for texts alike only."""
 
-import dis
+import collections
+import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from types import CodeType, FrameType
+import types
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 from diffopt.capture.dispatch_modes import location
-from diffopt.host.arguments import items, leaves, replaced
+from diffopt.host.arguments import leaves, replaced
 from diffopt.host.text_reads import MATCHES, READS, TEXTS, WHOLE, Derived, Step, TextRead
 
 # What these modules read of a text is part of how it is normalized or tokenized.
@@ -65,8 +66,12 @@ class TrackedText(str):
     def _parts(self, parts: Any, steps: tuple[Step, ...]) -> dict[Any, Any]:
         return {k: self.made(part, *steps, ("__getitem__", (k,))) for k, part in parts}
 
+    # As `str` says of itself: a tracked text is told apart by its type alone.
+    __class__ = property(lambda self: str)  # type: ignore[assignment]
+
     def __str__(self) -> str:
-        return self
+        self.read_whole()
+        return str.__str__(self)
 
     def __repr__(self) -> str:
         self.read_whole()
@@ -81,10 +86,7 @@ class TrackedText(str):
 
     def __len__(self) -> int:
         count = str.__len__(self)
-        if _is_tested(sys._getframe(1)):
-            self.read(("bool", ()), result=count > 0)
-        else:
-            self.read(("__len__", ()), result=count)
+        self.read(("__len__", ()), result=count)
         return count
 
     def __int__(self) -> int:
@@ -107,7 +109,9 @@ class TrackedText(str):
         self.read_whole()
         return str, (str.__str__(self),)
 
-    def __radd__(self, other: str) -> Any:
+    def __radd__(self, other: Any) -> Any:
+        if not isinstance(other, str):
+            return NotImplemented
         plain = str.__str__(other)
         return self.made(str.__add__(plain, self), ("__radd__", (plain,)))
 
@@ -157,8 +161,17 @@ def any_tracked(values: Iterable[Any]) -> bool:
     return any(isinstance(value, TrackedText) for value in values)
 
 
+def text_of(value: Any) -> str:
+    """Return `str(value)`, tracked where it is."""
+    return value if isinstance(value, TrackedText) else str(value)
+
+
 def plain_texts(value: Any) -> Any:
     """Return a value with plain strings in place of tracked ones."""
+    if isinstance(value, TrackedText):
+        return str.__str__(value)
+    if not tracked_in([value]):
+        return value
     texts = {p: str.__str__(v) for p, v in leaves(value) if isinstance(v, TrackedText)}
     return replaced(value, texts)
 
@@ -170,13 +183,22 @@ def tracked_in(values: Iterable[Any]) -> list[TrackedText]:
         value = stack.pop()
         if isinstance(value, TrackedText):
             found.append(value)
-        elif id(value) not in seen and isinstance(value, (Mapping, list, tuple, set, frozenset)):
-            seen.add(id(value))
-            stack += [*value, *value.values()] if isinstance(value, Mapping) else value
-        elif id(value) not in seen and (parts := items(value)):
-            seen.add(id(value))
-            stack += [part for _, part in parts]
+            continue
+        if id(value) in seen or isinstance(value, (str, bytes, int, float)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, _MAPPINGS):
+            stack += [*value.keys(), *value.values()]
+        elif isinstance(value, _COLLECTIONS):
+            stack += value
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            stack += vars(value).values() if hasattr(value, "__dict__") else ()
     return found
+
+
+_VIEWS = tuple(type(getattr({}, view)()) for view in ("keys", "values", "items"))
+_COLLECTIONS = (list, tuple, set, frozenset, collections.deque, *_VIEWS)
+_MAPPINGS = (dict, types.MappingProxyType, collections.ChainMap, collections.UserDict)
 
 
 def read_all(values: Iterable[Any]) -> None:
@@ -204,7 +226,9 @@ def as_arguments(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     def is_plain(value: Any) -> bool:
         if isinstance(value, tuple):
             return all(map(is_plain, value))
-        return type(value) in (str, int, float, bool, type(None), slice)
+        if type(value) is slice:
+            return all(map(is_plain, (value.start, value.stop, value.step)))
+        return type(value) in (str, int, float, bool, type(None))
 
     known = all(isinstance(value, Derived) or is_plain(value) for value in given)
     return tuple(given) if known else None
@@ -215,9 +239,13 @@ def _method(name: str) -> Callable[..., Any]:
 
     def method(self: TrackedText, *args: Any, **kwargs: Any) -> Any:
         given = None if kwargs or name not in TEXTS | READS else as_arguments(args)
+        if name == "__add__" and not isinstance(args[0], str):
+            return NotImplemented
         with ReadingWholeOfErrors(self, args):
             result = original(self, *args, **kwargs)
         if result is NotImplemented:
+            if type(args[0]).__module__.partition(".")[0] == "numpy":
+                read_all((self,))  # numpy compares what is in its memory
             return result
         if given is None:
             read_all((self, *args, *kwargs.values()))
@@ -231,39 +259,3 @@ def _method(name: str) -> Callable[..., Any]:
 _OTHERS = ("encode", "format", "format_map", "translate", "join", "__mod__")
 for _name in (*(TEXTS | READS) - {"__radd__", "__len__"}, *_OTHERS):
     setattr(TrackedText, _name, _method(_name))
-
-
-# What may follow a call whose result is only tested for being true, as in `if len(text):`.
-_TESTS = ("POP_JUMP", "JUMP_IF", "TO_BOOL", "UNARY_NOT")
-_LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
-
-
-def _is_tested(frame: FrameType) -> bool:
-    """Tell whether a frame is in a call of `len`, and only tests its result for being true."""
-    before, call, after = _around(frame)
-    names = (i.argval for i in reversed(before) if i.opname in _LOADS or i.opname == "CALL")
-    name = next((name for name in names if name == "len" or isinstance(name, int)), None)
-    return name == "len" and call == 1 and after.startswith(_TESTS)
-
-
-def is_discarded(frame: FrameType) -> bool:
-    """Tell whether a frame is in a call, and does not use its result."""
-    _, call, after = _around(frame)
-    return call is not None and after == "POP_TOP"
-
-
-def _around(frame: FrameType) -> tuple[Sequence[dis.Instruction], int | None, str]:
-    """Return the instructions before the running call, its number of arguments, what follows."""
-    instructions = _instructions(frame.f_code)
-    at = max(i for i, one in enumerate(instructions) if one.offset <= frame.f_lasti)
-    before, (call, *after) = instructions[:at], instructions[at:]
-    if call.opname not in ("CALL", "PRECALL"):
-        return before, None, ""
-    if call.opname == "PRECALL":  # of Python 3.11: one call are two instructions
-        after = after[1:]
-    return before, call.arg, after[0].opname
-
-
-@cache
-def _instructions(code: CodeType) -> list[dis.Instruction]:
-    return list(dis.get_instructions(code))
