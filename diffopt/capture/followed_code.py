@@ -131,15 +131,15 @@ class _Calls(ast.NodeTransformer):
 
     # What is only tested
 
-    def visit_If(self, node: ast.If) -> ast.stmt:
+    def visit_If(self, node: ast.If) -> Any:
         """Test whether a text is empty, and not how long it is."""
         return self._with_test(node)
 
-    def visit_While(self, node: ast.While) -> ast.stmt:
+    def visit_While(self, node: ast.While) -> Any:
         """As `if`."""
         return self._with_test(node)
 
-    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
         """As `if`."""
         return self._with_test(node)
 

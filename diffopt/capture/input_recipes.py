@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -60,8 +60,6 @@ from diffopt.ir import graph as g
 _PROCESSING = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")
 
 
-R = TypeVar("R", TextRead, ArrayRead)
-
 _LETTERS = (
     *("A big cat", "dog of he", "ink jam", "lemon par", "quiet su", "vow xyz", "01 234", "56 789"),
     *("!?,.:;", "'x' (y)", "&#-_/"),
@@ -78,9 +76,14 @@ class HostCall:
     args: Any
     result: Any
     origins: Mapping[Place, Derived]
-    """Of the texts in the arguments that methods have made of the caller's."""
+    """Of the texts in the arguments that are the caller's, or that methods have made of them."""
     state: Any
     """What the component was when it was called."""
+
+    @property
+    def made(self) -> dict[Place, Derived]:
+        """The origins of texts that methods have made."""
+        return {place: origin for place, origin in self.origins.items() if origin.steps}
 
 
 class RunInputs:
@@ -177,18 +180,31 @@ class RunInputs:
         if read not in self.array_reads:
             self.array_reads.append(read)
 
-    def guards_of(self, reads: Sequence[R], earlier: Sequence[R], inputs: Set[Place]) -> list[R]:
+    def reads_to_check(self, inputs: Set[Place]) -> tuple[list[TextRead], list[ArrayRead]]:
         """Return what new arguments must give, too: what Python read of those that are inputs.
 
         A question needs no guard where the earlier run, which did the same, got the other answer,
         and that to this question alone.
         """
+        assert self.earlier is not None
+        reads: list[TextRead | ArrayRead] = [*self.text_reads, *self.array_reads]
+        earlier: list[TextRead | ArrayRead] = [
+            *self.earlier.text_reads,
+            *self.earlier.array_reads,
+        ]
         answers = {read.about: read.result for read in earlier}
         others = [read for read in reads if answers.get(read.about, read.result) != read.result]
         alike = [read.about for read in reads] == [read.about for read in earlier]
+        # What made the texts of host components, too
+        alike = alike and [c.origins for c in self.calls] == [c.origins for c in self.earlier.calls]
         is_free = alike and len(others) == 1 and isinstance(others[0].result, bool)
-        guarded = [read for read in reads if not (is_free and read is others[0])]
-        return [read for read in guarded if not inputs.isdisjoint(read.places)]
+        guarded = [
+            read
+            for read in reads
+            if not (is_free and read is others[0]) and not inputs.isdisjoint(read.places)
+        ]
+        texts = [read for read in guarded if isinstance(read, TextRead)]
+        return texts, [read for read in guarded if isinstance(read, ArrayRead)]
 
     def add_input(self, recorder: Recorder, tensor: Tensor, place: Place) -> None:
         """Make the argument at a place an input."""
@@ -325,7 +341,8 @@ class RunInputs:
             def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
                 args, kwargs = plain_tokens((args, kwargs))
                 state = self._state(name, processor)
-                origins = {p: v.origin for p, v in leaves((args, kwargs)) if _is_made(v)}
+                texts = [row for row in leaves((args, kwargs)) if isinstance(row[1], TrackedText)]
+                origins = {place: text.origin for place, text in texts}
                 args, kwargs = plain_texts((args, kwargs))
                 self._depth += 1
                 try:
@@ -389,7 +406,7 @@ class RunInputs:
                     "numbers",
                     "pass what it returns as the argument",
                 )
-        if not traced and not call.origins and _is_same(call.args, other):
+        if not traced and not call.made and _is_same(call.args, other):
             return  # in every call
         encoded = self.encode(call.args, other, (index,)) if self.final else None
         if self.final and not computed and not places_in(encoded):
@@ -417,7 +434,7 @@ class RunInputs:
             at: The number of the call, and the place of these in its arguments.
         """
         if isinstance(final, str):
-            if final == probe and at[1:] not in self.calls[at[0]].origins:
+            if final == probe and at[1:] not in self.calls[at[0]].made:
                 return final
             return {"text": self._text(final, probe, at).parts}
         if isinstance(final, (Image.Image, np.ndarray)):
@@ -462,7 +479,10 @@ class RunInputs:
         origin = self.calls[at[0]].origins.get(at[1:])
         if origin is not None:
             made = Text(({"derived": origin.to_json()},))
-            if fits(made) and made.render(self.earlier.arguments) == probe:
+            theirs = self.earlier.calls[at[0]].origins.get(at[1:])
+            # Where the other run went another way, a guard says so.
+            went_another_way = theirs is not None and theirs != origin
+            if fits(made) and (went_another_way or made.render(self.earlier.arguments) == probe):
                 self.templates[at] = made
                 return made
         if at in self.templates and fits(self.templates[at]):
@@ -636,10 +656,6 @@ def _number_lists(value: Any, place: Place = ()) -> Iterator[tuple[int, Place]]:
         yield id(value), place
     for key, part in items(value) or ():
         yield from _number_lists(part, (*place, key))
-
-
-def _is_made(value: Any) -> bool:
-    return isinstance(value, TrackedText) and bool(value.origin.steps)
 
 
 def tensors_of(result: Any) -> list[tuple[str, Tensor]]:

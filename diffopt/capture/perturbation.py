@@ -71,7 +71,7 @@ def _host_texts(calls: Iterable[HostCall]) -> list[str]:
 
 def _origins(calls: Iterable[HostCall]) -> set[Place]:
     """Return the places of the texts of which methods made what host components are called with."""
-    return {p for call in calls for derived in call.origins.values() for p in derived.places()}
+    return {p for call in calls for derived in call.made.values() for p in derived.places()}
 
 
 def seeds(scout: RunInputs) -> list[Place]:

@@ -20,7 +20,17 @@ _HOLDERS: tuple[type, ...] = (
     *(functools.partial, functools.partialmethod, functools.cached_property),
     *(functools.singledispatchmethod, property, staticmethod, classmethod),
 )
-_PARTS = ("__wrapped__", "__func__", "__self__", "func", "args", "keywords", "fget", "fset", "fdel")
+_PARTS: tuple[str, ...] = (
+    "__wrapped__",
+    "__func__",
+    "__self__",
+    "func",
+    "args",
+    "keywords",
+    "fget",
+    "fset",
+    "fdel",
+)
 _PARTS += ("dispatcher", "registry", "__dict__", "__defaults__", "__kwdefaults__", "maps", "data")
 _DEPTH = 4  # of modules in modules
 # Their models take no texts.
@@ -130,7 +140,8 @@ def _is_generated(member: Any) -> bool:
     """Tell whether a method of a dataclass is of its making."""
     if not isinstance(member, types.FunctionType):
         return False
-    return inspect.unwrap(member).__code__.co_filename == "<string>"
+    file: str = inspect.unwrap(member).__code__.co_filename
+    return file == "<string>"
 
 
 def _is_skipped(module: str | None) -> bool:

@@ -266,10 +266,7 @@ class Session:
                 " does not call it",
                 place_text(place),
             )
-        inputs, earlier = host.input_places(), final.earlier
-        assert earlier is not None
-        host.text_reads = final.guards_of(final.text_reads, earlier.text_reads, inputs)
-        host.array_reads = final.guards_of(final.array_reads, earlier.array_reads, inputs)
+        host.text_reads, host.array_reads = final.reads_to_check(host.input_places())
         return host
 
     def _files(self, name: str, final: RunInputs) -> dict[str, bytes]:
@@ -299,7 +296,9 @@ class Session:
             failure: Exception | None = None
             try:
                 recorder, result = self._run(probe, seed=2)
-            except (ValueError, KeyError, AttributeError) as error:
+            except (CaptureError, Lifted, NeedsRun):
+                raise
+            except Exception as error:  # of the pipeline, for a text that it does not take
                 failure = error
             found = perturbation.reached(probe, texts), perturbation.seeded(probe, seeds)
             if failure is not None and (named := perturbation.named_in(failure, probe, texts)):

@@ -5,11 +5,9 @@ into a text reads all of the tracked ones among its arguments. What only carries
 iterators, `print`, `copy` …), or is Python of another package, is called as it is.
 """
 
-import bisect
 import collections
 import collections.abc
 import functools
-import heapq
 import inspect
 import itertools
 import operator
@@ -22,7 +20,7 @@ from typing import Any
 
 import torch
 
-from diffopt.capture.tracked_composition import field, of_plain, seen
+from diffopt.capture.tracked_composition import field, of_plain, reading
 from diffopt.capture.tracked_text import (
     TrackedText,
     plain_texts,
@@ -38,16 +36,14 @@ _CARRYING = frozenset(
         *(super, locals, vars, globals, dir, eval, exec, object, property, staticmethod),
         *(classmethod, isinstance, issubclass, callable, id, hash, len, iter, next, enumerate),
         *(zip, reversed, any, all, sum, list, tuple, set, frozenset, dict, bool, slice, range),
-        *(float, operator.is_, operator.is_not),
+        *(float, sorted, min, max, operator.is_, operator.is_not),
     )
 )
 # They call functions among their arguments.
 _CALLING = frozenset(
     (
-        *(map, filter, sorted, min, max, functools.reduce, itertools.starmap, itertools.takewhile),
+        *(map, filter, functools.reduce, itertools.starmap, itertools.takewhile),
         *(itertools.dropwhile, itertools.filterfalse, itertools.groupby, itertools.accumulate),
-        *(heapq.merge, heapq.nlargest, heapq.nsmallest, functools.cmp_to_key),
-        *(bisect.bisect, bisect.bisect_left, bisect.bisect_right, bisect.insort),
     )
 )
 # Modules whose functions and classes carry texts, or take none.
@@ -88,6 +84,8 @@ def callee(function: Any, is_discarded: bool = False) -> Any:
         function = vars(function).get("checked", function)
     inner = function.__func__ if type(function) is types.MethodType else function
     kind = type(inner)
+    if kind is types.FunctionType and function in _OTHERS:
+        return _OTHERS[function]
     if kind is types.FunctionType:
         module = inner.__globals__.get("__name__")
         if module == "logging" and function.__name__ in _LOGGING:
@@ -96,7 +94,7 @@ def callee(function: Any, is_discarded: bool = False) -> Any:
             return _tokenizing(function)
         # numpy's functions, which capture replaces
         is_array = module == "diffopt.capture.tracked_arrays"
-        return _reading(function) if is_array else _by_module(function, module)
+        return reading(function) if is_array else _by_module(function, module)
     if kind in _OF_C and not isinstance(function.__self__, types.ModuleType):
         return _bound(function, function.__self__)
     if kind in _DESCRIPTORS and function.__objclass__ is str:
@@ -105,7 +103,7 @@ def callee(function: Any, is_discarded: bool = False) -> Any:
         is_carrying = function.__name__ in _SETTING or issubclass(
             function.__objclass__, _CONTAINERS
         )
-        return function if is_carrying else _reading(function)
+        return function if is_carrying else reading(function)
     if kind is partial:
         return partial(callee(function.func), *function.args, **function.keywords)
     if kind in _OF_C or isinstance(function, type):
@@ -125,7 +123,7 @@ _SETTING = ("__setattr__", "__delattr__")
 
 def _by_module(function: Any, module: str | None) -> Any:
     is_reading = _package(module) in _READING_PACKAGES and not _is_carrying(module)
-    return _reading(function) if is_reading else function
+    return reading(function) if is_reading else function
 
 
 def _package(module: str | None) -> str:
@@ -145,7 +143,7 @@ def _known(function: Any) -> Any:
     if function in _OTHERS:
         return _OTHERS[function]
     if not isinstance(function, type):
-        return function if _is_carrying(function.__module__) else _reading(function)
+        return function if _is_carrying(function.__module__) else reading(function)
     return (
         function
         if issubclass(function, BaseException)
@@ -161,10 +159,10 @@ def _bound(function: Any, owner: Any) -> Any:
         return function
     kind = owner if isinstance(owner, type) else type(owner)
     if kind is object or issubclass(kind, (BaseException, *_CONTAINERS)):
-        return _calling(function) if function.__name__ == "sort" else function
+        return function
     # torch's functions are methods of a class that says nothing of its module.
     is_torch = getattr(torch, function.__name__, None) is function
-    return function if is_torch or _is_carrying(kind.__module__) else _reading(function)
+    return function if is_torch or _is_carrying(kind.__module__) else reading(function)
 
 
 def _of_str(name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -173,28 +171,7 @@ def _of_str(name: str, /, *args: Any, **kwargs: Any) -> Any:
         return of_plain(args[0], name, *args[1:], **kwargs)
     if args and isinstance(args[0], TrackedText):
         return getattr(args[0], name)(*args[1:], **kwargs)
-    return _reading(getattr(str, name))(*args, **kwargs)
-
-
-def _reading(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        read_all((*args, *kwargs.values(), getattr(function, "__self__", None)))
-        named = {name: _read(value) for name, value in kwargs.items()}
-        return function(*map(_read, args), **named)
-
-    return call
-
-
-def _read(value: Any) -> Any:
-    """Return an argument that is read: what comes of iterators and functions later is, too."""
-    if isinstance(value, TrackedText):
-        return plain_texts(value)
-    if type(value) in _FUNCTIONS:
-        return lambda *args, **kwargs: seen(value(*args, **kwargs))
-    is_iterator = isinstance(value, collections.abc.Iterator)
-    if is_iterator and type(value).__module__ in ("builtins", "itertools"):
-        return map(seen, value)
-    return value
+    return reading(getattr(str, name))(*args, **kwargs)
 
 
 def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,7 +197,7 @@ def _kind(*args: Any, **kwargs: Any) -> Any:
 
 
 def _int(*args: Any, **kwargs: Any) -> int:
-    return int(*args) if len(args) == 1 and not kwargs else _reading(int)(*args, **kwargs)
+    return int(*args) if len(args) == 1 and not kwargs else reading(int)(*args, **kwargs)
 
 
 def _str(*args: Any, **kwargs: Any) -> str:
@@ -286,8 +263,8 @@ def _by_name(function: Callable[..., Any]) -> Callable[..., Any]:
 _OTHERS: dict[Any, Callable[..., Any]] = {
     **{function: _by_name(function) for function in (getattr, hasattr, setattr, delattr)},
     **{type: _kind, str: _str, int: _int, print: _print, format: _format},
-    inspect.cleandoc: _reading(inspect.cleandoc),
-    sys.intern: _reading(sys.intern),
+    inspect.cleandoc: reading(inspect.cleandoc),
+    sys.intern: reading(sys.intern),
     warnings.warn: _saying(warnings.warn),
     repr: lambda value: field(value, ord("r"), ""),
     ascii: lambda value: field(value, ord("a"), ""),

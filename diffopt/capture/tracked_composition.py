@@ -6,6 +6,7 @@ functions here in their place.
 
 import builtins
 import collections
+import collections.abc
 import re
 import string
 import sys
@@ -43,8 +44,12 @@ def field(value: Any, conversion: int, spec: str) -> str:
         name = "repr" if conversion == ord("r") else "ascii"
         value = value.made(getattr(builtins, name)(plain_texts(value)), (name, ()))
     elif conversion != -1:
-        convert: dict[int, Callable[[Any], Any]] = {ord("r"): repr, ord("a"): ascii}
-        value = convert.get(conversion, text_of)(value)
+        convert: dict[int, Callable[[Any], str]] = {
+            ord("s"): text_of,
+            ord("r"): repr,
+            ord("a"): ascii,
+        }
+        value = convert[conversion](value)
     if not isinstance(value, TrackedText):
         return format(value, spec)
     if not spec:
@@ -63,7 +68,8 @@ def percent(text: Any, values: Any) -> Any:
     return text % values
 
 
-_FIELD = re.compile(r"%(?:\((.*?)\))?(-?)(\d*)((?:\.\d+)?)(.?)", re.DOTALL)
+_FIELD = re.compile(r"%(?:\((.*?)\))?([#0\- +]*)(\d*)((?:\.\d+)?)(.?)", re.DOTALL)
+_KINDS = frozenset("sradiouxXeEfFgGc")
 
 
 def _percent_parts(text: str, values: Any) -> list[Any] | None:
@@ -74,16 +80,19 @@ def _percent_parts(text: str, values: Any) -> list[Any] | None:
     for match in _FIELD.finditer(text):
         parts.append(text[end : match.start()])
         end = match.end()
-        key, left, width, precision, kind = match.groups()
+        key, flags, width, precision, kind = match.groups()
         if kind == "%":
             parts.append("%")
             continue
-        if kind not in ("s", "r", "a") or (key is None and count >= len(row)):
+        if kind not in _KINDS or (key is None and count >= len(row)):
             return None
         value = row[count] if key is None else values[key]
         count += key is None
-        spec = f"{'<' if left else '>'}{width}" if width else ""
-        parts.append(field(field(value, ord(kind), ""), -1, spec + precision))
+        if kind in ("s", "r", "a"):
+            spec = f"{'<' if '-' in flags else '>'}{width}" if width else ""
+            parts.append(field(field(value, ord(kind), ""), -1, spec + precision))
+        else:
+            parts.append(f"%{flags}{width}{precision}{kind}" % (value,))
     if not isinstance(values, Mapping) and count != len(row):
         return None
     return [*parts, text[end:]]
@@ -159,6 +168,34 @@ def has_items(length: Callable[[Any], int], value: Any) -> bool:
     """Return whether `len(value)` is true, which is less than how much it is."""
     is_text = length is len and isinstance(value, TrackedText)
     return bool(value if is_text else length(value))
+
+
+def reading(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that reads all of the texts that it is given."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        read_all((*args, *kwargs.values(), getattr(function, "__self__", None)))
+        named = {name: handed(value) for name, value in kwargs.items()}
+        return function(*map(handed, args), **named)
+
+    return call
+
+
+def handed(value: Any) -> Any:
+    """Return an argument of what reads: what comes of iterators and functions later is read."""
+    if isinstance(value, TrackedText):
+        return plain_texts(value)
+    if isinstance(value, (types.LambdaType, types.MethodType)) and not _is_pickled(value):
+        return lambda *args, **kwargs: seen(value(*args, **kwargs))
+    is_iterator = isinstance(value, collections.abc.Iterator)
+    if is_iterator and type(value).__module__ in ("builtins", "itertools"):
+        return map(seen, value)
+    return value
+
+
+def _is_pickled(function: Any) -> bool:
+    """Tell whether a function may be known by its name."""
+    return "<locals>" not in function.__qualname__ and "<lambda>" not in function.__qualname__
 
 
 def seen(value: Any) -> Any:

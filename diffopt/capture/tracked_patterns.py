@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 from diffopt import optional
+from diffopt.capture.tracked_composition import reading
 from diffopt.capture.tracked_text import (
     ReadingWholeOfErrors,
     TrackedText,
@@ -70,7 +71,7 @@ class TrackedPattern:
     def _method(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def method(*args: Any, **kwargs: Any) -> Any:
             if not any_tracked((*args, *kwargs.values())):
-                return original(*map(_read_results, args), **kwargs)
+                return reading(original)(*args, **kwargs)
             result = original(*plain_texts(args), **plain_texts(kwargs))
             named = dict(zip(_METHODS[name], args, strict=False)) | kwargs
             text = named.pop("string", None)
@@ -98,25 +99,12 @@ class TrackedPattern:
 def _of_re(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
         if not any_tracked((*args, *kwargs.values())):
-            return original(*map(_read_results, args), **kwargs)
+            return reading(original)(*args, **kwargs)
         parameters = ("pattern", *_METHODS[name], "flags")
         named = dict(zip(parameters, args, strict=False)) | kwargs
         pattern, flags = named.pop("pattern"), named.pop("flags", 0)
         read_all([pattern])
         return getattr(TrackedPattern(re.compile(plain_texts(pattern), flags)), name)(**named)
-
-    return function
-
-
-def _read_results(value: Any) -> Any:
-    """Return a function that is to give parts of a text so that what it gives is read."""
-    if not callable(value):
-        return value
-
-    def function(*args: Any) -> Any:
-        result = value(*args)
-        read_all([result])
-        return plain_texts(result)
 
     return function
 
@@ -139,8 +127,7 @@ def _of_text(name: str, original: Callable[..., Any], place: int = 0) -> Callabl
         text = args[place] if len(args) > place else None
         rest = as_arguments((*args[:place], *args[place + 1 :]))
         if not isinstance(text, TrackedText) or kwargs or rest is None:
-            read_all((*args, *kwargs.values()))
-            return original(*args, **kwargs)
+            return reading(original)(*args, **kwargs)
         return text.made(original(*plain_texts(args)), (name, rest))
 
     return function
@@ -150,8 +137,7 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
     def loads(*args: Any, **kwargs: Any) -> Any:
         text = args[0] if args else None
         if not isinstance(text, TrackedText) or kwargs:
-            read_all((*args, *kwargs.values()))
-            return original(*plain_texts(args), **kwargs)
+            return reading(original)(*args, **kwargs)
         with ReadingWholeOfErrors(text):
             return text.made(original(plain_texts(text)), ("json.loads", ()))
 

@@ -67,7 +67,7 @@ class TrackedText(str):
         return {k: self.made(part, *steps, ("__getitem__", (k,))) for k, part in parts}
 
     # As `str` says of itself: a tracked text is told apart by its type alone.
-    __class__ = property(lambda self: str)  # type: ignore[assignment]
+    __class__ = property(lambda self: str)
 
     def __str__(self) -> str:
         self.read_whole()
@@ -178,7 +178,9 @@ def plain_texts(value: Any) -> Any:
 
 def tracked_in(values: Iterable[Any]) -> list[TrackedText]:
     """Return the tracked texts among these values, and in containers among them."""
-    found, stack, seen = [], [*values], set()
+    found: list[TrackedText] = []
+    stack: list[Any] = [*values]
+    seen: set[int] = set()
     while stack:
         value = stack.pop()
         if isinstance(value, TrackedText):
@@ -196,7 +198,8 @@ def tracked_in(values: Iterable[Any]) -> list[TrackedText]:
     return found
 
 
-_VIEWS = tuple(type(getattr({}, view)()) for view in ("keys", "values", "items"))
+_EMPTY: dict[Any, Any] = {}
+_VIEWS = (type(_EMPTY.keys()), type(_EMPTY.values()), type(_EMPTY.items()))
 _COLLECTIONS = (list, tuple, set, frozenset, collections.deque, *_VIEWS)
 _MAPPINGS = (dict, types.MappingProxyType, collections.ChainMap, collections.UserDict)
 
@@ -204,7 +207,7 @@ _MAPPINGS = (dict, types.MappingProxyType, collections.ChainMap, collections.Use
 def read_all(values: Iterable[Any]) -> None:
     """Note that Python read all of each tracked text among these values."""
     for text in tracked_in(values):
-        text.read_whole()
+        text.note(TextRead(text.after((WHOLE, ())), str.__str__(text), str(location())))
 
 
 def calling_package(frame: FrameType) -> str:

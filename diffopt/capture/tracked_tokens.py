@@ -64,8 +64,14 @@ def _reading(kind: type, name: str) -> None:
 
 for _name in ("__getitem__", "__contains__", "__eq__", "__ne__", "index", "count"):
     _reading(TrackedTokens, _name)
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__bool__"):
+_ARITHMETIC = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "and", "or", "xor")
+for _name in (
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__bool__"),
+    *("__repr__", "__str__", "__format__", "__neg__", "__abs__", "__float__", "__invert__"),
+    *(f"__{side}{name}__" for name in _ARITHMETIC for side in ("", "r")),
+):
     _reading(_Token, _name)
+_reading(TrackedTokens, "__repr__")
 
 
 def plain_tokens(value: Any) -> Any:
