@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dis
 import linecache
-import logging
 import types
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -27,8 +26,6 @@ from diffopt.capture.reachable_functions import (
 from diffopt.capture.tracked_calls import argument, callee
 from diffopt.capture.tracked_composition import contains, field, has_items, joined, percent, seen
 from diffopt.capture.tracked_text import plain_texts, read_all
-
-log = logging.getLogger("diffopt")
 
 
 def evaluated(code: Any) -> Any:
@@ -210,11 +207,8 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @contextlib.contextmanager
-def watching(pipeline: Any, *, final: bool) -> Iterator[None]:
-    """Give the pipeline's functions code that follows texts, in the context.
-
-    The `final` time, a line says which of them have no source.
-    """
+def watching(pipeline: Any) -> Iterator[None]:
+    """Give the pipeline's functions code that follows texts, in the context."""
     changed: list[tuple[types.FunctionType, types.CodeType]] = []
     try:
         vars(builtins).update(_FUNCTIONS)
@@ -224,8 +218,6 @@ def watching(pipeline: Any, *, final: bool) -> Iterator[None]:
             if new is not None:
                 function.__code__ = new
                 changed.append((function, old))
-            elif final and _may_read(function):
-                log.warning(_NO_SOURCE, function.__qualname__)
         yield
     finally:
         for function, old in changed:
@@ -233,10 +225,10 @@ def watching(pipeline: Any, *, final: bool) -> Iterator[None]:
         vars(builtins).update(_AFTERWARDS)
 
 
-_NO_SOURCE = (
-    "the source of %s is not at hand: what it reads of texts that it composes, or by functions of"
-    " C, is not seen, and not compared with later texts; define it in a file"
-)
+def without_source(pipeline: Any) -> list[str]:
+    """Return the names of functions that may read texts unseen, as their source is not at hand."""
+    functions = reachable_functions(pipeline)
+    return [f.__qualname__ for f in functions if not _with_calls(f.__code__) and _may_read(f)]
 
 
 def _may_read(function: types.FunctionType) -> bool:

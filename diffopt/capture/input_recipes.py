@@ -327,7 +327,7 @@ class RunInputs:
             stack.enter_context(mock.patch.object(torch, "from_numpy", from_numpy))
             if any(isinstance(value, str) for _, value in leaves(self.arguments)):
                 stack.enter_context(tracked_patterns.watching())
-                stack.enter_context(followed_code.watching(pipeline, final=self.final))
+                stack.enter_context(followed_code.watching(pipeline))
             try:
                 for name, processor in self.processors.items():
                     processor.__class__ = self._watched(name, type(processor))

@@ -33,8 +33,8 @@ _PARTS: tuple[str, ...] = (
 )
 _PARTS += ("dispatcher", "registry", "__dict__", "__defaults__", "__kwdefaults__", "maps", "data")
 _DEPTH = 4  # of modules in modules
-# Their models take no texts.
-_LIBRARIES = frozenset(("torch", "diffusers", "transformers", "timm", "peft", "torchao"))
+LIBRARIES = frozenset(("torch", "diffusers", "transformers", "timm", "peft", "torchao"))
+"""Their models take no texts."""
 
 
 def reachable_functions(pipeline: Any) -> list[types.FunctionType]:
@@ -86,7 +86,7 @@ class _Search:
         self.stack += [part for name in _PARTS if (part := _attribute(value, name)) is not None]
 
     def _is_library_model(self, kind: type) -> bool:
-        is_library = str(kind.__module__).partition(".")[0] in _LIBRARIES
+        is_library = str(kind.__module__).partition(".")[0] in LIBRARIES
         return is_library and issubclass(kind, torch.nn.Module) and kind is not type(self.pipeline)
 
     def _visit_function(self, function: types.FunctionType) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.capture import perturbation, value_tree, verification
+from diffopt.capture import challenges, followed_code, perturbation, value_tree, verification
 from diffopt.capture.component_calls import ComponentCalls, Lifted
 from diffopt.capture.dispatch_modes import Location
 from diffopt.capture.find_modules import CalledModules
@@ -22,11 +22,12 @@ from diffopt.capture.results import Result, is_plain_data, same_constant
 from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.capture.tracked_text import plain_texts
 from diffopt.errors import CaptureError
-from diffopt.host.arguments import leaves, place_text, replaced
+from diffopt.host.arguments import leaves, place_text, replaced, short, value_at
 from diffopt.host.guards import Guards
 from diffopt.host.inputs import Computed, Host, InputStep
 from diffopt.host.processors import load_component, save_component
 from diffopt.host.schema import describe
+from diffopt.host.text_reads import WHOLE, Derived, TextRead
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
 from diffopt.ir.printing import format_type
@@ -219,6 +220,7 @@ class Session:
         final = self._inputs(copies, probe, final=True, lists=probe.lists)
         recorder, result = self._run(final, seed=1)
         _check_same_operators(recorder, probed)
+        returned_nodes = _returned(result, recorder)
         returned = Result(plain_texts(result), recorder, final.array_recorder)
         returned.expect_same(plain_texts(other))
         output, checks = returned.structure(), returned.checks()
@@ -232,7 +234,7 @@ class Session:
         for gm in root.modules():
             if isinstance(gm, fx.GraphModule):
                 gm.recompile()
-        return Program(
+        program = Program(
             root,
             host,
             sample,
@@ -242,6 +244,74 @@ class Session:
             retrace=self._retrace(arguments),
             borrowed=self.component_calls.weights.seal(),
         )
+        self._challenge(program, arguments, final, probed, returned_nodes)
+        return program
+
+    def _challenge(
+        self,
+        program: Program,
+        arguments: Mapping[str, Any],
+        final: RunInputs,
+        probed: Recorder,
+        returned: list[int],
+    ) -> None:
+        """Run with other texts that the program takes; bind the texts where it goes another way.
+
+        Args:
+            program: The program.
+            arguments: Of the call that it captures.
+            final: The run with these.
+            probed: The operators of a run with other texts.
+            returned: The places of those whose results the pipeline returns.
+        """
+        inputs = sorted(program.host.input_places(), key=repr)
+        places = [place for place in inputs if isinstance(value_at(arguments, place), str)]
+        if not places:
+            return
+        for name in followed_code.without_source(self.pipeline):
+            log.warning(
+                "the source of %s is not at hand: what it reads of texts that it composes, or by "
+                "functions of C, is not seen, and not compared with later texts; define it in a "
+                "file",
+                name,
+            )
+        for text in challenges.texts(self.pipeline):
+            changed = replaced(dict(arguments), dict.fromkeys(places, text))
+            try:
+                program.prepare(**perturbation.separated(changed))
+            except Exception:  # it refuses this text, or the tokenizer does
+                continue
+            if self._goes_another_way(changed, final, probed, returned):
+                log.warning(
+                    "texts are bound: of %s the pipeline makes something else, and by what it"
+                    " tells them apart is not seen",
+                    short(text),
+                )
+                host = program.host
+                host.text_reads += [
+                    TextRead(Derived(p, ((WHOLE, ()),)), value_at(arguments, p), "the pipeline")
+                    for p in places
+                ]
+                return
+
+    def _goes_another_way(
+        self, arguments: Mapping[str, Any], final: RunInputs, probed: Recorder, returned: list[int]
+    ) -> bool:
+        """Tell whether a run with other texts has other operators, or inputs made otherwise."""
+        copies = perturbation.separated(arguments)
+        other = self._inputs(copies, final.earlier, final=True, lists=final.lists)
+        other.templates = dict(final.templates)
+        try:
+            recorder, result = self._run(other, seed=1)
+            _check_same_operators(recorder, probed)
+        except CaptureError:
+            return True
+        except (Lifted, NeedsRun):
+            raise
+        except Exception:  # the pipeline does not take this text
+            return False
+        ours, theirs = ([step for step, _ in run.steps] for run in (final, other))
+        return ours != theirs or _returned(result, recorder) != returned
 
     def _host(
         self,
@@ -368,6 +438,13 @@ def _swapped(owner: Any, name: str, value: Any) -> Any:
         yield
     finally:
         vars(owner)[name] = old
+
+
+def _returned(result: Any, recorder: Recorder) -> list[int]:
+    """Return the places of the nodes that compute the tensors of a result."""
+    places = {node: place for place, node in enumerate(recorder.root.graph.nodes)}
+    tensors = [value for _, value in leaves(result) if isinstance(value, Tensor)]
+    return [places.get(recorder.node_of(tensor), -1) for tensor in tensors]
 
 
 def _check_same_operators(final: Recorder, probe: Recorder) -> None:

@@ -240,7 +240,7 @@ def test_json_that_is_only_checked():
 def test_code_without_texts_does_what_it_did(function):
     expected = function()
     original = function.__code__
-    with followed_code.watching(function, final=True):
+    with followed_code.watching(function):
         assert function.__code__ is not original
         assert function() == expected
     assert function.__code__ is original
@@ -303,7 +303,7 @@ def test_a_source_that_has_changed_is_not_taken(tmp_path, monkeypatch):
     import changed_module
 
     file.write_text("def f(x):\n    return f'b {x}'\n")
-    with followed_code.watching(changed_module.f, final=True):
+    with followed_code.watching(changed_module.f):
         assert changed_module.f("c") == "a c"
 
 
