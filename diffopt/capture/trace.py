@@ -129,8 +129,9 @@ class Session:
         self._answers = None
         while True:
             try:
-                program, probe = self._program(arguments)
-                return self._compared(program, probe, arguments, self.check if compare else False)
+                check = self.check if compare else False
+                program, probe = self._program(arguments, tried=check is not False)
+                return self._compared(program, probe, arguments, check)
             except Lifted:
                 continue  # a number became an input; other exports are kept
             except NeedsRun as error:
@@ -164,18 +165,18 @@ class Session:
             )
         return program
 
-    def _program(self, arguments: Mapping[str, Any]) -> tuple[Program, RunInputs]:
-        """Capture one call; return the run with other values, too."""
+    def _program(self, arguments: Mapping[str, Any], *, tried: bool) -> tuple[Program, RunInputs]:
+        """Capture one call, `tried` with other texts; return the run with other values, too."""
         scout = self._scout(arguments)
         try:
-            return self._probed(arguments, scout)
+            return self._probed(arguments, scout, tried)
         except (CaptureError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
             if not scout.used_lists and not scout.tokens:
                 raise
         # Of a list that Python reads as well, the values are bound.
         scout = self._inputs(perturbation.separated(arguments), None, lists=False)
         self._run(scout, seed=1)
-        return self._probed(arguments, scout)
+        return self._probed(arguments, scout, tried)
 
     def _scout(self, arguments: Mapping[str, Any]) -> RunInputs:
         """Run with the caller's arguments; the first time, find components if none are named."""
@@ -198,11 +199,13 @@ class Session:
     ) -> RunInputs:
         return RunInputs(arguments, self.processors, earlier, self.dynamic, **options)
 
-    def _probed(self, arguments: Mapping[str, Any], scout: RunInputs) -> tuple[Program, RunInputs]:
+    def _probed(
+        self, arguments: Mapping[str, Any], scout: RunInputs, tried: bool
+    ) -> tuple[Program, RunInputs]:
         """Capture the call, which the scout has run, by a run with other values and a final one."""
         probe, recorder, other = self._probe(scout)
         try:
-            return self._final(arguments, probe, recorder, other), probe
+            return self._final(arguments, probe, recorder, other, tried), probe
         except CaptureError:
             # Where the number of tokens is not fixed, the probe's texts must have as many.
             changed = perturbation.same_lengths(scout, probe)
@@ -210,10 +213,15 @@ class Session:
                 raise
         probe = self._inputs(changed, scout, lists=scout.lists)
         recorder, other = self._run(probe, seed=2)
-        return self._final(arguments, probe, recorder, other), probe
+        return self._final(arguments, probe, recorder, other, tried), probe
 
     def _final(
-        self, arguments: Mapping[str, Any], probe: RunInputs, probed: Recorder, other: Any
+        self,
+        arguments: Mapping[str, Any],
+        probe: RunInputs,
+        probed: Recorder,
+        other: Any,
+        tried: bool,
     ) -> Program:
         """Run with the caller's arguments and return the program; `other` is the probe's result."""
         copies = perturbation.separated(arguments)
@@ -244,7 +252,8 @@ class Session:
             retrace=self._retrace(arguments),
             borrowed=self.component_calls.weights.seal(),
         )
-        self._challenge(program, arguments, final, probed, returned_nodes)
+        if tried:
+            self._challenge(program, arguments, final, probed, returned_nodes)
         return program
 
     def _challenge(

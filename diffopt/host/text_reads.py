@@ -110,6 +110,8 @@ class Derived:
         text = place_text(self.place)
         for name, args in self.steps:
             given = [_text(argument) for argument in args]
+            if name == WHOLE:
+                continue
             if name in FUNCTIONS:
                 text = f"{name}({', '.join([text, *given])})"
             else:
