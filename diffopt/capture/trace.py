@@ -24,7 +24,7 @@ from diffopt.capture.tracked_text import plain_texts
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text, replaced, short, value_at
 from diffopt.host.guards import Guards
-from diffopt.host.inputs import Computed, Host, InputStep
+from diffopt.host.inputs import Computed, Draw, Host, InputStep
 from diffopt.host.processors import load_component, save_component
 from diffopt.host.schema import describe
 from diffopt.host.text_reads import WHOLE, Derived, TextRead
@@ -228,7 +228,6 @@ class Session:
         final = self._inputs(copies, probe, final=True, lists=probe.lists)
         recorder, result = self._run(final, seed=1)
         _check_same_operators(recorder, probed)
-        returned_nodes = _returned(result, recorder)
         returned = Result(plain_texts(result), recorder, final.array_recorder)
         returned.expect_same(plain_texts(other))
         output, checks = returned.structure(), returned.checks()
@@ -253,16 +252,11 @@ class Session:
             borrowed=self.component_calls.weights.seal(),
         )
         if tried:
-            self._challenge(program, arguments, final, probed, returned_nodes)
+            self._challenge(program, arguments, final, recorder)
         return program
 
     def _challenge(
-        self,
-        program: Program,
-        arguments: Mapping[str, Any],
-        final: RunInputs,
-        probed: Recorder,
-        returned: list[int],
+        self, program: Program, arguments: Mapping[str, Any], final: RunInputs, recorder: Recorder
     ) -> None:
         """Run with other texts that the program takes; bind the texts where it goes another way.
 
@@ -270,8 +264,7 @@ class Session:
             program: The program.
             arguments: Of the call that it captures.
             final: The run with these.
-            probed: The operators of a run with other texts.
-            returned: The places of those whose results the pipeline returns.
+            recorder: Of that run.
         """
         inputs = sorted(program.host.input_places(), key=repr)
         places = [place for place in inputs if isinstance(value_at(arguments, place), str)]
@@ -287,40 +280,53 @@ class Session:
         for text in challenges.texts(self.pipeline):
             changed = replaced(dict(arguments), dict.fromkeys(places, text))
             try:
-                program.prepare(**perturbation.separated(changed))
+                values = program.prepare(**perturbation.separated(changed))
             except Exception:  # it refuses this text, or the tokenizer does
                 continue
-            if self._goes_another_way(changed, final, probed, returned):
+            taken = _live_inputs(program.root, program.host.steps, values)
+            if self._goes_another_way(changed, program, final, recorder, taken):
                 log.warning(
                     "texts are bound: of %s the pipeline makes something else, and by what it"
                     " tells them apart is not seen",
                     short(text),
                 )
-                host = program.host
-                host.text_reads += [
+                program.host.text_reads += [
                     TextRead(Derived(p, ((WHOLE, ()),)), value_at(arguments, p), "the pipeline")
                     for p in places
                 ]
                 return
 
     def _goes_another_way(
-        self, arguments: Mapping[str, Any], final: RunInputs, probed: Recorder, returned: list[int]
+        self,
+        arguments: Mapping[str, Any],
+        program: Program,
+        final: RunInputs,
+        ours: Recorder,
+        taken: list[Any],
     ) -> bool:
-        """Tell whether a run with other texts has other operators, or inputs made otherwise."""
+        """Tell whether a run with other texts differs from the program, which has `taken` them."""
         copies = perturbation.separated(arguments)
         other = self._inputs(copies, final.earlier, final=True, lists=final.lists)
         other.templates = dict(final.templates)
         try:
             recorder, result = self._run(other, seed=1)
-            _check_same_operators(recorder, probed)
+            returned = Result(plain_texts(result), recorder, other.array_recorder)
+            output, checks = returned.structure(), returned.checks()
+            steps, _, values = other.finish(recorder)
+            g.prune_unused(recorder.root)
+            _check_same_operators(ours, recorder)
         except CaptureError:
             return True
         except (Lifted, NeedsRun):
             raise
         except Exception:  # the pipeline does not take this text
             return False
-        ours, theirs = ([step for step, _ in run.steps] for run in (final, other))
-        return ours != theirs or _returned(result, recorder) != returned
+        is_same = (output, checks) == (program.host.output, program.host.checks)
+        if not is_same or _outputs(recorder) != _outputs(ours):
+            return True
+        got = _live_inputs(recorder.root, steps, values)
+        pairs = zip(got, taken, strict=False)
+        return len(got) != len(taken) or not all(_is_same_input(*pair) for pair in pairs)
 
     def _host(
         self,
@@ -449,11 +455,26 @@ def _swapped(owner: Any, name: str, value: Any) -> Any:
         vars(owner)[name] = old
 
 
-def _returned(result: Any, recorder: Recorder) -> list[int]:
-    """Return the places of the nodes that compute the tensors of a result."""
-    places = {node: place for place, node in enumerate(recorder.root.graph.nodes)}
-    tensors = [value for _, value in leaves(result) if isinstance(value, Tensor)]
-    return [places.get(recorder.node_of(tensor), -1) for tensor in tensors]
+def _live_inputs(
+    root: fx.GraphModule, steps: Sequence[InputStep], values: Sequence[Tensor]
+) -> list[Any]:
+    """Return the values of the inputs that a graph uses; of random ones how they are drawn."""
+    sources = [step for step in steps for _ in range(step.count)]
+    rows = zip(g.placeholders(root), sources, values, strict=True)
+    return [step if isinstance(step, Draw) else value for node, step, value in rows if node.users]
+
+
+def _is_same_input(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return value_tree.same_bits(ours, theirs)
+    return bool(ours == theirs)
+
+
+def _outputs(recorder: Recorder) -> list[int]:
+    """Return the places of the nodes that a run returns, among those that are used."""
+    used = [n for n in recorder.root.graph.nodes if n.op != "placeholder" or n.users]
+    places = {node: place for place, node in enumerate(used)}
+    return [places[node] for node in g.outputs(recorder.root)]
 
 
 def _check_same_operators(final: Recorder, probe: Recorder) -> None:

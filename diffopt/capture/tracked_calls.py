@@ -5,6 +5,7 @@ into a text reads all of the tracked ones among its arguments. What only carries
 iterators, `print`, `copy` …), or is Python of another package, is called as it is.
 """
 
+import builtins
 import collections
 import collections.abc
 import functools
@@ -208,7 +209,7 @@ def _print(*args: Any, **kwargs: Any) -> None:
     file = kwargs.get("file")
     if file is not None and file not in (sys.stdout, sys.stderr):
         read_all(args)
-    print(*map(_shown, args), **kwargs)
+    builtins.print(*map(_shown, args), **kwargs)
 
 
 def _shown(value: Any) -> Any:
