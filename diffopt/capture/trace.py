@@ -18,19 +18,19 @@ from diffopt.capture.input_recipes import RunInputs
 from diffopt.capture.module_state import pipeline_digests
 from diffopt.capture.real_reads import Answers, NeedsRun, ReadCounter, answers_of
 from diffopt.capture.recorder import FAILURES, Recorder
-from diffopt.capture.results import Result, is_plain_data, same_constant
+from diffopt.capture.results import Result, is_plain_data
+from diffopt.capture.same_program import check_same_operators, is_run_of
 from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.capture.tracked_text import plain_texts
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import leaves, place_text, replaced, short, value_at
 from diffopt.host.guards import Guards
-from diffopt.host.inputs import Computed, Draw, Host, InputStep
+from diffopt.host.inputs import Computed, Host, InputStep
 from diffopt.host.processors import load_component, save_component
 from diffopt.host.schema import describe
 from diffopt.host.text_reads import WHOLE, Derived, TextRead
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
-from diffopt.ir.printing import format_type
 from diffopt.ir.program import Program
 
 log = logging.getLogger("diffopt")
@@ -227,7 +227,7 @@ class Session:
         copies = perturbation.separated(arguments)
         final = self._inputs(copies, probe, final=True, lists=probe.lists)
         recorder, result = self._run(final, seed=1)
-        _check_same_operators(recorder, probed)
+        check_same_operators(recorder, probed)
         returned = Result(plain_texts(result), recorder, final.array_recorder)
         returned.expect_same(plain_texts(other))
         output, checks = returned.structure(), returned.checks()
@@ -283,8 +283,21 @@ class Session:
                 values = program.prepare(**perturbation.separated(changed))
             except Exception:  # it refuses this text, or the tokenizer does
                 continue
-            taken = _live_inputs(program.root, program.host.steps, values)
-            if self._goes_another_way(changed, program, final, recorder, taken):
+            other = self._inputs(
+                perturbation.separated(changed), final.earlier, final=True, lists=final.lists
+            )
+            other.templates = dict(final.templates)
+            try:
+                _, result = self._run(other, seed=1)
+            except (Lifted, NeedsRun):
+                raise
+            except CaptureError:
+                is_same = False
+            except Exception:  # the pipeline does not take this text
+                continue
+            else:
+                is_same = is_run_of(program, values, recorder, other, result)
+            if not is_same:
                 log.warning(
                     "texts are bound: of %s the pipeline makes something else, and by what it"
                     " tells them apart is not seen",
@@ -295,38 +308,6 @@ class Session:
                     for p in places
                 ]
                 return
-
-    def _goes_another_way(
-        self,
-        arguments: Mapping[str, Any],
-        program: Program,
-        final: RunInputs,
-        ours: Recorder,
-        taken: list[Any],
-    ) -> bool:
-        """Tell whether a run with other texts differs from the program, which has `taken` them."""
-        copies = perturbation.separated(arguments)
-        other = self._inputs(copies, final.earlier, final=True, lists=final.lists)
-        other.templates = dict(final.templates)
-        try:
-            recorder, result = self._run(other, seed=1)
-            returned = Result(plain_texts(result), recorder, other.array_recorder)
-            output, checks = returned.structure(), returned.checks()
-            steps, _, values = other.finish(recorder)
-            g.prune_unused(recorder.root)
-            _check_same_operators(ours, recorder)
-        except CaptureError:
-            return True
-        except (Lifted, NeedsRun):
-            raise
-        except Exception:  # the pipeline does not take this text
-            return False
-        is_same = (output, checks) == (program.host.output, program.host.checks)
-        if not is_same or _outputs(recorder) != _outputs(ours):
-            return True
-        got = _live_inputs(recorder.root, steps, values)
-        pairs = zip(got, taken, strict=False)
-        return len(got) != len(taken) or not all(_is_same_input(*pair) for pair in pairs)
 
     def _host(
         self,
@@ -453,82 +434,6 @@ def _swapped(owner: Any, name: str, value: Any) -> Any:
         yield
     finally:
         vars(owner)[name] = old
-
-
-def _live_inputs(
-    root: fx.GraphModule, steps: Sequence[InputStep], values: Sequence[Tensor]
-) -> list[Any]:
-    """Return the values of the inputs that a graph uses; of random ones how they are drawn."""
-    sources = [step for step in steps for _ in range(step.count)]
-    rows = zip(g.placeholders(root), sources, values, strict=True)
-    return [step if isinstance(step, Draw) else value for node, step, value in rows if node.users]
-
-
-def _is_same_input(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return value_tree.same_bits(ours, theirs)
-    return bool(ours == theirs)
-
-
-def _outputs(recorder: Recorder) -> list[int]:
-    """Return the places of the nodes that a run returns, among those that are used."""
-    used = [n for n in recorder.root.graph.nodes if n.op != "placeholder" or n.users]
-    places = {node: place for place, node in enumerate(used)}
-    return [places[node] for node in g.outputs(recorder.root)]
-
-
-def _check_same_operators(final: Recorder, probe: Recorder) -> None:
-    """Raise a `CaptureError` where runs with other texts and pictures have other operators."""
-    ours, theirs = _operators(final), _operators(probe)
-    twins: dict[fx.Node, fx.Node] = {}
-    for a, b in zip(ours, theirs, strict=False):
-        if not _same_target(a, b, final, probe) or not _same_args(a, b, final, probe, twins):
-            where = a.meta.get("where", "?")
-            raise CaptureError(
-                f"{where}: what the pipeline computes here depends in Python on the text, picture "
-                "or seed; make it depend on tensors alone, or pass tensors (prompt_embeds, "
-                "latents) in their place"
-            )
-        twins[a] = b
-    if len(ours) != len(theirs):
-        where = (ours + theirs)[min(len(ours), len(theirs))].meta.get("where", "?")
-        raise CaptureError(
-            f"{where}: whether this runs depends in Python on the text, picture or seed"
-        )
-
-
-def _operators(recorder: Recorder) -> list[fx.Node]:
-    return [n for n in recorder.root.graph.nodes if n.op in ("call_function", "call_module")]
-
-
-def _same_target(a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder) -> bool:
-    """Tell whether two nodes call the same operator, or the same body of a component."""
-    if a.op == b.op == "call_module":
-        return final.root._modules[str(a.target)] is probe.root._modules[str(b.target)]
-    return a.target == b.target
-
-
-def _same_args(
-    a: fx.Node, b: fx.Node, final: Recorder, probe: Recorder, twins: Mapping[fx.Node, fx.Node]
-) -> bool:
-    """Tell whether nodes have the same constants, and the results of twins, as arguments."""
-
-    def same(x: Any, y: Any) -> bool:
-        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
-            if x.op == y.op == "get_attr":
-                return same_constant(
-                    g.attribute(final.root, str(x.target)), g.attribute(probe.root, str(y.target))
-                )
-            return twins.get(x, y) is y and format_type(x.meta["val"]) == format_type(y.meta["val"])
-        if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
-            return len(x) == len(y) and all(map(same, x, y))
-        return type(x) is type(y) and bool(x == y)
-
-    return (
-        same(a.args, b.args)
-        and a.kwargs.keys() == b.kwargs.keys()
-        and all(same(value, b.kwargs[name]) for name, value in a.kwargs.items())
-    )
 
 
 def _guards(final: Recorder, probe: Recorder, steps: Sequence[InputStep]) -> Guards | None:
