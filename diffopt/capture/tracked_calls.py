@@ -30,10 +30,11 @@ from diffopt.capture.tracked_text import (
     tracked_in,
 )
 
-# They look at texts by methods that Python calls, or not at all; and the first ones at the frame
-# that calls them.
+# By identity, as classes may be equal to others, and have no hash. They look at texts by methods
+# that Python calls, or not at all; and the first ones at the frame that calls them.
 _CARRYING = frozenset(
-    (
+    id(function)
+    for function in (
         *(super, locals, vars, globals, dir, eval, exec, object, property, staticmethod),
         *(classmethod, isinstance, issubclass, callable, id, hash, len, iter, next, enumerate),
         *(zip, reversed, any, all, sum, list, tuple, set, frozenset, dict, bool, slice, range),
@@ -42,7 +43,8 @@ _CARRYING = frozenset(
 )
 # They call functions among their arguments.
 _CALLING = frozenset(
-    (
+    id(function)
+    for function in (
         *(map, filter, functools.reduce, itertools.starmap, itertools.takewhile),
         *(itertools.dropwhile, itertools.filterfalse, itertools.groupby, itertools.accumulate),
     )
@@ -85,13 +87,14 @@ def callee(function: Any, is_discarded: bool = False) -> Any:
         function = vars(function).get("checked", function)
     inner = function.__func__ if type(function) is types.MethodType else function
     kind = type(inner)
-    if kind is types.FunctionType and function in _OTHERS:
-        return _OTHERS[function]
+    if id(function) in _OTHERS:
+        return _OTHERS[id(function)]
     if kind is types.FunctionType:
         module = inner.__globals__.get("__name__")
         if module == "logging" and function.__name__ in _LOGGING:
             return _saying(function)
-        if function.__name__ == "tokenize" and _package(module) == "transformers":
+        is_method = inner is not function
+        if is_method and function.__name__ == "tokenize" and _package(module) == "transformers":
             return _tokenizing(function)
         # numpy's functions, which capture replaces
         is_array = module == "diffopt.capture.tracked_arrays"
@@ -111,7 +114,8 @@ def callee(function: Any, is_discarded: bool = False) -> Any:
         return _known(function)
     method = inspect.getattr_static(kind, "__call__", None)
     is_python = isinstance(method, types.FunctionType)
-    return _by_module(function, method.__globals__["__name__"] if is_python else kind.__module__)
+    module = method.__globals__.get("__name__") if is_python else kind.__module__
+    return _by_module(function, module)
 
 
 def argument(value: Any) -> Any:
@@ -137,19 +141,16 @@ def _is_carrying(module: str | None) -> bool:
 
 def _known(function: Any) -> Any:
     """Return what stands for a function of a C module, or for a class."""
-    if function in _CARRYING:
+    if id(function) in _CARRYING:
         return function
-    if function in _CALLING:
+    if id(function) in _CALLING:
         return _calling(function)
-    if function in _OTHERS:
-        return _OTHERS[function]
     if not isinstance(function, type):
         return function if _is_carrying(function.__module__) else reading(function)
-    return (
-        function
-        if issubclass(function, BaseException)
-        else _by_module(function, function.__module__)
-    )
+    if issubclass(function, BaseException):
+        return function
+    is_text = issubclass(function, (str, collections.UserString))
+    return reading(function) if is_text else _by_module(function, function.__module__)
 
 
 def _bound(function: Any, owner: Any) -> Any:
@@ -261,7 +262,7 @@ def _by_name(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_OTHERS: dict[Any, Callable[..., Any]] = {
+_REPLACED: dict[Any, Callable[..., Any]] = {
     **{function: _by_name(function) for function in (getattr, hasattr, setattr, delattr)},
     **{type: _kind, str: _str, int: _int, print: _print, format: _format},
     inspect.cleandoc: reading(inspect.cleandoc),
@@ -270,3 +271,4 @@ _OTHERS: dict[Any, Callable[..., Any]] = {
     repr: lambda value: field(value, ord("r"), ""),
     ascii: lambda value: field(value, ord("a"), ""),
 }
+_OTHERS = {id(function): other for function, other in _REPLACED.items()}

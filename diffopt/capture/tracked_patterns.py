@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 from diffopt import optional
-from diffopt.capture.tracked_composition import reading
+from diffopt.capture.tracked_composition import handed, reading
 from diffopt.capture.tracked_text import (
     ReadingWholeOfErrors,
     TrackedText,
@@ -72,7 +72,7 @@ class TrackedPattern:
         def method(*args: Any, **kwargs: Any) -> Any:
             if not any_tracked((*args, *kwargs.values())):
                 return reading(original)(*args, **kwargs)
-            result = original(*plain_texts(args), **plain_texts(kwargs))
+            result = original(*map(handed, plain_texts(args)), **plain_texts(kwargs))
             named = dict(zip(_METHODS[name], args, strict=False)) | kwargs
             text = named.pop("string", None)
             step = self._step(name, named) if len(args) <= len(_METHODS[name]) else None
