@@ -30,7 +30,7 @@ def texts(pipeline: Any) -> list[str]:
         if len(chunks[-1]) + len(word) >= _LONGEST:
             chunks.append("")
         chunks[-1] = f"{chunks[-1]} {word}".strip()
-    return [MIXED, "3", *filter(None, chunks[:_CHUNKS]), *words[:_WORDS]]
+    return [MIXED, *(["3", *chunks[:_CHUNKS], *words[:_WORDS]] if words else [])]
 
 
 def _words(function: types.FunctionType) -> list[str]:

@@ -27,7 +27,7 @@ from diffopt.capture.random_streams import RandomStreams
 from diffopt.capture.recorder import Recorder, fail
 from diffopt.capture.torch_functions import DynamicNumber
 from diffopt.capture.tracked_arrays import ArrayRecorder, plain_arrays
-from diffopt.capture.tracked_text import TrackedText, plain_texts
+from diffopt.capture.tracked_text import TrackedText, plain_texts, read_all
 from diffopt.capture.tracked_tokens import (
     nested_numbers,
     parts_of,
@@ -352,6 +352,8 @@ class RunInputs:
                 finally:
                     self._depth -= 1
                 if self._depth == 0 and not isinstance(result, str):
+                    if not self.follows(result):
+                        read_all(text for _, text in texts)
                     self._called(HostCall(name, label, (args, kwargs), result, origins, state))
                     if self.lists:
                         result = tracked(result, partial(self._note_tokens, len(self.calls) - 1))
@@ -368,6 +370,10 @@ class RunInputs:
         return type(
             kind.__name__, (kind,), {**methods, "__module__": kind.__module__, "__slots__": ()}
         )
+
+    def follows(self, result: Any) -> bool:
+        """Tell whether what Python makes of a host call's result is seen."""
+        return bool(tensors_of(result) or (self.lists and token_lists(result)))
 
     def _state(self, name: str, processor: Any) -> Any:
         """Return what a host component is, described anew where an attribute was set since."""

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from diffopt.capture.input_recipes import HostCall, RunInputs, tensors_of
-from diffopt.capture.tracked_tokens import token_lists
 from diffopt.errors import CaptureError
 from diffopt.host.arguments import Place, is_within, items, leaves, rebuilt, replaced, value_at
 from diffopt.host.cleaners import CLEANERS, probe_text
@@ -25,13 +24,9 @@ def texts(scout: RunInputs) -> list[Place]:
     Where a host call returns neither tensors nor tokens, Python uses its result: its texts are
     bound.
     """
-
-    def is_followed(call: HostCall) -> bool:
-        return bool(tensors_of(call.result) or (scout.lists and token_lists(call.result)))
-
-    followed = [call for call in scout.calls if is_followed(call)]
+    followed = [call for call in scout.calls if scout.follows(call.result)]
     seen, made = _host_texts(followed), _origins(followed)
-    bound = _host_texts(call for call in scout.calls if not is_followed(call))
+    bound = _host_texts(call for call in scout.calls if not scout.follows(call.result))
     places = []
     for place, value in leaves(scout.arguments):
         if not isinstance(value, str):

@@ -11,7 +11,7 @@ from diffopt.capture.recorder import Recorder
 from diffopt.capture.results import Result, same_constant
 from diffopt.capture.tracked_text import plain_texts
 from diffopt.errors import CaptureError
-from diffopt.host.inputs import Draw, InputStep
+from diffopt.host.inputs import InputStep
 from diffopt.ir import graph as g
 from diffopt.ir.printing import format_type
 from diffopt.ir.program import Program
@@ -51,10 +51,10 @@ def is_run_of(
 def _live_inputs(
     root: fx.GraphModule, steps: Sequence[InputStep], values: Sequence[Tensor]
 ) -> list[Any]:
-    """Return the values of the inputs that a graph uses; of random ones how they are drawn."""
+    """Return the values of a graph's inputs that are made of texts; how the others are made."""
     sources = [step for step in steps for _ in range(step.count)]
     rows = zip(g.placeholders(root), sources, values, strict=True)
-    return [step if isinstance(step, Draw) else value for node, step, value in rows if node.users]
+    return [value if step.from_text else step for node, step, value in rows if node.users]
 
 
 def _is_same_input(ours: Any, theirs: Any) -> bool:

@@ -266,7 +266,9 @@ class Session:
             final: The run with these.
             recorder: Of that run.
         """
-        inputs = sorted(program.host.input_places(), key=repr)
+        host = program.host
+        bound = {r.text.place for r in host.text_reads if r.text.steps == ((WHOLE, ()),)}
+        inputs = sorted(host.input_places() - bound, key=repr)
         places = [place for place in inputs if isinstance(value_at(arguments, place), str)]
         if not places:
             return
@@ -303,7 +305,7 @@ class Session:
                     " tells them apart is not seen",
                     short(text),
                 )
-                program.host.text_reads += [
+                host.text_reads += [
                     TextRead(Derived(p, ((WHOLE, ()),)), value_at(arguments, p), "the pipeline")
                     for p in places
                 ]

@@ -61,7 +61,7 @@ _CARRYING_MODULES = frozenset(
 _READING_PACKAGES = (
     sys.stdlib_module_names
     | {"numpy", "PIL", "scipy", "sympy", "networkx", "onnx", "ftfy", "yaml", "requests"}
-    | {"transformers", "tokenizers", "packaging", "huggingface_hub"}
+    | {"transformers", "tokenizers", "packaging", "huggingface_hub", "regex"}
 ) - _CARRYING_MODULES
 _CONTAINERS = (
     *(dict, list, tuple, set, frozenset, collections.deque, types.MappingProxyType),

@@ -141,6 +141,23 @@ def _parts(text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[st
     return parts
 
 
+def _of_tracked(method: str) -> Callable[..., Any]:
+    """Return a method of a template that is a caller's text itself: what it makes is followed."""
+
+    def composed(self: TrackedText, *args: Any, **kwargs: Any) -> Any:
+        read_all([self])
+        text = plain_texts(self)
+        return (
+            percent(text, *args) if method == "__mod__" else of_plain(text, method, *args, **kwargs)
+        )
+
+    return composed
+
+
+for _name in ("format", "format_map", "join", "__mod__"):
+    setattr(TrackedText, _name, _of_tracked(_name))
+
+
 def _separated(parts: list[Any], separator: Any) -> list[Any]:
     return [one for part in parts for one in (separator, part)][1:]
 

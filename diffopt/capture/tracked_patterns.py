@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
+import regex
+
 from diffopt import optional
 from diffopt.capture.tracked_composition import handed, reading
 from diffopt.capture.tracked_text import (
@@ -42,18 +44,18 @@ SKIPPED = frozenset(
         *sys.stdlib_module_names,
         *("diffopt", "torch", "numpy", "PIL", "scipy", "sympy", "networkx", "onnx", "rich"),
         *("transformers", "tokenizers", "ftfy", "huggingface_hub", "pytest", "_pytest", "mypy"),
-        *("accelerate", "tqdm", "packaging", "yaml", "requests"),
+        *("accelerate", "tqdm", "packaging", "yaml", "requests", "regex"),
     )
 ) - {"__main__"}
 
 
 class TrackedPattern:
-    """A regular expression, which says what it finds in a tracked text."""
+    """A regular expression of `re` or `regex`, which says what it finds in a tracked text."""
 
-    def __init__(self, pattern: "re.Pattern[str]") -> None:
+    def __init__(self, pattern: Any) -> None:
         self._pattern = pattern
 
-    __class__ = property(lambda self: re.Pattern)
+    __class__ = property(lambda self: type(self._pattern))
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._pattern, name)
@@ -66,7 +68,7 @@ class TrackedPattern:
         return hash(self._pattern)
 
     def __reduce__(self) -> Any:
-        return re.compile, (self._pattern.pattern, self._pattern.flags)
+        return _library(self._pattern).compile, (self._pattern.pattern, self._pattern.flags)
 
     def _method(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def method(*args: Any, **kwargs: Any) -> Any:
@@ -93,10 +95,16 @@ class TrackedPattern:
         }
         args = as_arguments((*own.get(name, ()), self.pattern, self.flags))
         is_known = name != "subn" and named.keys() <= set(_METHODS[name])
-        return (f"re.{name}", args) if is_known and args is not None else None
+        library = _library(self._pattern).__name__
+        return (f"{library}.{name}", args) if is_known and args is not None else None
 
 
-def _of_re(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _library(pattern: Any) -> Any:
+    """Return the library of a regular expression."""
+    return re if type(pattern) is re.Pattern else regex
+
+
+def _of_re(library: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
         if not any_tracked((*args, *kwargs.values())):
             return reading(original)(*args, **kwargs)
@@ -104,7 +112,8 @@ def _of_re(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         named = dict(zip(parameters, args, strict=False)) | kwargs
         pattern, flags = named.pop("pattern"), named.pop("flags", 0)
         read_all([pattern])
-        return getattr(TrackedPattern(re.compile(plain_texts(pattern), flags)), name)(**named)
+        compiled = library.compile(plain_texts(pattern), flags)
+        return getattr(TrackedPattern(compiled), name)(**named)
 
     return function
 
@@ -157,8 +166,11 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
 @cache
 def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what stands for each function of the standard library."""
-    rows = {getattr(re, name): _of_re(name, getattr(re, name)) for name in _METHODS}
-    rows |= {re.compile: _compile(re.compile), json.loads: _loads(json.loads)}
+    rows = {json.loads: _loads(json.loads)}
+    for library in (re, regex):
+        functions = {name: getattr(library, name) for name in _METHODS}
+        rows |= {original: _of_re(library, name, original) for name, original in functions.items()}
+        rows[library.compile] = _compile(library.compile)
     texts: dict[str, Callable[..., Any]] = {
         "re.escape": re.escape,
         "json.dumps": json.dumps,
@@ -194,7 +206,7 @@ def watching() -> Iterator[None]:
 
 def _replacement(value: Any) -> Any:
     """Return what stands for a function or a pattern; None for anything else."""
-    if type(value) is re.Pattern:
+    if type(value) in (re.Pattern, regex.Pattern):
         return TrackedPattern(value)
     is_function = type(value) in (types.FunctionType, types.BuiltinFunctionType)
     return _functions().get(value) if is_function else None
@@ -203,6 +215,7 @@ def _replacement(value: Any) -> Any:
 def _holders() -> Iterator[tuple[Any, str]]:
     """Yield the modules and classes that hold a function or a pattern, and its name there."""
     yield from ((sys.modules[f.__module__], f.__name__) for f in _functions())
+    yield from ((regex, name) for name in (*_METHODS, "compile"))
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in SKIPPED or not isinstance(module, types.ModuleType):
             continue

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+import regex
+
 from diffopt.capture.dispatch_modes import location
 from diffopt.host.arguments import leaves, replaced
 from diffopt.host.text_reads import MATCHES, READS, TEXTS, WHOLE, Derived, Step, TextRead
@@ -51,7 +53,7 @@ class TrackedText(str):
         """Return what some steps have made of this text: texts are tracked, all else is read."""
         if isinstance(result, str):
             return TrackedText.make(result, self.after(*steps), self.note)
-        if result is None or isinstance(result, re.Match):
+        if result is None or isinstance(result, (re.Match, regex.Match)):
             self.read(*steps, ("is_found", ()), result=result is not None)
             return None if result is None else TrackedMatch(result, self, steps)
         if isinstance(result, (list, tuple)):
@@ -123,10 +125,10 @@ class TrackedText(str):
 class TrackedMatch:
     """What a regular expression found in a text."""
 
-    def __init__(self, match: "re.Match[str]", text: TrackedText, steps: tuple[Step, ...]) -> None:
+    def __init__(self, match: Any, text: TrackedText, steps: tuple[Step, ...]) -> None:
         self._match, self._text, self._steps = match, text, steps
 
-    __class__ = property(lambda self: re.Match)
+    __class__ = property(lambda self: type(self._match))
 
     def __getitem__(self, group: Any) -> Any:
         return self.group(group)
@@ -259,6 +261,6 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-_OTHERS = ("encode", "format", "format_map", "translate", "join", "__mod__")
+_OTHERS = ("encode", "translate")
 for _name in (*(TEXTS | READS) - {"__radd__", "__len__"}, *_OTHERS):
     setattr(TrackedText, _name, _method(_name))

@@ -9,6 +9,8 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import regex
+
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.cleaners import fix_text
 from diffopt.host.guards import mismatch
@@ -35,8 +37,20 @@ MATCHES = frozenset(("group", "groups", "groupdict", "start", "end", "span"))
 """Methods of what a regular expression has found."""
 
 
-def _searching(method: str) -> Callable[..., Any]:
-    return lambda text, pattern, flags: getattr(re.compile(pattern, flags), method)(text)
+def _patterns(library: Any) -> dict[str, Callable[..., Any]]:
+    """Return the functions of a library of regular expressions, by the names of their steps."""
+
+    def searching(method: str) -> Callable[..., Any]:
+        return lambda text, *pattern: getattr(library.compile(*pattern), method)(text)
+
+    name = library.__name__
+    compiled = library.compile
+    return {
+        **{f"{name}.{m}": searching(m) for m in ("search", "match", "fullmatch", "findall")},
+        f"{name}.finditer": lambda text, *pattern: list(compiled(*pattern).finditer(text)),
+        f"{name}.split": lambda text, count, *pattern: compiled(*pattern).split(text, count),
+        f"{name}.sub": lambda text, new, count, *pattern: compiled(*pattern).sub(new, text, count),
+    }
 
 
 def _is_json(text: str) -> bool:
@@ -48,14 +62,9 @@ def _is_json(text: str) -> bool:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "re.search": _searching("search"),
-    "re.match": _searching("match"),
-    "re.fullmatch": _searching("fullmatch"),
+    **_patterns(re),
+    **_patterns(regex),
     "re.escape": re.escape,
-    "re.findall": _searching("findall"),
-    "re.finditer": lambda text, *pattern: list(re.compile(*pattern).finditer(text)),
-    "re.split": lambda text, count, *pattern: re.compile(*pattern).split(text, count),
-    "re.sub": lambda text, new, count, *pattern: re.compile(*pattern).sub(new, text, count),
     "is_found": lambda match: match is not None,
     "html.unescape": html.unescape,
     "html.escape": html.escape,
@@ -178,7 +187,7 @@ def _applied(value: Any, name: str, args: Sequence[Any]) -> Any:
         return value
     if name in FUNCTIONS:
         return FUNCTIONS[name](value, *args)
-    known = MATCHES if isinstance(value, re.Match) else TEXTS | READS
+    known = MATCHES if isinstance(value, (re.Match, regex.Match)) else TEXTS | READS
     if name not in known:
         raise ValueError(f"{name} is no method by which texts are read")
     if name == "__radd__":

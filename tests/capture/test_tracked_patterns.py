@@ -266,7 +266,6 @@ def test_code_without_source_that_may_read_texts_is_said(caplog):
     assert [
         r.getMessage().partition(" of texts")[0] for r in caplog.records if r.name == "diffopt"
     ] == [
-        "the source of reading is not at hand: what it reads",
         "the source of calling is not at hand: what it reads",
     ]
 
