@@ -22,6 +22,7 @@ from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 from tests.capture import text_helpers
 from tests.capture.test_tracked_patterns import Sampler, made, read
+from tests.zoo import CASES, call, session, traced
 
 A_TEXT = "a {} and {}"
 
@@ -187,6 +188,19 @@ def test_what_a_pipeline_keeps_of_a_capture_works_afterwards():
     program = diffopt.trace(pipe, prompt="a dog")
     assert keeps.function("x") == "a 97"
     assert torch.equal(program(prompt="my cat"), pipe(prompt="my cat"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_text_whose_tokens_python_counts_unseen_is_bound():
+    # Sana tokenizes its instruction, and lengthens the prompt by as many tokens.
+    program = traced("sana")
+    program.retrace = None
+    arguments = CASES["sana"].inputs(1)
+    pipe = session("sana").pipeline
+    assert torch.equal(call(program, arguments)[0], call(pipe, CASES["sana"].inputs(1))[0])
+    changed = {**CASES["sana"].inputs(1), "complex_human_instruction": ["two words:"]}
+    with pytest.raises(DiffoptError, match=r"complex_human_instruction\[0\] is 'two words:'"):
+        call(program, changed)
 
 
 # Words of the pipeline's own code

@@ -19,6 +19,7 @@ import zlib
 from html import unescape
 
 import pytest
+import regex
 import torch
 from torch import nn
 
@@ -30,6 +31,7 @@ from diffopt.ir.program import Program
 from tests.capture import text_helpers
 from tests.zoo.text import clip_tokenizer
 
+LETTERS = regex.compile(r"\p{Lu}")
 COLOUR = re.compile(r"(red|blue) (\w+)", re.IGNORECASE)
 
 
@@ -64,6 +66,12 @@ MADE = {
     "sub with groups": (made(lambda p: re.sub(r"(\w) (\w)", r"\2 \1", p)), "a cat", "my dogs"),
     "a pattern of the module": (made(lambda p: COLOUR.sub("pink", p)), "a Red hat", "blue cats"),
     "compiled in the call": (made(lambda p: re.compile("a").sub("", p, 1)), "a cat", "cats"),
+    "of the library regex": (
+        made(lambda p: regex.sub(r"\s+", " ", p).upper()),
+        "a  cat",
+        "dogs  2",
+    ),
+    "a pattern of regex": (made(lambda p: LETTERS.sub("x", p)), "a Red hat", "blue cats"),
     "split": (made(lambda p: re.split(r"\s+(?=[A-z]|$)", p)[-2]), "a red hat", "my blue hat"),
     "a group": (made(lambda p: re.search(r"(\w+)\s+(\w)", p).group(2)), "a red hat", "1 BLUE cat"),
     "groups": (made(lambda p: re.search(r"(\w+)\s+(\w)", p).groups()[1]), "a hat", "1 BLUE cat"),
