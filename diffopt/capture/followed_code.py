@@ -24,7 +24,15 @@ from diffopt.capture.reachable_functions import (
     values_named_by,
 )
 from diffopt.capture.tracked_calls import argument, callee
-from diffopt.capture.tracked_composition import contains, field, has_items, joined, percent, seen
+from diffopt.capture.tracked_composition import (
+    contains,
+    field,
+    has_items,
+    joined,
+    percent,
+    percent_in_place,
+    seen,
+)
 from diffopt.capture.tracked_text import plain_texts, read_all
 
 
@@ -43,7 +51,10 @@ def evaluated(code: Any) -> Any:
 
 _FUNCTIONS = {
     f"__diffopt_{function.__name__}__": function
-    for function in (joined, field, percent, contains, has_items, seen, callee, argument, evaluated)
+    for function in (
+        *(joined, field, percent, percent_in_place, contains, has_items, seen),
+        *(callee, argument, evaluated),
+    )
 }
 # Of what the pipeline keeps of a capture (functions that it made in a call), the code stays.
 _AFTERWARDS: dict[str, Callable[..., Any]] = {
@@ -87,7 +98,7 @@ class _Calls(ast.NodeTransformer):
             node.value = self._call(seen, node.value, node.value)
             return node
         before = ast.copy_location(ast.Name(node.target.id, ast.Load()), node)
-        value = self._call(percent, node.value, before, node.value)
+        value = self._call(percent_in_place, node.value, before, node.value)
         return ast.copy_location(ast.Assign([node.target], value), node)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
@@ -95,7 +106,7 @@ class _Calls(ast.NodeTransformer):
         self.generic_visit(node)
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name in ("eval", "exec") and len(node.args) == 1:  # with the builtins that are here
-            node.args[:1] = [self._call(evaluated, code, code) for code in node.args[:1]]
+            node.args = [self._call(evaluated, code, code) for code in node.args]
         elif name != "super":  # which compilers know by its name
             node.func = self._call(callee, node.func, node.func)
         kinds = (ast.Name, ast.Attribute, ast.Call)

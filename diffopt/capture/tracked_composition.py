@@ -68,6 +68,14 @@ def percent(text: Any, values: Any) -> Any:
     return text % values
 
 
+def percent_in_place(text: Any, values: Any) -> Any:
+    """Return what `text %= values` assigns: arrays and tensors are written."""
+    if isinstance(text, str):
+        return percent(text, values)
+    text %= values
+    return text
+
+
 _FIELD = re.compile(r"%(?:\((.*?)\))?([#0\- +]*)(\d*)((?:\.\d+)?)(.?)", re.DOTALL)
 _KINDS = frozenset("sradiouxXeEfFgGc")
 

@@ -18,6 +18,7 @@ import warnings
 import zlib
 from html import unescape
 
+import numpy as np
 import pytest
 import regex
 import torch
@@ -242,6 +243,7 @@ def test_json_that_is_only_checked():
         ),
         lambda: (max(3, 1), max("ab", default=""), "".join(iter("ab")), repr("a")),
         lambda: Sub().value(),
+        lambda: written_in_place(),
         lambda: [sys._getframe(0).f_code.co_name, inspect.currentframe().f_lineno > 0],
     ],
 )
@@ -252,6 +254,16 @@ def test_code_without_texts_does_what_it_did(function):
         assert function.__code__ is not original
         assert function() == expected
     assert function.__code__ is original
+
+
+def written_in_place():
+    numbers, others = torch.arange(5), np.arange(5)
+    views = numbers[1:], others[1:]
+    numbers %= 3
+    others %= 3
+    rest = 7
+    rest %= 4
+    return [view.tolist() for view in views], rest
 
 
 class Base:
