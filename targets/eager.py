@@ -7,14 +7,12 @@ engines of other targets, unless their kernels contain the weights:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor, fx
+from typing import ClassVar
 
 from diffopt.core import Progress
 from diffopt.ir.program import Program
-from diffopt.lowering.executor import ComponentFunction
+from diffopt.lowering.executor import ComponentFunction, SlotExecutor
 from diffopt.lowering.target import EngineContents, Lowered, Target
 
 
@@ -22,18 +20,13 @@ from diffopt.lowering.target import EngineContents, Lowered, Target
 class Eager(Target):
     """Run the graphs as they are, for debugging and as the reference."""
 
+    is_native: ClassVar[bool] = False
+
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Compile nothing: the engine's graphs and weights are enough."""
         return Lowered()
 
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Return the components' graphs as functions."""
-        return {name: _body(gm) for name, gm in engine.program().components.items()}
-
-
-def _body(gm: fx.GraphModule) -> ComponentFunction:
-    def run(tensors: list[Tensor]) -> Sequence[Tensor]:
-        outputs: Sequence[Tensor] = gm.forward(*tensors)
-        return outputs
-
-    return run
+        bodies = engine.program().components
+        return {name: SlotExecutor(gm, {}).run for name, gm in bodies.items()}

@@ -67,6 +67,7 @@ class Tensorrt(Target):
     """Build TensorRT plans, for NVIDIA GPUs."""
 
     kinds: ClassVar[tuple[str, ...]] = ("cuda",)
+    input_devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     builder: Literal["auto", "tensorrt", "tensorrt-rtx"] = option(
         "auto", "the package to build with; auto: tensorrt if it can here, else tensorrt-rtx"

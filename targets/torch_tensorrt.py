@@ -14,7 +14,6 @@ import importlib
 import logging
 import operator
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from diffopt.lowering.compile_inputs import dynamic_shapes, example_tensor
 from diffopt.lowering.device_compilation import Deferred, Package
 from diffopt.lowering.target import option
 from diffopt.lowering.trt.builder import Settings
+from diffopt.storage.temporary import work_folder
 from diffopt.transforms.sparsity_2_4 import sparse_layers
 
 _REPORTS = "torch_tensorrt.dynamo._DryRunTracker"
@@ -79,7 +79,7 @@ class TorchTensorrt(Deferred):
         arguments = tuple(example_tensor(value, cuda_runtime.DEVICE) for value in values)
         shapes = dynamic_shapes(len(values), sizes) if sizes else None
         inputs = [_input(library, v, sizes.get(i, {})) for i, v in enumerate(values)]
-        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, aoti.quiet_inductor():
+        with work_folder() as folder, aoti.quiet_inductor():
             exported = torch.export.export(gm, arguments, dynamic_shapes=shapes, strict=False)
             with _reports() as reports:
                 # Types are the graph's: by default up to 2.12, and always from 2.13 on.

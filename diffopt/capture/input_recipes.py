@@ -52,13 +52,10 @@ from diffopt.host.inputs import (
     Tokens,
     places_in,
 )
+from diffopt.host.processors import METHODS
 from diffopt.host.schema import describe
 from diffopt.host.text_reads import Derived, TextRead
 from diffopt.ir import graph as g
-
-# Methods by which pipelines turn texts and pictures into tensors.
-_PROCESSING = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")
-
 
 _LETTERS = (
     *("A big cat", "dog of he", "ink jam", "lemon par", "quiet su", "vow xyz", "01 234", "56 789"),
@@ -365,7 +362,7 @@ class RunInputs:
             self._states.pop(name, None)
             kind.__setattr__(processor, attribute, value)  # type: ignore[call-arg]
 
-        methods = {m: method(getattr(kind, m), m) for m in _PROCESSING if hasattr(kind, m)}
+        methods = {m: method(getattr(kind, m), m) for m in METHODS if hasattr(kind, m)}
         methods["__setattr__"] = set_attribute
         return type(
             kind.__name__, (kind,), {**methods, "__module__": kind.__module__, "__slots__": ()}

@@ -28,6 +28,8 @@ class Result:
 
     def __init__(self, value: Any, recorder: Recorder, arrays: ArrayRecorder) -> None:
         self.value, self.recorder, self.arrays = value, recorder, arrays
+        self.classes: dict[str, type] = {}
+        """Of what is returned, by the names that its structure has."""
         self._outputs: list[fx.Node] = []
         self._escaped: set[int] = set()
 
@@ -88,6 +90,7 @@ class Result:
             names = {**fields, **getattr(value, "__dataclass_fields__", {})}
             ordered = [n for n in getattr(value, "__dataclass_fields__", names) if n in names]
             kind = f"{type(value).__module__}:{type(value).__qualname__}"
+            self.classes[kind] = type(value)
             return {"class": [kind, {n: self._visit(getattr(value, n)) for n in ordered}]}
         if isinstance(value, dict):
             return {"dict": {k: self._visit(v) for k, v in value.items()}}

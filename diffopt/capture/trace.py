@@ -233,6 +233,7 @@ class Session:
         output, checks = returned.structure(), returned.checks()
         steps, computed, sample = final.finish(recorder)
         host = self._host(arguments, final, steps, computed, output)
+        host.classes = returned.classes
         host.checks = checks
         root = recorder.root
         guards = _guards(recorder, probed, steps)

@@ -44,7 +44,12 @@ class Distance:
     features: float | None
 
 
-def run(flags: CompareFlags, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
+def run(
+    flags: CompareFlags,
+    prompts: Sequence[str],
+    arguments: Mapping[str, Any],
+    seed: int | None,
+) -> None:
     """Sample the same images with every file, write them to a picture, and print the distances."""
     files, output = flags.files, flags.output
     _check(files, output)
@@ -55,7 +60,7 @@ def run(flags: CompareFlags, prompts: Sequence[str], arguments: Mapping[str, Any
         for file in files:
             loaded = run_command.load_file(file)
             _warn_of_other_weights(file, run_command.provenance(loaded), built)
-            images.append(_sample(file, loaded, calls, flags.seed, flags.number, progress))
+            images.append(_sample(file, loaded, calls, seed, flags.number, progress))
             if images[-1].shape != images[0].shape:
                 raise DiffoptError(
                     f"{file} makes images of the shape {list(images[-1].shape[1:])} and {files[0]}"
@@ -68,7 +73,7 @@ def run(flags: CompareFlags, prompts: Sequence[str], arguments: Mapping[str, Any
         names = [str(file) for file in files]
     heads = [f"{n}\nrelative {row.relative:.3g}" for n, row in zip(names, rows, strict=True)]
     image_files.save_picture(image_files.columns(heads, [_pictures(m) for m in images]), output)
-    _print(rows, prompts, flags)
+    _print(rows, prompts, seed or 0, flags)
     show.stderr().print(f"wrote {output} ({len(files)} × {len(images[0])} images)")
 
 
@@ -145,9 +150,11 @@ def _pictures(images: Tensor) -> list[Image.Image]:
     return pictures
 
 
-def _print(rows: Sequence[Distance], prompts: Sequence[str], flags: CompareFlags) -> None:
+def _print(
+    rows: Sequence[Distance], prompts: Sequence[str], seed: int, flags: CompareFlags
+) -> None:
     if flags.as_json:
-        seeds = [(flags.seed or 0) + index for index in range(flags.number)]
+        seeds = [seed + index for index in range(flags.number)]
         results = [asdict(row) for row in rows]
         show.print_json({"prompts": list(prompts), "seeds": seeds, "results": results})
         return

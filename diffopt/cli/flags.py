@@ -153,6 +153,16 @@ class OptimizeFlags:
     as_json: Json = False
 
 
+TrustedKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trusted-key",
+        metavar="PEM",
+        help="A public key of which the file must be signed (see `diffopt sign`); repeatable.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class RunFlags:
     """The flags of `diffopt run`."""
@@ -174,6 +184,7 @@ class RunFlags:
         str | None,
         typer.Option("--target", "-t", help="Run it on eager instead of what it was built for."),
     ] = None
+    trusted_key: TrustedKeys = None
     settings: Settings = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +13,7 @@ from diffopt.cli import heatmap, image_files
 from diffopt.cli import output as show
 from diffopt.core import Record
 from diffopt.engine import engine
+from diffopt.engine.engine_file import EngineFile
 from diffopt.errors import DiffoptError, VerifyError
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
@@ -22,12 +23,19 @@ from diffopt.ir.program import Program
 from diffopt.lowering import roofline
 from diffopt.lowering.hardware import Hardware
 from diffopt.spec import suggest
+from diffopt.storage import file_schema, program_file, signatures
 
 
 def open_engine(file: str) -> tuple[Program, dict[str, int]]:
     """Return the program in an engine file, and the bytes of each member of the file."""
-    opened = engine.load(file, target="eager")  # it may be another machine's
-    return opened.program, opened.parts
+    opened = EngineFile(file)  # it may be another machine's, and none of its code is loaded
+    opened.archive.verify()
+    if opened.manifest["holds_weights"]:
+        raise DiffoptError(
+            f"{file}: target {opened.manifest['target']} keeps the weights in its kernels, so its"
+            " program cannot be had; inspect the program that it was built from"
+        )
+    return opened.program(opened.program_json()), opened.parts
 
 
 def graph_text(program: Program, name: str) -> str:
@@ -195,13 +203,36 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in ranges)
 
 
-def problem(file: Path) -> str | None:
-    """Return the problem of a file in one line, or None."""
+def sign(file: Path, key: Path, output: Path) -> None:
+    """Write a signed copy of a file."""
+    archive = program_file.read(file) if file.suffix == ".program" else EngineFile(file).archive
     try:
-        if file.suffix == ".program":
-            Program.load(file).verify()
+        signatures.sign(archive, key, output)
+    except OSError as error:
+        raise DiffoptError(f"{output}: cannot be written: {error.strerror}") from None
+
+
+def problem(file: Path, trusted_keys: Sequence[str] = (), *, run: bool = False) -> str | None:
+    """Return the problem of a file in one line, or None.
+
+    Args:
+        file: A program or an engine, whose code is not loaded.
+        trusted_keys: Files of keys, one of which must have signed it; empty: nobody has to.
+        run: Load the engine after all, and run it on its sample inputs.
+    """
+    try:
+        engine_file = None if file.suffix == ".program" else EngineFile(file)
+        archive = engine_file.archive if engine_file else program_file.read(file)
+        if trusted_keys:
+            signatures.expect_signed(archive, trusted_keys)
+        if engine_file:
+            engine_file.check()
         else:
-            engine.load(file).verify()
+            program = Program.load(file)
+            with archive.making("member program.json"):
+                program.verify()
+        if run and engine_file:
+            engine.load(file, verify=False).verify()
     except (DiffoptError, VerifyError) as error:
-        return str(error)
+        return file_schema.printable(str(error))
     return None

@@ -127,10 +127,18 @@ def _read(text: str) -> Any:
             return reader(text)
         except (OSError, ValueError) as error:
             raise DiffoptError(f"--set: {text} cannot be read: {error}") from error
+    if text in _JSON_WORDS:
+        raise DiffoptError(
+            f"--set: write {_JSON_WORDS[text]}, as in Python, for {text}, or the word itself in"
+            f" quotes: \"'{text}'\""
+        )
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+_JSON_WORDS = {"null": "None", "true": "True", "false": "False"}
 
 
 def trace_model(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENAMETOOLONG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +28,7 @@ from diffopt.cli.flags import (
     Settings,
     Stats,
     Steps,
+    TrustedKeys,
     with_flags,
 )
 from diffopt.errors import DiffoptError, ToleranceError
@@ -142,10 +145,10 @@ def run(flags: RunFlags) -> None:
 
     names = ("prompt", "negative_prompt", "guidance_scale")
     named = {name: getattr(flags, name) for name in names}
-    arguments = _arguments(flags.settings)
-    arguments |= {name: value for name, value in named.items() if value is not None}
+    arguments = _merged(flags.settings, {**named, "seed": flags.seed})
+    seed = arguments.pop("seed", None)
     with show.progress(f"loading {flags.engine}") as progress:
-        count = run_command.run(flags, arguments, progress)
+        count = run_command.run(flags, arguments, seed, progress)
     show.stderr().print(f"wrote {flags.output} ({count})")
 
 
@@ -158,8 +161,9 @@ def bench(flags: BenchFlags) -> None:
     """Time an engine against the original pipeline, and compare their images."""
     from diffopt.cli import bench as bench_command
 
-    named = {} if flags.prompt is None else {"prompt": flags.prompt}
-    bench_command.run(flags, _arguments(flags.settings) | named)
+    arguments = _merged(flags.settings, {"prompt": flags.prompt, "seed": flags.seed})
+    del arguments["seed"]
+    bench_command.run(flags, arguments)
 
 
 @app.command(
@@ -172,7 +176,11 @@ def compare(flags: CompareFlags) -> None:
     from diffopt.cli import compare as compare_command
 
     prompts = [*(flags.prompt or ()), *_prompts(flags.prompts)]
-    compare_command.run(flags, prompts, _arguments(flags.settings))
+    arguments = _merged(flags.settings, {"prompt": prompts or None, "seed": flags.seed})
+    if prompts:
+        del arguments["prompt"]
+    seed = arguments.pop("seed", None)
+    compare_command.run(flags, prompts, arguments, seed)
 
 
 @app.command(
@@ -255,18 +263,25 @@ def sensitivity(flags: SensitivityFlags) -> None:
     sensitivity_command.print_report(report, flags.as_json)
 
 
-@app.command(epilog="diffopt verify out.engine  # exit code 1 if it is damaged")
+@app.command(
+    epilog="diffopt verify out.engine  # exit code 1 if it is damaged\n\n"
+    "diffopt verify out.engine --run\n\ndiffopt verify out.engine --trusted-key key.pub.pem"
+)
 def verify(
     file: Annotated[Path, typer.Argument(help="An .engine or .program file.")],
+    run: Annotated[
+        bool, typer.Option("--run", help="Load an engine, and run it on its sample inputs, too.")
+    ] = False,
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
-    """Check a file: checksums, graphs, types, and that it runs here."""
+    """Check a file: checksums, graphs, types. Nothing in it is run, unless you say so."""
     from diffopt.cli import inspect as inspect_command
     from diffopt.cli import output as show
 
     if not file.is_file():
         raise DiffoptError(f"there is no file {file}")
-    problem = inspect_command.problem(file)
+    problem = inspect_command.problem(file, trusted_key or [], run=run)
     if as_json:
         show.print_json({"file": str(file), "ok": problem is None, "problem": problem})
     elif problem is None:
@@ -274,6 +289,28 @@ def verify(
     else:
         print(f"diffopt: error: {problem}", file=sys.stderr)
     raise typer.Exit(0 if problem is None else 1)
+
+
+@app.command(
+    epilog="openssl genpkey -algorithm ed25519 -out key.pem\n\n"
+    "openssl pkey -in key.pem -pubout -out key.pub.pem\n\n"
+    "diffopt sign out.engine --key key.pem\n\n"
+    "diffopt run out.engine --trusted-key key.pub.pem"
+)
+def sign(
+    file: Annotated[Path, typer.Argument(help="An .engine or .program file.")],
+    key: Annotated[Path, typer.Option(metavar="PEM", help="Your private key, of Ed25519.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write; none: FILE itself.")
+    ] = None,
+) -> None:
+    """Sign a file, so that those who have your public key know that it is yours."""
+    from diffopt.cli import inspect as inspect_command
+
+    if not file.is_file():
+        raise DiffoptError(f"there is no file {file}")
+    inspect_command.sign(file, key, output or file)
+    print(f"signed {output or file}")
 
 
 @app.command(epilog="diffopt finish out.engine  # on the GPU machine, before it is deployed")
@@ -340,6 +377,13 @@ def main() -> None:
         print(f"diffopt: error: {error}{notes}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
+    except OSError as error:
+        # Of the disk, which is nobody's fault but the user's to mend; others are faults of ours.
+        if error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EIO, EFBIG, ENAMETOOLONG):
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"diffopt: error: {name}{error.strerror}", file=sys.stderr)
+        code = 2
     except Exception as error:
         # A wrong option. Its class is click's or typer's own copy of it, by typer's version.
         if not hasattr(error, "format_message"):
@@ -375,6 +419,16 @@ def _arguments(settings: list[str] | None) -> dict[str, Any]:
     from diffopt.cli.load_model import read_settings
 
     return read_settings(settings or ())
+
+
+def _merged(settings: list[str] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `--set` and those of flags of their own, each given once."""
+    arguments = _arguments(settings)
+    given = {name: value for name, value in named.items() if value is not None}
+    for name in sorted(arguments.keys() & given.keys()):
+        flag = name.replace("_", "-")
+        raise DiffoptError(f"{name} is given by --{flag} and by --set {name}=: give one of the two")
+    return arguments | given
 
 
 def _expect(output: Path, *suffixes: str) -> None:

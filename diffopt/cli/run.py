@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,23 @@ from diffopt.core import Progress
 from diffopt.engine import engine
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
+from diffopt.storage import program_file, signatures
 
 
-def load_file(path: Path, target: str | None = None) -> Any:
+def load_file(
+    path: Path, target: str | None = None, trusted_keys: Sequence[str] | None = None
+) -> Any:
     """Return the engine or program of a file; both are called alike.
 
-    An engine runs on `target` instead of the one that it was built for.
+    An engine runs on `target` instead of the one that it was built for, and must be signed by one
+    of the keys, if there are any.
     """
     if not path.is_file():
         raise DiffoptError(f"there is no file {path}")
     if path.suffix != ".program":
-        return engine.load(path, target=target)
+        return engine.load(path, target=target, trusted_keys=trusted_keys)
+    if trusted_keys:
+        signatures.expect_signed(program_file.read(path), trusted_keys)
     if target is not None:
         raise DiffoptError(f"--target {target}: {path} is a program, which runs without a target")
     return Program.load(path)
@@ -68,6 +74,8 @@ def sample(
     """
     low, high = loaded.batch or (1, 1)
     if seed is not None:
+        if type(seed) is not int:
+            raise DiffoptError(f"seed={seed!r}: must be a whole number")
         arguments = {**arguments, "seed": seed}  # which a program that takes none refuses
     elif number > 1 and not loaded.host.takes_seed():
         raise DiffoptError(
@@ -88,13 +96,13 @@ def sample(
     return results
 
 
-def run(flags: RunFlags, arguments: Mapping[str, Any], progress: Progress) -> str:
+def run(flags: RunFlags, arguments: Mapping[str, Any], seed: int | None, progress: Progress) -> str:
     """Sample images, one seed after another, and write them; return their number as text."""
     kind = image_files.output_type(flags.output)  # before loading: a wrong name costs nothing
-    loaded = load_file(flags.engine, flags.target)
+    loaded = load_file(flags.engine, flags.target, flags.trusted_key)
     arguments = {**arguments, **image_files.as_tensors(loaded)}
     if kind == "pil":
         arguments["output_type"] = kind
-    results = sample(loaded, arguments, flags.seed, flags.number, progress)
+    results = sample(loaded, arguments, seed, flags.number, progress)
     written = image_files.save(results, flags.output, flags.number)
     return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,13 @@ from diffopt.engine.engine_file import FORMAT, KERNELS, KIND, EngineFile, is_com
 from diffopt.errors import DiffoptError
 from diffopt.host.inputs import Host
 from diffopt.ir import graph as g
+from diffopt.ir.flat_inputs import FlatInputs
 from diffopt.ir.printing import format_type
 from diffopt.ir.program import Program
 from diffopt.lowering import legality
 from diffopt.lowering.target import EngineContents, Lowered, Target, parse_target
 from diffopt.progress import Progress, silent
-from diffopt.storage import container
+from diffopt.storage import container, program_file, signatures
 
 _Saved = tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]
 """The result of `Program.to_members`."""
@@ -48,7 +48,9 @@ def build(
         progress: Called with what is being done and the fraction done, if known.
     """
     write(program, target, path, compress=compress, progress=progress)
-    return load(path, verify=False)
+    engine = load(path, verify=False)
+    engine.host.classes = program.host.classes
+    return engine
 
 
 def write(
@@ -164,8 +166,8 @@ def _members(saved: _Saved, lowered: Lowered) -> dict[str, container.Buffers]:
         tensors = {k: t for k, t in tensors.items() if k in used or k.startswith("sample/")}
     kernels = {KERNELS + name: [content] for name, content in lowered.members.items()}
     return {
-        "program.json": [json.dumps(data).encode()],
-        **{f"assets/{name}": [content] for name, content in assets.items()},
+        "program.json": [program_file.encoded(data)],
+        **{program_file.ASSETS + name: [content] for name, content in assets.items()},
         **kernels,
         "weights.safetensors": container.pack_tensors(tensors),
     }
@@ -211,17 +213,38 @@ def _version() -> str:
 
 
 def load(
-    path: str | os.PathLike[str], *, target: Target | str | None = None, verify: bool = True
+    path: str | os.PathLike[str],
+    *,
+    target: Target | str | None = None,
+    verify: bool = True,
+    allow_native: bool = True,
+    trusted_keys: Sequence[str | os.PathLike[str]] | None = None,
 ) -> Engine:
     """Open an engine file; a damaged or unfit one is a `DiffoptError`.
+
+    Engines of all targets but `eager` hold code for the machine, which runs in this process with
+    its rights: open those of people whom you trust, or say so.
 
     Args:
         path: The file.
         target: The target to run it on instead of the one that it was built for; only `eager` can
             run engines of others.
         verify: Compare every member of the file with its checksum first.
+        allow_native: Whether code for the machine may be loaded; False: such an engine is an error.
+        trusted_keys: PEM files with public keys (see `diffopt sign`), one of which must have signed
+            the file; None: nobody has to.
     """
-    return Engine(path, target=target, verify=verify)
+    return Engine(
+        path, target=target, verify=verify, allow_native=allow_native, trusted_keys=trusted_keys
+    )
+
+
+def _reloaded(path: str, target: str, manifest: str, options: Mapping[str, Any]) -> Engine:
+    """Return an engine in another process, of the same file."""
+    engine = Engine(path, target=target, **options)
+    if engine._file.digest() != manifest:
+        raise DiffoptError(f"{path}: is another file than the engine that was pickled")
+    return engine
 
 
 class Engine:
@@ -241,19 +264,32 @@ class Engine:
         *,
         target: Target | str | None = None,
         verify: bool = True,
+        allow_native: bool = True,
+        trusted_keys: Sequence[str | os.PathLike[str]] | None = None,
     ) -> None:
+        self._options: dict[str, Any] = {"verify": verify, "allow_native": allow_native}
+        self._options["trusted_keys"] = trusted_keys and [os.path.abspath(k) for k in trusted_keys]
         self._file = EngineFile(path)
         self.path = self._file.path
         self.manifest = self._file.manifest
-        if verify:
+        if trusted_keys is not None:
+            signatures.expect_signed(self._file.archive, trusted_keys)
+        elif verify:
             self._file.archive.verify()
         self.target = self._file.target(target)
+        if self.target.is_native and not allow_native:
+            raise DiffoptError(
+                f"{self.path}: is for target {self.target}, and so has code for this machine, which"
+                " allow_native=False forbids; " + self._file.without_native()
+            )
         self.tensors = self._file.tensors
         data = self._file.program_json()
         outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
         self._outer = self._file.program({**data, "graphs": outer})
         bodies = self.target.load(self._file.contents(data))
         self._executor = self.target.executor(self._outer.root, bodies)
+        root, devices = self._outer.root, self.target.input_devices
+        self._flat_inputs = FlatInputs(root, self._outer.batch, self._outer.lengths, devices)
 
     @functools.cached_property
     def program(self) -> Program:
@@ -279,8 +315,7 @@ class Engine:
     @property
     def parts(self) -> dict[str, int]:
         """The bytes of each member in the file, compressed or not."""
-        table = self.manifest["members"]
-        return {name: entry.get("zstd", entry["size"]) for name, entry in table.items()}
+        return self._file.parts
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -308,8 +343,9 @@ class Engine:
         return self._outer.converts(output_type)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the flat outputs for flat inputs."""
-        return self._executor.run(tensors)
+        """Return the flat outputs for flat inputs; others than `inputs` are a `DiffoptError`."""
+        self._file.archive.expect_unchanged()
+        return self._executor.run(self._flat_inputs.checked(tensors))
 
     def verify(self) -> None:
         """Raise a `DiffoptError` for a damaged file, or infinite outputs for the sample inputs."""
@@ -320,6 +356,11 @@ class Engine:
                     raise DiffoptError(
                         f"{self.path}: output {index} is not finite on the sample inputs"
                     )
+
+    def __reduce__(self) -> Any:
+        """Pickle the path of the file: another process maps it, too."""
+        arguments = os.path.abspath(self.path), str(self.target), self._file.digest()
+        return _reloaded, (*arguments, self._options)
 
     def __repr__(self) -> str:
         size = sum(self.parts.values())

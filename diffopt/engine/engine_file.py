@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from diffopt.errors import DiffoptError
 from diffopt.ir.program import FORMAT as PROGRAM_FORMAT
 from diffopt.ir.program import Program
 from diffopt.lowering.target import EngineContents, Target, parse_target
-from diffopt.storage import container
+from diffopt.storage import container, file_schema, program_file
 
 FORMAT = f"1.{PROGRAM_FORMAT}"
 """The version of the engine format, then that of the program in it."""
@@ -47,6 +47,14 @@ class EngineFile:
                 f"{self.path}: engine format {version}, this diffopt reads {FORMAT};"
                 " build it again with this version"
             )
+        with self.archive.making(f"member {container.MANIFEST}"):
+            file_schema.checked(self.manifest, file_schema.EngineManifest)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes of each member in the file, compressed or not."""
+        table = self.manifest["members"]
+        return {name: entry.get("zstd", entry["size"]) for name, entry in table.items()}
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -76,6 +84,28 @@ class EngineFile:
             raise DiffoptError(f"{self.path}: {reason}; build it again for this machine{instead}")
         return target
 
+    def without_native(self) -> str:
+        """Say how the engine can be had without code for the machine."""
+        if self.manifest["holds_weights"]:
+            return "it cannot run without"
+        return 'load it with target="eager", which runs the graphs alone'
+
+    def digest(self) -> str:
+        """Return a hash of the manifest, and so of everything in the file."""
+        return hashlib.sha256(self.archive.manifest_text).hexdigest()
+
+    def check(self) -> None:
+        """Raise an error for a damaged or malformed file; nothing in it is loaded to run."""
+        self.archive.verify()
+        data = self.program_json()
+        if self.manifest["holds_weights"]:
+            outer = {n: graph for n, graph in data["graphs"].items() if not is_component(n)}
+            self.program({**data, "graphs": outer})
+        else:
+            program = self.program(data)
+            with self.archive.making("member program.json"):
+                program.verify()
+
     def _built_target(self, text: str) -> Target:
         try:
             return parse_target(text)
@@ -87,14 +117,14 @@ class EngineFile:
 
     def program_json(self) -> dict[str, Any]:
         """Return the program as JSON."""
-        data: dict[str, Any] = json.loads(bytes(self.archive.read("program.json")))
+        data: dict[str, Any] = self.archive.json("program.json", file_schema.ProgramData)
         return data
 
     def program(self, data: Mapping[str, Any]) -> Program:
         """Rebuild a program from its JSON, which may lack components."""
-        names = self.archive.names("assets/")
-        assets = {n.removeprefix("assets/"): bytes(self.archive.read(n)) for n in names}
-        return Program.from_members(data, self.tensors, assets)
+        assets = program_file.assets(self.archive)
+        with self.archive.making("member program.json"):
+            return Program.from_members(data, self.tensors, assets)
 
     def contents(self, data: Mapping[str, Any]) -> EngineContents:
         """Return what a target loads components from; `data` is the program's JSON."""

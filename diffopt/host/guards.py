@@ -39,7 +39,7 @@ class Guards:
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Raise a `DiffoptError` where a value differs from the one at capture."""
         with torch.no_grad():
-            values = self.body(*tensors)
+            values = fx.Interpreter(self.body).run(*tensors)  # no code is made of a file's graph
         rows = zip(values, self.expected, self.where, self.from_text, strict=True)
         for value, expected, where, from_text in rows:
             actual = value.tolist() if isinstance(value, Tensor) else value

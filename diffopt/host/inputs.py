@@ -21,7 +21,7 @@ from diffopt.host.array_expressions import ArrayRead, evaluate, places_of
 from diffopt.host.cleaners import CLEANERS
 from diffopt.host.guards import mismatch
 from diffopt.host.outputs import Check
-from diffopt.host.processors import load_component
+from diffopt.host.processors import called, load_component
 from diffopt.host.schema import Checker, Schema, describe, phrase, rows
 from diffopt.host.text_reads import NO_VALUE, Derived, TextRead
 from diffopt.spec import suggest
@@ -124,7 +124,7 @@ class Processor(Step):
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Call the component, and return the entries that are inputs of the graph."""
         args, kwargs = decode_args(self.args, call.arguments, call)
-        result = getattr(call.component(self.asset), self.method)(*args, **kwargs)
+        result = called(call.component(self.asset), self.method)(*args, **kwargs)
         return [result_entry(result, key) for key in self.keys]
 
 
@@ -170,7 +170,7 @@ def listed(source: Sequence[Any], call: "CallArguments") -> list[int]:
     """
     name, method, encoded, place = source
     args, kwargs = decode_args(encoded, call.arguments, call)
-    value = value_at(getattr(call.component(name), method)(*args, **kwargs), place)
+    value = value_at(called(call.component(name), method)(*args, **kwargs), place)
     if not isinstance(value, list):
         raise DiffoptError(f"{name!r} gives no list of tokens for this text")
     return value
@@ -199,6 +199,14 @@ class TokenRead:
                 from_text=True,
             )
 
+
+DRAWS = frozenset(
+    (
+        *("randn", "rand", "randint", "randperm", "normal_", "uniform_", "random_", "bernoulli_"),
+        *("exponential_", "cauchy_", "log_normal_", "geometric_"),
+    )
+)
+"""Functions and methods that draw."""
 
 FILLS = {"randn": "normal_", "rand": "uniform_", "randint": "random_"}
 """By operator: the method that draws the same numbers into a tensor of any strides."""
@@ -233,6 +241,8 @@ class Draw(Step):
     def sample(self, generator: torch.Generator | None) -> Tensor:
         """Draw from a generator, None for the default one."""
         name, dtype = self.op.removeprefix("aten."), getattr(torch, self.dtype)
+        if name not in DRAWS:
+            raise DiffoptError(f"{self.op} draws no random numbers that are known here")
         extra = [int(e) if float(e).is_integer() else e for e in self.extra]
         if self.stride is not None or name.endswith("_"):
             empty = torch.empty(self.size, dtype=dtype)
@@ -373,7 +383,9 @@ class Computed:
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the value, of the inputs that are there."""
         with torch.no_grad():
-            return self.body(*(tensors[index] for index in self.inputs))[0]  # type: ignore[no-any-return]
+            # Not called: no code is made of a file's graph.
+            run = fx.Interpreter(self.body).run
+            return run(*(tensors[index] for index in self.inputs))[0]  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass
@@ -404,6 +416,8 @@ class Host:
     """What Python read of the texts, and new ones must give, too."""
     array_reads: list[ArrayRead] = dataclasses.field(default_factory=list, repr=False)
     """What Python read of the pictures and arrays, and new ones must give, too."""
+    classes: dict[str, type] = dataclasses.field(default_factory=dict, repr=False)
+    """Of what the pipeline returns, by name; at hand in the process that traced it."""
     objects: dict[Place, Any] = dataclasses.field(default_factory=dict, repr=False)
     """Traced arguments that no schema describes; at hand in the process that traced them."""
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,12 @@ class Check:
             )
 
 
-def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
+def pack(
+    data: Any,
+    tensors: Sequence[Tensor],
+    output_type: str | None = None,
+    classes: Mapping[str, type] = MappingProxyType({}),
+) -> Any:
     """Return what the pipeline returns, from flat output tensors and the structure as JSON.
 
     Args:
@@ -61,6 +68,8 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
         tensors: The flat outputs.
         output_type: "pil", "np" or "pt" for images of another type than at capture, which
             `expect_convertible` has allowed.
+        classes: Of results, by the names that the structure has. Of others an `Output` is made,
+            unless they are the libraries' own.
     """
     ((kind, value),) = data.items()
     if kind == "value":
@@ -79,21 +88,33 @@ def pack(data: Any, tensors: Sequence[Tensor], output_type: str | None = None) -
     if kind == "expression":
         return evaluate(value, {}, lambda index: np.array(tensors[index].cpu()))
     if kind == "stack":
-        parts = [pack(item, tensors, "np") for item in value]
+        parts = [pack(item, tensors, "np", classes) for item in value]
         return torch.from_numpy(np.stack(parts)) if output_type == "pt" else np.stack(parts)
     if kind in ("list", "tuple"):
-        items = [pack(item, tensors, output_type) for item in value]
+        items = [pack(item, tensors, output_type, classes) for item in value]
         if output_type in ("pt", "np") and value and all("image" in item for item in value):
             return torch.stack(items) if output_type == "pt" else np.stack(items)
         return items if kind == "list" else tuple(items)
     if kind == "dict":
-        return {k: pack(v, tensors, output_type) for k, v in value.items()}
+        return {k: pack(v, tensors, output_type, classes) for k, v in value.items()}
     name, fields = value
-    packed = {k: pack(v, tensors, output_type) for k, v in fields.items()}
-    module, _, qualname = name.partition(":")
-    # The pipeline's class if its library is imported already: importing it would take seconds.
-    cls = getattr(sys.modules.get(module), qualname, None)
+    packed = {k: pack(v, tensors, output_type, classes) for k, v in fields.items()}
+    cls = classes.get(name) or _library_class(name)
     return cls(**packed) if cls is not None else Output(packed)
+
+
+def _library_class(name: str) -> type | None:
+    """Return a class of results of diffusers or transformers, if it is imported already.
+
+    Importing it would take seconds. A file may name no other class: its fields are arguments.
+    """
+    module, _, qualname = name.partition(":")
+    if module.partition(".")[0] not in ("diffusers", "transformers"):
+        return None
+    found = getattr(sys.modules.get(module), qualname, None)
+    if isinstance(found, type) and issubclass(found, OrderedDict):
+        return found if hasattr(found, "__dataclass_fields__") else None
+    return None
 
 
 IMAGE_TYPES = ("pil", "np", "pt")

@@ -19,6 +19,19 @@ from diffopt.errors import DiffoptError
 _HOW = "component.json"
 _PACKAGES = ("transformers", "diffusers")
 
+METHODS = ("__call__", "apply_chat_template", "encode", "preprocess", "pad")
+"""By which pipelines turn texts and pictures into tensors: files may ask for no other."""
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""For what is loaded of a file: neither another's code nor anything from elsewhere."""
+
+
+def called(component: Any, method: str) -> Any:
+    """Return a method of a host component, one of those in `METHODS`."""
+    if method not in METHODS:
+        raise DiffoptError(f"{method!r} is no method that a file may call of a host component")
+    return getattr(component, method)
+
 
 def load_component(name: str, files: Mapping[str, bytes]) -> Any:
     """Load a tokenizer or image processor from its files."""
@@ -29,16 +42,18 @@ def load_component(name: str, files: Mapping[str, bytes]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         for file, content in files.items():
             path = Path(folder, file)
+            if ".." in path.parts or not path.is_relative_to(folder):
+                raise DiffoptError(f"{name!r} has a file {file!r} outside its folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         if how:
-            return _class(name, how).from_pretrained(folder)
+            return _class(name, how).from_pretrained(folder, **_LOCAL)
         is_both = {"tokenizer_config.json", "preprocessor_config.json"} <= files.keys()
         if is_both or "processor_config.json" in files:
-            return transformers.AutoProcessor.from_pretrained(folder)
+            return transformers.AutoProcessor.from_pretrained(folder, **_LOCAL)
         if "tokenizer_config.json" in files:
-            return transformers.AutoTokenizer.from_pretrained(folder)
-        return transformers.AutoImageProcessor.from_pretrained(folder)
+            return transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        return transformers.AutoImageProcessor.from_pretrained(folder, **_LOCAL)
 
 
 def save_component(component: Any) -> dict[str, bytes]:

@@ -27,17 +27,22 @@ def fake(value: Any, dtype: torch.dtype | None = None) -> Any:
     `dtype` is their type, where it is to be another.
     """
     if isinstance(value, Tensor):
-        # Not `empty_strided` in the mode: to dispatch it takes six times as long.
-        meta = torch.empty_strided(
-            tuple(map(int, value.shape)),
-            tuple(map(int, value.stride())),
-            dtype=dtype or value.dtype,
-            device="meta",
-        )
-        return FakeTensor(FAKE_MODE, meta, _CPU if value.device.type == "meta" else value.device)
+        device = _CPU if value.device.type == "meta" else value.device
+        return fake_tensor(value.shape, value.stride(), dtype or value.dtype, device)
     if isinstance(value, (list, tuple)):
         return type(value)(fake(item, dtype) for item in value)
     return value
+
+
+def fake_tensor(
+    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return a FakeTensor."""
+    # Not `empty_strided` in the mode: to dispatch it takes six times as long.
+    meta = torch.empty_strided(
+        tuple(map(int, shape)), tuple(map(int, stride)), dtype=dtype, device="meta"
+    )
+    return FakeTensor(FAKE_MODE, meta, device)
 
 
 def attribute(owner: torch.nn.Module, name: str) -> Any:

@@ -23,7 +23,9 @@ from diffopt.host.inputs import Computed, Host
 from diffopt.host.outputs import expect_convertible, pack
 from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
 from diffopt.ir import graph as g
+from diffopt.ir.flat_inputs import FlatInputs
 from diffopt.ir.flops import graph_flops
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.printing import format_graph, graph_fingerprint
 from diffopt.ir.strides import with_strides
 from diffopt.ir.verifier import verify_call, verify_graph, verify_type
@@ -33,6 +35,9 @@ from diffopt.storage.weight_digests import Sealed
 log = logging.getLogger("diffopt")
 
 FORMAT = 1
+
+_MAX_SPREAD = 64
+"""How many times more elements than it has a stored tensor may be spread over."""
 
 MAX_VARIANTS = 8
 """How many programs for other numbers of tokens are kept; the oldest is evicted first."""
@@ -185,15 +190,18 @@ class Program:
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Execute the graph on flat inputs, and return its flat outputs."""
+        devices = {node.meta["val"].device.type for node in g.placeholders(self.root)}
+        tensors = FlatInputs(self.root, self.batch, self.lengths, devices).checked(tensors)
         with torch.no_grad():
-            return tuple(self.root(*tensors))
+            return Interpreter(self.root).run(*tensors)  # no code is made of a file's graph
 
     def pack(self, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
         """Return flat outputs as the pipeline returns them."""
         for check in self.host.checks:
             check.check(tensors)
         traced = self.host.traced_output_type()
-        return pack(self.host.output, tensors, output_type if output_type != traced else None)
+        output_type = output_type if output_type != traced else None
+        return pack(self.host.output, tensors, output_type, self.host.classes)
 
     def sample_inputs(self, count: int | None = None) -> list[Tensor]:
         """Return flat inputs for `run`: those seen at capture.
@@ -385,6 +393,7 @@ class Program:
                     tensors[keys[id(tensor)]] = tensor.detach()
                 parameter = isinstance(tensor, torch.nn.Parameter)
                 table[attribute] = [keys[id(tensor)], list(tensor.stride()), parameter]
+            serialize.expect_allowed(gm)
             graphs[name] = {"nodes": serialize.graph_to_json(gm), "tensors": table}
         tensors.update({f"sample/{i}": t.detach() for i, t in enumerate(self.sample)})
         data = {
@@ -412,13 +421,16 @@ class Program:
     def from_members(
         data: Mapping[str, Any], tensors: Mapping[str, Tensor], assets: Mapping[str, bytes]
     ) -> "Program":
-        """Rebuild a program from what `to_members` returned."""
+        """Rebuild a program from what `to_members` returned.
+
+        Other data of the structure of `file_schema.ProgramData` is an error of several types.
+        """
         shared: dict[str, Tensor] = {}
 
         def table(graph: Mapping[str, Any]) -> dict[str, Tensor]:
             for key, stride, parameter in graph["tensors"].values():
                 if key not in shared:
-                    tensor = with_strides(tensors[key], stride)
+                    tensor = _placed(tensors[key], stride)
                     shared[key] = (
                         torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
                     )
@@ -466,13 +478,25 @@ class Program:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Program":
         """Read a program that `save` wrote; another file is a `DiffoptError`."""
-        data, tensors, assets = program_file.read(path)
+        file = program_file.read(path)
+        data, tensors, assets = program_file.members(file)
         if data["format"] != FORMAT:
             raise DiffoptError(
                 f"{os.fspath(path)}: format {data['format']}, this diffopt reads {FORMAT}; "
                 "trace the model again"
             )
-        return Program.from_members(data, tensors, assets)
+        with file.making("member program.json"):
+            return Program.from_members(data, tensors, assets)
+
+
+def _placed(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return a file's tensor with other strides, which take no more memory than a graph's may."""
+    extent = 1 + sum(
+        (size - 1) * step for size, step in zip(tensor.shape, stride, strict=True) if size
+    )
+    if extent > max(_MAX_SPREAD * tensor.numel(), 1 << 20):
+        raise ValueError(f"the strides {list(stride)} take {extent} elements of memory")
+    return with_strides(tensor, stride)
 
 
 def _indent(text: str) -> str:

@@ -1,14 +1,20 @@
-"""Graphs as JSON: the whole IR without pickle and without the model's code."""
+"""Graphs as JSON: the whole IR without pickle and without the model's code.
+
+What is read is data of others: operators, types and devices are looked up in lists, names are
+identifiers, and a node takes only nodes before it. Whatever else a file says is a `DiffoptError`,
+or a `ValueError` or the like, which those who read files turn into one.
+"""
 
 import dataclasses
-import importlib
-import operator
+import keyword
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from diffopt.errors import DiffoptError
+from diffopt.ir import allowed_operators
 from diffopt.ir import graph as g
 from diffopt.ir.call_tags import Tag
 from diffopt.ir.printing import target_name
@@ -19,8 +25,7 @@ _ENUMS: dict[str, type] = {
     "memory_format": torch.memory_format,
 }
 
-_REGISTER = {"quantized_decomposed": "diffopt.ir.qdq", "diffopt": "diffopt.ir.qdq"}
-"""The module that registers the operators of a namespace."""
+_DEVICE = re.compile(r"(cpu|cuda|xpu|mps|meta)(:\d{1,3})?")
 
 _META = ("module", "where", "reuse")
 """Entries of a node's `meta` that are saved, besides its value and its tag."""
@@ -51,25 +56,49 @@ def encode(arg: Any, index: dict[fx.Node, int]) -> Any:
 
 
 def decode(data: Any, nodes: list[fx.Node]) -> Any:
-    """Return the fx argument that `encode` turned into `data`."""
+    """Return the fx argument that `encode` turned into `data`; a `ValueError` for other data."""
     if isinstance(data, list):
         return [decode(item, nodes) for item in data]
     if not isinstance(data, dict):
+        if isinstance(data, float):
+            raise ValueError(f"{data} is not written as a number of a graph")
         return data
     ((key, value),) = data.items()
     if key == "node":
-        return nodes[value]
+        return nodes[_count(value)]
     if key == "float":
         return float.fromhex(value)
     if key == "complex":
-        return complex(*(float.fromhex(part) for part in value))
+        real, imaginary = value
+        return complex(float.fromhex(real), float.fromhex(imaginary))
     if key == "tuple":
         return tuple(decode(item, nodes) for item in value)
     if key == "slice":
-        return slice(*(decode(item, nodes) for item in value))
+        start, stop, step = (decode(item, nodes) for item in value)
+        return slice(start, stop, step)
     if key == "device":
-        return torch.device(value)
-    return getattr(torch, value)
+        return _device(value)
+    return _member(key, value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no number of a node")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    if not _DEVICE.fullmatch(text):
+        raise ValueError(f"{text!r} is no device")
+    return torch.device(text)
+
+
+def _member(kind: str, name: str) -> Any:
+    """Return torch's dtype, layout or memory format of a name."""
+    value = getattr(torch, name) if name.isidentifier() else None
+    if not isinstance(value, _ENUMS[kind]):
+        raise ValueError(f"{name!r} is no {kind}")
+    return value
 
 
 def encode_value(value: Any) -> Any:
@@ -85,12 +114,18 @@ def encode_value(value: Any) -> Any:
 def decode_value(data: Any) -> Any:
     """Return the fake value that `encode_value` turned into `data`."""
     if isinstance(data, dict):
-        return data["int"] if "int" in data else tuple(map(decode_value, data["many"]))
+        ((kind, value),) = data.items()
+        if kind == "int" and isinstance(value, int):
+            return value
+        if kind != "many":
+            raise ValueError(f"{kind!r} is no kind of value")
+        return tuple(map(decode_value, value))
     if data is None:
         return None
     dtype, shape, stride, device = data
-    with g.FAKE_MODE, torch.no_grad():
-        return torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device=device)
+    if not all(type(number) is int and number >= 0 for number in (*shape, *stride)):
+        raise ValueError(f"{shape} with strides {stride} is no shape")
+    return g.fake_tensor(shape, stride, _member("dtype", dtype), _device(device))
 
 
 def target_text(node: fx.Node) -> str:
@@ -98,24 +133,6 @@ def target_text(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target)
     return target_name(node)
-
-
-def find_target(name: str) -> Any:
-    """Return the operator called `name`; an unknown one is a `DiffoptError`."""
-    space, _, rest = name.partition(".")
-    try:
-        if space == "operator":
-            return getattr(operator, rest)
-        if space in _REGISTER:
-            importlib.import_module(_REGISTER[space])
-        packet, overload = rest.rsplit(".", 1)
-        return getattr(getattr(getattr(torch.ops, space), packet), overload)
-    except (AttributeError, ValueError):
-        raise DiffoptError(
-            f"the file needs the operator {name!r}, which this torch {torch.__version__} "
-            "does not have; "
-            "load it with the torch version that wrote it"
-        ) from None
 
 
 def graph_to_json(gm: fx.GraphModule) -> list[dict[str, Any]]:
@@ -145,31 +162,83 @@ def graph_from_json(
     name: str,
     tensors: dict[str, Tensor],
     modules: dict[str, fx.GraphModule],
+    find: Callable[[str], Any] = allowed_operators.find_target,
 ) -> fx.GraphModule:
-    """Rebuild a GraphModule called `name` from `graph_to_json`'s rows, tensors and submodules."""
+    """Rebuild a GraphModule called `name` from `graph_to_json`'s rows, tensors and submodules.
+
+    `find` returns the operator of a name, by default one that any file may call.
+    """
     gm = g.new_body(name)
     for key, tensor in tensors.items():
+        _expect_identifier(key)
         if isinstance(tensor, torch.nn.Parameter):
             gm.register_parameter(key, tensor)
         else:
             gm.register_buffer(key, tensor)
     for key, module in modules.items():
+        _expect_identifier(key)
         gm.add_module(key, module)
     nodes: list[fx.Node] = []
     for row in rows:
-        target = find_target(row["target"]) if row["op"] == "call_function" else row["target"]
-        args = tuple(decode(item, nodes) for item in row.get("args", []))
-        kwargs = {k: decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
-        node = gm.graph.create_node(row["op"], target, args, kwargs, name=row["name"])
-        if row["op"] == "output":
-            node.meta["val"] = tuple(n.meta["val"] for n in args[0])
-        else:
-            node.meta["val"] = decode_value(row["val"])
-        for key in _META:
-            if key in row:
-                node.meta[key] = row[key]
-        if "tag" in row:
-            node.meta["tag"] = Tag(**row["tag"])
-        nodes.append(node)
-    gm.recompile()
+        nodes.append(_node(row, gm, nodes, find))
+    ops = [node.op for node in nodes]
+    count = ops.count("placeholder")
+    if ops.count("output") != 1 or ops[-1] != "output" or "placeholder" in ops[count:]:
+        raise ValueError(f"graph {name!r} has not its arguments first and one output last")
     return gm
+
+
+def _node(
+    row: dict[str, Any], gm: fx.GraphModule, nodes: list[fx.Node], find: Callable[[str], Any]
+) -> fx.Node:
+    """Append the node of a row to the graph; it may take `nodes`, those before it."""
+    op, name, target = row["op"], row["name"], row["target"]
+    args = tuple(decode(item, nodes) for item in row.get("args", []))
+    kwargs = {k: decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
+    for each in (name, *kwargs):
+        _expect_identifier(each)
+    if op == "call_function":
+        target = find(target)
+    elif op == "output":
+        (results,) = args
+        if target != "output" or not all(isinstance(n, fx.Node) for n in results):
+            raise ValueError(f"{name} does not return values of the graph")
+    else:
+        _expect_identifier(target)
+        if op == "get_attr" and target not in gm._parameters and target not in gm._buffers:
+            raise ValueError(f"{name} reads {target!r}, which the file lacks")
+        if op != "call_module" and (args or kwargs):
+            raise ValueError(f"{name} takes no arguments")
+    node = gm.graph.create_node(op, target, args, kwargs, name=name)
+    if op == "output":
+        node.meta["val"] = tuple(n.meta["val"] for n in args[0])
+    else:
+        node.meta["val"] = decode_value(row["val"])
+    for key in _META:
+        if key in row:
+            node.meta[key] = row[key]
+    if "tag" in row:
+        node.meta["tag"] = Tag(**row["tag"])
+    return node
+
+
+def expect_allowed(gm: fx.GraphModule) -> None:
+    """Raise a `DiffoptError` for a graph that no file may hold; see `allowed_operators`."""
+    for target in {n.target for n in gm.graph.nodes if n.op == "call_function"}:
+        allowed_operators.expect_allowed(target)
+
+
+def is_identifier(name: str) -> bool:
+    """Tell whether a name can stand in a graph: generated code and exporters write it as it is."""
+    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+
+
+def identifier(name: str) -> str:
+    """Return a name near `name` that can stand in a graph."""
+    name = re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
+    return f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
+
+
+def _expect_identifier(name: str) -> None:
+    if not is_identifier(name):
+        raise ValueError(f"{name[:80]!r} is no name in a graph")

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 import weakref
@@ -26,6 +25,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
+from diffopt.ir.allowed_operators import find_any
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json
 from diffopt.ir.insert import replace_calls
 from diffopt.ir.strides import empty_like, with_strides
@@ -33,6 +33,7 @@ from diffopt.lowering import onednn
 from diffopt.lowering.compile_inputs import dynamic_shapes, example_tensor
 from diffopt.lowering.executor import ComponentFunction
 from diffopt.storage import container
+from diffopt.storage.temporary import work_folder
 
 Settings = Mapping[str, Any]
 """Inductor's configuration, without the output path."""
@@ -41,7 +42,16 @@ KIND = "application/x-diffopt-job"
 # In an ELF file a note: the lengths of a name and of a hash of all that was linked, then these.
 _BUILD_ID = re.compile(rb"(\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0).{20}", re.DOTALL)
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
-_WORK = "import sys; from diffopt.lowering import aoti; aoti.run_job(sys.argv[1], sys.argv[2])"
+# Linux ends the child when its parent has ended, however that was (`PR_SET_PDEATHSIG`).
+_WORK = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[3]):
+        sys.exit()
+from diffopt.lowering import aoti
+aoti.run_job(sys.argv[1], sys.argv[2])
+"""
 
 
 def compile_body(
@@ -52,7 +62,7 @@ def compile_body(
     If it calls operators through the dispatcher, "json" lists these.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="diffopt-") as folder,
+        work_folder() as folder,
         quiet_inductor(folder),
         onednn.kernels(),
     ):
@@ -67,7 +77,7 @@ def compile_package(
     """Compile a component whose tensors are on `device`; return the package."""
     from torch._inductor.package.package import package_aoti
 
-    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder, quiet_inductor():
+    with work_folder() as folder, quiet_inductor():
         files = _compile(gm, settings, sizes, device, folder)
         kinds = (".so", ".json", ".cubin", ".wrapper.cpp")
         packaged: list[Any] = [str(file) for file in files if str(file).endswith(kinds)]
@@ -139,7 +149,7 @@ def compile_bodies(
     """
     remaining = dict(bodies)
     if min(processes, len(remaining)) > 1:
-        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+        with work_folder() as folder:
             jobs = {}
             for name, gm in remaining.items():
                 jobs[name] = str(Path(folder, f"{name}.job")), str(Path(folder, f"{name}.done"))
@@ -193,7 +203,7 @@ def run_job(job: str, result: str) -> None:
             tensor.copy_(weights[name])
         tensors[name] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     torch.set_num_threads(body["threads"])
-    gm = serialize.graph_from_json(body["nodes"], "body", tensors, {})
+    gm = serialize.graph_from_json(body["nodes"], "body", tensors, {}, find_any)
     members = compile_body(gm, body["settings"], bounds_from_json(body["sizes"]))
     container.write(result, KIND, {}, {name: [content] for name, content in members.items()})
 
@@ -212,7 +222,7 @@ def _run_jobs(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[t
             while waiting and len(running) < processes:
                 name, paths = waiting.pop(0)
                 child = subprocess.Popen(
-                    [sys.executable, "-c", _WORK, *paths],
+                    [sys.executable, "-c", _WORK, *paths, str(os.getpid())],
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -249,7 +259,7 @@ def open_library(members: Mapping[str, bytes | memoryview], weight_of: WeightOf 
         members: The result of `compile_body`.
         weight_of: The component's weights; None if the library contains them.
     """
-    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+    with work_folder() as folder:
         for kind, content in members.items():
             Path(folder, f"body.{kind}").write_bytes(content)
         runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
@@ -268,7 +278,7 @@ def open_package(content: bytes | memoryview, weight_of: WeightOf | None) -> _Li
         content: The result of `compile_package`.
         weight_of: The component's weights, on the device; None if the package contains them.
     """
-    with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+    with work_folder() as folder:
         path = Path(folder, "body.pt2")
         path.write_bytes(content)
         # Single-threaded: else it queries an event of the last run, which is not allowed while a

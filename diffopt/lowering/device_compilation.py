@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import serialize
+from diffopt.ir.allowed_operators import find_any
 from diffopt.ir.dynamic_sizes import Bounds, bounds_from_json, bounds_to_json
 from diffopt.ir.op_sets import RESHAPES
 from diffopt.ir.program import Program
@@ -68,6 +69,7 @@ class Deferred(Target):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("cuda",)
+    input_devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     embeds_weights: ClassVar[bool] = False
 
     cuda_graph: bool
@@ -153,7 +155,7 @@ class Deferred(Target):
             part: weights.get(part) if self.embeds_weights else weights.empty(part)
             for part in names
         }
-        gm = serialize.graph_from_json(body["nodes"], name, tensors, {})
+        gm = serialize.graph_from_json(body["nodes"], name, tensors, {}, find_any)
         move_to_device(gm, cuda_runtime.DEVICE)
         package = self.package(gm, bounds_from_json(body["sizes"]))
         entry = {"pt2": package.content, "json": json.dumps(package.about).encode()}

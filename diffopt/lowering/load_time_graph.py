@@ -26,6 +26,7 @@ from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
+from diffopt.ir.allowed_operators import find_any
 from diffopt.ir.cse import eliminate_common_subexpressions
 from diffopt.ir.nodes import is_pure
 from diffopt.ir.propagation import propagate_layouts
@@ -71,7 +72,7 @@ def run_setup(
         device: Where to compute.
     """
     tensors = {name: tensor(*source) for name, source in data["sources"].items()}
-    gm = serialize.graph_from_json(data["nodes"], "setup", tensors, {})
+    gm = serialize.graph_from_json(data["nodes"], "setup", tensors, {}, find_any)
     set_device(gm, device)
     with torch.no_grad():
         results = gm(*[])

@@ -106,11 +106,16 @@ class Target:
 
     Attributes:
         kinds: The kinds of devices that it supports; no device has to be named for a CPU.
+        input_devices: The types of torch's devices on which inputs of a run may be.
+        is_native: Whether engines hold more than graphs: code for the machine, or files that
+            libraries of others read.
         device: The device to build for; empty where none was named.
     """
 
     name: ClassVar[str] = "target"
     kinds: ClassVar[tuple[str, ...]] = ("cpu",)
+    input_devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    is_native: ClassVar[bool] = True
 
     device: str = field(default="", kw_only=True, metadata={"written": False})
 

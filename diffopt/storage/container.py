@@ -6,17 +6,22 @@ a copy. The first member is the file's media type, by which a truncated file is 
 
 On request, members that shrink are compressed with zstandard: NAME is then in the zip as NAME.zst,
 and the manifest has the compressed size as "zstd". Reading such a member decompresses it in memory.
+
+Who opens a file may not have written it. What a file says of itself is checked before it is
+believed: sizes against the file's own, names as paths, JSON by `file_schema`, headers of tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
-import tempfile
+import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +30,9 @@ import zstandard
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
+from diffopt.storage import file_schema
+from diffopt.storage.file_schema import printable
+from diffopt.storage.temporary import replacing
 
 KIND = "mimetype"
 MANIFEST = "manifest.json"
@@ -32,6 +40,9 @@ ALIGNMENT = 64
 LEVELS = range(1, 23)  # of zstandard
 _SUFFIX = ".zst"
 _MAX_RATIO = 0.95  # a member that compresses to more than this part of its size is stored
+# A large one that compresses to less is stored, too: so much memory takes what is read of a file, as
+# a multiple of its size, and besides.
+_MOST_TIMES, _MOST_BESIDES = 1024, 1 << 28
 
 Buffers = Sequence[bytes | memoryview]
 
@@ -79,31 +90,19 @@ def write(
     """
     if compress is not None and compress not in LEVELS:
         raise DiffoptError(f"compress={compress}: wants a level from 1 (fast) to 22 (small)")
-    path = Path(path)
     table: dict[str, dict[str, Any]] = {}
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            with zipfile.ZipFile(file, "w") as archive:
-                _add(archive, file, KIND, [kind.encode()])
-                for name, buffers in members.items():
-                    table[name] = {"size": sum(map(len, buffers)), "sha256": _digest(buffers)}
-                    frame = None if compress is None else _compressed(buffers, compress)
-                    if frame is None:
-                        _add(archive, file, name, buffers)
-                    else:
-                        table[name]["zstd"] = len(frame)
-                        _add(archive, file, name + _SUFFIX, [frame])
-                text = json.dumps({**manifest, "members": table}, indent=1)
-                _add(archive, file, MANIFEST, [text.encode()])
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        _add(archive, file, KIND, [kind.encode()])
+        for name, buffers in members.items():
+            table[name] = {"size": sum(map(len, buffers)), "sha256": _digest(buffers)}
+            frame = None if compress is None else _compressed(buffers, compress)
+            if frame is None:
+                _add(archive, file, name, buffers)
+            else:
+                table[name]["zstd"] = len(frame)
+                _add(archive, file, name + _SUFFIX, [frame])
+        text = json.dumps({**manifest, "members": table}, indent=1)
+        _add(archive, file, MANIFEST, [text.encode()])
 
 
 def _digest(buffers: Buffers) -> str:
@@ -118,7 +117,8 @@ def _compressed(buffers: Buffers, level: int) -> bytes | None:
     size = sum(map(len, buffers))
     compressor = zstandard.ZstdCompressor(level).compressobj(size)
     frame = b"".join([*map(compressor.compress, buffers), compressor.flush()])
-    return frame if len(frame) <= _MAX_RATIO * size else None
+    is_small = size <= 1 << 20 or size <= _MOST_TIMES * len(frame)
+    return frame if is_small and len(frame) <= _MAX_RATIO * size else None
 
 
 def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, buffers: Buffers) -> None:
@@ -133,19 +133,19 @@ def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, buffers: Buffers)
             member.write(buffer)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 class Archive:
     """An open container, mapped into memory.
 
     Attributes:
         path: The file.
+        kind: Its media type.
         manifest: The content of `manifest.json`.
+        manifest_text: The same, as it is in the file.
+        comment: What the zip has as its comment; see `signatures`.
     """
+
+    manifest_text: bytes
+    comment: bytes
 
     def __init__(
         self,
@@ -164,7 +164,8 @@ class Archive:
             hint: What to do about a file of another kind.
             remedy: What to do about a damaged one of which there is no intact copy.
         """
-        self.path = Path(path)
+        self.path, self.kind = Path(path), kind
+        self._written = _state(self.path)
         self._remedy = f"copy it again, or {remedy}"
         other = f"{path}: not {noun}; {hint}"
         try:
@@ -182,9 +183,12 @@ class Archive:
         self._spans = self._index(head, kind, other)
         self.manifest = self._read_manifest()
         self._contents: dict[str, memoryview] = {}
-        for name in [name for name, entry in self.manifest["members"].items() if "zstd" in entry]:
-            if name + _SUFFIX in self._spans:
+        for name, entry in self.manifest["members"].items():
+            if "zstd" in entry and name + _SUFFIX in self._spans:
                 self._spans[name] = self._spans.pop(name + _SUFFIX)
+            stored = entry.get("zstd", entry["size"])
+            if self._spans.get(name, (0, stored))[1] != stored:
+                raise self.damaged(f"member {name}")
 
     def _index(self, head: bytes, kind: str, other: str) -> dict[str, tuple[int, int]]:
         """Return the offset and size of each member; `other` is the message of a wrong kind."""
@@ -192,8 +196,8 @@ class Archive:
         assert self._map is not None
         try:
             with zipfile.ZipFile(self.path) as archive:
-                infos = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+                infos, self.comment = archive.infolist(), archive.comment
+        except _UNREADABLE:
             if not is_kind:
                 raise DiffoptError(other) from None
             end = self._map.rfind(b"PK\x05\x06", max(0, len(self._map) - 4096))
@@ -210,7 +214,8 @@ class Archive:
             at = info.header_offset
             lengths = self._map[at + 26 : at + 30]
             start = at + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-            if info.compress_type or start + info.file_size > len(self._map):
+            is_known = _is_path(info.filename) and info.filename not in spans
+            if not is_known or info.compress_type or start + info.file_size > len(self._map):
                 raise self.damaged(f"member {info.filename}")
             spans[info.filename] = start, info.file_size
         if bytes(self._slice(spans.get(KIND, (0, 0)))) != kind.encode():
@@ -218,27 +223,74 @@ class Archive:
         return spans
 
     def _read_manifest(self) -> dict[str, Any]:
+        if MANIFEST not in self._spans:
+            raise self.damaged(f"member {MANIFEST}")
         try:
             with zipfile.ZipFile(self.path) as archive:
-                manifest = json.loads(archive.read(MANIFEST))  # zipfile checks its CRC-32
-            if not all(isinstance(entry, dict) for entry in manifest["members"].values()):
-                raise TypeError
-        except (zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError, OSError):
+                text = self.manifest_text = archive.read(MANIFEST)  # zipfile checks its CRC-32
+        except _UNREADABLE:
             raise self.damaged(f"member {MANIFEST}") from None
-        return dict(manifest)
+        with self.making(f"member {MANIFEST}"):
+            manifest: dict[str, Any] = file_schema.parse(text, file_schema.Container)
+            for name in manifest["members"]:
+                if not _is_path(name):
+                    raise ValueError(f"{name!r} is no member's name")
+            total = sum(entry["size"] for entry in manifest["members"].values())
+            if total > _MOST_TIMES * len(self._map) + _MOST_BESIDES:  # type: ignore[arg-type]
+                raise ValueError(f"{total} bytes are said to be in {len(self._map)}")  # type: ignore[arg-type]
+        return manifest
 
     def damaged(self, part: str) -> DiffoptError:
         """Return the error for a damaged part of the file."""
-        return DiffoptError(f"{self.path}: {part} is damaged; {self._remedy}")
+        return DiffoptError(f"{self.path}: {printable(part)} is damaged; {self._remedy}")
+
+    @contextlib.contextmanager
+    def making(self, part: str) -> Iterator[None]:
+        """Turn what goes wrong when something is made of a part into one `DiffoptError`.
+
+        The part is intact, so whoever wrote the file wrote something else than this library would.
+        """
+        try:
+            yield
+        except DiffoptError as error:
+            if error.message.startswith(f"{self.path}: "):
+                raise
+            raise DiffoptError(f"{self.path}: {printable(error.message)}") from error
+        except _MALFORMED as error:
+            reason = printable(str(error).partition("\n")[0])[:200]
+            if not isinstance(error, ValueError):
+                reason = f"{type(error).__name__}: {reason}"
+            raise DiffoptError(f"{self.path}: {part} is malformed ({reason})") from error
+
+    def json(self, name: str, kind: Any) -> Any:
+        """Return a member that is JSON of a kind of `file_schema`."""
+        with self.making(f"member {name}"):
+            return file_schema.parse(self.read(name), kind)
 
     def verify(self) -> None:
         """Raise a `DiffoptError` for a member that differs from its checksum."""
         table = self.manifest["members"]
-        for name in table.keys() ^ (self._spans.keys() - {KIND, MANIFEST}):
+        for name in sorted(table.keys() ^ (self._spans.keys() - {KIND, MANIFEST})):
             raise self.damaged(f"member {name}")
         for name, entry in table.items():
             if hashlib.sha256(self.read(name)).hexdigest() != entry["sha256"]:
                 raise self.damaged(f"member {name}")
+
+    def expect_unchanged(self) -> None:
+        """Raise a `DiffoptError` where the file was written to since it was opened.
+
+        Its memory is the file's, in which another content would be read as this one. A file that
+        has taken its place, or that was removed, is of no concern.
+        """
+        state = _state(self.path)
+        if state == self._written or state is None or self._written is None:
+            return
+        if state[0] == self._written[0]:
+            raise DiffoptError(
+                f"{self.path}: was written to while it is loaded; load it again, and replace files"
+                " instead of writing to them"
+            )
+        self._written = None  # the file that is mapped has no name any more
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the members that begin with `prefix`."""
@@ -252,8 +304,9 @@ class Archive:
         if "zstd" not in entry:
             return self._slice(self._spans[name])
         if name not in self._contents:
+            frame = self._slice(self._spans[name])
             try:
-                self._contents[name] = _decompress(self._slice(self._spans[name]), entry["size"])
+                self._contents[name] = _decompress(frame, entry["size"])
             except (zstandard.ZstdError, EOFError):
                 raise self.damaged(f"member {name}") from None
         return self._contents[name]
@@ -264,21 +317,60 @@ class Archive:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a safetensors member, mapped."""
-        content = self.read(name)
-        length = 8 + int.from_bytes(content[:8], "little")
-        header: dict[str, Any] = json.loads(bytes(content[8:length]))
-        dtypes = {text: dtype for dtype, text in _DTYPES.items()}
-        complexes = json.loads(header.pop("__metadata__", {}).get(_COMPLEX, "[]"))
-        result = {}
-        for key, entry in header.items():
-            start, end = entry["data_offsets"]
-            dtype = dtypes[entry["dtype"]]
-            flat = torch.empty(0, dtype=dtype)
-            if end > start:
-                flat = torch.frombuffer(content[length + start : length + end], dtype=dtype)
-            tensor = flat.view(entry["shape"])
-            result[key] = torch.view_as_complex(tensor) if key in complexes else tensor
-        return result
+        with self.making(f"member {name}"):
+            return _unpacked(self.read(name))
+
+
+# What zipfile raises for files that are no zip, or use what this library does not.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError, EOFError),
+    *(struct.error, LookupError, UnicodeError),
+)
+# What is raised where content is of another structure than the code that reads it relies on.
+_MALFORMED = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(AssertionError, MemoryError),
+)
+
+
+def _state(path: Path) -> tuple[tuple[int, int], int, int] | None:
+    """Return which file a path is, its size, and when it was written; None for none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns
+
+
+def _is_path(name: str) -> bool:
+    """Tell whether a member's name is a path within a folder, on any system."""
+    parts = name.split("/")
+    is_plain = name == printable(name) and not set(name) & set('\\:*?"<>|')
+    return is_plain and not any(part in ("", ".", "..") for part in parts)
+
+
+def _unpacked(content: memoryview) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, which share its memory."""
+    length = 8 + int.from_bytes(content[:8], "little")
+    if len(content) < length:
+        raise ValueError("its header is longer than it is")
+    header: dict[str, Any] = file_schema.parse(content[8:length], dict[str, Any])
+    about = file_schema.checked(header.pop("__metadata__", {}), dict[str, str])
+    complexes = file_schema.checked(json.loads(about.get(_COMPLEX, "[]")), list[str])
+    dtypes = {text: dtype for dtype, text in _DTYPES.items()}
+    result = {}
+    for key, entry in file_schema.checked(header, dict[str, file_schema.StoredTensor]).items():
+        start, end = entry["data_offsets"]
+        dtype, shape = dtypes[entry["dtype"]], entry["shape"]
+        size = math.prod(shape) * dtype.itemsize
+        if end - start != size or length + end > len(content):
+            raise ValueError(f"{key!r} has {end - start} bytes for the shape {shape}")
+        flat = torch.empty(0, dtype=dtype)
+        if size:
+            flat = torch.frombuffer(content[length + start : length + end], dtype=dtype)
+        tensor = flat.view(shape)
+        result[key] = torch.view_as_complex(tensor) if key in complexes else tensor
+    return result
 
 
 def _decompress(content: memoryview, size: int) -> memoryview:

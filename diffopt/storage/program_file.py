@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
-from diffopt.storage import container
+from diffopt.storage import container, file_schema
 
 KIND = "application/x-diffopt-program"
+ASSETS = "assets/"
 HINT = "write one with `diffopt trace MODEL -o FILE.program`"
 
 
@@ -23,8 +24,8 @@ def write(
 ) -> None:
     """Write what `Program.to_members` returns, atomically; see `container.write` for `compress`."""
     members: dict[str, container.Buffers] = {
-        "program.json": [json.dumps(data).encode()],
-        **{f"assets/{name}": [content] for name, content in assets.items()},
+        "program.json": [encoded(data)],
+        **{ASSETS + name: [content] for name, content in assets.items()},
         "weights.safetensors": container.pack_tensors(tensors),
     }
     try:
@@ -33,13 +34,32 @@ def write(
         raise DiffoptError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from None
 
 
-def read(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
-    """Return what `write` wrote, verified and mapped; another file is a `DiffoptError`."""
+def encoded(data: Mapping[str, Any]) -> bytes:
+    """Return a program's JSON; what `members` would refuse is a `DiffoptError`."""
+    text = json.dumps(data).encode()
+    try:
+        file_schema.parse(text, file_schema.ProgramData)
+    except ValueError as error:
+        raise DiffoptError(f"the program cannot be written to a file: {error}") from None
+    return text
+
+
+def read(path: str | os.PathLike[str]) -> container.Archive:
+    """Open what `write` wrote, verified and mapped; another file is a `DiffoptError`."""
     file = container.Archive(path, KIND, "a program file", HINT, "trace it again")
     file.verify()
-    data: dict[str, Any] = json.loads(bytes(file.read("program.json")))
-    names = file.names("assets/")
-    assets = {name.removeprefix("assets/"): bytes(file.read(name)) for name in names}
-    return data, file.tensors("weights.safetensors"), assets
+    return file
+
+
+def members(
+    file: container.Archive,
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
+    """Return the JSON, tensors and assets of a program in a file."""
+    data: dict[str, Any] = file.json("program.json", file_schema.ProgramData)
+    return data, file.tensors("weights.safetensors"), assets(file)
+
+
+def assets(file: container.Archive) -> dict[str, bytes]:
+    """Return the files of host components by path."""
+    names = file.names(ASSETS)
+    return {name.removeprefix(ASSETS): bytes(file.read(name)) for name in names}
