@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import re
+from typing import Any
+
+# Control characters, and those that turn the direction of what follows.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped: those of files are not a terminal's."""
+    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def expect_type(name: str, value: Any, *kinds: type, wanted: str) -> None:
+    """Raise a `DiffoptError` where an argument is of none of these types.
+
+    Args:
+        name: Of the argument.
+        value: What was passed.
+        kinds: The types that it may have.
+        wanted: What they are, in words.
+    """
+    if not isinstance(value, kinds):
+        got = "None" if value is None else f"{type(value).__name__} {repr(value)[:40]}"
+        raise DiffoptError(printable(f"{name} must be {wanted}, got {got}"))
+
+
+def expect_path(name: str, value: Any) -> None:
+    """Raise a `DiffoptError` where an argument is no path."""
+    expect_type(name, value, str, os.PathLike, wanted="a path")
 
 
 class DiffoptError(Exception):

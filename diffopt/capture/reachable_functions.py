@@ -175,7 +175,7 @@ def values_named_by(function: types.FunctionType) -> list[Any]:
     found += [sys.modules[name] for name in names if name in sys.modules]
     for _ in range(_DEPTH):
         values += found
-        modules = [value for value in found if isinstance(value, types.ModuleType)]
+        modules = [value for value in found if issubclass(type(value), types.ModuleType)]
         found = [vars(module)[name] for module in modules for name in names if name in vars(module)]
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell

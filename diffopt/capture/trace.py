@@ -22,7 +22,7 @@ from diffopt.capture.results import Result, is_plain_data
 from diffopt.capture.same_program import check_same_operators, is_run_of
 from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.capture.tracked_text import plain_texts
-from diffopt.errors import CaptureError
+from diffopt.errors import CaptureError, DiffoptError, expect_type
 from diffopt.host.arguments import leaves, place_text, replaced, short, value_at
 from diffopt.host.guards import Guards
 from diffopt.host.inputs import Computed, Host, InputStep
@@ -71,6 +71,13 @@ def trace(
         CaptureError: The pipeline does something that no graph can express (has the line), or the
             program differs from it.
     """
+    if not callable(pipeline):
+        kind = type(pipeline).__name__
+        raise DiffoptError(f"the pipeline must be something that is called, got {kind}")
+    expect_type("dynamic", dynamic, list, tuple, set, frozenset, wanted="a list of names")
+    expect_type("components", components, Mapping, type(None), wanted="a dict of modules by name")
+    expect_type("check", check, bool, type(None), wanted="True, False or None")
+    expect_type("source", source, str, wanted="a text")
     session = Session(pipeline, components, dynamic, source, check)
     return session.program(arguments, compare=True)
 

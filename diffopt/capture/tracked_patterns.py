@@ -217,7 +217,8 @@ def _holders() -> Iterator[tuple[Any, str]]:
     yield from ((sys.modules[f.__module__], f.__name__) for f in _functions())
     yield from ((regex, name) for name in (*_METHODS, "compile"))
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in SKIPPED or not isinstance(module, types.ModuleType):
+        # By its type: objects of other kinds say that they are of a module's class.
+        if name.partition(".")[0] in SKIPPED or not issubclass(type(module), types.ModuleType):
             continue
         count, held = _seen.get(module, (-1, []))
         if count != len(vars(module)):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffopt.errors import DiffoptError
+from diffopt.storage.temporary import replacing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 NUMBERS = (".pt", ".npy")
@@ -84,14 +84,15 @@ def columns(
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, atomically."""
-    _replace(path, picture.save)
+    kind = Image.registered_extensions()[path.suffix]
+    _replace(path, lambda file: picture.save(file, kind))
 
 
 def save(results: Sequence[Any], path: Path, number: int) -> int:
     """Write the first `number` items of results to one file, atomically; return their count."""
     if path.suffix in PICTURES:
         pictures = [image for result in results for image in _pictures(result)][:number]
-        _replace(path, lambda file: grid(pictures).save(file))
+        save_picture(grid(pictures), path)
         return len(pictures)
     tensors = torch.cat([torch.as_tensor(result) for result in results])[:number]
     if path.suffix == ".npy":
@@ -109,12 +110,12 @@ def _pictures(result: Any) -> list[Image.Image]:
     return [image for item in result for image in _pictures(item)]
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write to a temporary file in the same folder, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            write(file)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError for a full disk
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise DiffoptError(f"{path}: cannot be written: {reason}") from error

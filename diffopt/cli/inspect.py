@@ -14,7 +14,7 @@ from diffopt.cli import output as show
 from diffopt.core import Record
 from diffopt.engine import engine
 from diffopt.engine.engine_file import EngineFile
-from diffopt.errors import DiffoptError, VerifyError
+from diffopt.errors import DiffoptError, VerifyError, printable
 from diffopt.ir import call_tags
 from diffopt.ir import graph as g
 from diffopt.ir.flops import graph_flops
@@ -23,7 +23,7 @@ from diffopt.ir.program import Program
 from diffopt.lowering import roofline
 from diffopt.lowering.hardware import Hardware
 from diffopt.spec import suggest
-from diffopt.storage import file_schema, program_file, signatures
+from diffopt.storage import program_file, signatures
 
 
 def open_engine(file: str) -> tuple[Program, dict[str, int]]:
@@ -234,5 +234,5 @@ def problem(file: Path, trusted_keys: Sequence[str] = (), *, run: bool = False) 
         if run and engine_file:
             engine.load(file, verify=False).verify()
     except (DiffoptError, VerifyError) as error:
-        return file_schema.printable(str(error))
+        return printable(str(error))
     return None

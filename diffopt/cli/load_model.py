@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -89,13 +90,29 @@ def _function(text: str) -> Any:
         raise DiffoptError(f"{text}: module {name} has no '{attribute}'") from None
     finally:
         sys.path.remove("")
-    return _quiet(function())
+    if not callable(function):
+        kind = type(function).__name__
+        raise DiffoptError(f"{text} is a {kind}; name a function that returns a pipeline")
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError) as error:
+        raise DiffoptError(f"{text} has to be callable without arguments: {error}") from error
+    pipe = _quiet(function())
+    if not callable(pipe):
+        raise DiffoptError(f"{text}() returned a {type(pipe).__name__}, which cannot be called")
+    return pipe
 
 
 def _quiet(pipe: Any) -> Any:
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _is_the_models(error: Exception) -> bool:
+    """Tell whether an error was raised by another's code, and not by diffopt's."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return not Path(files[-1]).is_relative_to(Path(__file__).parents[1])
 
 
 def _first_line(error: Exception) -> str:
@@ -157,7 +174,14 @@ def trace_model(
         return model
     arguments = call_arguments(model, settings, steps=steps, batch=batch)
     names = tuple(filter(None, dynamic.split(",")))
-    return trace(model, dynamic=names, source=text, check=check, **arguments)
+    try:
+        return trace(model, dynamic=names, source=text, check=check, **arguments)
+    except (ValueError, TypeError) as error:  # with which pipelines refuse arguments
+        if not _is_the_models(error):
+            raise
+        raise DiffoptError(
+            f"{text} refuses this call: {type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def call_arguments(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from errno import EACCES, EDQUOT, EFBIG, EIO, ENAMETOOLONG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -364,6 +364,12 @@ def targets(
     list_command.targets(name, as_json)
 
 
+_OF_THE_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+)
+
+
 def main() -> None:
     """Run the command line; the exit code is 0, 1 (a check did not hold) or 2 (wrong input)."""
     for name in ("torchao", "torch.utils._pytree"):
@@ -379,7 +385,7 @@ def main() -> None:
         code = 130
     except OSError as error:
         # Of the disk, which is nobody's fault but the user's to mend; others are faults of ours.
-        if error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EIO, EFBIG, ENAMETOOLONG):
+        if error.errno not in _OF_THE_DISK:
             raise
         name = f"{error.filename}: " if error.filename else ""
         print(f"diffopt: error: {name}{error.strerror}", file=sys.stderr)

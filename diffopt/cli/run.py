@@ -90,10 +90,19 @@ def sample(
         progress(f"image {done + 1} of {number}", done / number)
         count = min(high, max(low, number - done))
         calls = [loaded.host.seeded(call, first + done + k) for k in range(count)]
-        for result in loaded.serve(calls):
+        for result in _served(loaded, calls):
             results.append(image_files.first_output(result))
         done = sum(map(len, results))
     return results
+
+
+def _served(loaded: Any, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the results of calls; what kernels refuse is one line."""
+    try:
+        return list(loaded.serve(calls))
+    except (IndexError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DiffoptError(f"the run fails on these arguments: {reason}") from error
 
 
 def run(flags: RunFlags, arguments: Mapping[str, Any], seed: int | None, progress: Progress) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from diffopt.core import Pass, Pipeline, Record, RunOptions
+from diffopt.errors import DiffoptError
 
 if TYPE_CHECKING:
     from diffopt.ir.program import Program
@@ -80,6 +81,8 @@ def bisect(
     The relative error is that against `program`, which is what a user sees, and not what each pass
     adds. The record is None where no pass exceeds it; the result is the rewritten program.
     """
+    if not bound >= 0:  # NaN, too
+        raise DiffoptError(f"bisect={bound}: wants a relative error from 0 on")
     begin = len(program.history)
     options["enforce"] = False
     result = pipeline.run(program, **options)

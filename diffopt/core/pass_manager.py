@@ -13,7 +13,7 @@ from diffopt import plugins, spec
 from diffopt.core.equivalence import Snapshot, difference, enforce_bounds
 from diffopt.core.pass_base import Context, Pass
 from diffopt.core.record import Record, Size
-from diffopt.errors import DiffoptError, ToleranceError
+from diffopt.errors import DiffoptError, ToleranceError, expect_type
 from diffopt.ir.program import Program
 from diffopt.progress import Progress, silent
 
@@ -66,13 +66,21 @@ class Pipeline:
     @classmethod
     def parse(cls, text: str) -> Pipeline:
         """Read pipeline text such as `unroll(steps=20),hoist,fuse`."""
+        expect_type("passes", text, str, wanted="a text such as 'unroll,hoist'")
         return cls(tuple(_bind(call, text) for call in spec.parse(text)))
+
+    def __post_init__(self) -> None:
+        wanted = "a sequence of passes; Pipeline.parse reads a text"
+        expect_type("passes", self.passes, tuple, list, wanted=wanted)
+        for step in self.passes:
+            expect_type("each of the passes", step, Pass, wanted="a pass")
 
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
 
     def run(self, program: Program, **options: Unpack[RunOptions]) -> Program:
         """Return the rewritten program, and leave `program` unchanged; see `RunOptions`."""
+        expect_type("program", program, Program, wanted="a Program, as diffopt.trace returns")
         if unknown := options.keys() - RunOptions.__annotations__.keys():
             raise TypeError(f"Pipeline.run() got an unexpected keyword argument '{min(unknown)}'")
         self._check_budgets(options)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffopt.engine.engine_file import FORMAT, KERNELS, KIND, EngineFile, is_component
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, expect_path, expect_type
 from diffopt.host.inputs import Host
 from diffopt.ir import graph as g
 from diffopt.ir.flat_inputs import FlatInputs
@@ -65,6 +65,9 @@ def write(
 
     The target may be another machine's, as `rtx4090:tensorrt` is where there is no GPU.
     """
+    expect_type("program", program, Program, wanted="a Program, as diffopt.trace returns")
+    expect_type("target", target, str, Target, wanted="a target or its text, such as 'cpu'")
+    expect_path("path", path)
     target = parse_target(target) if isinstance(target, str) else target
     lacking = target.hardware and legality.unsupported(program, target.hardware)
     if reason := lacking or target.refuses(program):
@@ -267,6 +270,9 @@ class Engine:
         allow_native: bool = True,
         trusted_keys: Sequence[str | os.PathLike[str]] | None = None,
     ) -> None:
+        expect_path("path", path)
+        wanted = "a target or its text, such as 'eager'"
+        expect_type("target", target, str, Target, type(None), wanted=wanted)
         self._options: dict[str, Any] = {"verify": verify, "allow_native": allow_native}
         self._options["trusted_keys"] = trusted_keys and [os.path.abspath(k) for k in trusted_keys]
         self._file = EngineFile(path)

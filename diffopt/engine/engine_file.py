@@ -78,7 +78,13 @@ class EngineFile:
             )
         if target is None or target.name == built_for:
             # With the options that it was built with: its kernels are compiled for those.
-            target = self._built_target(text)
+            built = self._built_target(text)
+            if target not in (None, built, type(built)(), type(built)(device=built.device)):
+                raise DiffoptError(
+                    f"{self.path}: built for target {text}, with whose options its kernels are"
+                    f" compiled; build it again for {target}"
+                )
+            target = built
         if target.name == built_for and (reason := target.unfit(self.manifest["requires"])):
             instead = "" if self.manifest["holds_weights"] else ', or load it with target="eager"'
             raise DiffoptError(f"{self.path}: {reason}; build it again for this machine{instead}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, printable
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.guards import mismatch
 from diffopt.host.schema import describe
@@ -188,23 +188,40 @@ def evaluate(
     """
     values: list[Any] = []
     for op, args, kwargs in rows:
-        if op == ARGUMENT:
-            values.append(_argument(tuple(args[0]), args[1], arguments))
-        elif op == OUTPUT:
-            if output is None:
-                raise DiffoptError("an output of the program is none of its inputs")
-            values.append(output(args[0]))
-        else:
-            given = [decode(argument, values) for argument in args]
-            named = {key: decode(value, values) for key, value in kwargs.items()}
-            try:
-                values.append(apply(op, given, named))
-            except (ValueError, TypeError, IndexError, KeyError, OSError) as error:
-                names = ", ".join(dict.fromkeys(map(place_text, places_of(rows)))) or "the result"
-                raise DiffoptError(
-                    f"{names}: {op} fails on values like these: {error}".partition("\n")[0]
-                ) from error
+        try:
+            values.append(_value(op, args, kwargs, values, arguments, output))
+        except _FAILURES as error:
+            names = ", ".join(dict.fromkeys(map(place_text, places_of(rows)))) or "the result"
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            text = f"{names}: {op} fails on values like these: {reason}"
+            raise DiffoptError(printable(text)) from error
     return values[-1]
+
+
+_FAILURES = (
+    *(ValueError, TypeError, LookupError, AttributeError, OSError, ArithmeticError, MemoryError),
+    RecursionError,
+)
+"""What PIL, numpy and what decodes their arguments raise."""
+
+
+def _value(
+    op: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    values: Sequence[Any],
+    arguments: Mapping[str, Any],
+    output: Callable[[int], np.ndarray] | None,
+) -> Any:
+    """Return the value of a row; `values` are those of the rows before it."""
+    if op == ARGUMENT:
+        return _argument(tuple(args[0]), args[1], arguments)
+    if op == OUTPUT:
+        if output is None:
+            raise DiffoptError("an output of the program is none of its inputs")
+        return output(args[0])
+    given = [decode(argument, values) for argument in args]
+    return apply(op, given, {key: decode(value, values) for key, value in kwargs.items()})
 
 
 def _argument(place: Place, kind: str, arguments: Mapping[str, Any]) -> Any:
@@ -300,7 +317,7 @@ def rows_to(rows: Sequence[Row], last: int) -> list[Row]:
 
 def places_of(rows: Sequence[Sequence[Any]]) -> list[Place]:
     """Return the places of the arguments in an expression."""
-    return [tuple(args[0]) for op, args, _ in rows if op == ARGUMENT]
+    return [tuple(args[0]) for op, args, _ in rows if op == ARGUMENT and args]
 
 
 def same_value(a: Any, b: Any) -> bool:

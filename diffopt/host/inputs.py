@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, fx
 
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, printable
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.array_expressions import ArrayRead, evaluate, places_of
 from diffopt.host.cleaners import CLEANERS
 from diffopt.host.guards import mismatch
 from diffopt.host.outputs import Check
-from diffopt.host.processors import called, load_component
+from diffopt.host.processors import load_component, result_of
 from diffopt.host.schema import Checker, Schema, describe, phrase, rows
 from diffopt.host.text_reads import NO_VALUE, Derived, TextRead
 from diffopt.spec import suggest
@@ -124,7 +124,8 @@ class Processor(Step):
     def run(self, call: "CallArguments") -> list[Tensor]:
         """Call the component, and return the entries that are inputs of the graph."""
         args, kwargs = decode_args(self.args, call.arguments, call)
-        result = called(call.component(self.asset), self.method)(*args, **kwargs)
+        component = call.component(self.asset)
+        result = result_of(self.asset, component, self.method, args, kwargs)
         return [result_entry(result, key) for key in self.keys]
 
 
@@ -170,7 +171,7 @@ def listed(source: Sequence[Any], call: "CallArguments") -> list[int]:
     """
     name, method, encoded, place = source
     args, kwargs = decode_args(encoded, call.arguments, call)
-    value = value_at(called(call.component(name), method)(*args, **kwargs), place)
+    value = value_at(result_of(name, call.component(name), method, args, kwargs), place)
     if not isinstance(value, list):
         raise DiffoptError(f"{name!r} gives no list of tokens for this text")
     return value
@@ -432,7 +433,15 @@ class Host:
         for array_read in self.array_reads:
             array_read.check(call.arguments)
         for step in self.steps:
-            call.tensors += step.run(call)
+            try:
+                call.tensors += step.run(call)
+            except _UNFIT as error:
+                places = dict.fromkeys(map(place_text, step.places()))
+                names = ", ".join(places) or type(step).__name__.lower()
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise DiffoptError(
+                    printable(f"{names}: no input can be made of this: {reason}")
+                ) from error
         for token_read in self.token_reads:
             token_read.check(call)
         return call.tensors
@@ -516,6 +525,10 @@ class Host:
         host.text_reads = [TextRead.from_json(row) for row in data.get("text_reads", ())]
         host.array_reads = [ArrayRead(*row) for row in data.get("array_reads", ())]
         return host
+
+
+_UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, MemoryError)
+"""What torch and numpy raise for arguments of which they make no tensor."""
 
 
 class CallArguments:

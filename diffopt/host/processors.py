@@ -9,12 +9,12 @@ never calls (for videos, which takes torchvision).
 import importlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffopt import optional
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, printable
 
 _HOW = "component.json"
 _PACKAGES = ("transformers", "diffusers")
@@ -26,19 +26,40 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 """For what is loaded of a file: neither another's code nor anything from elsewhere."""
 
 
-def called(component: Any, method: str) -> Any:
-    """Return a method of a host component, one of those in `METHODS`."""
+def result_of(
+    name: str, component: Any, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return what a method of a host component, one of those in `METHODS`, makes of arguments."""
     if method not in METHODS:
-        raise DiffoptError(f"{method!r} is no method that a file may call of a host component")
-    return getattr(component, method)
+        raise DiffoptError(f"{method!r} is no method that a file may call of {name!r}")
+    try:
+        return getattr(component, method)(*args, **kwargs)
+    except DiffoptError:
+        raise
+    except BaseException as error:  # transformers raises many types, and tokenizers' Rust its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DiffoptError(f"{name!r} fails on these arguments: {_reason(error)}") from error
 
 
 def load_component(name: str, files: Mapping[str, bytes]) -> Any:
     """Load a tokenizer or image processor from its files."""
-    transformers = optional.require("transformers", f"the tokenizer {name!r}", "transformers")
+    optional.require("transformers", f"the tokenizer {name!r}", "transformers")
+    try:
+        return _load(name, files)
+    except DiffoptError:
+        raise
+    except Exception as error:  # transformers raises many types
+        raise DiffoptError(f"{name!r} cannot be loaded of its files: {_reason(error)}") from error
+
+
+def _load(name: str, files: Mapping[str, bytes]) -> Any:
+    transformers: Any = importlib.import_module("transformers")
+
     how = json.loads(files[_HOW]) if _HOW in files else {}
     if "parts" in how:
         return _assembled(name, files, how)
+    _expect_own_files(name, files)
     with tempfile.TemporaryDirectory() as folder:
         for file, content in files.items():
             path = Path(folder, file)
@@ -54,6 +75,19 @@ def load_component(name: str, files: Mapping[str, bytes]) -> Any:
         if "tokenizer_config.json" in files:
             return transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
         return transformers.AutoImageProcessor.from_pretrained(folder, **_LOCAL)
+
+
+def _expect_own_files(name: str, files: Mapping[str, bytes]) -> None:
+    """Raise a `DiffoptError` for settings that have a tokenizer read other files than its own."""
+    for file in (each for each in files if each.endswith("config.json")):
+        for key, value in dict(json.loads(files[file])).items():
+            is_file = key.endswith("_file") or key in ("vocab", "merges")
+            if is_file and isinstance(value, str) and value not in files:
+                raise DiffoptError(f"{name!r}: {file} names a file that it has not: {value[:80]!r}")
+
+
+def _reason(error: BaseException) -> str:
+    return printable(str(error).strip().partition("\n")[0])[:200] or type(error).__name__
 
 
 def save_component(component: Any) -> dict[str, bytes]:

@@ -203,7 +203,8 @@ def rows(place: Place, schema: Schema, inputs: Set[Place]) -> list[tuple[str, st
     A container of which nothing is an input is one row.
     """
     ((kind, known),) = schema.items()
-    if place in inputs or not holds_any(place, inputs):
+    is_whole = kind not in ("list", "tuple", "dict", "class")
+    if is_whole or place in inputs or not holds_any(place, inputs):
         text = phrase(schema) if kind not in ("list", "tuple", "dict") else short(plain(schema))
         return [(place_text(place), "input" if place in inputs else "bound", text)]
     parts = _rows(kind, known)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.errors import DiffoptError, VerifyError
+from diffopt.errors import DiffoptError, VerifyError, expect_path
 from diffopt.host.arguments import leaves
 from diffopt.host.guards import Guards, Mismatch, mismatch
 from diffopt.host.inputs import Computed, Host
@@ -455,6 +455,9 @@ class Program:
         sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
         host = Host.from_json(data["host"], files)
         host.computed = computed
+        made, taken = sum(step.count for step in host.steps), len(g.placeholders(root))
+        if host.steps and made != taken:
+            raise ValueError(f"the host makes {made} inputs of a graph that takes {taken}")
         return Program(
             root,
             host,
@@ -473,11 +476,13 @@ class Program:
 
         `compress` is the level of zstandard, 1 to 22, for parts that get smaller; None: no part.
         """
+        expect_path("path", path)
         program_file.write(path, *self.to_members(), compress)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Program":
         """Read a program that `save` wrote; another file is a `DiffoptError`."""
+        expect_path("path", path)
         file = program_file.read(path)
         data, tensors, assets = program_file.members(file)
         if data["format"] != FORMAT:

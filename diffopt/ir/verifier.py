@@ -1,5 +1,6 @@
 """Checks the invariants of a program's graphs; a broken one is a `VerifyError`."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ def verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
         if node.op == "get_attr":
             verify_type(where, node.meta["val"], g.attribute(gm, str(node.target)))
         elif node.op == "call_function":
-            _verify_format(where, node.meta["val"], _inferred_format(node))
+            _verify_format(where, node.meta["val"], _inferred_format(where, node))
         elif node.op == "call_module" and not is_root:
             raise VerifyError(f"{where}: a component calls a component")
 
@@ -75,7 +76,7 @@ class _Where:
         return f"{self.graph}: {self.node.format_node()}"
 
 
-def _inferred_format(node: fx.Node) -> str:
+def _inferred_format(where: object, node: fx.Node) -> str:
     """Return the type that an operator infers, as text.
 
     Layers are alike, and graphs are verified after every pass, so that most operators are known.
@@ -85,8 +86,18 @@ def _inferred_format(node: fx.Node) -> str:
     if (known := _INFERRED.get(key)) is None:
         if len(_INFERRED) > _MOST:
             _INFERRED.clear()
-        known = _INFERRED[key] = format_type(g.infer_value(node))
+        _TORCH_LOG.disabled = True  # it has the traceback of what is a line here
+        try:
+            known = _INFERRED[key] = format_type(g.infer_value(node))
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise VerifyError(f"{where}: {node.target} fails on such values: {reason}") from error
+        finally:
+            _TORCH_LOG.disabled = False
     return known
+
+
+_TORCH_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 def _describe(value: Any) -> Any:

@@ -5,17 +5,21 @@ For a CPU the result is a shared library; for a GPU a package, a library with it
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
+import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -154,7 +158,7 @@ def compile_bodies(
             for name, gm in remaining.items():
                 jobs[name] = str(Path(folder, f"{name}.job")), str(Path(folder, f"{name}.done"))
                 _write_job(jobs[name][0], gm, settings, with_weights, sizes.get(name))
-            for name, seconds in _run_jobs(jobs, processes):
+            for name, seconds in _run_jobs(jobs, processes, folder):
                 done = Path(jobs[name][1])
                 if done.exists():  # else the process failed: compiling here shows the error
                     del remaining[name]
@@ -208,13 +212,23 @@ def run_job(job: str, result: str) -> None:
     container.write(result, KIND, {}, {name: [content] for name, content in members.items()})
 
 
-def _run_jobs(jobs: Mapping[str, tuple[str, str]], processes: int) -> Iterator[tuple[str, float]]:
+def _run_jobs(
+    jobs: Mapping[str, tuple[str, str]], processes: int, folder: str
+) -> Iterator[tuple[str, float]]:
     """Run jobs in so many processes at once; yield the name and seconds of each that is done.
 
-    An interruption ends all processes.
+    An interruption ends all processes. What they leave is in `folder`.
     """
-    # So that the children import the same package.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    environment = {
+        **os.environ,
+        # So that the children import the same package.
+        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+        # Not below the folder: what every compilation begins with is compiled once.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()),
+        "TMPDIR": folder,
+    }
     waiting = list(jobs.items())
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     try:
@@ -259,16 +273,41 @@ def open_library(members: Mapping[str, bytes | memoryview], weight_of: WeightOf 
         members: The result of `compile_body`.
         weight_of: The component's weights; None if the library contains them.
     """
-    with work_folder() as folder:
-        for kind, content in members.items():
-            Path(folder, f"body.{kind}").write_bytes(content)
-        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(f"{folder}/body.so", 1)
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(_unpacked(members), 1)
     if weight_of is None:
         return runner.run, []
     names = runner.get_constant_names_to_original_fqns()
     table = {name: _alias(weight_of(original)) for name, original in names.items()}
     runner.update_constant_buffer(table, False, True, True)
     return runner.run, list(table.values())
+
+
+def _unpacked(members: Mapping[str, bytes | memoryview]) -> str:
+    """Return the path of a library, the same for the same content.
+
+    The system unloads no library that has unique symbols of C++, as these have: it would map each
+    copy for ever, and knows an earlier one by its file.
+    """
+    digest = hashlib.sha256()
+    for kind, content in sorted(members.items()):
+        digest.update(kind.encode())
+        digest.update(content)
+    folder = Path(_folder_of_process(os.getpid()), digest.hexdigest())
+    if not folder.exists():
+        new = Path(tempfile.mkdtemp(dir=folder.parent))
+        for kind, content in members.items():
+            (new / f"body.{kind}").write_bytes(content)
+        with contextlib.suppress(OSError):  # another thread was first
+            new.rename(folder)
+    return str(folder / "body.so")
+
+
+@functools.cache
+def _folder_of_process(number: int) -> str:
+    """Return a folder that is removed when the process with this number ends."""
+    kept = contextlib.ExitStack()
+    atexit.register(kept.close)
+    return kept.enter_context(work_folder())
 
 
 def open_package(content: bytes | memoryview, weight_of: WeightOf | None) -> _Library:
@@ -352,7 +391,7 @@ def _is_output(path: Path) -> bool:
     return path.name.endswith((".wrapper.so", ".wrapper.json"))
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet_inductor(folder: str | None = None) -> Iterator[None]:
     """Silence Inductor, and set the folder of its temporary files.
 

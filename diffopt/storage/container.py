@@ -29,9 +29,8 @@ import torch
 import zstandard
 from torch import Tensor
 
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, printable
 from diffopt.storage import file_schema
-from diffopt.storage.file_schema import printable
 from diffopt.storage.temporary import replacing
 
 KIND = "mimetype"
@@ -40,8 +39,8 @@ ALIGNMENT = 64
 LEVELS = range(1, 23)  # of zstandard
 _SUFFIX = ".zst"
 _MAX_RATIO = 0.95  # a member that compresses to more than this part of its size is stored
-# A large one that compresses to less is stored, too: so much memory takes what is read of a file, as
-# a multiple of its size, and besides.
+# A large one that compresses to less is stored, too: what is read of a file takes at most so much
+# memory, as a multiple of its size, and besides.
 _MOST_TIMES, _MOST_BESIDES = 1024, 1 << 28
 
 Buffers = Sequence[bytes | memoryview]

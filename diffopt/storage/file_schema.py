@@ -9,7 +9,6 @@ versions did not write may be absent; unknown ones are refused.
 
 import functools
 import json
-import re
 from typing import Annotated, Any, Literal, NotRequired
 
 import torch
@@ -27,18 +26,14 @@ from pydantic import (
 )
 from typing_extensions import TypeAliasType, TypedDict
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+from diffopt.errors import printable
+
 _LONGEST = 1 << 16
 _DTYPES = {str(v).removeprefix("torch.") for v in vars(torch).values() if type(v) is torch.dtype}
 
 
-def printable(text: str) -> str:
-    """Return a text with control characters escaped: those of files are not a terminal's."""
-    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
-
-
 def _line(text: str) -> str:
-    if _CONTROL.search(text) or len(text) > _LONGEST:
+    if printable(text) != text or len(text) > _LONGEST:
         raise ValueError(f"has control characters, or more than {_LONGEST} letters")
     return text
 
@@ -107,7 +102,22 @@ DerivedKinds.__pydantic_config__ = _CLOSED  # type: ignore[attr-defined]
 DerivedArgument = TypeAliasType(
     "DerivedArgument", "Plain | list[DerivedArgument] | Annotated[DerivedKinds, OneKind]"
 )
-Expression = list[tuple[StrictStr, list[Json], dict[StrictStr, Json]]]
+
+
+def _arguments(row: Any) -> Any:
+    """Check a row of an expression that reads an argument of the call, or an output of a run."""
+    op, args, _ = row
+    if op == "argument":
+        checked(args, tuple[Place, StrictStr])
+    elif op == "output":
+        checked(args, tuple[Count])
+    return row
+
+
+ExpressionRow = Annotated[
+    tuple[StrictStr, list[Json], dict[StrictStr, Json]], AfterValidator(_arguments)
+]
+Expression = list[ExpressionRow]
 
 
 @with_config(_CLOSED)
@@ -118,7 +128,7 @@ class DerivedPart(TypedDict):
 
 
 TextParts = list[StrictStr | tuple[Place, StrictStr] | DerivedPart]
-TokenSource = TypeAliasType("TokenSource", "tuple[StrictStr, StrictStr, Encoded, Place]")
+TokenSource = TypeAliasType("TokenSource", "tuple[StrictStr, StrictStr, CallArguments, Place]")
 
 
 @with_config(_CLOSED)
@@ -128,6 +138,14 @@ class TokenList(TypedDict):
     of: TokenSource
 
 
+# Of a call: {"tuple": [{"tuple": positional}, {"dict": named}]}
+PositionalArguments = TypedDict("PositionalArguments", {"tuple": "list[Encoded]"})  # noqa: UP013
+NamedArguments = TypedDict("NamedArguments", {"dict": "dict[StrictStr, Encoded]"})  # noqa: UP013
+CallArguments = TypedDict(  # noqa: UP013
+    "CallArguments", {"tuple": tuple[PositionalArguments, NamedArguments]}
+)
+for _kind in (PositionalArguments, NamedArguments, CallArguments):
+    setattr(_kind, "__pydantic_config__", _CLOSED)  # noqa: B010
 TokenParts = TypeAliasType("TokenParts", "list[Number | StrictBool | TokenParts | TokenList]")
 EncodedKinds = TypedDict(  # noqa: UP013
     "EncodedKinds",
@@ -164,7 +182,7 @@ class Processor(TypedDict):
     kind: Literal["Processor"]
     asset: Line
     method: Line
-    args: Encoded
+    args: CallArguments
     keys: list[StrictStr]
 
 
@@ -229,7 +247,7 @@ Step = Annotated[
 
 # What arguments were (see `host.schema`), and the structure of the result (see `host.outputs`)
 
-ArgumentRows = TypeAliasType("ArgumentRows", "list[tuple[Plain, ArgumentSchema | None]]")
+ArgumentRows = TypeAliasType("ArgumentRows", "list[tuple[Plain, ArgumentSchema]]")
 ArgumentKinds = TypedDict(
     "ArgumentKinds",
     {

@@ -29,6 +29,7 @@ from diffopt.capture import followed_code, tracked_patterns
 from diffopt.capture.tracked_patterns import TrackedPattern
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
+from tests import sampler
 from tests.capture import text_helpers
 from tests.zoo.text import clip_tokenizer
 
@@ -338,3 +339,12 @@ def test_nothing_stays_replaced():
         assert COLOUR.sub("x", "a red hat") == "a x"
         assert re.compile("a") == re.compile("a")
     assert all(a is b for a, b in zip(held(), originals, strict=True))
+
+
+def test_what_only_says_that_it_is_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:  # as cffi's are, in `sys.modules` once cryptography is imported
+        __slots__ = ("content",)
+        __class__ = type(sys)  # type: ignore[assignment]
+
+    monkeypatch.setitem(sys.modules, "a_library_of_c", Library())  # type: ignore[arg-type]
+    assert sampler.program()(seed=0)["images"].shape[0] == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import safetensors
 import safetensors.torch
 import torch
 
-from diffopt.core import Progress
+from diffopt.cli import inspect as inspect_command
+from diffopt.core import Pipeline, Progress
 from diffopt.engine import engine_file
 from diffopt.engine.engine import Engine, build, load
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
+from diffopt.lowering import aoti
 from diffopt.lowering.executor import ComponentFunction
 from diffopt.lowering.hardware import hardware_names
 from diffopt.lowering.target import (
@@ -425,3 +428,54 @@ def test_wrong_target_text(text: str, message: str) -> None:
     with pytest.raises(DiffoptError) as caught:
         parse_target(text)
     assert str(caught.value) == message
+
+
+# Code for the machine, other processes, and files that change
+
+
+def test_code_for_the_machine_is_loaded_only_where_it_may_be(
+    captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.engine"
+    build(captured, "cpu", file)
+    monkeypatch.setattr(aoti, "open_library", lambda *_: pytest.fail("it was loaded"))
+    assert refusal(file, allow_native=False) == (
+        "FILE: is for target cpu, and so has code for this machine, which allow_native=False"
+        ' forbids; load it with target="eager", which runs the graphs alone'
+    )
+    assert load(file, target="eager", allow_native=False)(seed=0)["images"].shape[0] == 2
+    assert inspect_command.problem(file) is None
+    assert inspect_command.open_engine(str(file))[0].fingerprint()
+    build(captured, "eager", tmp_path / "e.engine")
+    load(tmp_path / "e.engine", allow_native=False)
+
+
+def test_an_engine_is_pickled_as_its_path(captured: Program, tmp_path: Path) -> None:
+    file = tmp_path / "x.engine"
+    engine = build(captured, "eager", file)
+    copy = pickle.loads(pickle.dumps(engine))
+    assert torch.equal(copy(seed=3)["images"], engine(seed=3)["images"])
+    content = pickle.dumps(engine)
+    assert len(content) < 1000
+    build(Pipeline.parse("unroll").run(captured), "eager", file)
+    with pytest.raises(DiffoptError, match="is another file than the engine that was pickled"):
+        pickle.loads(content)
+
+
+def test_a_file_that_is_written_to_while_it_is_loaded(captured: Program, tmp_path: Path) -> None:
+    file = tmp_path / "x.engine"
+    engine = build(captured, "eager", file)
+    expected = engine(seed=0)["images"]
+    content = file.read_bytes()
+    # Another file in its place, or none, changes nothing: the loaded one has no name any more.
+    build(captured, "eager", file)
+    assert torch.equal(engine(seed=0)["images"], expected)
+    file.unlink()
+    assert torch.equal(engine(seed=0)["images"], expected)
+    file.write_bytes(content)
+    engine = load(file)
+    with open(file, "r+b") as opened:
+        opened.write(content[:100])
+    os.utime(file)
+    with pytest.raises(DiffoptError, match=r"was written to while it is loaded; load it again"):
+        engine(seed=0)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from diffopt.lowering import aoti
 from diffopt.lowering.compile_inputs import dynamic_bounds
 from diffopt.lowering.target import parse_target
 from diffopt.storage import container, disk_cache
+from diffopt.storage.temporary import work_folder
 from diffopt.targets import cpu
 from diffopt.targets.cpu import Cpu
 from tests.sampler import check_images, denoiser, program
@@ -365,7 +367,10 @@ def test_engine_of_another_machine(
 # What an interruption leaves
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_end_in_between_leaves_nothing_behind(
+    tmp_path: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     places = {name: tmp_path / name for name in ("out", "temp", "cache")}
     for place in places.values():
         place.mkdir()
@@ -397,10 +402,19 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == "compiling unet, vae\n"
     deadline = time.monotonic() + 60
-    while not list(places["temp"].glob("diffopt-*/*.*p*")) and time.monotonic() < deadline:
+    while (
+        not list(places["temp"].glob("diffopt-*/diffopt-*/*.*p*")) and time.monotonic() < deadline
+    ):
         time.sleep(0.05)  # until the compiler has written its first file
-    child.send_signal(signal.SIGINT)
+    child.send_signal(how)
     _, errors = child.communicate(timeout=60)
-    assert "KeyboardInterrupt" in errors
+    if how == signal.SIGKILL:  # the next one tidies up, as soon as the children have ended
+        monkeypatch.setattr(tempfile, "tempdir", str(places["temp"]))
+        while list(places["temp"].iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+            with work_folder():
+                pass
+    else:
+        assert "KeyboardInterrupt" in errors
     for place in places.values():
         assert list(place.iterdir()) == []
