@@ -27,7 +27,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffopt.core import Context, Pass, option
 from diffopt.ir import graph as g
@@ -197,15 +196,13 @@ def _batch(
         results = part(*args)
         return tuple(to_row([t for t in results if t.dtype == dtype]) for dtype in dtypes)
 
-    all_steps = torch.vmap(one_step, in_dims=tuple(0 if many else None for many in batched))
     examples = []
     for node, many in zip(g.placeholders(part), batched, strict=True):
         value = node.meta["val"]
         shape = [count, *value.shape] if many else value.shape
         examples.append(torch.zeros(shape, dtype=value.dtype))
-    with torch.no_grad():
-        traced = make_fx(all_steps, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    return g.import_traced(traced, part, name)
+    in_dims = tuple(0 if many else None for many in batched)
+    return g.import_traced(g.trace_batched(one_step, in_dims, examples), part, name)
 
 
 def _move_before(root: fx.GraphModule, sources: set[fx.Node], first: fx.Node) -> None:

@@ -13,9 +13,11 @@ import diffopt.passes
 from diffopt.cli import load_model, main
 from diffopt.core import pass_manager
 from diffopt.engine.engine import build
+from tests.keys import make_key
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Commands that no test can run: they make the environment that the tests run in.
@@ -60,6 +62,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         program = load_model.trace_model("examples/models/fashion-sd", {}, 2, 1, "")
         build(program, "eager", "fashion.engine")
+    make_key(folder, "key")
     return folder
 
 

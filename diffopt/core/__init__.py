@@ -3,6 +3,7 @@
 from diffopt.core.pass_base import Context, Pass
 from diffopt.core.pass_manager import Instrument, Pipeline, RunOptions, find_pass, pass_names
 from diffopt.core.record import Record, Size
+from diffopt.ir.allowed_operators import allow_operators
 from diffopt.progress import Progress
 from diffopt.spec import option
 
@@ -15,6 +16,7 @@ __all__ = [
     "Record",
     "RunOptions",
     "Size",
+    "allow_operators",
     "find_pass",
     "option",
     "pass_names",

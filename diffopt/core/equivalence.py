@@ -126,10 +126,13 @@ def enforce_bounds(step: Pass, record: Record, before: Snapshot, budget: float |
                     "by a last place in each call": floor,
                 }
                 return
-            more = f"; with roundings to {coarse[0]}, {allowed:.3g}" if coarse else ""
+            more, advice = "", ""
+            if coarse:
+                more = f"; with roundings to {coarse[0]}, {allowed:.3g}"
+                advice = f"; write {step.name} before what computes in {coarse[0]}"
             raise ToleranceError(
                 f"{step} is exact and changed the output by {record.max_abs:.3g}"
-                f" (allowed: {record.tolerance or 'nothing'}{more})"
+                f" (allowed: {record.tolerance or 'nothing'}{more}){advice}"
             )
         return
     if budget is not None and not record.relative <= budget:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffopt.errors import VerifyError
 
@@ -289,6 +290,26 @@ def sort_topologically(gm: fx.GraphModule) -> None:
                 done.add(top)
                 last.append(top)
                 last = top
+
+
+def trace_batched(
+    function: Callable[..., Any], in_dims: Sequence[int | None], examples: Sequence[Tensor]
+) -> fx.GraphModule:
+    """Return what `torch.vmap` makes of a function, as a graph that `import_traced` takes.
+
+    Args:
+        function: Of tensors.
+        in_dims: As for `torch.vmap`.
+        examples: The arguments, with the dimension where `in_dims` has one.
+    """
+    batched = torch.vmap(function, in_dims=tuple(in_dims))
+    # Rules of batching write in place, which graphs do not.
+    functional = torch.func.functionalize(batched, remove="mutations")
+    with torch.no_grad():
+        make = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)
+        traced = make(*examples)
+    assert isinstance(traced, fx.GraphModule)
+    return traced
 
 
 def import_traced(traced: fx.GraphModule, source: fx.GraphModule, name: str) -> fx.GraphModule:

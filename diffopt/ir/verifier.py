@@ -38,6 +38,8 @@ def verify_graph(name: str, gm: fx.GraphModule, *, is_root: bool) -> None:
         if node.op == "get_attr":
             verify_type(where, node.meta["val"], g.attribute(gm, str(node.target)))
         elif node.op == "call_function":
+            if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+                raise VerifyError(f"{where}: {node.target} writes in place")
             _verify_format(where, node.meta["val"], _inferred_format(where, node))
         elif node.op == "call_module" and not is_root:
             raise VerifyError(f"{where}: a component calls a component")

@@ -184,6 +184,8 @@ def _run(body: fx.GraphModule, arguments: Sequence[Tensor], watch: bool) -> _Run
     def look(node: fx.Node, value: Any) -> None:
         if not watch or not isinstance(value, Tensor) or not value.is_floating_point():
             return
+        if value.itemsize == 1:  # 8-bit floats have few operators
+            value = value.float()
         fine = value.isfinite() | (value == -torch.inf) if node in scores else value.isfinite()
         if not bool(fine.all()):
             infinite.add(node.name)

@@ -72,6 +72,7 @@ class _Shrinker:
         self.values = coupling.flow.values[name]
         self.old = {node: node.meta["val"] for node in gm.graph.nodes if "val" in node.meta}
         self.selected: dict[Any, fx.Node] = {}
+        self.placed: dict[str, Tensor] = {}
 
     def run(self) -> None:
         """Put the smaller weights in, and update all sizes that follow from them."""
@@ -110,11 +111,13 @@ class _Shrinker:
         return shape
 
     def _weight(self, node: fx.Node) -> None:
+        name = str(node.target)
         tensor = stored_tensor(self.gm, node)
-        new = self.smaller.get(id(tensor))
+        # Another node may have read the same tensor before, which is the smaller one already.
+        new = self.placed.get(name, self.smaller.get(id(tensor)))
         if new is None:
             return
-        name = str(node.target)
+        self.placed[name] = new
         if isinstance(new, torch.nn.Parameter):
             self.gm._parameters[name] = new
         else:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
@@ -197,10 +196,7 @@ def _trace(form: _Form, size: int) -> fx.GraphModule:
         for shape, dtype, many in form.values
     ]
     dims = tuple(0 if many else None for *_, many in form.values)
-    with torch.no_grad():
-        traced = make_fx(torch.vmap(call, in_dims=dims), tracing_mode="fake")(*examples)
-    assert isinstance(traced, fx.GraphModule)
-    return traced
+    return g.trace_batched(call, dims, examples)
 
 
 class _Rewriter:

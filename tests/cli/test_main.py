@@ -303,6 +303,37 @@ def test_passes_and_targets(diffopt: Run) -> None:
         ),
         ("trace json:make -o a.program", "json:make: module json has no 'make'"),
         (
+            "trace os:system -o a.program",
+            "os:system has to be callable without arguments: missing a required argument:"
+            " 'command'",
+        ),
+        (
+            "trace os:path -o a.program",
+            "os:path is a module; name a function that returns a pipeline",
+        ),
+        ("trace os:getcwd -o a.program", "os:getcwd() returned a str, which cannot be called"),
+        (
+            "trace small_pipelines:make --steps 100000 -o a.program",
+            "small_pipelines:make refuses this call: ValueError: `num_inference_steps`: 100000",
+        ),
+        (
+            "run none.engine -o a.png --seed 1 --set seed=2",
+            "seed is given by --seed and by --set seed=: give one of the two",
+        ),
+        (
+            "run none.engine -o a.png --prompt a --set prompt=b",
+            "prompt is given by --prompt and by --set prompt=: give one of the two",
+        ),
+        (
+            "compare a.engine b.engine -o a.png --prompt a --set prompt=b",
+            "prompt is given by --prompt and by --set prompt=: give one of the two",
+        ),
+        ("bench a.engine --set seed=1", "seed is given by --seed and by --set seed="),
+        (
+            "run none.engine -o a.png --set x=null",
+            "--set: write None, as in Python, for null, or the word itself in quotes: \"'null'\"",
+        ),
+        (
             "trace small_pipelines:make --set steps -o a.program",
             "--set wants name=value, got 'steps'",
         ),
@@ -347,6 +378,66 @@ def test_a_wrong_argument_is_one_line(diffopt: Run, engine: Path) -> None:
     assert done.code == 2
     assert "guidance_scale" in done.err
     assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", 1 << 65], f"seed={1 << 65}: must be a whole number from -2**63 to 2**64 - 1"),
+        (["--set", "seed=1.7"], "seed=1.7: must be a whole number"),
+        (
+            ["--set", "guidance_scale=None"],
+            "guidance_scale=None: 'guidance_scale' was bound to",
+        ),
+        (["--target", "eager(x=1)"], "eager has no option 'x'"),
+    ],
+)
+def test_wrong_values_are_one_line(
+    diffopt: Run, engine: Path, words: list[object], message: str
+) -> None:
+    done = diffopt("run", engine, "-o", "a.png", *words)
+    assert done.code == 2
+    assert done.err.startswith(f"diffopt: error: {message}")
+    assert "Traceback" not in done.err
+    assert not Path("a.png").exists()
+
+
+def test_what_kernels_refuse_is_one_line(
+    diffopt: Run, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> None:
+        raise IndexError("index out of range in self\nand more")
+
+    monkeypatch.setattr("diffopt.engine.engine.Engine.run", run)
+    done = diffopt("run", engine, "-o", "a.png")
+    assert (done.code, done.err) == (
+        2,
+        "diffopt: error: the run fails on these arguments: index out of range in self\n",
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["a.png", "a.pt", "a.npy"])
+def test_a_full_disk_is_one_line(
+    diffopt: Run, engine: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: Path("/dev/full").write_bytes(b"x"))
+    done = diffopt("run", engine, "-o", name)
+    assert done.code == 2
+    assert done.err == f"diffopt: error: {name}: cannot be written: No space left on device\n"
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("bound", ["nan", "-1"])
+def test_a_bound_that_nothing_meets(diffopt: Run, program: Path, bound: str) -> None:
+    done = diffopt("optimize", program, "-p", "simplify", "--bisect", bound, "-o", "a.program")
+    assert (done.code, done.err.partition(":")[2].strip()[:14]) == (2, "error: bisect=")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(diffopt: Run, program: Path) -> None:
+    Path("file").write_text("")
+    done = diffopt("optimize", program, "-p", "simplify", "--dump", "file/x", "-o", "a.program")
+    assert (done.code, done.err) == (2, "diffopt: error: file/x: Not a directory\n")
 
 
 def test_a_bug_keeps_its_traceback(diffopt: Run, pipelines: None) -> None:

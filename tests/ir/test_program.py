@@ -13,13 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import fx
+from torch import Tensor, fx
 
+import diffopt
 from diffopt.cli import inspect as inspect_command
+from diffopt.core import allow_operators
 from diffopt.engine import engine
 from diffopt.errors import DiffoptError, VerifyError
+from diffopt.ir import allowed_operators, serialize
 from diffopt.ir import graph as g
-from diffopt.ir import serialize
 from diffopt.ir.program import Program
 from diffopt.storage import container, program_file
 from tests import sampler
@@ -401,3 +403,45 @@ def test_nan_and_what_has_no_json():
     assert str(serialize.decode(serialize.encode(float("nan"), {}), [])) == "nan"
     with pytest.raises(TypeError, match="cannot serialize"):
         serialize.encode(object(), {})
+
+
+# Operators of other libraries
+
+
+@torch.library.custom_op("tests_of_files::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_operator_of_another_library_is_in_files_where_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pipeline(x: Tensor) -> Tensor:
+        return torch.ops.tests_of_files.twice(x) + 1
+
+    program = diffopt.trace(pipeline, x=torch.ones(3))
+    file = tmp_path / "x.program"
+    refusal = (
+        "no file may call the operator 'tests_of_files.twice.default'; if you trust it, import what"
+        ' registers it and call diffopt.core.allow_operators("tests_of_files::twice") before saving'
+        " and before loading"
+    )
+    with pytest.raises(DiffoptError) as caught:
+        program.save(file)
+    assert str(caught.value) == refusal
+    assert not file.exists()
+    monkeypatch.setattr(allowed_operators, "_allowed", set())
+    allow_operators("tests_of_files::twice")
+    program.save(file)
+    assert torch.equal(Program.load(file)(x=torch.zeros(3)), torch.ones(3))
+    allowed_operators._allowed.clear()
+    with pytest.raises(DiffoptError) as caught:
+        Program.load(file)
+    assert str(caught.value) == f"{file}: {refusal}"
+    with pytest.raises(DiffoptError, match="'twice' names no operator; write it as torch does"):
+        allow_operators("twice")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from diffopt.engine.engine import build, load
 from diffopt.errors import DiffoptError
@@ -12,25 +12,7 @@ from diffopt.lowering import aoti
 from diffopt.storage import container
 from tests import sampler
 from tests.command import Run
-
-
-def make_key(folder: Path, name: str) -> tuple[Path, Path]:
-    """Write a new key pair; return the files of the private and of the public key."""
-    private = ed25519.Ed25519PrivateKey.generate()
-    files = folder / f"{name}.pem", folder / f"{name}.pub.pem"
-    files[0].write_bytes(
-        private.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    files[1].write_bytes(
-        private.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    return files
+from tests.keys import make_key
 
 
 @pytest.fixture
