@@ -29,7 +29,7 @@ from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.printing import format_graph, graph_fingerprint
 from diffopt.ir.strides import with_strides
 from diffopt.ir.verifier import verify_call, verify_graph, verify_type
-from diffopt.storage import program_file
+from diffopt.storage import container, program_file
 from diffopt.storage.weight_digests import Sealed
 
 log = logging.getLogger("diffopt")
@@ -62,6 +62,7 @@ class Program:
         check: How the capture was compared with the pipeline, as a sentence; empty: nobody knows.
         retrace: Capture again with other arguments; None where the pipeline is not at hand.
         borrowed: Weights whose memory is the pipeline's, by name.
+        file: The file whose memory the weights are; None for a program that was traced here.
         variants: Programs for other numbers of tokens, captured by calls.
     """
 
@@ -78,6 +79,7 @@ class Program:
     check: str = ""
     retrace: Callable[..., "Program"] | None = None
     borrowed: dict[str, Sealed] = dataclasses.field(default_factory=dict)
+    file: container.Archive | None = None
     variants: list["Program"] = dataclasses.field(default_factory=list, init=False)
 
     # Running
@@ -190,6 +192,8 @@ class Program:
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Execute the graph on flat inputs, and return its flat outputs."""
+        if self.file:
+            self.file.expect_unchanged()
         devices = {node.meta["val"].device.type for node in g.placeholders(self.root)}
         tensors = FlatInputs(self.root, self.batch, self.lengths, devices).checked(tensors)
         with torch.no_grad():
@@ -491,7 +495,9 @@ class Program:
                 "trace the model again"
             )
         with file.making("member program.json"):
-            return Program.from_members(data, tensors, assets)
+            program = Program.from_members(data, tensors, assets)
+        program.file = file
+        return program
 
 
 def _placed(tensor: Tensor, stride: Sequence[int]) -> Tensor:

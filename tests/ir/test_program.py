@@ -445,3 +445,18 @@ def test_an_operator_of_another_library_is_in_files_where_it_is_allowed(
     assert str(caught.value) == f"{file}: {refusal}"
     with pytest.raises(DiffoptError, match="'twice' names no operator; write it as torch does"):
         allow_operators("twice")
+
+
+def test_a_file_that_is_written_to_while_it_is_loaded(file: Path) -> None:
+    program = Program.load(file)
+    before = program(seed=0)["images"]
+    content = file.read_bytes()
+    file.unlink()
+    assert torch.equal(program(seed=0)["images"], before)
+    file.write_bytes(content)
+    program = Program.load(file).clone()
+    with open(file, "r+b") as opened:
+        opened.write(content[:10])
+    os.utime(file)
+    with pytest.raises(DiffoptError, match="was written to while it is loaded; load it again"):
+        program(seed=0)

@@ -1,5 +1,6 @@
 """Kernels of AOTInductor: the same numbers, compiled once, or one line that says why not."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -418,3 +419,26 @@ def test_an_end_in_between_leaves_nothing_behind(
         assert "KeyboardInterrupt" in errors
     for place in places.values():
         assert list(place.iterdir()) == []
+
+
+def test_options_of_another_build_are_refused(tmp_path: Path) -> None:
+    build(program(), "cpu(threads=1)", tmp_path / "x.engine")
+    for same in ("cpu", "cpu(threads=1)", None):
+        assert str(load(tmp_path / "x.engine", target=same).target) == "cpu(threads=1)"
+    with pytest.raises(DiffoptError) as caught:
+        load(tmp_path / "x.engine", target="cpu(threads=2)")
+    assert str(caught.value) == (
+        f"{tmp_path / 'x.engine'}: built for target cpu(threads=1), with whose options its kernels"
+        " are compiled; build it again for cpu(threads=2)"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_again_maps_nothing_again(tmp_path: Path) -> None:
+    build(program(), "cpu", tmp_path / "x.engine")
+    counts = []
+    for _ in range(4):
+        load(tmp_path / "x.engine")(seed=0)
+        gc.collect()
+        counts.append(len(Path("/proc/self/maps").read_text().splitlines()))
+    assert counts[3] == counts[1]
