@@ -28,7 +28,6 @@ from diffopt.capture.torch_functions import DynamicNumber
 from diffopt.capture.weight_values import WeightValues, named_weights
 from diffopt.ir import graph as g
 from diffopt.ir.printing import graph_fingerprint
-from diffopt.ir.serialize import identifier
 from diffopt.ir.strides import empty_like
 
 log = logging.getLogger("diffopt")
@@ -197,7 +196,7 @@ class ComponentCalls:
     ) -> None:
         """Export a call, or store the reason for which it is recorded operator by operator."""
         name, method = signature.component, signature.method
-        label = identifier(name if method == "forward" else f"{name}_{method}")
+        label = g.identifier(name if method == "forward" else f"{name}_{method}")
         self.exports += 1
         call = CallModule(module, original, signature.spec, len(signature.tensors), signature.state)
         try:

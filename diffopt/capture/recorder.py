@@ -20,7 +20,6 @@ from diffopt.capture.storage_views import StorageValue, covers, layout_of, slice
 from diffopt.capture.weight_values import WeightValues, named_weights
 from diffopt.errors import CaptureError
 from diffopt.ir import graph as g
-from diffopt.ir.serialize import identifier
 
 aten = torch.ops.aten
 
@@ -130,7 +129,7 @@ class Recorder(TorchDispatchMode):
 
     def input(self, name: str, tensor: Tensor) -> fx.Node:
         """Add a program input whose value the tensor has."""
-        graph, name = self.root.graph, identifier(name)
+        graph, name = self.root.graph, g.identifier(name)
         count = self.names[name] = self.names.get(name, 0) + 1
         with graph.inserting_after(graph._root):
             node = graph.placeholder(name if count == 1 else f"{name}_{count}")

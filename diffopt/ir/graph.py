@@ -4,7 +4,9 @@ A node's `meta["val"]` is a FakeTensor of the process-wide mode `FAKE_MODE`, so 
 graphs captured at different times can be mixed.
 """
 
+import keyword
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +35,17 @@ def fake(value: Any, dtype: torch.dtype | None = None) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(fake(item, dtype) for item in value)
     return value
+
+
+def is_identifier(name: str) -> bool:
+    """Tell whether a name can stand in a graph: generated code and exporters write it as it is."""
+    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+
+
+def identifier(name: str) -> str:
+    """Return a name near `name` that can stand in a graph."""
+    name = re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
+    return f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
 
 
 def fake_tensor(
@@ -66,7 +79,7 @@ def add_attribute(gm: fx.GraphModule, name: str, value: Tensor) -> str:
 
 def register(gm: fx.GraphModule, name: str, value: Tensor) -> str:
     """Register a tensor that `gm` does not have under a free name near `name`; return that name."""
-    name = name.replace(".", "_") or "constant"
+    name = identifier(name or "constant")
     base, count = name, 0
     while hasattr(gm, name):
         count += 1

@@ -6,7 +6,6 @@ or a `ValueError` or the like, which those who read files turn into one.
 """
 
 import dataclasses
-import keyword
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +25,9 @@ _ENUMS: dict[str, type] = {
 }
 
 _DEVICE = re.compile(r"(cpu|cuda|xpu|mps|meta)(:\d{1,3})?")
+
+# Earlier versions wrote names of weights with the hyphens of their modules.
+_ATTRIBUTE = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 
 _META = ("module", "where", "reuse")
 """Entries of a node's `meta` that are saved, besides its value and its tag."""
@@ -170,7 +172,8 @@ def graph_from_json(
     """
     gm = g.new_body(name)
     for key, tensor in tensors.items():
-        _expect_identifier(key)
+        if not _ATTRIBUTE.fullmatch(key):
+            raise ValueError(f"{key[:80]!r} is no name of a tensor")
         if isinstance(tensor, torch.nn.Parameter):
             gm.register_parameter(key, tensor)
         else:
@@ -204,8 +207,9 @@ def _node(
         if target != "output" or not all(isinstance(n, fx.Node) for n in results):
             raise ValueError(f"{name} does not return values of the graph")
     else:
-        _expect_identifier(target)
-        if op == "get_attr" and target not in gm._parameters and target not in gm._buffers:
+        if op != "get_attr":
+            _expect_identifier(target)
+        elif target not in gm._parameters and target not in gm._buffers:
             raise ValueError(f"{name} reads {target!r}, which the file lacks")
         if op != "call_module" and (args or kwargs):
             raise ValueError(f"{name} takes no arguments")
@@ -228,17 +232,6 @@ def expect_allowed(gm: fx.GraphModule) -> None:
         allowed_operators.expect_allowed(target)
 
 
-def is_identifier(name: str) -> bool:
-    """Tell whether a name can stand in a graph: generated code and exporters write it as it is."""
-    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
-
-
-def identifier(name: str) -> str:
-    """Return a name near `name` that can stand in a graph."""
-    name = re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
-    return f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
-
-
 def _expect_identifier(name: str) -> None:
-    if not is_identifier(name):
+    if not g.is_identifier(name):
         raise ValueError(f"{name[:80]!r} is no name in a graph")

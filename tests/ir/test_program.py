@@ -460,3 +460,24 @@ def test_a_file_that_is_written_to_while_it_is_loaded(file: Path) -> None:
     os.utime(file)
     with pytest.raises(DiffoptError, match="was written to while it is loaded; load it again"):
         program(seed=0)
+
+
+def test_names_of_modules_that_are_no_identifiers(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleDict({"2-1": torch.nn.Linear(2, 2), "a b": torch.nn.ReLU()})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts["a b"](self.parts["2-1"](x))
+
+    model = Model().eval().requires_grad_(False)
+    components = {"the model": model, "class": model}
+
+    def pipeline(x: Tensor) -> Tensor:
+        return model(x)
+
+    program = diffopt.trace(pipeline, components=components, x=torch.ones(1, 2))
+    program.save(tmp_path / "x.program")
+    x = torch.randn(1, 2)
+    assert torch.equal(Program.load(tmp_path / "x.program")(x=x), model(x))
