@@ -57,6 +57,8 @@ class FlatInputs:
         batch: tuple[int, int] | None,
         lengths: Sequence[Length],
         devices: Collection[str],
+        *,
+        limited: bool = True,
     ) -> None:
         """Prepare the check.
 
@@ -65,7 +67,9 @@ class FlatInputs:
             batch: The fewest and the most requests of one run, the first axis of all inputs.
             lengths: Numbers of tokens that no graph fixes.
             devices: The types of devices on which inputs may be.
+            limited: Whether the numbers of tokens are within those that kernels were built for.
         """
+        self._limited = limited
         self._batch, self._lengths, self._devices = batch, list(lengths), frozenset(devices)
         self._inputs = []
         for index, node in enumerate(g.placeholders(root)):
@@ -134,7 +138,7 @@ class FlatInputs:
                     " inputs are of as many"
                 )
         skipped = 1 if self._batch else 0
-        for length in self._lengths:
+        for length in self._lengths if self._limited else ():
             length.check([tensor.shape[skipped:] for tensor in tensors])
 
 

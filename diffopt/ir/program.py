@@ -195,7 +195,9 @@ class Program:
         if self.file:
             self.file.expect_unchanged()
         devices = {node.meta["val"].device.type for node in g.placeholders(self.root)}
-        tensors = FlatInputs(self.root, self.batch, self.lengths, devices).checked(tensors)
+        # Interpreted: any number of tokens will do.
+        types = FlatInputs(self.root, self.batch, self.lengths, devices, limited=False)
+        tensors = types.checked(tensors)
         with torch.no_grad():
             return Interpreter(self.root).run(*tensors)  # no code is made of a file's graph
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from diffopt.core import Pipeline
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
+from diffopt.ir.allowed_operators import find_any
 from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.printing import target_name
 from diffopt.ir.program import Program
@@ -257,7 +258,8 @@ def lower(
     result = cuda_gemm.lower({"body": gm}, hardware(device), {"body": free} if free else None)
     lowered = result.bodies["body"]
     rows = json.loads(json.dumps(serialize.graph_to_json(lowered)))
-    return result, serialize.graph_from_json(rows, "body", dict(g.named_tensors(lowered)), {})
+    tensors = dict(g.named_tensors(lowered))
+    return result, serialize.graph_from_json(rows, "body", tensors, {}, find_any)
 
 
 def further(result: loading.Lowered, tensors: dict[str, Tensor]) -> list[Tensor]:

@@ -30,7 +30,7 @@ def captured() -> Program:
 
 
 def run_jobs_here(
-    jobs: Mapping[str, tuple[str, str]], processes: int
+    jobs: Mapping[str, tuple[str, str]], processes: int, folder: str
 ) -> Iterator[tuple[str, float]]:
     """Run jobs of `aoti.compile_bodies` in this process, which has imported the compiler."""
     for name, paths in jobs.items():
