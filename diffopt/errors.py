@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of another library says, or the name of its class."""
+    return printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+
+
 def expect_type(name: str, value: Any, *kinds: type, wanted: str) -> None:
     """Raise a `DiffoptError` where an argument is of none of these types.
 

@@ -11,7 +11,7 @@ import logging
 import warnings
 from typing import Any
 
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, first_line
 
 
 def is_installed(module: str) -> bool:
@@ -56,7 +56,7 @@ def module_or_reason(module: str) -> Any:
     except Exception as error:  # where shared libraries are missing, packages raise any kind
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return "is not installed"
-        return "cannot be imported: " + str(error).strip().partition("\n")[0]
+        return "cannot be imported: " + first_line(error)
 
 
 def torchao(module: str) -> Any:

@@ -29,6 +29,7 @@ import torch
 from torch import fx
 
 from diffopt.core import Context, Pass, option
+from diffopt.errors import first_line
 from diffopt.ir import graph as g
 from diffopt.ir.flops import graph_flops, node_flops
 from diffopt.ir.program import Program
@@ -130,9 +131,7 @@ class Hoist(Pass):
         try:
             rows_body = _batch(part, batched, values, len(calls), f"{name}_steps")
         except Exception as error:  # vmap has no rule for an operator
-            ctx.skip(
-                name, f"what depends on the step can't be batched: {str(error).splitlines()[0]}"
-            )
+            ctx.skip(name, f"what depends on the step can't be batched: {first_line(error)}")
             return 0
         prologue = program.add_component(f"{name}_steps", rows_body)
         sources = [c.args[i] for c in calls for i in arguments]

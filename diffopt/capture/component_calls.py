@@ -26,6 +26,7 @@ from diffopt.capture.recorder import Recorder
 from diffopt.capture.storage_views import storage_of
 from diffopt.capture.torch_functions import DynamicNumber
 from diffopt.capture.weight_values import WeightValues, named_weights
+from diffopt.errors import first_line
 from diffopt.ir import graph as g
 from diffopt.ir.printing import graph_fingerprint
 from diffopt.ir.strides import empty_like
@@ -204,7 +205,7 @@ class ComponentCalls:
             with without_modes(), torch.random.fork_rng(devices=[]):
                 body = export(label, call, signature.tensors, self.weights.value)
         except Exception as error:  # the exporter raises many types
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             log.info("%s.%s is recorded operator by operator: %s", name, method, error)
             self.inlined[key] = f"{name}.{method} could not be exported as a whole: {reason}"
         else:

@@ -8,26 +8,12 @@ from torch import Tensor
 
 from diffopt.capture.recorder import Recorder, fail
 from diffopt.host.arguments import Place
-from diffopt.host.inputs import FILLS, Draw
+from diffopt.host.inputs import DRAWS, FILLS, Draw
 
 aten = torch.ops.aten
 
 _CREATED = {"randn_like": "randn", "rand_like": "rand", "randint_like": "randint"}
-_NUMBERS = {
-    "randn": (),
-    "rand": (),
-    "randint": ("low", "high"),
-    "randperm": ("n",),
-    "normal": ("mean", "std"),
-    "normal_": ("mean", "std"),
-    "uniform_": ("from", "to"),
-    "random_": ("from", "to"),
-    "bernoulli_": ("p",),
-    "exponential_": ("lambd",),
-    "cauchy_": ("median", "sigma"),
-    "log_normal_": ("mean", "std"),
-    "geometric_": ("p",),
-}
+_NUMBERS = {**DRAWS, "normal": DRAWS["normal_"]}
 """By operator: its arguments that a `Draw` keeps."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, first_line
 from diffopt.storage.temporary import replacing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -117,5 +117,5 @@ def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         with replacing(path) as file:
             write(file)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError for a full disk
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise DiffoptError(f"{path}: cannot be written: {reason}") from error

@@ -205,11 +205,21 @@ def _ranges(numbers: list[int]) -> str:
 
 def sign(file: Path, key: Path, output: Path) -> None:
     """Write a signed copy of a file."""
-    archive = program_file.read(file) if file.suffix == ".program" else EngineFile(file).archive
+    is_program = file.suffix == ".program"
+    archive = program_file.read(file) if is_program else EngineFile(file).archive
     try:
         signatures.sign(archive, key, output)
     except OSError as error:
         raise DiffoptError(f"{output}: cannot be written: {error.strerror}") from None
+
+
+def _check_program(file: Path, trusted_keys: Sequence[str] | None, run: bool) -> None:
+    program = Program.load(file, trusted_keys=trusted_keys)
+    assert program.file is not None
+    with program.file.making("member program.json"):
+        program.verify()
+        if run:
+            program.expect_finite(program.run, str(file))
 
 
 def problem(file: Path, trusted_keys: Sequence[str] = (), *, run: bool = False) -> str | None:
@@ -218,21 +228,17 @@ def problem(file: Path, trusted_keys: Sequence[str] = (), *, run: bool = False) 
     Args:
         file: A program or an engine, whose code is not loaded.
         trusted_keys: Files of keys, one of which must have signed it; empty: nobody has to.
-        run: Load the engine after all, and run it on its sample inputs.
+        run: Load an engine after all, and run it, or the program, on its sample inputs.
     """
     try:
-        engine_file = None if file.suffix == ".program" else EngineFile(file)
-        archive = engine_file.archive if engine_file else program_file.read(file)
-        if trusted_keys:
-            signatures.expect_signed(archive, trusted_keys)
-        if engine_file:
-            engine_file.check()
+        if file.suffix == ".program":
+            _check_program(file, trusted_keys or None, run)
         else:
-            program = Program.load(file)
-            with archive.making("member program.json"):
-                program.verify()
-        if run and engine_file:
-            engine.load(file, verify=False).verify()
+            opened = EngineFile(file)
+            signatures.verify(opened.archive, trusted_keys or None)
+            opened.check()
+            if run:
+                engine.load(file, verify=False).verify()
     except (DiffoptError, VerifyError) as error:
         return printable(str(error))
     return None

@@ -20,7 +20,7 @@ from PIL import Image
 
 from diffopt import optional
 from diffopt.capture.trace import trace
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, first_line
 from diffopt.ir.program import Program
 from diffopt.spec import suggest
 
@@ -67,7 +67,7 @@ def _pipeline(path: Path) -> Any:
     try:
         return _from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise DiffoptError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise DiffoptError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _hub(name: str) -> Any:
@@ -75,7 +75,7 @@ def _hub(name: str) -> Any:
         return _from_pretrained(name)
     except Exception as error:  # the hub's client raises types of several libraries
         raise DiffoptError(
-            f"{name} is no local directory, and could not be had from the hub: {_first_line(error)}"
+            f"{name} is no local directory, and could not be had from the hub: {first_line(error)}"
         ) from error
 
 
@@ -113,10 +113,6 @@ def _is_the_models(error: Exception) -> bool:
     """Tell whether an error was raised by another's code, and not by diffopt's."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     return not Path(files[-1]).is_relative_to(Path(__file__).parents[1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -180,7 +176,7 @@ def trace_model(
         if not _is_the_models(error):
             raise
         raise DiffoptError(
-            f"{text} refuses this call: {type(error).__name__}: {_first_line(error)}"
+            f"{text} refuses this call: {type(error).__name__}: {first_line(error)}"
         ) from error
 
 

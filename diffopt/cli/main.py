@@ -270,7 +270,7 @@ def sensitivity(flags: SensitivityFlags) -> None:
 def verify(
     file: Annotated[Path, typer.Argument(help="An .engine or .program file.")],
     run: Annotated[
-        bool, typer.Option("--run", help="Load an engine, and run it on its sample inputs, too.")
+        bool, typer.Option("--run", help="Load it, and run it on its sample inputs, too.")
     ] = False,
     trusted_key: TrustedKeys = None,
     as_json: Json = False,

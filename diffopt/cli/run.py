@@ -12,9 +12,8 @@ from diffopt.cli import image_files
 from diffopt.cli.flags import RunFlags
 from diffopt.core import Progress
 from diffopt.engine import engine
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, first_line
 from diffopt.ir.program import Program
-from diffopt.storage import program_file, signatures
 
 
 def load_file(
@@ -29,11 +28,9 @@ def load_file(
         raise DiffoptError(f"there is no file {path}")
     if path.suffix != ".program":
         return engine.load(path, target=target, trusted_keys=trusted_keys)
-    if trusted_keys:
-        signatures.expect_signed(program_file.read(path), trusted_keys)
     if target is not None:
         raise DiffoptError(f"--target {target}: {path} is a program, which runs without a target")
-    return Program.load(path)
+    return Program.load(path, trusted_keys=trusted_keys)
 
 
 def traced_arguments(loaded: Any) -> dict[str, Any]:
@@ -101,8 +98,7 @@ def _served(loaded: Any, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
     try:
         return list(loaded.serve(calls))
     except (IndexError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DiffoptError(f"the run fails on these arguments: {reason}") from error
+        raise DiffoptError(f"the run fails on these arguments: {first_line(error)}") from error
 
 
 def run(flags: RunFlags, arguments: Mapping[str, Any], seed: int | None, progress: Progress) -> str:

@@ -221,7 +221,7 @@ def load(
     target: Target | str | None = None,
     verify: bool = True,
     allow_native: bool = True,
-    trusted_keys: Sequence[str | os.PathLike[str]] | None = None,
+    trusted_keys: signatures.Keys | None = None,
 ) -> Engine:
     """Open an engine file; a damaged or unfit one is a `DiffoptError`.
 
@@ -232,7 +232,8 @@ def load(
         path: The file.
         target: The target to run it on instead of the one that it was built for; only `eager` can
             run engines of others.
-        verify: Compare every member of the file with its checksum first.
+        verify: Compare every member of the file with its checksum first, which a signature is of:
+            with `trusted_keys` it is done in any case.
         allow_native: Whether code for the machine may be loaded; False: such an engine is an error.
         trusted_keys: PEM files with public keys (see `diffopt sign`), one of which must have signed
             the file; None: nobody has to.
@@ -268,7 +269,7 @@ class Engine:
         target: Target | str | None = None,
         verify: bool = True,
         allow_native: bool = True,
-        trusted_keys: Sequence[str | os.PathLike[str]] | None = None,
+        trusted_keys: signatures.Keys | None = None,
     ) -> None:
         expect_path("path", path)
         wanted = "a target or its text, such as 'eager'"
@@ -278,10 +279,8 @@ class Engine:
         self._file = EngineFile(path)
         self.path = self._file.path
         self.manifest = self._file.manifest
-        if trusted_keys is not None:
-            signatures.expect_signed(self._file.archive, trusted_keys)
-        elif verify:
-            self._file.archive.verify()
+        if verify or trusted_keys is not None:
+            signatures.verify(self._file.archive, trusted_keys)
         self.target = self._file.target(target)
         if self.target.is_native and not allow_native:
             raise DiffoptError(
@@ -356,12 +355,7 @@ class Engine:
     def verify(self) -> None:
         """Raise a `DiffoptError` for a damaged file, or infinite outputs for the sample inputs."""
         self._file.archive.verify()
-        for count in self._outer.batch or (None,):
-            for index, output in enumerate(self.run(self._outer.sample_inputs(count))):
-                if output.is_floating_point() and not output.isfinite().all():
-                    raise DiffoptError(
-                        f"{self.path}: output {index} is not finite on the sample inputs"
-                    )
+        self._outer.expect_finite(self.run, str(self.path))
 
     def __reduce__(self) -> Any:
         """Pickle the path of the file: another process maps it, too."""

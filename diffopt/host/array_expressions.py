@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from diffopt.errors import DiffoptError, printable
+from diffopt.errors import DiffoptError, first_line, printable
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.guards import mismatch
 from diffopt.host.schema import describe
@@ -192,8 +192,7 @@ def evaluate(
             values.append(_value(op, args, kwargs, values, arguments, output))
         except _FAILURES as error:
             names = ", ".join(dict.fromkeys(map(place_text, places_of(rows)))) or "the result"
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            text = f"{names}: {op} fails on values like these: {reason}"
+            text = f"{names}: {op} fails on values like these: {first_line(error)}"
             raise DiffoptError(printable(text)) from error
     return values[-1]
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, fx
 
-from diffopt.errors import DiffoptError, printable
+from diffopt.errors import DiffoptError, first_line
 from diffopt.host.arguments import Place, place_text, short, value_at
 from diffopt.host.array_expressions import ArrayRead, evaluate, places_of
 from diffopt.host.cleaners import CLEANERS
@@ -201,13 +201,21 @@ class TokenRead:
             )
 
 
-DRAWS = frozenset(
-    (
-        *("randn", "rand", "randint", "randperm", "normal_", "uniform_", "random_", "bernoulli_"),
-        *("exponential_", "cauchy_", "log_normal_", "geometric_"),
-    )
-)
-"""Functions and methods that draw."""
+DRAWS: dict[str, tuple[str, ...]] = {
+    "randn": (),
+    "rand": (),
+    "randint": ("low", "high"),
+    "randperm": ("n",),
+    "normal_": ("mean", "std"),
+    "uniform_": ("from", "to"),
+    "random_": ("from", "to"),
+    "bernoulli_": ("p",),
+    "exponential_": ("lambd",),
+    "cauchy_": ("median", "sigma"),
+    "log_normal_": ("mean", "std"),
+    "geometric_": ("p",),
+}
+"""Functions and methods that draw, with the names of the numbers that they take."""
 
 FILLS = {"randn": "normal_", "rand": "uniform_", "randint": "random_"}
 """By operator: the method that draws the same numbers into a tensor of any strides."""
@@ -438,9 +446,8 @@ class Host:
             except _UNFIT as error:
                 places = dict.fromkeys(map(place_text, step.places()))
                 names = ", ".join(places) or type(step).__name__.lower()
-                reason = str(error).partition("\n")[0] or type(error).__name__
                 raise DiffoptError(
-                    printable(f"{names}: no input can be made of this: {reason}")
+                    f"{names}: no input can be made of this: {first_line(error)}"
                 ) from error
         for token_read in self.token_reads:
             token_read.check(call)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffopt import optional
-from diffopt.errors import DiffoptError, printable
+from diffopt.errors import DiffoptError, first_line
 
 _HOW = "component.json"
 _PACKAGES = ("transformers", "diffusers")
@@ -39,7 +39,9 @@ def result_of(
     except BaseException as error:  # transformers raises many types, and tokenizers' Rust its own
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise DiffoptError(f"{name!r} fails on these arguments: {_reason(error)}") from error
+        raise DiffoptError(
+            f"{name!r} fails on these arguments: {first_line(error)[:200]}"
+        ) from error
 
 
 def load_component(name: str, files: Mapping[str, bytes]) -> Any:
@@ -50,7 +52,9 @@ def load_component(name: str, files: Mapping[str, bytes]) -> Any:
     except DiffoptError:
         raise
     except Exception as error:  # transformers raises many types
-        raise DiffoptError(f"{name!r} cannot be loaded of its files: {_reason(error)}") from error
+        raise DiffoptError(
+            f"{name!r} cannot be loaded of its files: {first_line(error)[:200]}"
+        ) from error
 
 
 def _load(name: str, files: Mapping[str, bytes]) -> Any:
@@ -84,10 +88,6 @@ def _expect_own_files(name: str, files: Mapping[str, bytes]) -> None:
             is_file = key.endswith("_file") or key in ("vocab", "merges")
             if is_file and isinstance(value, str) and value not in files:
                 raise DiffoptError(f"{name!r}: {file} names a file that it has not: {value[:80]!r}")
-
-
-def _reason(error: BaseException) -> str:
-    return printable(str(error).strip().partition("\n")[0])[:200] or type(error).__name__
 
 
 def save_component(component: Any) -> dict[str, bytes]:

@@ -200,12 +200,11 @@ def find_any(name: str) -> Callable[..., Any]:
 def _parts(name: str) -> tuple[str, str, str]:
     space, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
-    is_name = all(part.isidentifier() for part in (space, packet, overload or "default"))
-    if space == "operator":
-        is_name = rest in _PYTHON
-    if not is_name or bool(overload) == (space == "operator"):
+    parts = (space, packet, overload)
+    is_name = rest in _PYTHON if space == "operator" else all(map(str.isidentifier, parts))
+    if not is_name:
         raise DiffoptError(f"{name[:80]!r} is no operator that a file may call")
-    return space, packet, overload
+    return parts
 
 
 def expect_allowed(target: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.errors import DiffoptError, VerifyError
+from diffopt.errors import DiffoptError, VerifyError, first_line
 from diffopt.host.guards import mismatch
 from diffopt.ir import graph as g
 from diffopt.ir.interpreter import Interpreter
@@ -172,7 +172,7 @@ def bounds(root: fx.GraphModule, lengths: Sequence[Length]) -> dict[str, Bounds]
         try:
             infer_values(root, inputs(root, lengths, counts), called)
         except Exception as error:  # each operator raises other kinds
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             tokens = ", ".join(map(str, counts))
             raise VerifyError(f"the graph does not serve texts of {tokens} tokens: {reason}") from (
                 error

@@ -29,7 +29,7 @@ from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.printing import format_graph, graph_fingerprint
 from diffopt.ir.strides import with_strides
 from diffopt.ir.verifier import verify_call, verify_graph, verify_type
-from diffopt.storage import container, program_file
+from diffopt.storage import container, program_file, signatures
 from diffopt.storage.weight_digests import Sealed
 
 log = logging.getLogger("diffopt")
@@ -200,6 +200,13 @@ class Program:
         tensors = types.checked(tensors)
         with torch.no_grad():
             return Interpreter(self.root).run(*tensors)  # no code is made of a file's graph
+
+    def expect_finite(self, run: Callable[[Sequence[Tensor]], Sequence[Tensor]], file: str) -> None:
+        """Raise a `DiffoptError` where `run`, of a file, is not finite on the sample inputs."""
+        for count in self.batch or (None,):
+            for index, output in enumerate(run(self.sample_inputs(count))):
+                if output.is_floating_point() and not output.isfinite().all():
+                    raise DiffoptError(f"{file}: output {index} is not finite on the sample inputs")
 
     def pack(self, tensors: Sequence[Tensor], output_type: str | None = None) -> Any:
         """Return flat outputs as the pipeline returns them."""
@@ -486,10 +493,16 @@ class Program:
         program_file.write(path, *self.to_members(), compress)
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Program":
-        """Read a program that `save` wrote; another file is a `DiffoptError`."""
+    def load(
+        path: str | os.PathLike[str], *, trusted_keys: signatures.Keys | None = None
+    ) -> "Program":
+        """Read a program that `save` wrote; another file, or a damaged one, is a `DiffoptError`.
+
+        `trusted_keys`: as for `diffopt.load`.
+        """
         expect_path("path", path)
         file = program_file.read(path)
+        signatures.verify(file, trusted_keys)
         data, tensors, assets = program_file.members(file)
         if data["format"] != FORMAT:
             raise DiffoptError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from diffopt.errors import VerifyError
+from diffopt.errors import VerifyError, first_line
 from diffopt.ir import graph as g
 from diffopt.ir.printing import format_type
 
@@ -92,7 +92,7 @@ def _inferred_format(where: object, node: fx.Node) -> str:
         try:
             known = _INFERRED[key] = format_type(g.infer_value(node))
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise VerifyError(f"{where}: {node.target} fails on such values: {reason}") from error
         finally:
             _TORCH_LOG.disabled = False

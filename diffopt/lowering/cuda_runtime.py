@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, first_line
 from diffopt.lowering.compile_inputs import platform_tag
 from diffopt.lowering.executor import SlotExecutor
 from diffopt.lowering.hardware import Hardware
@@ -109,7 +109,7 @@ class CudaExecutor:
             with torch.cuda.graph(graph, stream=self._stream):
                 outputs = self._executor.run(inputs)
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise DiffoptError(
                 f"the run cannot be captured as a CUDA graph: {reason}; set cuda-graph=false"
             ) from error

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from diffopt.analysis.dtype_regions import SOFTMAX, DtypePlan, IslandKind, is_pointwise
 from diffopt.analysis.reachability import packet
+from diffopt.errors import first_line
 from diffopt.execution import trajectories
 from diffopt.ir import graph as g
 from diffopt.ir.interpreter import Interpreter
@@ -194,7 +195,7 @@ def _run(body: fx.GraphModule, arguments: Sequence[Tensor], watch: bool) -> _Run
         try:
             value = run.run_node(node)
         except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedDtype(node.name, str(error).splitlines()[0]) from error
+            raise UnsupportedDtype(node.name, first_line(error)) from error
         look(node, value)
         return value
 

@@ -29,7 +29,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from diffopt.errors import DiffoptError, printable
+from diffopt.errors import DiffoptError, first_line, printable
 from diffopt.storage import file_schema
 from diffopt.storage.temporary import replacing
 
@@ -256,7 +256,7 @@ class Archive:
                 raise
             raise DiffoptError(f"{self.path}: {printable(error.message)}") from error
         except _MALFORMED as error:
-            reason = printable(str(error).partition("\n")[0])[:200]
+            reason = first_line(error)[:200]
             if not isinstance(error, ValueError):
                 reason = f"{type(error).__name__}: {reason}"
             raise DiffoptError(f"{self.path}: {part} is malformed ({reason})") from error

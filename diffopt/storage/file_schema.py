@@ -98,7 +98,6 @@ DerivedKinds = TypedDict(  # noqa: UP013
     {"slice": tuple[Plain, Plain, Plain], "derived": DerivedText},
     total=False,
 )
-DerivedKinds.__pydantic_config__ = _CLOSED  # type: ignore[attr-defined]
 DerivedArgument = TypeAliasType(
     "DerivedArgument", "Plain | list[DerivedArgument] | Annotated[DerivedKinds, OneKind]"
 )
@@ -144,8 +143,6 @@ NamedArguments = TypedDict("NamedArguments", {"dict": "dict[StrictStr, Encoded]"
 CallArguments = TypedDict(  # noqa: UP013
     "CallArguments", {"tuple": tuple[PositionalArguments, NamedArguments]}
 )
-for _kind in (PositionalArguments, NamedArguments, CallArguments):
-    setattr(_kind, "__pydantic_config__", _CLOSED)  # noqa: B010
 TokenParts = TypeAliasType("TokenParts", "list[Number | StrictBool | TokenParts | TokenList]")
 EncodedKinds = TypedDict(  # noqa: UP013
     "EncodedKinds",
@@ -162,7 +159,6 @@ EncodedKinds = TypedDict(  # noqa: UP013
     },
     total=False,
 )
-EncodedKinds.__pydantic_config__ = _CLOSED  # type: ignore[attr-defined]
 Encoded = TypeAliasType("Encoded", "Plain | Annotated[EncodedKinds, OneKind]")
 
 
@@ -265,7 +261,6 @@ ArgumentKinds = TypedDict(
     },
     total=False,
 )
-ArgumentKinds.__pydantic_config__ = _CLOSED  # type: ignore[attr-defined]
 ArgumentSchema = TypeAliasType("ArgumentSchema", "Annotated[ArgumentKinds, OneKind]")
 
 ResultKinds = TypedDict(
@@ -284,7 +279,6 @@ ResultKinds = TypedDict(
     },
     total=False,
 )
-ResultKinds.__pydantic_config__ = _CLOSED  # type: ignore[attr-defined]
 Result = TypeAliasType("Result", "Annotated[ResultKinds, OneKind]")
 
 
@@ -405,6 +399,14 @@ class EngineManifest(Container):
     components: dict[Line, dict[StrictStr, Json]]
     releasable: list[Line]
     compress: NotRequired[Count | None]
+
+
+# What `with_config` does for classes.
+for _kinds in (
+    *(DerivedKinds, PositionalArguments, NamedArguments, CallArguments, EncodedKinds),
+    *(ArgumentKinds, ResultKinds),
+):
+    setattr(_kinds, "__pydantic_config__", _CLOSED)  # noqa: B010
 
 
 @functools.cache

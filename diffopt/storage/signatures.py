@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def sign(
     """Write a signed copy of an intact file, atomically.
 
     Args:
-        archive: The file; earlier signatures of it are kept.
+        archive: The file, which is verified; earlier signatures of it are kept.
         key: A PEM file with a private key for Ed25519, not encrypted.
         output: The file to write, which may be the same.
     """
@@ -56,16 +56,21 @@ def sign(
             copy.comment = json.dumps({"signatures": signatures}).encode()
 
 
-def expect_signed(archive: container.Archive, trusted: Iterable[str | os.PathLike[str]]) -> str:
-    """Raise a `DiffoptError` for a file that no trusted key has signed, or that is damaged.
+Keys = Sequence[str | os.PathLike[str]]
+"""PEM files of public keys for Ed25519."""
 
-    Args:
-        archive: The file.
-        trusted: PEM files of public keys for Ed25519.
 
-    Returns:
-        The key that has signed it.
+def verify(archive: container.Archive, trusted: Keys | None) -> None:
+    """Raise a `DiffoptError` for a file that is damaged, or that none of these keys has signed.
+
+    None: nobody has to.
     """
+    if trusted is not None:
+        _expect_signed(archive, trusted)
+    archive.verify()
+
+
+def _expect_signed(archive: container.Archive, trusted: Keys) -> None:
     serialization = _cryptography("hazmat.primitives.serialization")
     keys = {str(path): _key(path, serialization.load_pem_public_key, "public") for path in trusted}
     if not keys:
@@ -82,8 +87,7 @@ def expect_signed(archive: container.Archive, trusted: Iterable[str | os.PathLik
                 f"{archive.path}: its signature by {path} does not belong to its content: it was"
                 " changed since it was signed"
             ) from None
-        archive.verify()
-        return path
+        return
     how = "is signed by other keys" if signatures else "is not signed"
     raise DiffoptError(f"{archive.path}: {how}, and not by {', '.join(keys)}")
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, first_line
 from diffopt.ir import graph as g
 from diffopt.ir.nodes import args
 from diffopt.ir.op_sets import FOLDED_BATCH, RESHAPES, ROWWISE
@@ -436,7 +436,7 @@ class _Rewriter:
         try:
             one, other = (_trace(form, size) for size in (2, 3))
         except Exception as error:  # vmap raises many kinds
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise Unbatchable(f"{_named(node)} cannot be batched: {reason}") from error
         if len(one.graph.nodes) != len(other.graph.nodes):
             raise Unbatchable(f"{_named(node)} cannot be batched: torch.vmap makes a loop of it")

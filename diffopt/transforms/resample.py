@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffopt.core import Context
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, first_line
 from diffopt.ir.program import Program
 from diffopt.spec import suggest
 
@@ -43,9 +43,8 @@ def resample(
     try:
         new = program.retrace(scheduler=swapped, compare=True, **arguments)
     except (ValueError, TypeError, NotImplementedError) as error:  # the pipeline's own refusal
-        text = str(error).strip().partition("\n")[0]
         raise DiffoptError(
-            f"unroll: the pipeline refuses to be sampled like this: {text}"
+            f"unroll: the pipeline refuses to be sampled like this: {first_line(error)}"
         ) from None
     _expect_steps(program, new, arguments)
     for field in ("root", "host", "sample", "guards", "retrace", "borrowed", "check"):

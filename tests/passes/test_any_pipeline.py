@@ -26,7 +26,14 @@ SEED = int(os.environ.get("SEED", str(datetime.date.today().toordinal())))
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "batch": ("", "max=2", "min=2,max=3"),
-    "cache": ("fora,interval=2", "deepcache", "taylorseer", "delta-dit", "fora", "auto,calls=1"),
+    "cache": (
+        "fora,interval=2",
+        "deepcache",
+        "taylorseer",
+        "delta-dit",
+        "fora",
+        "auto,speedup=1.3,calls=1",
+    ),
     "cast": ("", "fp16", "bf16,islands=norms", "fp16,islands=none", "bf16,islands=(norms,softmax)"),
     "fuse": ("", "linears=false", "steps=false"),
     "hoist": ("",),

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from diffopt.engine.engine import build, load
 from diffopt.errors import DiffoptError
+from diffopt.ir.program import Program
 from diffopt.lowering import aoti
 from diffopt.storage import container
 from tests import sampler
@@ -111,3 +112,25 @@ def test_nothing_is_loaded_of_an_unsigned_file(
     monkeypatch.setattr(aoti, "open_library", lambda *_: pytest.fail("it was loaded"))
     monkeypatch.setattr(container.Archive, "tensors", lambda *_: pytest.fail("it was mapped"))
     assert "is not signed" in refusal(file, keys[1])
+
+
+def test_programs_are_signed_too(diffopt: Run, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    program, file = sampler.program(), tmp_path / "x.program"
+    program.save(file)
+    with pytest.raises(DiffoptError, match="is not signed, and not by"):
+        Program.load(file, trusted_keys=[keys[1]])
+    assert diffopt("sign", file, "--key", keys[0]).code == 0
+    assert Program.load(file, trusted_keys=[keys[1]]).fingerprint()
+    assert diffopt("verify", file, "--trusted-key", keys[1], "--run").out == f"{file}: ok\n"
+
+
+def test_verify_runs_programs_where_it_is_asked_to(diffopt: Run, tmp_path: Path) -> None:
+    program, file = sampler.program(), tmp_path / "x.program"
+    program.sample[0].fill_(float("nan"))
+    program.save(file)
+    assert diffopt("verify", file).code == 0
+    told = diffopt("verify", file, "--run")
+    assert (told.code, told.err) == (
+        1,
+        f"diffopt: error: {file}: output 0 is not finite on the sample inputs\n",
+    )

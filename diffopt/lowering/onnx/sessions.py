@@ -10,7 +10,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from diffopt.errors import DiffoptError
+from diffopt.errors import DiffoptError, first_line
 from diffopt.ir.strides import with_strides
 from diffopt.storage import container
 
@@ -98,7 +98,7 @@ class Session:
         try:
             self._session = ort.InferenceSession(model, session_options, providers=_PROVIDERS)
         except Exception as error:  # each kind of error is a class of its own, without a base
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise DiffoptError(f"ONNX Runtime {ort.__version__} refuses it: {reason}") from error
         self._inputs = [argument.name for argument in self._session.get_inputs()]
         self._strides = list(strides)
