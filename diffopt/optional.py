@@ -6,6 +6,7 @@ Messages name packages as pip does, and diffopt's extra where one has the packag
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import warnings
@@ -32,6 +33,19 @@ def check(*modules: str, extra: str) -> None:
     """Raise a `DiffoptError` where one of an extra's modules is not installed."""
     if (reason := lacks(*modules, extra=extra)) is not None:
         raise DiffoptError(reason)
+
+
+def release(package: str) -> str:
+    """Return the release of an installed package: the first two numbers of its version."""
+    return ".".join(importlib.metadata.version(package).split(".")[:2])
+
+
+def too_old(package: str, needed: str) -> str | None:
+    """Return why a package cannot read models of the release `needed`; None if it can."""
+    here, least = ([int(n) for n in text.split(".")] for text in (release(package), needed))
+    if here >= least:
+        return None
+    return f"its models need {package} {needed}, this is {release(package)}"
 
 
 def require(module: str, what: str, install: str) -> Any:

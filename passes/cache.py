@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from diffopt.analysis.denoiser_structure import analyze_denoiser
 from diffopt.caching import apply_plan, reuse_plan, step_map
 from diffopt.caching.policy import Policy, check_fits, policy_names
-from diffopt.core import Context, Pass, option
+from diffopt.core import Context, Needs, Pass, option
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 
@@ -47,6 +47,14 @@ class Cache(Pass):
     def __post_init__(self) -> None:
         if (self.max_cache_mb or 0) < 0 or (self.budget or 0) < 0:
             raise DiffoptError("cache wants max-cache-mb >= 0 and budget >= 0")
+
+    def needs(self) -> Needs:
+        """Return that the policy measures on calls, if it does."""
+        return "calibration" if self.policy is not None and self.policy.runs() else "nothing"
+
+    def runs(self, program: Program) -> float:
+        """Return the runs that the policy takes."""
+        return 0.0 if self.policy is None else self.policy.runs()
 
     def run(self, program: Program, ctx: Context) -> None:
         """Make the policy's plan, and rewrite the loop."""

@@ -27,7 +27,8 @@ the last layer, float64 and integers do not (see `diffopt.analysis.dtype_regions
 Arguments and results of components are float32, but for values that are passed from component to
 component alone. With `islands=auto` each component runs on a few of its calls, entirely in the low
 type and with each kind of island in float32, and a kind is kept in float32 that removes at least
-`share` of the squared error.
+`share` of the squared error. Where islands are named, bf16 runs nothing, and fp16 runs those calls
+to find what overflows, unless outputs are not compared.
 
 Not rewritten when
 - a component has no layers, or one that computes in 16 bits already;
@@ -43,19 +44,26 @@ from typing import Any, Literal
 import torch
 
 from diffopt.analysis.dtype_regions import (
+    KINDS,
     DtypePlan,
     half_dtype,
     islands,
     layers,
     timestep_arguments,
 )
-from diffopt.core import Context, Pass, option
+from diffopt.core import Context, Needs, Pass, option
 from diffopt.errors import DiffoptError
 from diffopt.execution.calibration_inputs import requests
 from diffopt.ir.program import Program
 from diffopt.precision.boundary_dtypes import assign_boundary_dtypes
 from diffopt.precision.cast_body import LowWeights, cast_body, update_calls
-from diffopt.precision.island_search import CastTrial, IslandChoice, record_calls, search_islands
+from diffopt.precision.island_search import (
+    CastTrial,
+    IslandChoice,
+    fixed_islands,
+    record_calls,
+    search_islands,
+)
 
 Islands = Literal["auto", "none", "norms", "softmax", "time", "output"]
 
@@ -86,6 +94,17 @@ class Cast(Pass):
         if self.calls < 1 or not 0 < self.share <= 1:
             raise DiffoptError("cast wants calls >= 1 and 0 < share <= 1")
 
+    def needs(self) -> Needs:
+        """Return that values are measured, to choose islands or to find what overflows."""
+        return "one run" if self.islands == ("auto",) or self.dtype == "fp16" else "nothing"
+
+    def runs(self, program: Program) -> float:
+        """Return a run, and those calls of it that are measured with several choices of islands."""
+        if self.needs() == "nothing":
+            return 0.0
+        trials = len(KINDS) + 3 if self.islands == ("auto",) else 2
+        return 1.0 + min(1.0, self.calls * len(program.components) / len(program.calls())) * trials
+
     def run(self, program: Program, ctx: Context) -> None:
         """Choose islands for each component, and rewrite it."""
         low = _TYPES[self.dtype]
@@ -94,19 +113,28 @@ class Cast(Pass):
             return
         assign_boundary_dtypes(program, plans)
         weights = LowWeights(low)
-        (inputs,) = requests(program, ctx.prompts, 1, ctx.seed)
-        ctx.progress("cast: running the program in float32")
-        seen = record_calls(program, plans, inputs, self.calls)
+        seen: dict[str, list[list[torch.Tensor]]] = {}
+        is_measured = self.islands == ("auto",) or (self.dtype == "fp16" and ctx.compare)
+        if is_measured:
+            (inputs,) = requests(program, ctx.prompts, 1, ctx.seed)
+            ctx.progress("cast: running the program in float32")
+            seen = record_calls(program, plans, inputs, self.calls)
         for number, name in enumerate(list(plans)):
-            ctx.progress(f"cast: measuring {name}", number / len(plans))
-            choice = self._search(program, name, plans[name], seen.pop(name), weights)
+            ctx.progress(f"cast: {name}", number / len(plans))
+            kinds = islands(plans[name], timestep_arguments(program, name))
+            fixed = None if self.islands == ("auto",) else [k for k in kinds if k in self.islands]
+            if is_measured:
+                trial = CastTrial(plans[name], seen.pop(name), weights)
+                choice = search_islands(trial, kinds, fixed, self.share)
+            else:
+                choice = fixed_islands(plans[name], kinds, fixed or ())
             if choice.reason:
                 ctx.skip(name, choice.reason)
                 del plans[name]
                 continue
             for node, reason in choice.unsupported.items():
                 ctx.skip(f"{name}.{node}", f"stays in float32: {reason}")
-            ctx.note(name, _note(choice))
+            ctx.note(name, _measured(choice) if is_measured else {"islands": list(choice.kinds)})
         assign_boundary_dtypes(program, plans)
         for name, plan in plans.items():
             program.root._modules[name] = cast_body(plan, weights)
@@ -124,20 +152,8 @@ class Cast(Pass):
                 plans[name] = DtypePlan(body, low)
         return plans
 
-    def _search(
-        self,
-        program: Program,
-        name: str,
-        plan: DtypePlan,
-        calls: list[list[torch.Tensor]],
-        weights: LowWeights,
-    ) -> IslandChoice:
-        kinds = islands(plan, timestep_arguments(program, name))
-        fixed = None if self.islands == ("auto",) else [k for k in kinds if k in self.islands]
-        return search_islands(CastTrial(plan, calls, weights), kinds, fixed, self.share)
 
-
-def _note(choice: IslandChoice) -> dict[str, Any]:
+def _measured(choice: IslandChoice) -> dict[str, Any]:
     shares = {kind: round(share, 3) for kind, share in choice.shares.items()}
     return {
         "islands": list(choice.kinds),

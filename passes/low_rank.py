@@ -38,7 +38,7 @@ from typing import Literal
 from torch import Tensor, fx
 
 from diffopt.analysis.scope import Scope, boundary_weights, choose_scope
-from diffopt.core import Context, Pass, option
+from diffopt.core import Context, Needs, Pass, option
 from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
 from diffopt.execution import trajectories
@@ -98,6 +98,10 @@ class LowRank(Pass):
             raise DiffoptError(f"low-rank has energy={self.energy:g}; write a number from 0 to 1")
         if self.multiple < 1 or self.samples < 1:
             raise DiffoptError("low-rank wants multiple and samples to be 1 or more")
+
+    def needs(self) -> Needs:
+        """Return that directions are weighed on calls, with `data`."""
+        return "calibration" if self.data else "nothing"
 
     def run(self, program: Program, ctx: Context) -> None:
         """Find layers, calibrate, choose ranks, and replace each layer by two."""

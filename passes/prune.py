@@ -47,7 +47,7 @@ from typing import Literal
 from torch import Tensor
 
 from diffopt.analysis.scope import boundary_weights, choose_scope
-from diffopt.core import Context, Pass, Size, option
+from diffopt.core import Context, Needs, Pass, Size, option
 from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
 from diffopt.execution.calibration_inputs import representative
@@ -63,6 +63,7 @@ What = Literal["channels", "heads", "dims", "mlp", "blocks", "all", "2:4", "auto
 
 RATIO = 0.3
 MOST = ratio_search.RATIOS[-1]
+_OF_WEIGHTS = ("magnitude", "random")
 SKIPPED = "layers and skip leave it alone"
 _PARTLY = "layers and skip leave some of the layers alone that go together"
 
@@ -150,6 +151,11 @@ class Prune(Pass):
         if self.what == ("2:4",) and self.ratio != RATIO:
             return "prune(2:4) knows no ratio: two of four weights go, always"
         return None
+
+    def needs(self) -> Needs:
+        """Return that importance is measured, unless it is that of the weights alone."""
+        is_measured = self.importance not in _OF_WEIGHTS or self.flops is not None
+        return "calibration" if is_measured else "nothing"
 
     def run(self, program: Program, ctx: Context) -> None:
         """Find coupled units, measure their importance, and remove the least important ones."""
@@ -264,7 +270,7 @@ class Prune(Pass):
         self, program: Program, names: Sequence[str], ctx: Context
     ) -> dict[int, Tensor]:
         inputs: Sequence[Sequence[Tensor]] = ()
-        if self.importance not in ("magnitude", "random"):
+        if self.importance not in _OF_WEIGHTS:
             inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
         return importance(
             program, self.importance, inputs, names, seed=ctx.seed, progress=ctx.progress

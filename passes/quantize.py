@@ -43,7 +43,7 @@ from typing import Any, Literal
 from torch import Tensor, fx
 
 from diffopt.analysis.scope import Scope, boundary_weights, choose_scope
-from diffopt.core import Context, Pass, option
+from diffopt.core import Context, Needs, Pass, option
 from diffopt.core.module_filter import ModuleFilter
 from diffopt.errors import DiffoptError
 from diffopt.execution.calibration_inputs import representative, requests
@@ -63,6 +63,9 @@ from diffopt.quantization.tensor_memo import TensorMemo
 
 HELD_SEED = 1 << 20
 """The offset of the seeds of held-out requests from those of calibration."""
+
+_SEARCH_RUNS = 10
+"""What a search of formats or of roundings takes, in runs for each request; measured."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,16 @@ class Quantize(Pass):
         for text in self.keep:
             read_steps(text, 1 << 30)
 
+    def needs(self) -> Needs:
+        """Return that ranges are calibrated, where they or the rounding follow from values."""
+        measures = self.smooth or self.rounding != "nearest" or self.format == "auto"
+        return "calibration" if measures or self.activations == "static" else "nothing"
+
+    def runs(self, program: Program) -> float:
+        """Return a run for each request, and several where formats or roundings are searched."""
+        searched = _SEARCH_RUNS if self.format == "auto" or self.rounding != "nearest" else 1
+        return super().runs(program) * (searched + self.smooth)
+
     def run(self, program: Program, ctx: Context) -> None:
         """Choose layers, make them easier to quantize, calibrate, and write Q/DQ."""
         scope = choose_scope(program, self.components)
@@ -138,10 +151,8 @@ class Quantize(Pass):
             notes["layers split"] = sum(layer_preparation.split_concats(gm, memo) for gm in bodies)
         scope = quantize_body.keep_steps(program, scope, self._kept(scope))
         formats = self._formats(program, scope, ctx)
-        needs = self.activations == "static" or self.smooth or self.rounding != "nearest"
-        needs |= self.format == "auto"
         inputs: list[list[Tensor]] = []
-        if needs:
+        if self.needs() == "calibration":
             inputs = representative(str(self), program, ctx.prompts, self.samples, ctx.seed)
         job = Calibration(program, scope, formats, inputs, ctx.progress)
         if self.smooth:

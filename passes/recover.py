@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from diffopt.analysis.scope import Scope, choose_scope
-from diffopt.core import Context, Pass, option
+from diffopt.core import Context, Needs, Pass, option
 from diffopt.errors import DiffoptError
 from diffopt.execution.calibration_inputs import representative
 from diffopt.ir.program import Program
@@ -52,6 +52,7 @@ class Recover(Pass):
     """Train weights so that the program does again what it did before it was approximated."""
 
     exact = False
+    wants_reference = True
     # Its change removes error: no budget is spent.
     budget: ClassVar[float] = math.inf
 
@@ -91,6 +92,16 @@ class Recover(Pass):
             raise DiffoptError("recover wants features >= 0 and every >= 0")
         if self.checkpoint and Path(self.checkpoint).is_file():
             raise DiffoptError(f"recover(checkpoint={self.checkpoint}): is a file, wants a folder")
+
+    def needs(self) -> Needs:
+        """Return that it trains on calls of the program."""
+        return "calibration"
+
+    def runs(self, program: Program) -> float:
+        """Return the runs that requests take, and three for each call of a step of training."""
+        scope = choose_scope(program, self.components)
+        calls = max(1, sum(map(len, scope.calls.values())))
+        return (self.samples or LEAST) + 3 * self.steps * self.batch / calls
 
     def run(self, program: Program, ctx: Context) -> None:
         """Train, and note the result."""

@@ -10,37 +10,29 @@ space only: ONNX Runtime has no CPU kernels for them, so they are computed in fl
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-import diffopt.lowering.onnx
 from diffopt import optional
 from diffopt.core import Progress
 from diffopt.errors import DiffoptError
 from diffopt.ir import graph as g
-from diffopt.ir import serialize
-from diffopt.ir.dynamic_sizes import Bounds
 from diffopt.ir.program import Program
-from diffopt.lowering.compile_inputs import component_key, dynamic_bounds, not_on_cpu, source_hash
+from diffopt.lowering.compile_inputs import dynamic_bounds, not_on_cpu
 from diffopt.lowering.cpu_instructions import saturates
 from diffopt.lowering.executor import ComponentFunction
 from diffopt.lowering.hardware import Hardware, hardware
-from diffopt.lowering.onnx import NEEDS, export
+from diffopt.lowering.onnx import NEEDS, component_model, result_strides, weight_value
 from diffopt.lowering.target import EngineContents, Lowered, Target, option
-from diffopt.storage import disk_cache
 
 _TABLE = "(weights).json"
 _SETUP = "(setup).onnx"
-_OPSET = 21
 
 log = logging.getLogger("diffopt")
 
@@ -68,10 +60,7 @@ class Onnxruntime(Target):
     def unfit(self, requires: Mapping[str, Any]) -> str | None:
         """Compare the installed version of ONNX Runtime with the engine's."""
         optional.check("onnxruntime", extra="onnx")
-        here = _version()
-        if _numbers(here) < _numbers(requires["onnxruntime"]):
-            return f"its models need onnxruntime {requires['onnxruntime']}, this is {here}"
-        return None
+        return optional.too_old("onnxruntime", requires["onnxruntime"])
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Export the components, or read them from the cache, and choose kernels."""
@@ -80,7 +69,7 @@ class Onnxruntime(Target):
         free, adapted = dynamic_bounds(program), {}
         for index, (name, gm) in enumerate(program.components.items()):
             progress(f"exporting {name}", index / len(program.components))
-            model = _exported(name, gm, free.get(name))
+            model = component_model(name, gm, free.get(name))
             adapted[name] = ort_kernels.adapt(model, integer_convolutions=not saturates())
         tensor_ids = {
             (name, key): id(tensor)
@@ -103,9 +92,8 @@ class Onnxruntime(Target):
                 "%s: ONNX Runtime's CPU provider has no kernels for 16 bits; computed in float32",
                 ", ".join(widened),
             )
-        return Lowered(
-            members=_members(precomputed), requires={"onnxruntime": _version()}, bodies=bodies
-        )
+        requires = {"onnxruntime": optional.release("onnxruntime")}
+        return Lowered(members=_members(precomputed), requires=requires, bodies=bodies)
 
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Start a session for each component, with the engine's weights."""
@@ -116,12 +104,14 @@ class Onnxruntime(Target):
         table = json.loads(bytes(engine.members[_TABLE]))
         results: list[Tensor] = []
         if _SETUP in engine.members:
-            weights = {name: _weight(engine, *source) for name, source in table["setup"].items()}
+            weights = {
+                name: weight_value(engine, *source) for name, source in table["setup"].items()
+            }
             results = sessions.run_setup(bytes(engine.members[_SETUP]), weights, threads)
         bodies: dict[str, ComponentFunction] = {}
         for name, row in table["components"].items():
             constants = {
-                key: _weight(engine, name, attribute).reshape(shape)
+                key: weight_value(engine, name, attribute).reshape(shape)
                 for key, (attribute, shape) in row["weights"].items()
             }
             constants |= {key: results[index] for key, index in row["setup"].items()}
@@ -131,26 +121,12 @@ class Onnxruntime(Target):
                     f"{name}: its convolutions on integers need a CPU with AVX-VNNI or AMX: build"
                     " it again for this machine"
                 )
-            strides = _strides(engine.graphs[name])
+            strides = result_strides(engine.graphs[name])
             try:
                 bodies[name] = sessions.Session(model, constants, strides, threads, self.pack)
             except DiffoptError as error:
                 raise DiffoptError(f"{name}: {error.message}; use another target") from error
         return bodies
-
-
-def _weight(engine: EngineContents, component: str, name: str) -> Tensor:
-    key, _, _ = engine.graphs[component]["tensors"][name]
-    tensor = engine.tensors[key]
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _strides(graph: Mapping[str, Any]) -> list[tuple[int, ...] | None]:
-    """Return the strides of each result of a component; None: contiguous."""
-    rows = graph["nodes"]
-    results = [rows[result["node"]] for result in rows[-1]["args"][0]["tuple"]]
-    values = [serialize.decode_value(row["val"]) for row in results]
-    return [None if value.is_contiguous() else value.stride() for value in values]
 
 
 def _members(precomputed: Any) -> dict[str, bytes]:
@@ -172,43 +148,3 @@ def _members(precomputed: Any) -> dict[str, bytes]:
     for name, model in precomputed.models.items():
         members[f"{name}.onnx"] = model.SerializeToString(deterministic=True)
     return members
-
-
-def _exported(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> Any:
-    """Return a component as an ONNX model, from the cache if it was exported before."""
-    import onnx
-
-    key = disk_cache.key(_key(name, gm, sizes))
-    if (cached := disk_cache.get(key)) is not None:
-        log.info("%s: from the cache", name)
-        return onnx.load_from_string(cached["onnx"])
-    model = export(gm, name, opset=_OPSET, sizes=sizes, weights=False)
-    disk_cache.put(key, {"onnx": model.SerializeToString(deterministic=True)})
-    return model
-
-
-def _key(name: str, gm: fx.GraphModule, sizes: Bounds | None) -> dict[str, Any]:
-    """Return everything that an exported model depends on, as JSON."""
-    return {
-        **component_key(gm, sizes, by_value=False),
-        "names": [name, *(node.name for node in g.placeholders(gm))],
-        "modules": [node.meta.get("module", "") for node in gm.graph.nodes],
-        "opset": _OPSET,
-        "torch": torch.__version__,
-        "packages": {name: importlib.metadata.version(name) for name in NEEDS},
-        "exporter": _source(),
-    }
-
-
-@cache
-def _source() -> str:
-    """Return the hash of the sources of the exporter."""
-    return source_hash(sorted(Path(diffopt.lowering.onnx.__file__).parent.glob("*.py")))
-
-
-def _version() -> str:
-    return ".".join(importlib.metadata.version("onnxruntime").split(".")[:2])
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".")]

@@ -62,6 +62,10 @@ class Policy(spec.Choice):
         """Return the names of all policies."""
         return policy_names()
 
+    def runs(self) -> float:
+        """Return in about how many runs of the program the plan is made; by default none."""
+        return 0.0
+
     def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
         """Return which values each step reuses from which earlier steps."""
         raise NotImplementedError

@@ -20,13 +20,19 @@ def passes(name: str | None, as_json: bool) -> None:
     """Print all passes, or one with its options."""
     names = pass_names() if name is None else [name]
     rows = [
-        {"name": each, "kind": "exact" if cls.exact else "approximate", **_facts(cls)}
+        {
+            "name": each,
+            "kind": "exact" if cls.exact else "approximate",
+            "needs": cls().needs(),
+            **_facts(cls),
+        }
         for each, cls in ((each, find_pass(each)) for each in names)
     ]
     if as_json:
         show.print_json(rows)
     elif name is None:
-        _print_list("passes", ["name", "kind", "summary"], rows)
+        rows = [{**row, "needs by default": row["needs"]} for row in rows]
+        _print_list("passes", ["name", "kind", "needs by default", "summary"], rows)
     else:
         _print_one(rows[0])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffopt.cli import output as show
 from diffopt.cli.flags import OptimizeFlags
 from diffopt.core import Instrument, Pipeline, Record, RunOptions
-from diffopt.core.instruments import Dump, PrintAfter, PrintChanged, bisect
+from diffopt.core.instruments import Dump, Estimate, PrintAfter, PrintChanged, bisect
 from diffopt.engine import engine
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
@@ -66,7 +66,7 @@ def _instruments(pipeline: Pipeline, flags: OptimizeFlags) -> list[Instrument]:
         # Wrapped or coloured, the text could not be compared with another run's.
         show.stderr().print(text, markup=False, soft_wrap=True)
 
-    instruments: list[Instrument] = []
+    instruments: list[Instrument] = [Estimate(write)]
     names = {step.name for step in pipeline.passes}
     printed = set(filter(None, flags.print_after.split(",")))
     for name in sorted(printed - names - {"all"}):

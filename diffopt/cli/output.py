@@ -21,7 +21,18 @@ from diffopt.core import Record, Size
 from diffopt.progress import Progress
 
 TEXTS = (
-    *("kind", "summary", "type", "default", "help", "changed", "promise", "component", "steps"),
+    *(
+        "kind",
+        "summary",
+        "needs by default",
+        "type",
+        "default",
+        "help",
+        "changed",
+        "promise",
+        "component",
+        "steps",
+    ),
     *("description", "devices", "is", "at capture"),
 )
 WIDTH = 180  # of tables that are not printed to a terminal: a file has no width

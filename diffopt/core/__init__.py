@@ -1,6 +1,6 @@
 """Passes, and pipelines that check each with numbers."""
 
-from diffopt.core.pass_base import Context, Pass
+from diffopt.core.pass_base import Context, Needs, Pass
 from diffopt.core.pass_manager import Instrument, Pipeline, RunOptions, find_pass, pass_names
 from diffopt.core.record import Record, Size
 from diffopt.ir.allowed_operators import allow_operators
@@ -10,6 +10,7 @@ from diffopt.spec import option
 __all__ = [
     "Context",
     "Instrument",
+    "Needs",
     "Pass",
     "Pipeline",
     "Progress",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from diffopt.core import Pass, Pipeline, Record, RunOptions
+from diffopt.core.estimate import duration, seconds_a_run
 from diffopt.errors import DiffoptError
 
 if TYPE_CHECKING:
@@ -54,6 +55,26 @@ class PrintChanged:
             self._text, new, f"before {step}", f"after {step}", "", "", 3, ""
         )
         self.write("\n".join(lines) + "\n")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Write about how long a pass will run the program, where that is long."""
+
+    write: Writer
+    least: float = 10.0
+
+    def before(self, step: Pass, program: Program) -> None:
+        """Write the pass, what it needs, and about how long that takes."""
+        if not (runs := step.runs(program)):
+            return
+        seconds = runs * seconds_a_run(program)
+        if seconds >= self.least:
+            many = f"{runs:.0f} run{'' if round(runs) == 1 else 's'} of the program"
+            self.write(f"{step}: {step.needs()}, {many}, {duration(seconds)} on this machine")
+
+    def after(self, step: Pass, program: Program, record: Record) -> None:
+        """Do nothing."""
 
 
 @dataclass

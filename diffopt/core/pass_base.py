@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +12,10 @@ from torch import Tensor, fx
 from diffopt import spec
 from diffopt.ir.program import Program
 from diffopt.progress import Progress, silent
+
+Needs = Literal["nothing", "one run", "calibration"]
+"""What a pass computes beside weights: nothing, the program once, or calls of it that stand for
+later ones."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Pass:
         atol: Largest allowed absolute difference of an exact pass.
         rtol: The same, relative to the largest value of the outputs.
         tolerance_reason: Why these are not 0.
+        wants_reference: Whether it reads `Context.reference`, which keeps weights in memory.
     """
 
     name: ClassVar[str] = "pass"
@@ -34,6 +39,7 @@ class Pass:
     atol: ClassVar[float] = 0.0
     rtol: ClassVar[float] = 0.0
     tolerance_reason: ClassVar[str] = ""
+    wants_reference: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" not in cls.__dict__:
@@ -44,6 +50,14 @@ class Pass:
     def is_exact(self) -> bool:
         """Tell whether the outputs must be equal before and after; may depend on the options."""
         return self.exact
+
+    def needs(self) -> Needs:
+        """Return what the pass computes beside weights, with its options."""
+        return "nothing"
+
+    def runs(self, program: Program) -> float:
+        """Return in how many runs of `program` that is about; shown before it begins."""
+        return 0.0 if self.needs() == "nothing" else float(getattr(self, "samples", 1))
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite `program` in place."""
@@ -63,8 +77,9 @@ class Context:
         report: Called with what is being done and the fraction done, if known.
         prompts: To calibrate with, instead of the one seen at capture; see `calibration_inputs`.
         budget: Largest relative error that the pass may add; None: any.
+        compare: Whether the program may be run only to see what the pass changes.
         reference: The program before the first approximate pass of the pipeline that changed it;
-            None without one.
+            None without one, and for passes that do not want it.
         skipped: Reasons for rewrites not done, as "where: reason".
         notes: Facts about this run, as JSON; shown with `--stats`.
     """
@@ -74,6 +89,7 @@ class Context:
     report: Progress = silent
     prompts: Sequence[str] = ()
     budget: float | None = None
+    compare: bool = True
     reference: Program | None = None
     skipped: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)

@@ -108,9 +108,12 @@ class Pipeline:
                 instrument.after(step, after.program, record)
             # A program with other steps of sampling is no approximation of the one before.
             is_same = after.program.retrace is current.program.retrace
-            if reference is None and record.changed and not record.exact and is_same:
+            is_wanted = any(later.wants_reference for later in self.passes[number + 1 :])
+            if reference is None and record.changed and not record.exact and is_same and is_wanted:
                 reference = current.program
             current = after
+            if not options.get("compare", True):
+                first = after  # so that weights which no program has any more are freed
         return current.program
 
     def _check_budgets(self, options: RunOptions) -> None:
@@ -151,6 +154,7 @@ def _apply(
         options.get("progress") or silent,
         options.get("prompts", ()),
         _budget(step, options.get("budget")),
+        options.get("compare", True),
         reference,
     )
     program = before.program.clone()

@@ -20,8 +20,9 @@ from diffopt.ir import graph as g
 from diffopt.ir.dynamic_sizes import Length, free_axes
 from diffopt.ir.printing import format_type
 
-_ALIGNMENT = 16
-"""Bytes, to which vectors of a GPU's kernels are read."""
+_ALIGNMENT = 64
+"""Bytes, to which torch aligns memory: a GPU's kernels fail on less than 16, and libraries for CPUs
+choose kernels by it, which add up in another order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ class FlatInputs:
                 and tensor.device.type == "cpu"
                 and "cpu" in self._devices
                 and not (tensor.is_conj() or tensor.is_neg())
+                and tensor.data_ptr() % _ALIGNMENT == 0
             )
             else self._one(wanted, tensor)
             for wanted, tensor in zip(self._inputs, tensors, strict=True)
@@ -124,8 +126,7 @@ class FlatInputs:
             known = " or ".join(sorted(self._devices))
             raise _refused(wanted, f"one on {tensor.device}, and inputs have to be on {known}")
         result = wanted.placed(tensor.detach().resolve_conj().resolve_neg())
-        is_aligned = result.device.type == "cpu" or result.data_ptr() % _ALIGNMENT == 0
-        return result if is_aligned else result.clone()
+        return result if result.data_ptr() % _ALIGNMENT == 0 else result.clone()
 
     def _check_sizes(self, tensors: Sequence[Tensor]) -> None:
         if self._batch:

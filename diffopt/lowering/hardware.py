@@ -18,7 +18,7 @@ from diffopt import plugins
 from diffopt.errors import DiffoptError
 from diffopt.spec import suggest
 
-Kind = Literal["cuda", "cpu"]
+Kind = Literal["cuda", "cpu", "intel-gpu", "intel-npu"]
 
 FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp4")
 
@@ -100,8 +100,8 @@ class Hardware:
         return f"{products}: {self.sources[0]} names none" if self.sources else products
 
     def rate(self, number: str) -> float:
-        """Return operations a second in a format; without products in it, those of fp32."""
-        return self.peak.get(number, self.peak["fp32"])
+        """Return operations a second in a format; without products in it, those of the slowest."""
+        return self.peak.get(number, min(self.peak.values()))
 
     def can_store(self, number: str) -> bool:
         """Tell whether weights may be stored in a format."""

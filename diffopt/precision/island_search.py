@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
 from diffopt.analysis.dtype_regions import SOFTMAX, DtypePlan, IslandKind, is_pointwise
 from diffopt.analysis.reachability import packet
@@ -161,6 +162,51 @@ def search_islands(
             chosen, best = [*chosen, kind], extended
     error = measure(chosen).error
     return IslandChoice(tuple(chosen), shares, error, without.error, trial.unsupported)
+
+
+def fixed_islands(
+    plan: DtypePlan, kinds: Mapping[IslandKind, set[fx.Node]], fixed: Sequence[IslandKind]
+) -> IslandChoice:
+    """Set islands in a plan, without running the component.
+
+    Of each operator that is to compute in the low type one is run on zeros, the smallest, to see
+    whether torch has a kernel.
+    """
+    plan.float32_nodes = {n for kind in fixed for n in kinds[kind]}
+    smallest: dict[Any, fx.Node] = {}
+    nodes = [n for n in plan.low_nodes() if n.op == "call_function"]
+    for node in sorted(nodes, key=lambda n: -_elements(n)):
+        smallest[node.target] = node
+    unsupported: dict[str, str] = {}
+    for target, node in smallest.items():
+        try:
+            _run_on_zeros(node, plan.low)
+        except (RuntimeError, NotImplementedError) as error:
+            lacking = [n for n in nodes if n.target == target]
+            unsupported |= dict.fromkeys([n.name for n in lacking], first_line(error))
+            plan.float32_nodes |= set(lacking)
+    return IslandChoice(tuple(fixed), unsupported=unsupported)
+
+
+def _elements(node: fx.Node) -> int:
+    """Return the number of elements that a node reads."""
+    values = [source.meta["val"] for source in node.all_input_nodes]
+    return sum(value.numel() for value in values if isinstance(value, Tensor))
+
+
+def _run_on_zeros(node: fx.Node, low: torch.dtype) -> None:
+    """Compute a node in the low type."""
+
+    def zeros(source: fx.Node) -> Any:
+        return tree_map_only(Tensor, lambda t: _zeros(t, low), source.meta["val"])
+
+    with torch.no_grad():
+        node.target(*fx.map_arg(node.args, zeros), **fx.map_arg(node.kwargs, zeros))  # type: ignore[operator]
+
+
+def _zeros(value: Tensor, low: torch.dtype) -> Tensor:
+    is_wide = value.dtype == torch.float32
+    return torch.zeros(value.shape, dtype=low if is_wide else value.dtype)
 
 
 def _first(body: fx.GraphModule, bad: Collection[str]) -> frozenset[str]:

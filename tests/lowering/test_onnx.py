@@ -159,6 +159,11 @@ def test_attention(name: str) -> None:
     torch.testing.assert_close(run(model, *inputs)[0], gm(*inputs)[0], atol=1e-6, rtol=1e-5)
 
 
+def image_mean(make: Any, x: fx.Node) -> fx.Node:
+    mean: fx.Node = make(aten.mean.dim, x, [0], True)
+    return mean
+
+
 def gaps(make: Any, x: fx.Node) -> list[fx.Node]:
     """Use operators of which torch's own exporter makes something else, or nothing."""
     small, large = (make(op, x, 0) for op in (aten.lt.Scalar, aten.gt.Scalar))
@@ -169,6 +174,10 @@ def gaps(make: Any, x: fx.Node) -> list[fx.Node]:
         make(aten.amin.default, x, [1], True),
         make(aten.where.self, make(aten.gt.Scalar, x, 1), small, large),
         make(aten.conv2d.default, image, parameter(4, 2, 3, 3), None, [1], [1], [1]),
+        make(aten.clamp.default, x, 0, 0.5),
+        make(aten.clamp.default, x, max=1),
+        make(aten.clamp.Tensor, x, make(aten.amin.default, x, [2], True), None),
+        make(aten.clamp.Tensor, x, None, make(aten.mul.Tensor, image_mean(make, x), 0.5)),
         make(operator.getitem, pieces, 1),
         make(operator.getitem, make(aten.split.Tensor, x, 2, 1), 1),
     ]

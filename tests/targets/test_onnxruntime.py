@@ -111,7 +111,7 @@ def test_other_weights_need_no_other_models(
         raise AssertionError("exported")
 
     engines("onnxruntime")
-    monkeypatch.setattr("diffopt.targets.onnxruntime.export", no_export)
+    monkeypatch.setattr("diffopt.lowering.onnx.component_models.export", no_export)
     changed = program()
     for tensor in changed.weights().values():
         tensor.mul_(0.5)
@@ -373,7 +373,7 @@ def test_an_engine_where_onnx_runtime_is_missing_or_old(
     engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = engines("onnxruntime")
-    monkeypatch.setattr("diffopt.targets.onnxruntime._version", lambda: "1.9")
+    monkeypatch.setattr(optional, "release", lambda package: "1.9")
     needed = ".".join(ort.__version__.split(".")[:2])
     with pytest.raises(DiffoptError) as caught:
         load(path)

@@ -55,6 +55,10 @@ class Auto(Policy):
         if min(self.calls, self.reach, self.trials) < 1 or min(self.terms, self.max_bodies) < 2:
             raise DiffoptError("auto wants calls, reach, trials >= 1 and terms, max-bodies >= 2")
 
+    def runs(self) -> float:
+        """Return those of calls and of trials; the sensitivity of steps takes as many again."""
+        return 2.0 * self.calls + self.trials
+
     def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
         """Measure errors, search schedules, and verify the best ones on whole runs."""
         budget = ctx.budget

@@ -48,6 +48,10 @@ class Magcache(Policy):
                 "magcache wants threshold >= 0, max-skip >= 0, retain in 0…1 and calls >= 1"
             )
 
+    def runs(self) -> float:
+        """Return a run for each call, unless ratios are given."""
+        return 0.0 if self.ratios else float(self.calls)
+
     def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
         """Reuse the difference that all blocks together make to their streams."""
         values = block_residuals(transformer_blocks(structure))

@@ -46,6 +46,10 @@ class Smoothcache(Policy):
         if self.alpha < 0 or self.max_interval < 1 or self.calls < 1:
             raise DiffoptError("smoothcache wants alpha >= 0, max-interval >= 1 and calls >= 1")
 
+    def runs(self) -> float:
+        """Return a run for each call, unless errors are given."""
+        return 0.0 if self.errors else float(self.calls)
+
     def plan(self, loop: Loop, structure: DenoiserStructure, ctx: Context) -> Plan:
         """Reuse the outputs of each kind of branch by its own schedule."""
         present = {branch.kind for branch in structure.branches}

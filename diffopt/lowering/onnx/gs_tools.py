@@ -170,3 +170,29 @@ def external_locations(
 
 def _location(tensor: TensorProto) -> str:
     return str({entry.key: entry.value for entry in tensor.external_data}["location"])
+
+
+def with_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a model whose initializers with external data are inputs instead."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    kept = []
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            kind = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            result.graph.input.append(kind)
+        else:
+            kept.append(tensor)
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(kept)
+    return result
+
+
+def types(model: onnx.ModelProto) -> set[str]:
+    """Return the names of the element types of a model's inputs, weights and casts."""
+    graph = model.graph
+    numbers = {value.type.tensor_type.elem_type for value in graph.input}
+    numbers |= {tensor.data_type for tensor in graph.initializer if tensor.dims}
+    casts = (node for node in graph.node if node.op_type == "Cast")
+    numbers |= {attribute.i for node in casts for attribute in node.attribute}
+    return {TensorProto.DataType.Name(number) for number in numbers}

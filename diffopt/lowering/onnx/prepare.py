@@ -4,6 +4,7 @@
   4 bits again.
 - E4M3 numbers with a scale, which graphs write in plain operators, become one operator each.
 - Complex numbers are cut up as pairs of real ones.
+- Limits of numbers are floats.
 - Convolutions get a stride, padding and dilation for each axis.
 - Attention that is causal gets its mask, and heads that share keys get them repeated.
 """
@@ -83,6 +84,11 @@ def prepare(gm: fx.GraphModule) -> Prepared:
                 _complex(prepared.gm.graph, node)
             elif is_call(node, *CONVOLUTIONS):
                 _convolution(node)
+            elif is_call(node, aten.clamp.default) and node.meta["val"].is_floating_point():
+                # The exporter takes no limits of which one is a whole number.
+                limits = argument(node, 1, "min"), argument(node, 2, "max")
+                node.args = (args(node)[0], *(n if n is None else float(n) for n in limits))
+                node.kwargs = {}
             elif is_call(node, aten._to_copy.default, aten.mul.Tensor):
                 _fp8(prepared.gm.graph, node)
     g.prune_unused(prepared.gm)

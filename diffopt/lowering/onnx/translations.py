@@ -37,6 +37,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     translations = {
         aten.amax.default: _amax,
         aten.amin.default: _amin,
+        aten.clamp.Tensor: _clamp_to_tensors,
         aten.squeeze.dim: lambda call: _squeeze(call.self, [call.dim]),
         aten.squeeze.dims: lambda call: _squeeze(call.self, call.dim),
         aten.split.Tensor: _split,
@@ -102,6 +103,14 @@ def _amax(call: Call) -> Any:
 
 def _amin(call: Call) -> Any:
     return opset18.ReduceMin(call.self, *_axes(call.dim), keepdims=int(call.keepdim))
+
+
+def _clamp_to_tensors(call: Call) -> Any:
+    """Clamp by two tensors of any shapes that broadcast; ONNX's Clip takes scalars alone."""
+    result = call.self
+    if call.min is not None:
+        result = opset18.Max(result, call.min)
+    return result if call.max is None else opset18.Min(result, call.max)
 
 
 def _axes(dim: Sequence[int] | None) -> list[Any]:
