@@ -11,6 +11,7 @@ import typer
 
 import diffopt.passes
 from diffopt.cli import load_model, main
+from diffopt.cli.load_model import TracedCall
 from diffopt.core import pass_manager
 from diffopt.engine.engine import build
 from tests.keys import make_key
@@ -60,7 +61,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "examples").symlink_to(ROOT / "examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        program = load_model.trace_model("examples/models/fashion-sd", {}, 2, 1, "")
+        program = load_model.trace_model("examples/models/fashion-sd", TracedCall({}, 2))
         build(program, "eager", "fashion.engine")
     make_key(folder, "key")
     return folder

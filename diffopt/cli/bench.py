@@ -33,13 +33,13 @@ def run(flags: BenchFlags, arguments: Mapping[str, Any]) -> None:
         torch.set_num_threads(flags.threads)
     engine = load_file(file)
     source = flags.model or provenance(engine)["source"]
-    pipe = _pipeline(source)
+    pipe = _pipeline(source, flags.dtype)
     _compare_weights(file, engine, source, pipe)
     batch = flags.batch or _list_length(engine)
     contenders = {"eager": _original(pipe, engine, arguments, batch)}
     for name in against:
         if name in MODES and name != "eager":
-            compiled = _pipeline(source)
+            compiled = _pipeline(source, flags.dtype)
             timing.compile_pipeline(compiled, MODES[name])
             contenders[name] = _original(compiled, engine, arguments, batch)
         elif name not in MODES:
@@ -73,10 +73,10 @@ def _list_length(engine: Any) -> int:
     return len(prompt) if isinstance(prompt, list) else 1
 
 
-def _pipeline(source: str) -> Any:
+def _pipeline(source: str, dtype: str) -> Any:
     if not source:
         raise DiffoptError("the engine does not say what it was made from; give --model")
-    return load_model.load_model(source)
+    return load_model.load_model(source, dtype)
 
 
 def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
@@ -89,7 +89,7 @@ def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
     if changed:
         raise DiffoptError(
             f"{file} was built from other weights of {', '.join(sorted(changed))} than {source}"
-            " has now; build it again"
+            " has now; build it again, or give the --dtype that it was built with"
         )
 
 

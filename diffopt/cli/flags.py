@@ -44,6 +44,14 @@ Batches = Annotated[
         " prompt and seed, one run of the engine may serve.",
     ),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="fp32|bf16|fp16",
+        help="The type to load a diffusers pipeline's weights in. Where they are stored in it they"
+        " are mapped from their files; other weights are converted, into memory.",
+    ),
+]
 Dynamic = Annotated[
     str,
     typer.Option(
@@ -100,6 +108,7 @@ class OptimizeFlags:
         ),
     ] = None
     dynamic: Dynamic = ""
+    dtype: Dtype = "fp32"
     check: Check = None
     compress: Annotated[
         int | None,
@@ -203,6 +212,7 @@ class BenchFlags:
     model: Annotated[
         str, typer.Option(help="The original MODEL; by default what the engine was made from.")
     ] = ""
+    dtype: Dtype = "fp32"
     prompt: Annotated[str | None, typer.Option(help="The prompt to time with.")] = None
     seed: Annotated[int, typer.Option(help="Seed of the first round; the others count up.")] = 0
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 10

@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from diffopt import optional
 from diffopt.capture.trace import trace
+from diffopt.cli import model_memory
 from diffopt.errors import DiffoptError, first_line
 from diffopt.ir.program import Program
 from diffopt.spec import suggest
@@ -28,19 +30,29 @@ KINDS = "a local diffusers directory, a hub id, a .program file, or package.modu
 PROMPT = "a cat"  # short: every model has room for it
 
 
-def load_model(text: str) -> Any:
-    """Return the pipeline or the `Program` of a MODEL argument."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(text: str, dtype: str = "fp32") -> Any:
+    """Return the pipeline or the `Program` of a MODEL argument, a diffusers pipeline in a dtype."""
+    if dtype not in DTYPES:
+        raise DiffoptError(f"--dtype {dtype}: wants {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
     path = Path(text)
+    is_diffusers = path.is_dir() or not (path.exists() or ":" in text)
+    if dtype != "fp32" and not is_diffusers:
+        raise DiffoptError(
+            f"--dtype {dtype} is for diffusers pipelines; {text} has types of its own"
+        )
     if path.suffix == ".program":
         if not path.is_file():
             raise DiffoptError(f"there is no file {text}")
         return Program.load(path)
     if path.exists():
-        return _pipeline(path)
+        return _pipeline(path, dtype)
     if re.fullmatch(r"[\w.]+:\w+", text):
         return _function(text)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        return _hub(text)
+        return _hub(text, dtype)
     raise DiffoptError(f"there is no {text}; MODEL is {KINDS}")
 
 
@@ -53,26 +65,27 @@ def _diffusers() -> Any:
     return diffusers
 
 
-def _from_pretrained(model: str | Path) -> Any:
+def _from_pretrained(model: str | Path, dtype: str) -> Any:
     pipeline = _diffusers().DiffusionPipeline
     with warnings.catch_warnings():
         # Older diffusers lack the new name of torch_dtype, and the old one warns.
         warnings.simplefilter("ignore", FutureWarning)
-        return _quiet(pipeline.from_pretrained(model, torch_dtype=torch.float32))
+        return _quiet(pipeline.from_pretrained(model, torch_dtype=DTYPES[dtype]))
 
 
-def _pipeline(path: Path) -> Any:
+def _pipeline(path: Path, dtype: str) -> Any:
     if not (path / "model_index.json").is_file():
         raise DiffoptError(f"{path} is no diffusers directory: it has no model_index.json")
+    model_memory.check(path, dtype, DTYPES[dtype])
     try:
-        return _from_pretrained(path)
+        return _from_pretrained(path, dtype)
     except (OSError, ValueError) as error:
         raise DiffoptError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _hub(name: str) -> Any:
+def _hub(name: str, dtype: str) -> Any:
     try:
-        return _from_pretrained(name)
+        return _from_pretrained(name, dtype)
     except Exception as error:  # the hub's client raises types of several libraries
         raise DiffoptError(
             f"{name} is no local directory, and could not be had from the hub: {first_line(error)}"
@@ -154,24 +167,36 @@ def _read(text: str) -> Any:
 _JSON_WORDS = {"null": "None", "true": "True", "false": "False"}
 
 
-def trace_model(
-    text: str,
-    settings: Mapping[str, Any],
-    steps: int | None,
-    batch: int,
-    dynamic: str,
-    check: bool | None = None,
-) -> Program:
+@dataclass(frozen=True)
+class TracedCall:
+    """How a pipeline is called to trace it.
+
+    Attributes:
+        settings: Arguments of the call.
+        steps: Of sampling; None: the pipeline's default.
+        batch: The number of images.
+        dynamic: Names of numbers that stay inputs, with commas.
+        check: Whether the pipeline runs for real; None: where that is quick.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    batch: int = 1
+    dynamic: str = ""
+    check: bool | None = None
+
+
+def trace_model(text: str, call: TracedCall, dtype: str = "fp32") -> Program:
     """Return the program of a MODEL argument: read from its file, or traced."""
-    model = load_model(text)
+    model = load_model(text, dtype)
     if isinstance(model, Program):
-        if settings or steps or dynamic or batch != 1 or check:
+        if replace(call, check=call.check or None) != TracedCall():
             raise DiffoptError(f"{text} is traced already: trace its pipeline to change the call")
         return model
-    arguments = call_arguments(model, settings, steps=steps, batch=batch)
-    names = tuple(filter(None, dynamic.split(",")))
+    arguments = call_arguments(model, call.settings, steps=call.steps, batch=call.batch)
+    names = tuple(filter(None, call.dynamic.split(",")))
     try:
-        return trace(model, dynamic=names, source=text, check=check, **arguments)
+        return trace(model, dynamic=names, source=text, check=call.check, **arguments)
     except (ValueError, TypeError) as error:  # with which pipelines refuse arguments
         if not _is_the_models(error):
             raise

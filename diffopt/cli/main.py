@@ -19,6 +19,7 @@ from diffopt.cli.flags import (
     BenchFlags,
     Check,
     CompareFlags,
+    Dtype,
     Dynamic,
     Json,
     Model,
@@ -86,6 +87,7 @@ def trace(
     steps: Steps = None,
     batch: Batch = 1,
     dynamic: Dynamic = "",
+    dtype: Dtype = "fp32",
     check: Check = None,
 ) -> None:
     """Capture a pipeline's whole call as a program file."""
@@ -94,7 +96,7 @@ def trace(
 
     _expect(output, ".program")
     with show.progress(f"tracing {model}"):
-        program = _trace(model, settings, steps, batch, dynamic, check)
+        program = _trace(model, settings, steps, batch, dynamic, check, dtype)
         program.save(output)
     inspect_command.print_arguments(program)
     calls = len(program.calls())
@@ -118,7 +120,7 @@ def optimize(flags: OptimizeFlags) -> None:
     job = optimize_command.Job.parse(flags)
     prompts = _prompts(flags.calibrate)
     with show.progress(f"tracing {flags.model}"):
-        call = flags.settings, flags.steps, job.batch, flags.dynamic, flags.check
+        call = flags.settings, flags.steps, job.batch, flags.dynamic, flags.check, flags.dtype
         program = _trace(flags.model, *call)
     if flags.bisect is not None:
         raise typer.Exit(optimize_command.find_culprit(job.pipeline, program, flags, prompts))
@@ -407,10 +409,12 @@ def _trace(
     batch: int = 1,
     dynamic: str = "",
     check: bool | None = None,
+    dtype: str = "fp32",
 ) -> Program:
     from diffopt.cli import load_model
 
-    return load_model.trace_model(model, _arguments(settings), steps, batch, dynamic, check)
+    call = load_model.TracedCall(_arguments(settings), steps, batch, dynamic, check)
+    return load_model.trace_model(model, call, dtype)
 
 
 def _prompts(file: Path | None) -> list[str]:

@@ -21,19 +21,8 @@ from diffopt.core import Record, Size
 from diffopt.progress import Progress
 
 TEXTS = (
-    *(
-        "kind",
-        "summary",
-        "needs by default",
-        "type",
-        "default",
-        "help",
-        "changed",
-        "promise",
-        "component",
-        "steps",
-    ),
-    *("description", "devices", "is", "at capture"),
+    *("kind", "summary", "type", "default", "help", "changed", "promise", "component", "steps"),
+    *("description", "devices", "is", "at capture", "needs by default"),
 )
 WIDTH = 180  # of tables that are not printed to a terminal: a file has no width
 

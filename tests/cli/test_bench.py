@@ -12,6 +12,7 @@ import torch
 from diffopt.cli import bench as bench_command
 from diffopt.cli import load_model, timing
 from diffopt.cli.flags import BenchFlags
+from diffopt.cli.load_model import TracedCall
 from diffopt.core import Pipeline
 from diffopt.engine.engine import build
 from diffopt.errors import DiffoptError
@@ -103,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a_model.py").write_text(MODEL)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        program = load_model.trace_model("a_model:make", SMALL, 2, 1, "")
+        program = load_model.trace_model("a_model:make", TracedCall(SMALL, 2))
     program.save(folder / "a.program")
     build(program, "eager", folder / "plain.engine")
     # Passes that replace most weights: the engine still is of that model.
@@ -172,7 +173,8 @@ def test_a_model_with_other_weights_is_one_line(
     with pytest.raises(DiffoptError) as caught:
         compare(file, change)
     assert str(caught.value) == (
-        f"{file} was built from other weights of {names} than a_model:make has now; build it again"
+        f"{file} was built from other weights of {names} than a_model:make has now; build it again,"
+        " or give the --dtype that it was built with"
     )
 
 
@@ -207,7 +209,11 @@ def test_the_same_lora_is_the_same_model(
 ) -> None:
     __import__("a_model")
     monkeypatch.setattr(sys.modules["a_model"], "change", add_lora)
-    build(load_model.trace_model("a_model:make", SMALL, 2, 1, ""), "eager", "lora.engine")
+    build(
+        load_model.trace_model("a_model:make", TracedCall(SMALL, 2)),
+        "eager",
+        "lora.engine",
+    )
     compare("lora.engine", add_lora)
     with pytest.raises(DiffoptError, match=r"other weights of unet, unet \(settings\) than"):
         compare("lora.engine")
@@ -218,7 +224,11 @@ def test_a_local_directory(compare: Callable[..., None], tmp_path: Path) -> None
 
     pipe = CASES["sd"].build()
     pipe.save_pretrained(tmp_path / "model")
-    build(load_model.trace_model(f"{tmp_path}/model", SMALL, 2, 1, ""), "eager", "directory.engine")
+    build(
+        load_model.trace_model(f"{tmp_path}/model", TracedCall(SMALL, 2)),
+        "eager",
+        "directory.engine",
+    )
     compare("directory.engine")
     change_one_value(pipe)
     pipe.save_pretrained(tmp_path / "model")

@@ -37,6 +37,7 @@ def not_a_pipeline():
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A traced program of a small Stable Diffusion pipeline."""
     from diffopt.cli import load_model
+    from diffopt.cli.load_model import TracedCall
 
     folder = tmp_path_factory.mktemp("program")
     (folder / "small_pipelines.py").write_text(PIPELINE)
@@ -44,7 +45,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = {"height": 16, "width": 16, "guidance_scale": 5.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        load_model.trace_model("small_pipelines:make", arguments, 2, 1, "").save(path)
+        load_model.trace_model("small_pipelines:make", TracedCall(arguments, 2)).save(path)
     return path
 
 
