@@ -1,10 +1,10 @@
 """Compiles every component ahead of time for this machine's CPU, with AOTInductor.
 
 A component becomes a shared library that reads its weights from the engine file, where they are
-stored once: components share them, and a change in place is a change for all. With `pack` the
-weights of layers are packed for oneDNN when the engine is loaded. With `freeze` the libraries
-contain the packed weights instead, and constants are folded. Quantized weights are always stored
-once and packed on loading (see `onednn`).
+stored once, and which components share. The weights of layers are packed for oneDNN when the engine
+is loaded; with `pack=false` they are read as they are stored, and a change in place is a change for
+all. With `freeze` the libraries contain the packed weights instead, and constants are folded.
+Quantized weights are always stored once and packed on loading (see `onednn`).
 
 The libraries use all instructions of this CPU, so an engine says which it needs. They are cached
 under the hash of the component's graph and of everything else that they depend on.
@@ -55,7 +55,11 @@ log = logging.getLogger("diffopt")
 class Cpu(Target):
     """Compile for this machine's CPU with AOTInductor."""
 
-    pack: bool = option(False, "pack the weights on loading; do not change them in place then")
+    pack: bool | None = option(
+        None,
+        "pack the weights on loading, the default without freeze; false: components read those"
+        " stored, which may be changed in place",
+    )
     freeze: bool = option(False, "pack the weights into the kernels, instead of sharing them")
     threads: int = option(0, "threads to run on, set on loading; 0: as many as torch has now")
     max_autotune: bool = option(False, "try several kernels for each matrix product; wants freeze")
@@ -99,12 +103,12 @@ class Cpu(Target):
 
     def compile(self, program: Program, progress: Progress) -> Lowered:
         """Read the components from the cache, or compile them in a process for each core."""
-        lowered = onednn.lower(program.components, self.pack, _lack())
+        lowered = onednn.lower(program.components, self._packs(), _lack())
         bodies = lowered.bodies
-        if not (self.pack or self.freeze) and (count := _narrow_convolutions(bodies)):
+        if self.pack is False and (count := _narrow_convolutions(bodies)):
             log.warning(
                 "the weights of %d convolutions in 16 bits are packed again in every call, which"
-                " takes as long as 16 bits save: cpu(pack=true) packs them once, on loading",
+                " takes as long as 16 bits save: without pack=false they are once, on loading",
                 count,
             )
         free = dynamic_bounds(program)
@@ -168,6 +172,9 @@ class Cpu(Target):
         members = {k: engine.members[file] for k, file in kinds.items() if file in engine.members}
         weight_of = None if self.freeze else partial(engine.weight, name)
         return aoti.component_function(aoti.open_library(members, weight_of), graph, constants)
+
+    def _packs(self) -> bool:
+        return not self.freeze if self.pack is None else self.pack
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()

@@ -119,7 +119,7 @@ class Openvino(Target):
 
     def _openvino_device(self) -> str:
         """Return OpenVINO's name of the device."""
-        return _DEVICES[hardware(self.device).kind if self.device else "cpu"]
+        return _DEVICES[self.hardware_kind()]
 
     def _missing_device(self) -> str | None:
         """Return that OpenVINO finds no device of this kind here, None if it does."""

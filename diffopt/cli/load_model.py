@@ -188,7 +188,11 @@ class TracedCall:
 
 def trace_model(text: str, call: TracedCall, dtype: str = "fp32") -> Program:
     """Return the program of a MODEL argument: read from its file, or traced."""
-    model = load_model(text, dtype)
+    return traced(load_model(text, dtype), call, text)
+
+
+def traced(model: Any, call: TracedCall, text: str) -> Program:
+    """Return the program of what `load_model` returned for `text`."""
     if isinstance(model, Program):
         if replace(call, check=call.check or None) != TracedCall():
             raise DiffoptError(f"{text} is traced already: trace its pipeline to change the call")

@@ -112,6 +112,7 @@ def trace(
 def optimize(flags: OptimizeFlags) -> None:
     """Trace a model, run passes over it, check each, and build one engine file."""
     from diffopt.analysis import weight_memory
+    from diffopt.cli import load_model
     from diffopt.cli import optimize as optimize_command
     from diffopt.cli import output as show
 
@@ -119,19 +120,29 @@ def optimize(flags: OptimizeFlags) -> None:
     _expect(output, ".engine", ".program")
     job = optimize_command.Job.parse(flags)
     prompts = _prompts(flags.calibrate)
-    with show.progress(f"tracing {flags.model}"):
-        call = flags.settings, flags.steps, job.batch, flags.dynamic, flags.check, flags.dtype
-        program = _trace(flags.model, *call)
+    settings = _arguments(flags.settings)
+    phases = show.Phases()
+    with phases("load"), show.progress(f"loading {flags.model}"):
+        model = load_model.load_model(flags.model, flags.dtype)
+    with phases("capture"), show.progress(f"tracing {flags.model}"):
+        call = load_model.TracedCall(settings, flags.steps, job.batch, flags.dynamic, flags.check)
+        program = load_model.traced(model, call, flags.model)
+        del model
     if flags.bisect is not None:
         raise typer.Exit(optimize_command.find_culprit(job.pipeline, program, flags, prompts))
-    result, records = optimize_command.rewrite(job.pipeline, program, flags, prompts)
-    optimize_command.write(job, result, output)
-    size = weight_memory.of_program(result)
+    with phases("passes"):
+        program, records = optimize_command.rewrite(job.pipeline, program, flags, prompts)
+    with phases("build"):
+        optimize_command.write(job, program, output)
+    size = weight_memory.of_program(program)
     if flags.as_json:
         rows = [asdict(record) for record in records]
-        show.print_json({"output": str(output), "passes": rows, "weights": size.to_json()})
+        result = {"output": str(output), "passes": rows, "weights": size.to_json()}
+        show.print_json({**result, "phases": phases.to_json()})
     elif records:
         show.records_table(records, timing=flags.timing, stats=flags.stats)
+    if flags.timing and not flags.as_json:
+        show.stderr().print(str(phases))
     show.stderr().print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), {size}")
 
 

@@ -46,6 +46,10 @@ class Job:
         lengths = "" if flags.tokens is None else f"lengths(max={flags.tokens})"
         passes = ",".join(filter(None, (flags.passes, lengths, batch)))
         target = parse_target(flags.target) if flags.output.suffix == ".engine" else None
+        if flags.dtype == "fp16" and target is not None and target.hardware_kind() == "cpu":
+            raise DiffoptError(
+                f"--dtype fp16 --target {target}: CPUs compute float16 slowly; write --dtype bf16"
+            )
         return cls(Pipeline.parse(passes), target, count, flags.compress)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +55,31 @@ def progress(first: str) -> Iterator[Progress]:
             display.update(task, description=text, total=total, completed=fraction or 0.0)
 
         yield report
+
+
+class Phases:
+    """The seconds of each phase of a command, and the largest memory it took."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time what is done in the context."""
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = time.perf_counter() - started
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the seconds of each phase, and the bytes of the largest resident set."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+        peak, compilers = (resource.getrusage(each).ru_maxrss * unit for each in who)
+        return {"seconds": self._seconds, "peak memory": peak, "of a compiler": compilers}
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
+        return f"{times}; at most {self.to_json()['peak memory'] / 1e9:.1f} GB of memory"
 
 
 def print_json(value: Any) -> None:

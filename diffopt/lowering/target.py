@@ -156,6 +156,10 @@ class Target:
         """The device, which has to support the program's formats; None where none was named."""
         return hardware(self.device) if self.device else None
 
+    def hardware_kind(self) -> str:
+        """Return the kind of device that it is for: the CPU where none was named."""
+        return hardware(self.device).kind if self.device else "cpu"
+
     def __str__(self) -> str:
         name = self.name
         if self.device:

@@ -189,7 +189,7 @@ def test_engines_to_compare_with_are_of_the_same_model(
         compare("plain.engine", against="eager,stale.engine")
     assert str(caught.value) == (
         "stale.engine was built from other weights of unet than a_model:make has now;"
-        " build it again"
+        " build it again, or give the --dtype that it was built with"
     )
     program.source = "another:model"  # images of two models may be compared
     build(program, "eager", "other.engine")
@@ -236,5 +236,5 @@ def test_a_local_directory(compare: Callable[..., None], tmp_path: Path) -> None
         compare("directory.engine")
     assert str(caught.value) == (
         f"directory.engine was built from other weights of unet than {tmp_path}/model has now;"
-        " build it again"
+        " build it again, or give the --dtype that it was built with"
     )

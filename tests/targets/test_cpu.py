@@ -82,8 +82,8 @@ def test_engine_says_what_it_needs_and_holds(engines: Callable[[str], Path]) -> 
     assert not manifest["holds_weights"]
     threads = torch.get_num_threads()
     assert manifest["components"] == {
-        "unet": {"kernel": "unet.so", "threads": threads},
-        "vae": {"kernel": "vae.so", "threads": threads},
+        "unet": {"kernel": "unet.so", "layers": {"float": 2}, "threads": threads},
+        "vae": {"kernel": "vae.so", "layers": {"float": 1}, "threads": threads},
     }
     assert {"kernels/unet.so", "kernels/vae.so"} <= manifest["members"].keys()
 
