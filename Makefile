@@ -4,7 +4,7 @@
 # make lint    ruff, import-linter and mypy
 # make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md;
 #              make bench-quantization: docs/quantization.md
-#              make bench-pruning: docs/pruning.md
+#              make bench-pruning: docs/pruning.md; make bench-real: docs/real-sizes.md, an hour
 #
 # Another environment than .venv, and another torch: make VENV=/path/to/venv TORCH=2.14.1 test
 
@@ -14,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := examples/models/fashion-sd
 
-.PHONY: venv demo test test-quick test-capture lint bench bench-caching bench-quantization bench-pruning clean
+.PHONY: venv demo test test-quick test-capture lint bench bench-caching bench-quantization bench-pruning bench-real clean
 
 venv: $(VENV)/.installed
 
@@ -60,6 +60,10 @@ bench-quantization: venv
 
 bench-pruning: venv
 	$(BIN)/python -m examples.pruning
+
+bench-real: venv
+	$(BIN)/python -m examples.real_sizes.models sd15 build/sd15
+	$(BIN)/python -m examples.real_sizes.bench build/sd15
 
 clean:
 	rm -rf build dist *.egg-info fashion.engine boots.png

@@ -13,7 +13,13 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +48,9 @@ def stderr() -> Console:
 @contextmanager
 def progress(first: str) -> Iterator[Progress]:
     """Show a progress bar on stderr; yields the function that updates it."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    text, bar = TextColumn("{task.description}"), BarColumn()
+    left = TimeRemainingColumn()  # "-:--:--" where it is not known which fraction is done
+    columns = (SpinnerColumn(), text, bar, TimeElapsedColumn(), TextColumn("left:"), left)
     console = stderr()
     quiet = not console.is_terminal  # no bars in logs
     with ProgressBar(*columns, console=console, transient=True, disable=quiet) as display:

@@ -7,6 +7,7 @@ folds what follows from constants and packs them for its kernels.
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -166,7 +167,7 @@ class Session:
         """
         core = ov.Core()
         try:
-            small = np.frombuffer(files["bin"], np.uint8)
+            small = np.frombuffer(files["bin"] or b"\0", np.uint8)
             model = core.read_model(bytes(files["xml"]), ov.Tensor(small, [len(small)], ov.Type.u8))
             # OpenVINO holds no references to the memory of constants.
             self._constants = files["bin"], {k: _dense(tensor) for k, tensor in weights.items()}
@@ -226,7 +227,10 @@ def _shared(tensor: Tensor, kind: ov.Type, shape: Sequence[int] | None = None) -
     shape = list(tensor.shape) if shape is None else shape
     if not tensor.numel():
         return ov.Tensor(kind, shape)
-    return ov.Tensor(np.frombuffer(container.raw_bytes(tensor), np.uint8), shape, kind)
+    raw = np.frombuffer(container.raw_bytes(tensor), np.uint8)
+    if -(-math.prod(shape) * kind.bitwidth // 8) != len(raw):  # it would be read past its end
+        raise DiffoptError(f"a tensor of {len(raw)} bytes is no {kind.to_string()}{shape}")
+    return ov.Tensor(raw, shape, kind)
 
 
 def _dtype(port: ov.ConstOutput) -> torch.dtype:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -23,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,10 @@ def contenders(optimum: str | None) -> list[Contender]:
 # The process of one contender
 
 
-def serve(connection: Connection, contender: Contender, folder: Path, engine: Path) -> None:
-    """Load a contender, then answer each seed with the seconds of a call and its images' file."""
+def serve(address: str) -> None:
+    """Load the contender that the parent names, then answer each seed with a call's seconds."""
+    connection = Client(address)
+    contender, folder, engine = connection.recv()
     try:
         call, facts = _load(contender, folder, engine)
         connection.send(("ready", facts))
@@ -142,13 +143,7 @@ def _engine(path: Path) -> Callable[[int], Any]:
     import diffopt
 
     engine = diffopt.load(path)
-    takes_prompt = "prompt" in engine.inputs()
-
-    def call(seed: int) -> Any:
-        arguments = {"prompt": PROMPT} if takes_prompt else {}
-        return engine(seed=seed, **arguments)["images"].float().numpy()
-
-    return call
+    return lambda seed: engine(seed=seed)["images"].float().numpy()
 
 
 def _optimum(folder: Path) -> Callable[[int], Any]:
@@ -185,6 +180,7 @@ def build(contender: Contender, folder: Path, output: Path) -> dict[str, Any]:
         words += ["examples.real_sizes.bench:pixart"]
     else:
         words += [str(folder), "--dtype", contender.dtype, "--set", f"prompt={PROMPT}"]
+        words += ["--set", "output_type=pt"]
     words += ["-p", contender.passes, "-t", contender.target, "-o", str(output), *settings]
     environment = {**os.environ, "REAL_SIZES": str(folder), "REAL_DTYPE": contender.dtype}
     started = time.perf_counter()
@@ -204,12 +200,13 @@ class Runner:
     """A contender's process, as the parent sees it."""
 
     def __init__(self, contender: Contender, folder: Path, engine: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        context.set_executable(contender.python)
-        self._connection, theirs = context.Pipe()
-        arguments = theirs, contender, folder, engine
-        self._process = context.Process(target=serve, args=arguments, daemon=True)
-        self._process.start()
+        address = str(engine.with_suffix(".socket"))
+        with Listener(address) as listener:
+            # Not by multiprocessing: that would give another interpreter the packages of this one.
+            command = [contender.python, "-m", "examples.real_sizes.bench", "--serve", address]
+            self._process = subprocess.Popen(command, cwd=ROOT)
+            self._connection = listener.accept()
+        self._connection.send((contender, folder, engine))
         self.facts = self._receive()
 
     def run(self, seed: int) -> dict[str, Any]:
@@ -220,7 +217,7 @@ class Runner:
     def stop(self) -> None:
         """End the process."""
         self._connection.send(None)
-        self._process.join()
+        self._process.wait()
 
     def _receive(self) -> dict[str, Any]:
         what, value = self._connection.recv()
@@ -301,16 +298,19 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Measure one pipeline, and write its rows into the file of results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", help="names of contenders, with commas")
+    parser.add_argument("--only", nargs="+", help="names of contenders")
     parser.add_argument("--optimum", help="a Python that has optimum-intel")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "real-sizes.json")
     options = parser.parse_args()
+    if options.serve:
+        serve(options.serve)
+        return
     rows = contenders(options.optimum)
     if options.only:
-        wanted = options.only.split(",")
-        rows = [row for row in rows if row.name in wanted]
+        rows = [row for row in rows if row.name in options.only]
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="real-sizes-") as folder:
         os.environ["DIFFOPT_CACHE"] = str(Path(folder, "cache"))

@@ -2,17 +2,20 @@
 
     python -m examples.real_sizes.models sd15 FOLDER
 
-Sizes are those of the published configurations. Weights are drawn as the modules draw them before
-training, with biases of 0, and are stored in bfloat16: values stay finite, pictures are noise.
+Sizes are those of the published configurations. Weights are normal, of the scale that keeps that of
+values, with biases of 0 and norms of 1, in bfloat16: values stay finite, pictures are noise. One file
+of weights is in memory at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,6 +30,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from torch import nn
@@ -39,6 +43,9 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+SHARD = 4_000_000_000
+"""The most bytes of a file of weights; so much is in memory at a time."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
 
@@ -183,19 +190,62 @@ MODELS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "pixart": pi
 
 
 def write(name: str, folder: Path) -> None:
-    """Write a pipeline with weights in bfloat16, a component at a time."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        torch.manual_seed(0)
+    """Write a pipeline with weights in bfloat16, in files of at most `SHARD` bytes."""
+    with accelerate.init_empty_weights(include_buffers=False):
         pipe = MODELS[name]()
-    finally:
-        torch.set_default_dtype(before)
-    for module in (x for x in pipe.components.values() if isinstance(x, nn.Module)):
-        for key, parameter in module.named_parameters():
-            if key.endswith("bias"):
-                nn.init.zeros_(parameter)
-    pipe.save_pretrained(folder)
+    pipe.save_config(folder)
+    draw = torch.Generator().manual_seed(0)
+    for part, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            config = component.config
+            (folder / part).mkdir()
+            if hasattr(component, "save_config"):
+                component.save_config(folder / part)
+            else:
+                config.save_pretrained(folder / part)
+            stem = "model" if hasattr(config, "architectures") else "diffusion_pytorch_model"
+            write_weights(component, folder / part, stem, draw)
+        elif component is not None:
+            component.save_pretrained(folder / part)
+
+
+def write_weights(module: nn.Module, folder: Path, stem: str, draw: torch.Generator) -> None:
+    """Write shards of a module's weights, and their index where there are several."""
+    tensors = {k: t for k, t in module.state_dict().items() if not _is_tied(module, k)}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + 2 * tensor.numel() > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += 2 * tensor.numel()
+    places = {}
+    for number, keys in enumerate(shards, 1):
+        many = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = folder / f"{stem}{many}.safetensors"
+        values = {key: value(key, tensors[key], draw) for key in keys}
+        save_file(values, file, metadata={"format": "pt"})
+        places |= dict.fromkeys(keys, file.name)
+    if len(shards) > 1:
+        total = sum(2 * tensor.numel() for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _is_tied(module: nn.Module, key: str) -> bool:
+    return key in (getattr(module, "all_tied_weights_keys", None) or {})
+
+
+def value(key: str, tensor: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Return the value of a weight, or a buffer as it is."""
+    if not tensor.is_meta:
+        return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+    if tensor.dim() < 2:
+        fill = 0.0 if key.endswith("bias") else 1.0
+        return torch.full(tensor.shape, fill, dtype=torch.bfloat16)
+    inputs = tensor[0].numel()
+    return torch.randn(tensor.shape, generator=draw).mul_(inputs**-0.5).to(torch.bfloat16)
 
 
 def main() -> None:
