@@ -85,6 +85,20 @@ def with_flags(cls: type[T]) -> Callable[[Callable[[T], None]], Callable[..., No
 
 
 @dataclass(frozen=True)
+class TraceFlags:
+    """The flags of `diffopt trace`."""
+
+    model: Model
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .program file to write.")]
+    settings: Settings = None
+    steps: Steps = None
+    batch: Batch = 1
+    dynamic: Dynamic = ""
+    dtype: Dtype = "fp32"
+    check: Check = None
+
+
+@dataclass(frozen=True)
 class OptimizeFlags:
     """The flags of `diffopt optimize`."""
 

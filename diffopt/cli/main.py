@@ -15,20 +15,14 @@ import typer
 
 from diffopt.cli.flags import (
     MODEL_HELP,
-    Batch,
     BenchFlags,
-    Check,
     CompareFlags,
-    Dtype,
-    Dynamic,
     Json,
-    Model,
     OptimizeFlags,
     RunFlags,
     SensitivityFlags,
-    Settings,
     Stats,
-    Steps,
+    TraceFlags,
     TrustedKeys,
     with_flags,
 )
@@ -80,23 +74,17 @@ def _root(
     epilog="diffopt trace examples/models/fashion-sd --steps 10 -o fashion.program\n\n"
     "diffopt trace mypackage.pipelines:make --set height=256 --dynamic guidance_scale -o a.program"
 )
-def trace(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .program file to write.")],
-    settings: Settings = None,
-    steps: Steps = None,
-    batch: Batch = 1,
-    dynamic: Dynamic = "",
-    dtype: Dtype = "fp32",
-    check: Check = None,
-) -> None:
+@with_flags(TraceFlags)
+def trace(flags: TraceFlags) -> None:
     """Capture a pipeline's whole call as a program file."""
     from diffopt.cli import inspect as inspect_command
     from diffopt.cli import output as show
 
+    output = flags.output
     _expect(output, ".program")
-    with show.progress(f"tracing {model}"):
-        program = _trace(model, settings, steps, batch, dynamic, check, dtype)
+    with show.progress(f"tracing {flags.model}"):
+        call = flags.steps, flags.batch, flags.dynamic, flags.check
+        program = _trace(flags.model, flags.settings, *call, dtype=flags.dtype)
         program.save(output)
     inspect_command.print_arguments(program)
     calls = len(program.calls())

@@ -3,7 +3,7 @@
     python -m examples.real_sizes.models sd15 FOLDER
 
 Sizes are those of the published configurations. Weights are normal, of the scale that keeps that of
-values, with biases of 0 and norms of 1, in bfloat16: values stay finite, pictures are noise. One file
+values, with biases of 0 and norms of 1, in bfloat16: values stay finite, pictures are noise. A file
 of weights is in memory at a time.
 """
 

@@ -96,9 +96,11 @@ def test_all_passes_are_tried() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_random_pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_pipelines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
-    logging.getLogger("diffopt").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, "diffopt")
     numbers = random.Random(SEED)
     refused = 0
     for number in range(COUNT):
