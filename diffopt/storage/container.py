@@ -19,7 +19,9 @@ import json
 import math
 import mmap
 import os
+import platform
 import struct
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -170,7 +172,7 @@ class Archive:
         try:
             with open(path, "rb") as file:
                 head = file.read(512)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if head else None
+                self._map = mapped(file.fileno()) if head else None
         except FileNotFoundError:
             raise DiffoptError(f"{path}: no such file") from None
         except IsADirectoryError:
@@ -370,6 +372,18 @@ def _unpacked(content: memoryview) -> dict[str, Tensor]:
         tensor = flat.view(shape)
         result[key] = torch.view_as_complex(tensor) if key in complexes else tensor
     return result
+
+
+def mapped(descriptor: int) -> mmap.mmap:
+    """Map an open file, so that what is changed stays in this process.
+
+    No memory is reserved for changes: else Linux refuses files larger than its memory.
+    """
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # which Python has from 3.13 on
+    both = mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=both)
 
 
 def _decompress(content: memoryview, size: int) -> memoryview:
