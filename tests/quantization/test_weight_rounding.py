@@ -106,3 +106,16 @@ def test_what_is_refused(weight: Tensor, number: Any, group: int | None, message
     with pytest.raises(DiffoptError) as caught:
         weight_rounding.quantize_weight(weight, number, group)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("number", "group"), [("int8", None), ("int4", 16), ("fp8", None)])
+def test_scales_do_not_depend_on_the_rows_that_are_tried_together(
+    number: Any, group: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = randn(24, 64, seed=3)
+    whole = weight_rounding.quantize_weight(weight, number, group, "mse")
+    monkeypatch.setattr(weight_rounding, "_CACHED", 100)
+    parts = weight_rounding.quantize_weight(weight, number, group, "mse")
+    assert torch.equal(parts.scales, whole.scales)
+    alone = weight_rounding.quantize_weight(weight[3:4], number, group, "mse")
+    assert torch.equal(alone.scales[0], whole.scales[3])
