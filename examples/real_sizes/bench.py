@@ -115,28 +115,10 @@ def _pipeline(folder: Path, contender: Contender) -> Callable[[int], Any]:
     def call(seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
         arguments = load_model.call_arguments(pipe, {"output_type": "pt"}, steps=STEPS)
-        arguments |= {"generator": generator} | _words(pipe)
+        arguments |= {"generator": generator, "prompt": PROMPT}
         return pipe(**arguments).images.float().numpy()
 
     return call
-
-
-def _words(pipe: Any) -> dict[str, Any]:
-    """Return what a call is told to draw: a prompt, or embeddings where there is no encoder."""
-    if getattr(pipe, "text_encoder", None) is not None:
-        return {"prompt": PROMPT}
-    return embeddings(pipe.transformer.dtype) | {"prompt": None, "negative_prompt": None}
-
-
-def embeddings(dtype: Any) -> dict[str, Any]:
-    """Return embeddings of a prompt for PixArt, whose text encoder is left out."""
-    import torch
-
-    draw = torch.Generator().manual_seed(1)
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    values = {n: torch.randn(1, 120, 4096, generator=draw).to(dtype) for n in names}
-    masks = {n.replace("embeds", "attention_mask"): torch.ones(1, 120) for n in names}
-    return values | masks
 
 
 def _engine(path: Path) -> Callable[[int], Any]:
@@ -176,15 +158,11 @@ def build(contender: Contender, folder: Path, output: Path) -> dict[str, Any]:
     """Build an engine as the command line does, and return its phases, memory and file size."""
     words = [str(Path(sys.executable).with_name("diffopt")), "optimize"]
     settings = ["--steps", str(STEPS), "--no-check", "--no-compare", "--json"]
-    if not (folder / "text_encoder").is_dir():
-        words += ["examples.real_sizes.bench:pixart"]
-    else:
-        words += [str(folder), "--dtype", contender.dtype, "--set", f"prompt={PROMPT}"]
-        words += ["--set", "output_type=pt"]
+    words += [str(folder), "--dtype", contender.dtype]
+    words += ["--set", f"prompt={PROMPT}", "--set", "output_type=pt"]
     words += ["-p", contender.passes, "-t", contender.target, "-o", str(output), *settings]
-    environment = {**os.environ, "REAL_SIZES": str(folder), "REAL_DTYPE": contender.dtype}
     started = time.perf_counter()
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     result = json.loads(done.stdout)
@@ -308,6 +286,8 @@ def main() -> None:
     if options.serve:
         serve(options.serve)
         return
+    if options.folder is None:
+        parser.error("name the folder of a pipeline, as examples.real_sizes.models writes it")
     rows = contenders(options.optimum)
     if options.only:
         rows = [row for row in rows if row.name in options.only]

@@ -24,8 +24,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -162,17 +160,6 @@ def sdxl() -> Any:
     )
 
 
-def pixart() -> Any:
-    """PixArt-alpha, 512²: a transformer of 611 M parameters, without its text encoder."""
-    return PixArtAlphaPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae(),
-        transformer=PixArtTransformer2DModel(sample_size=64),
-        scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
-    )
-
-
 def flux() -> Any:
     """FLUX.1: a transformer of 11.9 G parameters, with T5 XXL."""
     return FluxPipeline(
@@ -186,7 +173,7 @@ def flux() -> Any:
     )
 
 
-MODELS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "pixart": pixart, "flux": flux}
+MODELS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "flux": flux}
 
 
 def write(name: str, folder: Path) -> None:
