@@ -27,9 +27,8 @@ from diffopt.ir.program import Program
 from diffopt.lowering.compile_inputs import dynamic_bounds, not_on_cpu
 from diffopt.lowering.cpu_instructions import saturates
 from diffopt.lowering.executor import ComponentFunction
-from diffopt.lowering.hardware import Hardware, hardware
 from diffopt.lowering.onnx import NEEDS, component_model, result_strides, weight_value
-from diffopt.lowering.target import EngineContents, Lowered, Target, option
+from diffopt.lowering.target import EngineContents, Lowered, ThreadedTarget, option
 
 _TABLE = "(weights).json"
 _SETUP = "(setup).onnx"
@@ -38,20 +37,10 @@ log = logging.getLogger("diffopt")
 
 
 @dataclass(frozen=True)
-class Onnxruntime(Target):
+class Onnxruntime(ThreadedTarget):
     """Run on this machine's CPU with ONNX Runtime; 16-bit types are computed in float32."""
 
-    threads: int = option(0, "threads to run on; 0: as many as torch has when it is loaded")
     pack: bool = option(True, "copy the weights into what kernels like best, for each component")
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise DiffoptError(f"threads={self.threads}: wants 0 or more")
-
-    @property
-    def hardware(self) -> Hardware | None:
-        """The CPU, scaled to the number of threads."""
-        return (super().hardware or hardware("cpu")).with_cores(self.threads)
 
     def refuses(self, program: Program) -> str | None:
         """Refuse programs that are not on the CPU, and environments without the packages."""

@@ -24,9 +24,8 @@ from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
 from diffopt.lowering.compile_inputs import dynamic_bounds, not_on_cpu
 from diffopt.lowering.executor import ComponentFunction
-from diffopt.lowering.hardware import Hardware, hardware
 from diffopt.lowering.onnx import NEEDS, component_model, result_strides, weight_value
-from diffopt.lowering.target import EngineContents, Lowered, Target, option
+from diffopt.lowering.target import EngineContents, Lowered, ThreadedTarget
 
 _TABLE = "(interfaces).json"
 _DEVICES = {"cpu": "CPU", "intel-gpu": "GPU", "intel-npu": "NPU"}
@@ -35,21 +34,10 @@ log = logging.getLogger("diffopt")
 
 
 @dataclass(frozen=True)
-class Openvino(Target):
+class Openvino(ThreadedTarget):
     """Run on this machine's CPU with OpenVINO."""
 
     kinds = ("cpu", "intel-gpu", "intel-npu")
-
-    threads: int = option(0, "threads to run on; 0: as many as torch has when it is loaded")
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise DiffoptError(f"threads={self.threads}: wants 0 or more")
-
-    @property
-    def hardware(self) -> Hardware | None:
-        """The device; a CPU is scaled to the number of threads."""
-        return (super().hardware or hardware("cpu")).with_cores(self.threads)
 
     def refuses(self, program: Program) -> str | None:
         """Refuse programs that are not on the CPU, missing packages, and devices not found."""

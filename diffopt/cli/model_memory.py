@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator
+import math
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from diffopt.errors import DiffoptError, first_line
 
-_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Of the types that safetensors names: those that --dtype has.
+_OPTIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_FLOATS = {*_OPTIONS, "F64"}
 
 
 def check(folder: Path, name: str, dtype: torch.dtype) -> None:
@@ -26,20 +26,20 @@ def check(folder: Path, name: str, dtype: torch.dtype) -> None:
         name: The type, as the command line names it.
         dtype: The type to load weights in.
     """
-    stored: dict[str, int] = {}
+    stored: Counter[str] = Counter()
     for file in _weight_files(folder):
-        for kind, numbers in _numbers(file):
-            stored[kind] = stored.get(kind, 0) + numbers
-    needed = sum(n * dtype.itemsize for kind, n in stored.items() if kind != _STORED[dtype])
+        stored += _numbers(file)
+    needed = sum(n * dtype.itemsize for kind, n in stored.items() if _OPTIONS.get(kind) != name)
     free = _free_memory()
     if free is None or needed <= free:
         return
-    most = max(stored, key=lambda kind: stored[kind])
-    options = {"BF16": "bf16", "F32": "fp32", "F16": "fp16"}
-    advice = f"--dtype {options[most]} maps them as they are stored" if most in options else ""
+    ((most, _),) = stored.most_common(1)
+    advice = "take a machine with more"
+    if most in _OPTIONS:
+        advice = f"--dtype {_OPTIONS[most]} maps them as they are stored"
     raise DiffoptError(
         f"{folder}: its weights in {name} take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of"
-        f" memory are free: {advice or 'take a machine with more'}"
+        f" memory are free: {advice}"
     )
 
 
@@ -49,18 +49,17 @@ def _weight_files(folder: Path) -> list[Path]:
     return [file for file in files if file.name.count(".") == 1]
 
 
-def _numbers(file: Path) -> Iterator[tuple[str, int]]:
-    """Yield the type and the number of elements of each float tensor in a safetensors file."""
+def _numbers(file: Path) -> Counter[str]:
+    """Return the number of elements of each float type in a safetensors file."""
+    counts: Counter[str] = Counter()
     try:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(size))
-    except (OSError, ValueError, struct.error) as error:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                tensor = tensors.get_slice(key)
+                counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    except (OSError, SafetensorError) as error:
         raise DiffoptError(f"{file} cannot be read: {first_line(error)}") from error
-    for key, row in header.items():
-        if key != "__metadata__" and row["dtype"] in _TYPES:
-            start, end = row["data_offsets"]
-            yield row["dtype"], (end - start) // _TYPES[row["dtype"]]
+    return Counter({kind: number for kind, number in counts.items() if kind in _FLOATS})
 
 
 def _free_memory() -> int | None:

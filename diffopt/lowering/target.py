@@ -30,6 +30,7 @@ __all__ = [
     "Finished",
     "Lowered",
     "Target",
+    "ThreadedTarget",
     "devices",
     "find_target",
     "lowerings",
@@ -166,6 +167,22 @@ class Target:
             is_default = hardware(self.device).kind == self.name
             name = self.device if is_default else f"{self.device}:{self.name}"
         return spec.unparse(name, self)
+
+
+@dataclass(frozen=True)
+class ThreadedTarget(Target):
+    """A lowering for CPUs whose library runs on as many threads as it is told on loading."""
+
+    threads: int = option(0, "threads to run on; 0: as many as torch has when it is loaded")
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise DiffoptError(f"threads={self.threads}: wants 0 or more")
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """The device, this machine's CPU where none was named, scaled to the number of threads."""
+        return (super().hardware or hardware("cpu")).with_cores(self.threads)
 
 
 def target_names() -> list[str]:
