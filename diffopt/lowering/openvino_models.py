@@ -11,6 +11,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +56,22 @@ def options(threads: int) -> dict[str, Any]:
     }
 
 
+@cache
+def _core() -> ov.Core:
+    """Return OpenVINO's library, which looks for devices and plug-ins when it is made."""
+    return ov.Core()
+
+
 def devices() -> list[str]:
     """Return the devices that OpenVINO finds on this machine, as it names them: CPU, GPU, NPU."""
-    return [str(name) for name in ov.Core().available_devices]
+    return [str(name) for name in _core().available_devices]
 
 
 def widened_types(model: onnx.ModelProto, device: str) -> set[str]:
     """Return the floating-point types of an ONNX model that a device computes in float32."""
     from diffopt.lowering.onnx import gs_tools
 
-    capabilities = ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    capabilities = _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
     names = {"BFLOAT16": "BF16", "FLOAT16": "FP16", "DOUBLE": "FP64"}
     used = gs_tools.types(model)
     return {
@@ -111,7 +118,7 @@ def convert(model: onnx.ModelProto) -> dict[str, bytes]:
     from diffopt.lowering.onnx import gs_tools
 
     try:
-        converted = ov.Core().read_model(gs_tools.with_weights_as_inputs(model).SerializeToString())
+        converted = _core().read_model(gs_tools.with_weights_as_inputs(model).SerializeToString())
     except RuntimeError as error:
         raise _refusal(error) from error
     _name_nodes(converted)
@@ -165,14 +172,17 @@ class Session:
         Raises:
             DiffoptError: The device cannot take the model.
         """
-        core = ov.Core()
         try:
             small = np.frombuffer(files["bin"] or b"\0", np.uint8)
-            model = core.read_model(bytes(files["xml"]), ov.Tensor(small, [len(small)], ov.Type.u8))
+            model = _core().read_model(
+                bytes(files["xml"]), ov.Tensor(small, [len(small)], ov.Type.u8)
+            )
             # OpenVINO holds no references to the memory of constants.
             self._constants = files["bin"], {k: _dense(tensor) for k, tensor in weights.items()}
             _set_weights(model, self._constants[1])
-            self._request = core.compile_model(model, device, dict(options)).create_infer_request()
+            self._request = (
+                _core().compile_model(model, device, dict(options)).create_infer_request()
+            )
         except RuntimeError as error:
             raise _refusal(error) from error
         names = [node.get_friendly_name() for node in model.get_parameters()]
@@ -181,7 +191,7 @@ class Session:
         ports = self._request.model_outputs
         shapes = [port.get_partial_shape() for port in ports]
         self._outputs = [
-            None if shape.is_dynamic else (list(shape.to_shape()), _dtype(port))
+            None if shape.is_dynamic else (list(shape.to_shape()), _dtype(port.get_element_type()))
             for shape, port in zip(shapes, ports, strict=True)
         ]
 
@@ -233,15 +243,13 @@ def _shared(tensor: Tensor, kind: ov.Type, shape: Sequence[int] | None = None) -
     return ov.Tensor(raw, shape, kind)
 
 
-def _dtype(port: ov.ConstOutput) -> torch.dtype:
-    kind = port.get_element_type()
+def _dtype(kind: ov.Type) -> torch.dtype:
     return next(dtype for dtype, each in _TYPES.items() if each == kind)
 
 
 def _copy(tensor: ov.Tensor) -> Tensor:
     """Return a copy of an output, which the next run overwrites."""
-    dtype = next(dtype for dtype, each in _TYPES.items() if each == tensor.element_type)
-    result = torch.empty(list(tensor.shape), dtype=dtype)
+    result = torch.empty(list(tensor.shape), dtype=_dtype(tensor.element_type))
     if result.numel():
         tensor.copy_to(_shared(result, tensor.element_type))
     return result

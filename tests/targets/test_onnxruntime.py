@@ -1,8 +1,6 @@
 """ONNX Runtime: what the program gives, integer kernels, weights stored once, refusals."""
 
-import importlib.util
 import json
-import operator
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from diffopt import optional
-from diffopt.core import Pipeline
 from diffopt.engine.engine import build, load
 from diffopt.errors import DiffoptError
 from diffopt.ir import qdq
@@ -121,13 +117,6 @@ def test_other_weights_need_no_other_models(
     )
 
 
-def test_arguments_may_lie_in_memory_in_any_way(engines: Callable[[str], Path]) -> None:
-    opened = load(engines("onnxruntime"))
-    noise = torch.randn(8, 2).t()
-    assert not noise.is_contiguous()
-    assert torch.equal(opened.run([noise])[0], opened.run([noise.contiguous()])[0])
-
-
 def test_components_read_one_memory_where_nothing_is_packed(
     captured: Program, engines: Callable[[str], Path]
 ) -> None:
@@ -139,15 +128,6 @@ def test_components_read_one_memory_where_nothing_is_packed(
     expected = changed(seed=0)["images"]
     assert not torch.equal(expected, before)
     torch.testing.assert_close(opened(seed=0)["images"], expected, atol=1e-6, rtol=1e-5)
-
-
-def test_one_engine_serves_a_range_of_batch_sizes(captured: Program, tmp_path: Path) -> None:
-    built = build(Pipeline.parse("batch(max=3)").run(captured), "onnxruntime", tmp_path / "x")
-    for count in (1, 3):
-        results = built.serve([{"seed": seed} for seed in range(count)])
-        for seed, result in enumerate(results):
-            expected = captured(seed=seed)["images"]
-            torch.testing.assert_close(result["images"], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_every_type_goes_in_and_out(tmp_path: Path) -> None:
@@ -350,45 +330,6 @@ def test_options_print_and_parse() -> None:
     assert str(Onnxruntime(threads=2, pack=False)) == "onnxruntime(threads=2,pack=false)"
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "onnx-graphsurgeon"])
-def test_a_missing_package(
-    package: str, captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find_spec = importlib.util.find_spec
-    missing = package.replace("-", "_")
-    monkeypatch.setattr(
-        optional.importlib.util,
-        "find_spec",
-        lambda name: None if name == missing else find_spec(name),
-    )
-    with pytest.raises(DiffoptError) as caught:
-        build(captured, "onnxruntime", tmp_path / "x")
-    assert str(caught.value) == (
-        f"target onnxruntime cannot take this program: {package} is not installed; install it with"
-        " `pip install diffopt[onnx]`"
-    )
-
-
-def test_an_engine_where_onnx_runtime_is_missing_or_old(
-    engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = engines("onnxruntime")
-    monkeypatch.setattr(optional, "release", lambda package: "1.9")
-    needed = ".".join(ort.__version__.split(".")[:2])
-    with pytest.raises(DiffoptError) as caught:
-        load(path)
-    assert str(caught.value) == (
-        f"{path}: its models need onnxruntime {needed}, this is 1.9; build it again for this"
-        ' machine, or load it with target="eager"'
-    )
-    monkeypatch.setattr(optional.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DiffoptError) as caught:
-        load(path)
-    assert str(caught.value) == (
-        "onnxruntime is not installed; install it with `pip install diffopt[onnx]`"
-    )
-
-
 def test_fp8_inputs_are_refused(tmp_path: Path) -> None:
     def make(make: Any, x: fx.Node) -> fx.Node:
         x = qdq.quantize(make.gm, x, "dynamic", number="fp8")
@@ -404,14 +345,3 @@ def test_fp8_inputs_are_refused(tmp_path: Path) -> None:
         " fp8, and cpu has no fp8 products: they need a GPU of compute capability 8.9; quantize"
         " activations to int8, or weights alone"
     )
-
-
-def test_an_operator_without_a_form_in_onnx(tmp_path: Path) -> None:
-    def make(make: Any, x: fx.Node) -> fx.Node:
-        orthogonal: fx.Node = make(operator.getitem, make(aten.linalg_qr.default, x), 0)
-        return orthogonal
-
-    x = randn(3, 3)
-    with pytest.raises(DiffoptError) as caught:
-        build(one_body(body(make, x), x), "onnxruntime", tmp_path / "x")
-    assert str(caught.value) == "part: aten.linalg_qr has no form in ONNX; use another target"

@@ -1,7 +1,5 @@
 """OpenVINO: what the program gives, in the program's types, weights stored once, refusals."""
 
-import importlib.util
-import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from diffopt import optional
-from diffopt.core import Pipeline
 from diffopt.engine.engine import build, load
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
@@ -88,27 +84,12 @@ def test_the_same_program_is_the_same_file(
     assert build(program(), "openvino", tmp_path / "fresh").path.read_bytes() == first
 
 
-def test_arguments_may_lie_in_memory_in_any_way(engines: Callable[[str], Path]) -> None:
-    opened = load(engines("openvino"))
-    noise = torch.randn(8, 2).t()
-    assert not noise.is_contiguous()
-    assert torch.equal(opened.run([noise])[0], opened.run([noise.contiguous()])[0])
-
-
 def test_results_outlive_the_next_run(engines: Callable[[str], Path]) -> None:
     opened = load(engines("openvino"))
     first = opened(seed=0)["images"]
     kept = first.clone()
     assert not torch.equal(opened(seed=1)["images"], kept)
     assert torch.equal(first, kept)
-
-
-def test_one_engine_serves_a_range_of_batch_sizes(captured: Program, tmp_path: Path) -> None:
-    built = build(Pipeline.parse("batch(max=3)").run(captured), "openvino", tmp_path / "x")
-    results = {n: built.serve([{"seed": seed} for seed in range(n)]) for n in (1, 3)}
-    for seed, result in [*enumerate(results[1]), *enumerate(results[3])]:
-        expected = captured(seed=seed)["images"]
-        torch.testing.assert_close(result["images"], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_every_type_goes_in_and_out(tmp_path: Path) -> None:
@@ -234,56 +215,6 @@ def test_a_device_that_is_not_here(
         f"target {device}:openvino cannot take this program: OpenVINO finds no {name} on this"
         " machine, but CPU"
     )
-
-
-@pytest.mark.parametrize("package", ["openvino", "onnx-graphsurgeon"])
-def test_a_missing_package(
-    package: str, captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find_spec = importlib.util.find_spec
-    missing = package.replace("-", "_")
-    monkeypatch.setattr(
-        optional.importlib.util,
-        "find_spec",
-        lambda name: None if name == missing else find_spec(name),
-    )
-    with pytest.raises(DiffoptError) as caught:
-        build(captured, "openvino", tmp_path / "x")
-    assert str(caught.value) == (
-        f"target openvino cannot take this program: {package} is not installed; install it with"
-        " `pip install diffopt[openvino]`"
-    )
-
-
-def test_an_engine_where_openvino_is_missing_or_old(
-    engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = engines("openvino")
-    needed = optional.release("openvino")
-    monkeypatch.setattr(optional, "release", lambda package: "1.9")
-    with pytest.raises(DiffoptError) as caught:
-        load(path)
-    assert str(caught.value) == (
-        f"{path}: its models need openvino {needed}, this is 1.9; build it again for this"
-        ' machine, or load it with target="eager"'
-    )
-    monkeypatch.setattr(optional.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DiffoptError) as caught:
-        load(path)
-    assert str(caught.value) == (
-        "openvino is not installed; install it with `pip install diffopt[openvino]`"
-    )
-
-
-def test_an_operator_without_a_form(tmp_path: Path) -> None:
-    def make(make: Any, x: fx.Node) -> fx.Node:
-        orthogonal: fx.Node = make(operator.getitem, make(aten.linalg_qr.default, x), 0)
-        return orthogonal
-
-    x = randn(3, 3)
-    with pytest.raises(DiffoptError) as caught:
-        build(one_body(body(make, x), x), "openvino", tmp_path / "x")
-    assert str(caught.value) == "part: aten.linalg_qr has no form in ONNX; use another target"
 
 
 def test_an_operator_that_openvino_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
