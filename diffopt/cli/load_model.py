@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -65,12 +66,25 @@ def _diffusers() -> Any:
     return diffusers
 
 
-def _from_pretrained(model: str | Path, dtype: str) -> Any:
+def _from_pretrained(model: str | Path, dtype: str, absent: Iterable[str] = ()) -> Any:
+    """Return a pipeline, with None for the components that it is to have none of."""
     pipeline = _diffusers().DiffusionPipeline
+    without = dict.fromkeys(absent)
     with warnings.catch_warnings():
         # Older diffusers lack the new name of torch_dtype, and the old one warns.
         warnings.simplefilter("ignore", FutureWarning)
-        return _quiet(pipeline.from_pretrained(model, torch_dtype=DTYPES[dtype]))
+        return _quiet(pipeline.from_pretrained(model, torch_dtype=DTYPES[dtype], **without))
+
+
+def _absent(path: Path) -> list[str]:
+    """Return the components that a pipeline was saved without, as Stable Diffusion 3 without T5.
+
+    diffusers wants to be told of those again that not every pipeline of the class may lack.
+    """
+    index = json.loads((path / "model_index.json").read_text())
+    if not isinstance(index, dict):
+        raise DiffoptError(f"{path / 'model_index.json'} is no table of a pipeline's components")
+    return [name for name, entry in index.items() if entry == [None, None]]
 
 
 def _pipeline(path: Path, dtype: str) -> Any:
@@ -78,7 +92,7 @@ def _pipeline(path: Path, dtype: str) -> Any:
         raise DiffoptError(f"{path} is no diffusers directory: it has no model_index.json")
     model_memory.check(path, dtype, DTYPES[dtype])
     try:
-        return _from_pretrained(path, dtype)
+        return _from_pretrained(path, dtype, _absent(path))
     except (OSError, ValueError) as error:
         raise DiffoptError(f"{path} cannot be read: {first_line(error)}") from error
 

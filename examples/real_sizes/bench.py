@@ -30,7 +30,10 @@ ROOT = Path(__file__).parents[2]
 STEPS = 4
 PROMPT = "a red cat"
 PASSES = "unroll,hoist,simplify,fuse"
-CACHED = "unroll,hoist,cache(deepcache,interval=4),simplify,fuse"
+CACHED = {
+    "unet": "unroll,hoist,cache(deepcache,interval=4),simplify,fuse",
+    "transformer": "unroll,hoist,cache(fora,interval=4),simplify,fuse",
+}
 INT8 = "unroll,hoist,simplify,quantize(int8,activations=rows),fuse"
 
 
@@ -53,8 +56,9 @@ class Contender:
     python: str = sys.executable
 
 
-def contenders(optimum: str | None) -> list[Contender]:
-    """Return all rows of the table, the reference first."""
+def contenders(folder: Path, optimum: str | None) -> list[Contender]:
+    """Return all rows of a pipeline's table, the reference first."""
+    cached = next(passes for part, passes in CACHED.items() if (folder / part).is_dir())
     rows = [Contender("diffusers, eager", "bf16", "", "eager")]
     if optimum is not None:
         rows.append(Contender("optimum-intel", "bf16", "", "optimum", optimum))
@@ -62,7 +66,8 @@ def contenders(optimum: str | None) -> list[Contender]:
         *rows,
         Contender("engine, cpu", "bf16", PASSES, "cpu"),
         Contender("engine, openvino", "bf16", PASSES, "openvino"),
-        Contender("engine, openvino, cached", "bf16", CACHED, "openvino"),
+        Contender("engine, cpu, cached", "bf16", cached, "cpu"),
+        Contender("engine, openvino, cached", "bf16", cached, "openvino"),
         Contender("engine, openvino, int8", "bf16", INT8, "openvino"),
         Contender("diffusers, torch.compile", "bf16", "", "compile"),
         Contender("diffusers, eager, fp32", "fp32", "", "eager"),
@@ -288,7 +293,7 @@ def main() -> None:
         return
     if options.folder is None:
         parser.error("name the folder of a pipeline, as examples.real_sizes.models writes it")
-    rows = contenders(options.optimum)
+    rows = contenders(options.folder, options.optimum)
     if options.only:
         rows = [row for row in rows if row.name in options.only]
     known = json.loads(options.out.read_text()) if options.out.exists() else {}

@@ -24,6 +24,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -160,6 +162,27 @@ def sdxl() -> Any:
     )
 
 
+def sd3() -> Any:
+    """Stable Diffusion 3 medium at 512 × 512: a transformer of 2.0 G parameters, without T5."""
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=64,
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False),
+        text_encoder=clip_l(CLIPTextModelWithProjection),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(CLIPTextModelWithProjection, 1280, 32, 20, "gelu"),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
 def flux() -> Any:
     """FLUX.1: a transformer of 11.9 G parameters, with T5 XXL."""
     return FluxPipeline(
@@ -173,7 +196,7 @@ def flux() -> Any:
     )
 
 
-MODELS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "flux": flux}
+MODELS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
 def write(name: str, folder: Path) -> None:

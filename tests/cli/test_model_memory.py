@@ -34,6 +34,20 @@ def test_weights_are_of_the_type_that_was_asked_for(
     assert {tensor.dtype for tensor in weights} == {load_model.DTYPES[dtype]}
 
 
+def test_a_component_that_a_pipeline_was_saved_without_stays_absent(tmp_path: Path) -> None:
+    pipe = CASES["sd3"].build()
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path)  # from_pretrained alone refuses this folder
+    assert load_model.load_model(str(tmp_path)).text_encoder_3 is None
+
+
+def test_an_index_of_another_kind_is_one_line(diffopt: Run, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("[]")
+    outcome = diffopt("trace", tmp_path, "-o", "x.program")
+    assert outcome.code == 2
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+
+
 def test_weights_that_are_stored_in_the_type_are_mapped(folder: Path) -> None:
     pipe = load_model.load_model(str(folder), "bf16")
     maps = Path("/proc/self/maps").read_text()
