@@ -5,7 +5,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,7 @@ from diffopt.capture.results import Result, is_plain_data
 from diffopt.capture.same_program import check_same_operators, is_run_of
 from diffopt.capture.torch_functions import TorchFunctionRecorder
 from diffopt.capture.tracked_text import plain_texts
-from diffopt.errors import CaptureError, DiffoptError, expect_type
+from diffopt.errors import CaptureError, DiffoptError, expect_type, first_line
 from diffopt.host.arguments import leaves, place_text, replaced, short, value_at
 from diffopt.host.guards import Guards
 from diffopt.host.inputs import Computed, Host, InputStep
@@ -40,7 +40,7 @@ def trace(
     pipeline: Callable[..., Any],
     /,
     *,
-    dynamic: Sequence[str] = (),
+    dynamic: Sequence[str] | Literal["auto"] = (),
     components: Mapping[str, Any] | None = None,
     source: str = "",
     check: bool | None = None,
@@ -55,7 +55,8 @@ def trace(
     Args:
         pipeline: A diffusers pipeline, or any callable.
         dynamic: Names of number arguments that become inputs of the program; Python's comparisons
-            with them become guards.
+            with them become guards. "auto": all floating-point numbers that can, those that the
+            pipeline has by default as well; the others are bound, as the log says.
         components: Modules, tokenizers … by name; by default `pipeline.components`, or the modules
             that the pipeline calls where it has none.
         source: Where the pipeline came from, stored as provenance.
@@ -74,11 +75,14 @@ def trace(
     if not callable(pipeline):
         kind = type(pipeline).__name__
         raise DiffoptError(f"the pipeline must be something that is called, got {kind}")
-    expect_type("dynamic", dynamic, list, tuple, set, frozenset, wanted="a list of names")
+    if dynamic != "auto":
+        expect_type("dynamic", dynamic, list, tuple, set, frozenset, wanted="a list of names")
     expect_type("components", components, Mapping, type(None), wanted="a dict of modules by name")
     expect_type("check", check, bool, type(None), wanted="True, False or None")
     expect_type("source", source, str, wanted="a text")
-    session = Session(pipeline, components, dynamic, source, check)
+    session = Session(pipeline, components, () if dynamic == "auto" else dynamic, source, check)
+    if dynamic == "auto":
+        arguments = session.keep_numbers(arguments)
     return session.program(arguments, compare=True)
 
 
@@ -129,6 +133,39 @@ class Session:
             for name, c in components.items()
             if not isinstance(c, (torch.nn.Module, str, int, float, type(None))) and callable(c)
         }
+
+    def keep_numbers(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Make all floating-point numbers of the call inputs that can be; return its arguments.
+
+        Those that are left out have the pipeline's defaults. Models are exported once.
+        """
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.pipeline).parameters.items()
+            if type(parameter.default) is float
+        }
+        call = {**defaults, **arguments}
+        kinds = {name: (int, float) if name in defaults else (float,) for name in call}
+        names = [name for name, value in call.items() if type(value) in kinds[name]]
+        if not names or self._obstacle(names, call) is None:
+            return call
+        kept: list[str] = []
+        for name in names:
+            if (reason := self._obstacle([*kept, name], call)) is None:
+                kept.append(name)
+            else:
+                log.warning("%s stays %s: %s", name, short(call[name]), reason)
+        self.dynamic = tuple(kept)
+        return {n: v for n, v in call.items() if n in arguments or n in kept}
+
+    def _obstacle(self, names: Sequence[str], arguments: Mapping[str, Any]) -> str | None:
+        """Say why these numbers cannot be inputs; None if they can, and now are."""
+        self.dynamic = tuple(names)
+        try:
+            self.program(arguments)
+        except (CaptureError, ValueError, TypeError) as error:
+            return first_line(error)
+        return None
 
     def program(self, arguments: Mapping[str, Any], *, compare: bool = False) -> Program:
         """Capture one call; `compare` it with the pipeline as `check` says, or not at all."""

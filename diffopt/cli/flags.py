@@ -55,7 +55,8 @@ Dtype = Annotated[
 Dynamic = Annotated[
     str,
     typer.Option(
-        metavar="NAMES", help="Numbers of the call that stay inputs, such as guidance_scale."
+        metavar="NAMES",
+        help="Numbers of the call that stay inputs, such as guidance_scale; auto: all that can.",
     ),
 ]
 

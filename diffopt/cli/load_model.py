@@ -189,7 +189,7 @@ class TracedCall:
         settings: Arguments of the call.
         steps: Of sampling; None: the pipeline's default.
         batch: The number of images.
-        dynamic: Names of numbers that stay inputs, with commas.
+        dynamic: Names of numbers that stay inputs, with commas; auto: all that can.
         check: Whether the pipeline runs for real; None: where that is quick.
     """
 
@@ -212,9 +212,11 @@ def traced(model: Any, call: TracedCall, text: str) -> Program:
             raise DiffoptError(f"{text} is traced already: trace its pipeline to change the call")
         return model
     arguments = call_arguments(model, call.settings, steps=call.steps, batch=call.batch)
-    names = tuple(filter(None, call.dynamic.split(",")))
+    dynamic: Any = call.dynamic
+    if dynamic != "auto":
+        dynamic = tuple(filter(None, dynamic.split(",")))
     try:
-        return trace(model, dynamic=names, source=text, check=call.check, **arguments)
+        return trace(model, dynamic=dynamic, source=text, check=call.check, **arguments)
     except (ValueError, TypeError) as error:  # with which pipelines refuse arguments
         if not _is_the_models(error):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffopt.cli import image_files
 from diffopt.cli.flags import RunFlags
 from diffopt.core import Progress
 from diffopt.engine import engine
+from diffopt.engine.steps import OnStep, Step
 from diffopt.errors import DiffoptError, first_line
 from diffopt.ir.program import Program
 
@@ -87,15 +89,40 @@ def sample(
         progress(f"image {done + 1} of {number}", done / number)
         count = min(high, max(low, number - done))
         calls = [loaded.host.seeded(call, first + done + k) for k in range(count)]
-        for result in _served(loaded, calls):
+        for result in _served(loaded, calls, _Steps(progress, done, count, number)):
             results.append(image_files.first_output(result))
         done = sum(map(len, results))
     return results
 
 
-def _served(loaded: Any, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+@dataclass(frozen=True)
+class _Steps:
+    """Shows how far a run is.
+
+    Attributes:
+        progress: Shows it.
+        done: How many images there were before it.
+        count: How many calls it serves.
+        number: How many images are wanted.
+    """
+
+    progress: Progress
+    done: int
+    count: int
+    number: int
+
+    def __call__(self, step: Step) -> None:
+        """Show a step that has been taken."""
+        image = f"image {self.done + 1} of {self.number}, step {step.index} of {step.total}"
+        part = min(self.count, self.number - self.done) * step.index / step.total
+        self.progress(image, (self.done + part) / self.number)
+
+
+def _served(loaded: Any, calls: Sequence[Mapping[str, Any]], on_step: OnStep) -> list[Any]:
     """Return the results of calls; what kernels refuse is one line."""
     try:
+        if getattr(loaded, "steps", 0):
+            return list(loaded.serve(calls, on_step=on_step))
         return list(loaded.serve(calls))
     except (IndexError, RuntimeError) as error:
         raise DiffoptError(f"the run fails on these arguments: {first_line(error)}") from error

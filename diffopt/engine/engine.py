@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import os
 import platform
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt.engine import steps
 from diffopt.engine.engine_file import FORMAT, KERNELS, KIND, EngineFile, is_component
-from diffopt.errors import DiffoptError, expect_path, expect_type
+from diffopt.errors import Cancelled, DiffoptError, expect_path, expect_type
 from diffopt.host.inputs import Host
 from diffopt.ir import graph as g
 from diffopt.ir.flat_inputs import FlatInputs
 from diffopt.ir.printing import format_type
 from diffopt.ir.program import Program
+from diffopt.ir.step_boundaries import Boundary, mark, step_boundaries
 from diffopt.lowering import legality
 from diffopt.lowering.target import EngineContents, Lowered, Target, parse_target
 from diffopt.progress import Progress, silent
@@ -205,6 +209,7 @@ def _manifest(
         "lengths": {n.text: [n.low, n.high] for n in program.lengths},
         "components": lowered.bodies,
         "releasable": program.releasable(),
+        "steps": [dataclasses.asdict(boundary) for boundary in step_boundaries(program)],
     }
 
 
@@ -291,6 +296,12 @@ class Engine:
         data = self._file.program_json()
         outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
         self._outer = self._file.program({**data, "graphs": outer})
+        self._boundaries = [Boundary(**row) for row in self.manifest.get("steps", ())]
+        with self._file.archive.making(f"member {container.MANIFEST}"):
+            mark(self._outer.root, self._boundaries)
+        self._preview = steps.Preview(self)
+        self._lock = threading.RLock()
+        self._cancels = 0
         bodies = self.target.load(self._file.contents(data))
         self._executor = self.target.executor(self._outer.root, bodies)
         root, devices = self._outer.root, self.target.input_devices
@@ -318,6 +329,11 @@ class Engine:
         return self._outer.batch
 
     @property
+    def steps(self) -> int:
+        """The steps of a run, each an evaluation of the denoiser; 0 without a loop."""
+        return len(self._boundaries)
+
+    @property
     def parts(self) -> dict[str, int]:
         """The bytes of each member in the file, compressed or not."""
         return self._file.parts
@@ -327,30 +343,81 @@ class Engine:
         """The type of each flat input of `run` by name, in order."""
         return dict(self.manifest["inputs"])
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, *, on_step: steps.OnStep | None = None, **arguments: Any) -> Any:
         """Run the engine as the pipeline was called, and return what the pipeline returns.
 
         Args:
+            on_step: Called with a `steps.Step` after each step of sampling; False ends the run.
             **arguments: Those of the pipeline's call: `prompt`, `generator`, `latents`, …; `seed`
-                stands for a generator; `output_type` is "pil", "np" or "pt".
-        """
-        return self.serve([arguments])[0]
+                stands for a generator; `output_type` is "pil", "np" or "pt". diffusers'
+                `callback_on_step_end` is called with the engine in place of the pipeline.
 
-    def serve(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
+        Raises:
+            Cancelled: `on_step` returned False, or `cancel` was called.
+        """
+        callback = steps.from_callback(self, arguments)
+        if callback is not None and on_step is not None:
+            raise DiffoptError(f"on_step and {steps.CALLBACK}: give one of the two")
+        return self.serve([arguments], on_step=on_step or callback)[0]
+
+    def serve(
+        self, requests: Sequence[Mapping[str, Any]], *, on_step: steps.OnStep | None = None
+    ) -> list[Any]:
         """Run the engine for the arguments of several calls, and return their results in order.
 
-        As many requests run at once as it was built for.
+        As many requests run at once as it was built for; calls of several threads wait for each
+        other. `on_step` is called after each step of each run.
         """
-        return self._outer.serve_with(self.run, requests)
+        run = functools.partial(self._run, on_step=on_step, cancels=self._cancels)
+        with self._lock:
+            return self._outer.serve_with(run, requests)
+
+    def cancel(self) -> None:
+        """End all calls that have begun, in this thread and others, after the step they are in.
+
+        Each raises a `Cancelled`. A run that is one CUDA graph ends when it is done.
+        """
+        self._cancels += 1
+
+    def pack(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the flat outputs of a request as the pipeline returns them, pictures by PIL."""
+        return self._outer.pack(tensors, "pil" if self.converts("pil") else None)
 
     def converts(self, output_type: str) -> bool:
         """Tell whether the result can be had as this `output_type`."""
         return self._outer.converts(output_type)
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the flat outputs for flat inputs; others than `inputs` are a `DiffoptError`."""
-        self._file.archive.expect_unchanged()
-        return self._executor.run(self._flat_inputs.checked(tensors))
+    def run(
+        self, tensors: Sequence[Tensor], *, on_step: steps.OnStep | None = None
+    ) -> list[Tensor]:
+        """Return the flat outputs for flat inputs; others than `inputs` are a `DiffoptError`.
+
+        `on_step` is called as in a call of the engine.
+        """
+        return self._run(tensors, on_step, self._cancels)
+
+    def _run(
+        self, tensors: Sequence[Tensor], on_step: steps.OnStep | None, cancels: int
+    ) -> list[Tensor]:
+        """Run the graph; calls that began before the last of `cancels` end."""
+        if on_step is not None and not self._boundaries:
+            raise DiffoptError(
+                f"{self.path}: on_step has no step to be called after: no component is called in"
+                " several steps, or an earlier version built the engine"
+            )
+
+        def is_cancelled() -> bool:
+            return self._cancels != cancels
+
+        with self._lock:
+            self._file.archive.expect_unchanged()
+            if is_cancelled():
+                raise Cancelled("cancelled before the first step")
+            checked = self._flat_inputs.checked(tensors)
+            if on_step is None and not self._executor.is_stepwise:
+                return self._executor.run(checked)
+            watcher = steps.Watcher(self._preview, self._boundaries, on_step, is_cancelled)
+            return self._executor.run(checked, watcher)
 
     def verify(self) -> None:
         """Raise a `DiffoptError` for a damaged file, or infinite outputs for the sample inputs."""

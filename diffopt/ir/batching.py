@@ -97,8 +97,17 @@ def run_requests(
     outputs: list[Sequence[Tensor]] = []
     for group in _groups(requests, limits):
         results = run([torch.stack(tensors) for tensors in zip(*group, strict=True)])
-        outputs += [[tensor[k] for tensor in results] for k in range(len(group))]
+        outputs += per_request(results, limits)
     return outputs
+
+
+def per_request(
+    outputs: Sequence[Tensor], limits: tuple[int, int] | None
+) -> list[Sequence[Tensor]]:
+    """Return the outputs of each request of a run; `limits` as for `run_requests`."""
+    if limits is None:
+        return [outputs]
+    return [[tensor[k] for tensor in outputs] for k in range(len(outputs[0]))]
 
 
 def _groups(flat: Sequence[list[Tensor]], limits: tuple[int, int]) -> list[list[list[Tensor]]]:

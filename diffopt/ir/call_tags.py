@@ -11,10 +11,12 @@ source from the graph, so the mark cannot go stale when arguments move or equal 
 A rule about all values would refuse every guidance, whose next latents depend on both branches.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import torch
 from torch import fx
 
 from diffopt.errors import VerifyError
@@ -25,11 +27,20 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Tag:
-    """Which call of a component: a pass that replaces the call's body keeps the tag."""
+    """Which call of a component: a pass that replaces the call's body keeps the tag.
+
+    Attributes:
+        component: Its name at capture.
+        step: How many calls of it depend on each other up to this one, counted from 0.
+        branch: Of those that do not.
+        timestep: The number that the call was told, and others of the component in other steps:
+            how much noise there is, as the scheduler counts it. None where there is none such.
+    """
 
     component: str
     step: int
     branch: int
+    timestep: float | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.component}, step {self.step}, branch {self.branch}"
@@ -60,6 +71,38 @@ def assign(root: fx.GraphModule) -> None:
         depths[node] = {**depths[node], component: step + 1}
         branch = _branch(node, step, branches.setdefault(component, []))
         node.meta["tag"] = Tag(component, step, branch)
+    calls: dict[str, list[fx.Node]] = {}
+    for node in root.graph.find_nodes(op="call_module", sort=True):
+        calls.setdefault(node.meta["tag"].component, []).append(node)
+    for group in calls.values():
+        for node, timestep in zip(group, _timesteps(root, group), strict=True):
+            node.meta["tag"] = replace(node.meta["tag"], timestep=timestep)
+
+
+def _timesteps(root: fx.GraphModule, calls: Sequence[fx.Node]) -> Sequence[float | None]:
+    """Return the constant that calls pass, and that goes up or down from step to step."""
+    by_step = [call.meta["tag"].step for call in calls]
+    for actual in zip(*(call.args for call in calls), strict=False):
+        numbers = [_number(root, value) for value in actual]
+        # One number a step, whatever the branch.
+        steps = dict(zip(by_step, numbers, strict=True))
+        values = [steps[step] for step in sorted(steps)]
+        if None in numbers or any(steps[s] != n for s, n in zip(by_step, numbers, strict=True)):
+            continue
+        differences = {(b > a) - (b < a) for a, b in itertools.pairwise(values)}  # type: ignore
+        if differences in ({1}, {-1}):
+            return numbers
+    return [None] * len(calls)
+
+
+def _number(root: fx.GraphModule, value: object) -> float | None:
+    """Return the value of a constant all of whose elements are the same number."""
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    tensor = g.attribute(root, str(value.target))
+    if tensor.numel() == 0 or tensor.dtype == torch.bool or (tensor != tensor.flatten()[0]).any():
+        return None
+    return float(tensor.flatten()[0])
 
 
 def _branch(call: fx.Node, step: int, last: list[fx.Node]) -> int:

@@ -153,7 +153,8 @@ def graph_to_json(gm: fx.GraphModule) -> list[dict[str, Any]]:
             if key in node.meta:
                 row[key] = node.meta[key]
         if "tag" in node.meta:
-            row["tag"] = dataclasses.asdict(node.meta["tag"])
+            tag = dataclasses.asdict(node.meta["tag"])
+            row["tag"] = {key: value for key, value in tag.items() if value is not None}
         index[node] = len(rows)
         rows.append(row)
     return rows

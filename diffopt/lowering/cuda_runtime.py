@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt.errors import DiffoptError, first_line
 from diffopt.lowering.compile_inputs import platform_tag
-from diffopt.lowering.executor import SlotExecutor
+from diffopt.lowering.executor import Pause, SlotExecutor, Watch
 from diffopt.lowering.hardware import Hardware
 
 DEVICE = "cuda"
@@ -73,19 +73,34 @@ class CudaExecutor:
         self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._seen: dict[_Key, _Recorded | None] = {}
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs for flat inputs: on the GPU if all inputs are, else on the CPU."""
+    @property
+    def is_stepwise(self) -> bool:
+        """Tell whether it runs step by step in any case, and not as one CUDA graph."""
+        return not self._record
+
+    def run(self, tensors: Sequence[Tensor], watch: Watch | None = None) -> list[Tensor]:
+        """Return the outputs for flat inputs: on the GPU if all inputs are, else on the CPU.
+
+        `watch` is called when a step is done on the GPU, which then waits for it.
+        """
         caller = torch.cuda.current_stream()
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream), torch.no_grad():
             inputs = [tensor.to(DEVICE, non_blocking=True) for tensor in tensors]
-            results = self._run(inputs)
+            results = self._run(inputs) if watch is None else self._watched(inputs, watch)
         caller.wait_stream(self._stream)
         for tensor in results:
             tensor.record_stream(caller)  # not to be freed before the caller's stream has read it
         if tensors and all(tensor.device.type == DEVICE for tensor in tensors):
             return results
         return [tensor.cpu() for tensor in results]
+
+    def _watched(self, tensors: list[Tensor], watch: Watch) -> list[Tensor]:
+        def done(pause: Pause) -> None:
+            self._stream.synchronize()
+            watch(pause)
+
+        return self._executor.run(tensors, done)
 
     def _run(self, tensors: list[Tensor]) -> list[Tensor]:
         if not self._record:

@@ -20,11 +20,49 @@ ComponentFunction = Callable[[list[Tensor]], Sequence[Tensor]]
 """Computes the results of one lowered component from its flat arguments."""
 
 
+class Pause:
+    """A run between two steps of sampling.
+
+    Attributes:
+        index: How many steps have run.
+    """
+
+    def __init__(self, executor: SlotExecutor, values: list[Any], index: int) -> None:
+        self._executor = executor
+        self._values = values
+        self._slot = executor.latents[index - 1]
+        self.index = index
+
+    @property
+    def latents(self) -> Tensor | None:
+        """What the next step begins with, which may be replaced; None where it is not known."""
+        return None if self._slot is None else self._values[self._slot]
+
+    @latents.setter
+    def latents(self, tensor: Tensor) -> None:
+        assert self._slot is not None
+        self._values[self._slot] = tensor
+
+    def finish(self) -> list[Tensor] | None:
+        """Return the outputs that the run would have if this was the last step; None: not known."""
+        if self._slot is None:
+            return None
+        return self._executor.finish(self._values, self._values[self._slot])
+
+
+Watch = Callable[[Pause], None]
+"""Called between the steps of a run; what it raises ends the run."""
+
+
 class Executor(Protocol):
     """Runs the outer graph."""
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs for flat inputs."""
+    @property
+    def is_stepwise(self) -> bool:
+        """Tell whether it runs step by step in any case, so that watching it costs nothing."""
+
+    def run(self, tensors: Sequence[Tensor], watch: Watch | None = None) -> list[Tensor]:
+        """Return the outputs for flat inputs; `watch` is called after each step."""
 
 
 # (function, slots of its arguments, slots of its results, slots to free afterwards)
@@ -34,8 +72,14 @@ _Step = tuple[Callable[[list[Any]], Any], tuple[int, ...], int | tuple[int, ...]
 class SlotExecutor:
     """Runs the outer graph as one loop over calls, with every value in a numbered slot.
 
-    Its own operators run on `device`, where inputs have to be.
+    Its own operators run on `device`, where inputs have to be. Steps end where
+    `step_boundaries.mark` says.
+
+    Attributes:
+        latents: The slots of the latents that each step leaves; None: not known.
     """
+
+    is_stepwise = True
 
     def __init__(
         self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction], device: str = "cpu"
@@ -47,13 +91,19 @@ class SlotExecutor:
         self._outputs = tuple(slots[n] for n in g.outputs(root))
         never_freed = set(self._outputs)
         steps: list[_Step] = []
+        ends: list[int] = []
+        self.latents: list[int | None] = []
         for node in root.graph.nodes:
             if node.op == "get_attr":
                 self._constants[slots[node]] = g.attribute(root, str(node.target)).to(self._device)
                 never_freed.add(slots[node])
             elif node.op in ("call_function", "call_module") and not _is_item(node):
                 steps.append(self._step(node, slots, bodies))
+            if "step_end" in node.meta:
+                ends.append(len(steps))
+                self.latents.append(slots.get(node.meta["step_end"]))
         self._steps = _with_frees(steps, never_freed)
+        self._sections = [self._steps[a:b] for a, b in itertools.pairwise([0, *ends, len(steps)])]
 
     def _step(
         self, node: fx.Node, slots: Mapping[fx.Node, int], bodies: Mapping[str, ComponentFunction]
@@ -71,21 +121,57 @@ class SlotExecutor:
             results = tuple(items.get(i, unused) for i in range(len(node.meta["val"])))
         return call, tuple(slots[n] for n in arguments), results, ()
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs for flat inputs."""
+    def run(self, tensors: Sequence[Tensor], watch: Watch | None = None) -> list[Tensor]:
+        """Return the outputs for flat inputs; `watch` is called after each step."""
         values = self._constants.copy()
         values[: self._inputs] = tensors
-        with torch.no_grad():
-            for call, arguments, results, dead in self._steps:
-                result = call([values[i] for i in arguments])
-                if isinstance(results, int):
-                    values[results] = result
-                else:
-                    for i, value in zip(results, result, strict=True):
-                        values[i] = value
-                for i in dead:
-                    values[i] = None
+        if watch is None:
+            _execute(self._steps, values)
+        else:
+            *sections, last = self._sections
+            for index, section in enumerate(sections, 1):
+                _execute(section, values)
+                watch(Pause(self, values, index))
+            _execute(last, values)
         return [values[i] for i in self._outputs]
+
+    def finish(self, values: Sequence[Any], latents: Tensor) -> list[Tensor] | None:
+        """Return the outputs of a run that is cut short.
+
+        Args:
+            values: The values of the run so far.
+            latents: What to take for those that the last step leaves.
+
+        Returns:
+            None where what follows the last step reads more than these of the steps left out.
+        """
+        slot, tail = self.latents[-1], self._sections[-1]
+        if slot is None:
+            return None
+        known = {slot} | {i for i, value in enumerate(values) if value is not None}
+        for _, arguments, results, _ in tail:
+            if not known.issuperset(arguments):
+                return None
+            known |= {results} if isinstance(results, int) else set(results)
+        if not known.issuperset(self._outputs):
+            return None
+        values = list(values)
+        values[slot] = latents
+        _execute(tail, values)
+        return [values[i] for i in self._outputs]
+
+
+def _execute(steps: Sequence[_Step], values: list[Any]) -> None:
+    with torch.no_grad():
+        for call, arguments, results, dead in steps:
+            result = call([values[i] for i in arguments])
+            if isinstance(results, int):
+                values[results] = result
+            else:
+                for i, value in zip(results, result, strict=True):
+                    values[i] = value
+            for i in dead:
+                values[i] = None
 
 
 def _is_item(node: fx.Node) -> bool:

@@ -307,6 +307,7 @@ class TagRow(TypedDict):
     component: Line
     step: StrictInt
     branch: StrictInt
+    timestep: NotRequired[Number]
 
 
 @with_config(_CLOSED)
@@ -341,6 +342,15 @@ class LengthRow(TypedDict):
     low: Count
     high: Count
     axes: Annotated[list[tuple[Count, Count, StrictInt]], Field(min_length=1)]
+
+
+@with_config(_CLOSED)
+class BoundaryRow(TypedDict):
+    """See `ir.step_boundaries.Boundary`."""
+
+    after: Line
+    latents: Line | None
+    timestep: Number | None
 
 
 @with_config(_CLOSED)
@@ -398,6 +408,7 @@ class EngineManifest(Container):
     lengths: NotRequired[dict[Line, tuple[Count, Count]]]
     components: dict[Line, dict[StrictStr, Json]]
     releasable: list[Line]
+    steps: NotRequired[list[BoundaryRow]]
     compress: NotRequired[Count | None]
 
 
