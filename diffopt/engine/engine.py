@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.engine import steps
 from diffopt.engine.engine_file import FORMAT, KERNELS, KIND, EngineFile, is_component
+from diffopt.engine.steps import CALLBACK, OnStep, Preview, Watcher, from_callback
 from diffopt.errors import Cancelled, DiffoptError, expect_path, expect_type
 from diffopt.host.inputs import Host
 from diffopt.ir import graph as g
@@ -299,7 +299,7 @@ class Engine:
         self._boundaries = [Boundary(**row) for row in self.manifest.get("steps", ())]
         with self._file.archive.making(f"member {container.MANIFEST}"):
             mark(self._outer.root, self._boundaries)
-        self._preview = steps.Preview(self)
+        self._preview = Preview(self)
         self._lock = threading.RLock()
         self._cancels = 0
         bodies = self.target.load(self._file.contents(data))
@@ -343,11 +343,11 @@ class Engine:
         """The type of each flat input of `run` by name, in order."""
         return dict(self.manifest["inputs"])
 
-    def __call__(self, *, on_step: steps.OnStep | None = None, **arguments: Any) -> Any:
+    def __call__(self, *, on_step: OnStep | None = None, **arguments: Any) -> Any:
         """Run the engine as the pipeline was called, and return what the pipeline returns.
 
         Args:
-            on_step: Called with a `steps.Step` after each step of sampling; False ends the run.
+            on_step: Called with a `Step` (see `engine.steps`) after each step of sampling; False ends the run.
             **arguments: Those of the pipeline's call: `prompt`, `generator`, `latents`, …; `seed`
                 stands for a generator; `output_type` is "pil", "np" or "pt". diffusers'
                 `callback_on_step_end` is called with the engine in place of the pipeline.
@@ -355,13 +355,13 @@ class Engine:
         Raises:
             Cancelled: `on_step` returned False, or `cancel` was called.
         """
-        callback = steps.from_callback(self, arguments)
+        callback = from_callback(self, arguments)
         if callback is not None and on_step is not None:
-            raise DiffoptError(f"on_step and {steps.CALLBACK}: give one of the two")
+            raise DiffoptError(f"on_step and {CALLBACK}: give one of the two")
         return self.serve([arguments], on_step=on_step or callback)[0]
 
     def serve(
-        self, requests: Sequence[Mapping[str, Any]], *, on_step: steps.OnStep | None = None
+        self, requests: Sequence[Mapping[str, Any]], *, on_step: OnStep | None = None
     ) -> list[Any]:
         """Run the engine for the arguments of several calls, and return their results in order.
 
@@ -388,7 +388,7 @@ class Engine:
         return self._outer.converts(output_type)
 
     def run(
-        self, tensors: Sequence[Tensor], *, on_step: steps.OnStep | None = None
+        self, tensors: Sequence[Tensor], *, on_step: OnStep | None = None
     ) -> list[Tensor]:
         """Return the flat outputs for flat inputs; others than `inputs` are a `DiffoptError`.
 
@@ -397,7 +397,7 @@ class Engine:
         return self._run(tensors, on_step, self._cancels)
 
     def _run(
-        self, tensors: Sequence[Tensor], on_step: steps.OnStep | None, cancels: int
+        self, tensors: Sequence[Tensor], on_step: OnStep | None, cancels: int
     ) -> list[Tensor]:
         """Run the graph; calls that began before the last of `cancels` end."""
         if on_step is not None and not self._boundaries:
@@ -416,7 +416,7 @@ class Engine:
             checked = self._flat_inputs.checked(tensors)
             if on_step is None and not self._executor.is_stepwise:
                 return self._executor.run(checked)
-            watcher = steps.Watcher(self._preview, self._boundaries, on_step, is_cancelled)
+            watcher = Watcher(self._preview, self._boundaries, on_step, is_cancelled)
             return self._executor.run(checked, watcher)
 
     def verify(self) -> None:

@@ -160,7 +160,9 @@ def _fitted(positions: Tensor, pictures: Sequence[Image.Image]) -> Tensor:
     size = positions.shape[2], positions.shape[1]
     small = [np.asarray(p.convert("RGB").resize(size, Image.Resampling.BOX)) for p in pictures]
     colours = torch.from_numpy(np.stack(small)).reshape(-1, 3).float() / 255
-    return torch.linalg.lstsq(_with_one(positions).reshape(len(colours), -1), colours).solution
+    channels = _with_one(positions).reshape(len(colours), -1)
+    solution: Tensor = torch.linalg.lstsq(channels, colours).solution
+    return solution
 
 
 def _colours(positions: Tensor, colour_map: Tensor) -> list[Image.Image]:

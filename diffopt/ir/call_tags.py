@@ -89,7 +89,7 @@ def _timesteps(root: fx.GraphModule, calls: Sequence[fx.Node]) -> Sequence[float
         values = [steps[step] for step in sorted(steps)]
         if None in numbers or any(steps[s] != n for s, n in zip(by_step, numbers, strict=True)):
             continue
-        differences = {(b > a) - (b < a) for a, b in itertools.pairwise(values)}  # type: ignore
+        differences = {(b > a) - (b < a) for a, b in itertools.pairwise(values)}
         if differences in ({1}, {-1}):
             return numbers
     return [None] * len(calls)
