@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from diffopt.capture.trace import trace
     from diffopt.core import Pipeline
     from diffopt.engine.engine import Engine, build, finish, load, write
-    from diffopt.errors import CaptureError, DiffoptError
+    from diffopt.errors import Cancelled, CaptureError, DiffoptError
     from diffopt.ir.program import Program
 
 __all__ = [
+    "Cancelled",
     "CaptureError",
     "DiffoptError",
     "Engine",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Cancelled": "errors",
     "CaptureError": "errors",
     "DiffoptError": "errors",
     "Engine": "engine.engine",

@@ -68,6 +68,10 @@ class DiffoptError(Exception):
         return f"{self.message}\n  {line}\n  {carets}"
 
 
+class Cancelled(DiffoptError):
+    """A run of an engine was ended between two steps, as the caller wished."""
+
+
 class CaptureError(DiffoptError):
     """A pipeline does something that cannot be captured; the message has the line."""
 

@@ -347,6 +347,18 @@ class Engine:
         """Tell whether the result can be had as this `output_type`."""
         return self._outer.converts(output_type)
 
+    def check(self, /, **arguments: Any) -> None:
+        """Raise the `DiffoptError` that a call with these arguments would, without running it."""
+        self._outer.prepare(**arguments)
+
+    def picture_sizes(self) -> list[tuple[int, int]]:
+        """Return the width and height of each picture that a call returns."""
+        return self._outer.picture_sizes()
+
+    def digest(self) -> str:
+        """Return a hash of the manifest, and so of everything in the file."""
+        return self._file.digest()
+
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the flat outputs for flat inputs; others than `inputs` are a `DiffoptError`."""
         self._file.archive.expect_unchanged()

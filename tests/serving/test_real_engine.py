@@ -1,0 +1,179 @@
+"""A trained model behind OpenAI's own client: what it makes is what the engine makes."""
+
+import base64
+import concurrent.futures
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+import diffopt
+from diffopt.engine import picture_record
+from tests.serving.fake_engine import Served, served
+
+PROMPTS = ("ankle boot", "dress", "sneaker", "coat", "bag", "sandal", "shirt", "trouser")
+
+
+@pytest.fixture(scope="module")
+def engine(fashion: Path) -> Any:
+    return diffopt.load(fashion)
+
+
+@pytest.fixture(scope="module")
+def server(engine: Any) -> Iterator[Served]:
+    with served({"fashion": engine}, max_wait_ms=100) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0)
+
+
+def opened(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def distance(one: Image.Image, other: Image.Image) -> int:
+    """Return by how many of 255 two pictures differ at most."""
+    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max())
+
+
+def test_an_image_is_the_engines(client: openai.OpenAI, engine: Any, tmp_path: Path) -> None:
+    answer = client.images.generate(
+        prompt="ankle boot", model="fashion", size="32x32", n=2, extra_body={"seed": 5}
+    )
+    for data, seed in zip(answer.data, (5, 6), strict=True):
+        alone = engine(prompt="ankle boot", seed=seed, output_type="pil").images[0]
+        assert distance(opened(data.b64_json), alone) <= 1
+    (tmp_path / "a.png").write_bytes(base64.b64decode(answer.data[1].b64_json))
+    told = picture_record.read(tmp_path / "a.png")
+    assert (told["prompt"], told["seed"]) == ("ankle boot", 6)
+    assert told["engine"] == engine.digest()
+    assert told["passes"] == engine.manifest["passes"]
+
+
+def test_images_of_shared_runs_are_those_of_runs_alone(
+    client: openai.OpenAI, engine: Any, server: Served
+) -> None:
+    def ask(seed: int) -> Any:
+        prompt = PROMPTS[seed]
+        return client.images.generate(prompt=prompt, model="fashion", extra_body={"seed": seed})
+
+    before = runs(server)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert 2 <= runs(server) - before < 8
+    for seed, answer in enumerate(answers):
+        alone = engine(prompt=PROMPTS[seed], seed=seed, output_type="pil").images[0]
+        assert distance(opened(answer.data[0].b64_json), alone) <= 1
+
+
+def runs(server: Served) -> float:
+    text = httpx.get(server.url + "/metrics").text
+    (line,) = [row for row in text.splitlines() if row.startswith("diffopt_batch_size_count")]
+    return float(line.split()[-1])
+
+
+def test_urls(client: openai.OpenAI) -> None:
+    answer = client.images.generate(prompt="dress", response_format="url")
+    response = httpx.get(answer.data[0].url)
+    assert Image.open(io.BytesIO(response.content)).size == (32, 32)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["fashion"]
+    assert client.models.retrieve("fashion").owned_by == "diffopt"
+
+
+def test_a_stream(client: openai.OpenAI, engine: Any) -> None:
+    stream = client.images.generate(
+        prompt="dress", stream=True, partial_images=2, extra_body={"seed": 1}
+    )
+    *previews, last = stream
+    assert last.type == "image_generation.completed"
+    alone = engine(prompt="dress", seed=1, output_type="pil").images[0]
+    assert distance(opened(last.b64_json), alone) <= 1
+    assert last.usage.total_tokens == 0
+    if getattr(engine, "steps", 0):
+        assert [event.partial_image_index for event in previews] == [0, 1]
+        assert all(opened(event.b64_json).size == (32, 32) for event in previews)
+    else:
+        assert previews == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param", "message"),
+    [
+        ({"size": "1024x1024"}, "size", "size=1024x1024: fashion makes pictures of 32x32, or auto"),
+        (
+            {"extra_body": {"num_inference_steps": 50}},
+            "num_inference_steps",
+            "num_inference_steps=50: 'num_inference_steps' was bound to 3 at capture; trace again"
+            " with this value, or with dynamic=('num_inference_steps',)",
+        ),
+        (
+            {"extra_body": {"eta": 0.5}},
+            "eta",
+            "eta=0.5: 'eta' was left out at capture, which means 0.0; trace again with this value",
+        ),
+    ],
+)
+def test_what_the_engine_refuses(
+    client: openai.OpenAI, arguments: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="dress", **arguments)
+    assert caught.value.param == param
+    assert caught.value.body["message"] == message
+
+
+def test_what_the_engine_was_built_with_is_taken(client: openai.OpenAI) -> None:
+    assert client.images.generate(prompt="dress", extra_body={"num_inference_steps": 3}).data
+
+
+def test_errors_are_those_of_the_client(client: openai.OpenAI, server: Served) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.images.generate(prompt="dress", model="dall-e-3")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="use generations"):
+        client.images.edit(prompt="dress", image=io.BytesIO(b"x"))
+
+
+def test_an_image_of_an_image(tmp_path: Path) -> None:
+    """Image-to-image of the same model, by OpenAI's client."""
+    diffusers = pytest.importorskip("diffusers")
+    from tests.serving.conftest import MODEL
+
+    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(MODEL)
+    start = Image.new("RGB", (32, 32), (90, 90, 90))
+    program = diffopt.trace(
+        pipe, prompt="a", image=start, strength=0.9, num_inference_steps=3, output_type="pil"
+    )
+    engine = diffopt.build(program, "eager", tmp_path / "edit.engine")
+    other = Image.new("RGB", (32, 32), (200, 150, 100))
+    other.save(tmp_path / "other.png")
+    with served(engine) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0)
+        for strength in (None, 0.9):
+            more = {} if strength is None else {"strength": strength}
+            answer = client.images.edit(
+                prompt="dress",
+                image=tmp_path / "other.png",
+                extra_body={"seed": 4, **more},
+            )
+            wanted = engine(prompt="dress", image=other, seed=4).images[0]
+            assert distance(opened(answer.data[0].b64_json), wanted) <= 1
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.edit(
+                prompt="dress",
+                image=tmp_path / "other.png",
+                extra_body={"strength": 0.5},
+            )
+        assert caught.value.param == "strength"
