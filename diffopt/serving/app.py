@@ -228,7 +228,8 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
             ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}")
         )
     param = place[0] if place else None
-    message = f"{param}: {first['msg']}" if param else first["msg"]
+    text = first["msg"].removeprefix("Value error, ")
+    message = f"{param}: {text}" if param else text
     return answer(ApiError(400, message, param=param, code=first["type"]))
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from starlette.datastructures import UploadFile
 
 from diffopt.errors import printable
 
@@ -24,6 +24,17 @@ def _expect_text(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_expect_text)]
+
+
+def _expect_file(value: Any) -> Any:
+    if not isinstance(value, UploadFile):
+        raise ValueError("must be a file, which has a file name in the form")
+    return value
+
+
+File = Annotated[
+    Any, AfterValidator(_expect_file), WithJsonSchema({"type": "string", "format": "binary"})
+]
 OF_THE_ENGINE = ("negative_prompt", "guidance_scale", "num_inference_steps")
 
 
@@ -76,8 +87,8 @@ class GenerationRequest(ImageRequest):
 class EditRequest(ImageRequest):
     """The form of `/v1/images/edits`, in which everything is a text."""
 
-    image: UploadFile | None = Field(None, description="The picture to begin with.")
-    mask: UploadFile | None = Field(
+    image: File = Field(None, description="The picture to begin with.")
+    mask: File = Field(
         None, description="What to paint anew: white, or transparent as in OpenAI's."
     )
 

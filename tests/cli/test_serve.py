@@ -55,7 +55,7 @@ def test_two_engines_of_one_name(diffopt: Run, tmp_path: Path) -> None:
 def test_an_engine_that_makes_no_pictures(diffopt: Run, tmp_path: Path) -> None:
     import torch
 
-    program = trace_function(lambda x: x * 2, {"x": torch.ones(2)})
+    program = trace_function(lambda x: x * 2, torch.ones(2))
     build(program, "eager", tmp_path / "a.engine")
     outcome = diffopt("serve", "a.engine", "--dry-run")
     assert (outcome.code, outcome.err) == (

@@ -183,7 +183,11 @@ READ = ("/v1/models", "/v1/models/{name}", "/v1/files/{name}", "/health")
 
 def fuzz(server: Served, path: str, method: str, mode: GenerationMode, call: Any) -> None:
     """Call with many cases of what the server's own description allows, or does not."""
-    operation = schemathesis.openapi.from_url(server.url + "/openapi.json")[path][method]
+    description = httpx.get(server.url + "/openapi.json").json()
+    if mode.is_negative:  # which schemathesis cannot make of files
+        for name in ("image", "mask"):
+            del description["components"]["schemas"]["EditRequest"]["properties"][name]
+    operation = schemathesis.openapi.from_dict(description)[path][method]
 
     @settings(
         max_examples=100 if method == "POST" else 20,
@@ -201,14 +205,16 @@ def fuzz(server: Served, path: str, method: str, mode: GenerationMode, call: Any
 
 @pytest.mark.parametrize("path", READ)
 def test_reading_fuzzed(server: Served, path: str) -> None:
-    call = functools.partial(schemathesis.Case.call_and_validate, checks=CHECKS)
+    call = functools.partial(
+        schemathesis.Case.call_and_validate, base_url=server.url, checks=CHECKS
+    )
     fuzz(server, path, "GET", GenerationMode.POSITIVE, call)
 
 
 @pytest.mark.parametrize("path", [GENERATIONS, EDITS])
 def test_what_the_description_does_not_allow(server: Served, path: str) -> None:
     more = (*CHECKS, openapi_checks.negative_data_rejection)
-    call = functools.partial(schemathesis.Case.call_and_validate, checks=more)
+    call = functools.partial(schemathesis.Case.call_and_validate, base_url=server.url, checks=more)
     fuzz(server, path, "POST", GenerationMode.NEGATIVE, call)
 
 
@@ -222,14 +228,14 @@ def test_what_the_description_allows(server: Served, path: str, name: str) -> No
     statuses = set()
 
     def call(case: Any) -> None:
-        case.call_and_validate(checks=CHECKS)
+        case.call_and_validate(server.url, checks=CHECKS)
         if isinstance(case.body, dict):
             for more in ({}, known, {**known, "guidance_scale": None, "n": None, "seed": None}):
                 case.body = case.body | more
-                statuses.add(case.call_and_validate(checks=CHECKS).status_code)
+                statuses.add(case.call_and_validate(server.url, checks=CHECKS).status_code)
             kept = {k: v for k, v in case.body.items() if k in FIELDS and v is not None}
             case.body = kept | known
-            statuses.add(case.call_and_validate(checks=CHECKS).status_code)
+            statuses.add(case.call_and_validate(server.url, checks=CHECKS).status_code)
 
     fuzz(server, path, "POST", GenerationMode.POSITIVE, call)
     assert statuses >= {200, 400}

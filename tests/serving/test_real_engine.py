@@ -11,11 +11,13 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
 import diffopt
 from diffopt.engine import picture_record
 from tests.serving.fake_engine import Served, served
+from tests.zoo import CASES
 
 PROMPTS = ("ankle boot", "dress", "sneaker", "coat", "bag", "sandal", "shirt", "trouser")
 
@@ -146,34 +148,59 @@ def test_errors_are_those_of_the_client(client: openai.OpenAI, server: Served) -
         client.images.edit(prompt="dress", image=io.BytesIO(b"x"))
 
 
-def test_an_image_of_an_image(tmp_path: Path) -> None:
-    """Image-to-image of the same model, by OpenAI's client."""
-    diffusers = pytest.importorskip("diffusers")
-    from tests.serving.conftest import MODEL
+def picture(seed: int, mode: str = "RGB") -> Image.Image:
+    shape = (32, 32, 3) if mode == "RGB" else (32, 32)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 
-    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(MODEL)
-    start = Image.new("RGB", (32, 32), (90, 90, 90))
-    program = diffopt.trace(
-        pipe, prompt="a", image=start, strength=0.9, num_inference_steps=3, output_type="pil"
-    )
-    engine = diffopt.build(program, "eager", tmp_path / "edit.engine")
-    other = Image.new("RGB", (32, 32), (200, 150, 100))
-    other.save(tmp_path / "other.png")
+
+def edited(tmp_path: Path, name: str, **pictures: Image.Image) -> Any:
+    """Return an engine of a tiny pipeline that takes pictures."""
+    pipe = CASES[name].build()
+    arguments = {"prompt": "a", "num_inference_steps": 2, "strength": 0.9, "output_type": "pil"}
+    generator = torch.Generator().manual_seed(0)
+    size = {} if "img2img" in name else {"height": 32, "width": 32}
+    program = diffopt.trace(pipe, **arguments, **pictures, **size, generator=generator)
+    return diffopt.build(program, "eager", tmp_path / "edit.engine")
+
+
+def as_file(image: Image.Image, path: Path) -> Path:
+    image.save(path)
+    return path
+
+
+def test_an_image_of_an_image(tmp_path: Path) -> None:
+    engine = edited(tmp_path, "sd-img2img", image=picture(0))
+    file = as_file(picture(1), tmp_path / "image.png")
+    wanted = engine(prompt="dress", image=picture(1), seed=4).images[0]
+    assert distance(wanted, engine(prompt="dress", image=picture(2), seed=4).images[0])
     with served(engine) as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0)
-        for strength in (None, 0.9):
-            more = {} if strength is None else {"strength": strength}
+        for more in ({}, {"strength": 0.9}):
             answer = client.images.edit(
-                prompt="dress",
-                image=tmp_path / "other.png",
-                extra_body={"seed": 4, **more},
+                prompt="dress", image=file, size="auto", extra_body={"seed": 4, **more}
             )
-            wanted = engine(prompt="dress", image=other, seed=4).images[0]
-            assert distance(opened(answer.data[0].b64_json), wanted) <= 1
+            assert distance(opened(answer.data[0].b64_json), wanted) == 0
         with pytest.raises(openai.BadRequestError) as caught:
-            client.images.edit(
-                prompt="dress",
-                image=tmp_path / "other.png",
-                extra_body={"strength": 0.5},
-            )
+            client.images.edit(prompt="dress", image=[file], extra_body={"strength": 0.5})
         assert caught.value.param == "strength"
+
+
+def test_an_image_with_a_mask(tmp_path: Path) -> None:
+    engine = edited(tmp_path, "sd-inpaint", image=picture(0), mask_image=picture(1, "L"))
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    hole = picture(2).convert("RGBA")
+    hole.putalpha(Image.eval(mask, lambda value: 255 - value))
+    wanted = engine(prompt="dress", image=picture(2), mask_image=mask, seed=4).images[0]
+    with served(engine) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0)
+        image = as_file(picture(2), tmp_path / "image.png")
+        transparent = as_file(hole, tmp_path / "hole.png")
+        white = as_file(mask, tmp_path / "mask.png")
+        for files in (
+            {"image": image, "mask": white},
+            {"image": image, "mask": transparent},
+            {"image": transparent},
+        ):
+            answer = client.images.edit(prompt="dress", **files, extra_body={"seed": 4})
+            assert distance(opened(answer.data[0].b64_json), wanted) == 0
