@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from diffopt import optional
 from diffopt.cli import output as show
@@ -27,7 +28,7 @@ def run(flags: ServeFlags) -> None:
     names = names_of(flags.engines)
     settings = Settings(**{name: getattr(flags, name) for name in asdict(Settings())})
     token = read_token(flags.token_file)
-    engines = {}
+    engines: dict[str, Any] = {}
     for name, path in names.items():
         with show.progress(f"loading {path}"):
             engines[name] = engine.load(path, target=flags.target, trusted_keys=flags.trusted_key)

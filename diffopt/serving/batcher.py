@@ -21,7 +21,7 @@ from diffopt.errors import Cancelled
 log = logging.getLogger("diffopt")
 
 Serve = Callable[..., Sequence[Any]]
-"""`Engine.serve`: takes the arguments of several calls, and `on_step=` if it has steps."""
+"""`Engine.serve`: takes the arguments of several calls, and `on_step=` where one wants to know."""
 
 
 class Refused(Exception):
@@ -79,7 +79,7 @@ class Batcher:
         serve: Serve,
         batching: Batching,
         *,
-        has_steps: bool = False,
+        end: Callable[[], None] = lambda: None,
         observe: Callable[[int, float], None] = lambda images, seconds: None,
     ) -> None:
         """Start the thread.
@@ -87,12 +87,12 @@ class Batcher:
         Args:
             serve: Runs the engine.
             batching: How images are put together.
-            has_steps: Whether `serve` takes `on_step`; else a run is not ended before its time.
+            end: `Engine.cancel`: ends the run after the step that it is in.
             observe: Called with the images of each run and its seconds.
         """
         self.batching = batching
         self._serve = serve
-        self._has_steps = has_steps
+        self._end = end
         self._observe = observe
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -137,6 +137,7 @@ class Batcher:
                 if job in self._waiting:
                     self._waiting.remove(job)
             self._changed.notify_all()
+            self._end_if_gone()
 
     def close(self) -> None:
         """Take no more jobs, and end the thread when those that wait are done."""
@@ -154,6 +155,12 @@ class Batcher:
                     job.result.set_exception(Refused("the server is shutting down", retry_after=5))
             for job in self._running:
                 job.is_gone = True
+            self._end_if_gone()
+
+    def _end_if_gone(self) -> None:
+        """End the run that nobody waits for; under the lock, so that it is not the next one."""
+        if self._running and all(job.is_gone for job in self._running):
+            self._end()
 
     def _work(self) -> None:
         while (jobs := self._next()) is not None:
@@ -183,8 +190,8 @@ class Batcher:
         requests = [job.arguments for job in jobs]
         requests += requests[-1:] * (self.batching.low - len(jobs))
         watched: dict[str, Any] = {}
-        if self._has_steps:
-            watched["on_step"] = lambda step: self._after_step(jobs, step)
+        if any(job.on_step for job in jobs):  # engines that run as one graph are slower watched
+            watched["on_step"] = lambda step: _tell(jobs, step)
         began = time.monotonic()
         try:
             results = self._serve(requests, **watched)[: len(jobs)]
@@ -201,16 +208,14 @@ class Batcher:
         for job, result in zip(jobs, results, strict=True):
             job.result.set_result(result)
 
-    def _after_step(self, jobs: Sequence[Job], step: Any) -> bool:
-        """Tell those who want to know of a step; return whether anybody waits for the run."""
-        for place, job in enumerate(jobs):
-            if job.on_step is None or job.is_gone:
-                continue
-            try:
-                job.on_step(step, place)
-            except (
-                Exception
-            ) as error:  # no preview of this engine, say, which is no one else's loss
-                log.warning("no preview: %s", error)
-                job.on_step = None
-        return not all(job.is_gone for job in jobs)
+
+def _tell(jobs: Sequence[Job], step: Any) -> None:
+    """Tell those who want to know of a step."""
+    for place, job in enumerate(jobs):
+        if job.on_step is None or job.is_gone:
+            continue
+        try:
+            job.on_step(step, place)
+        except Exception as error:  # no preview of this engine, say, which is no one else's loss
+            log.warning("no preview: %s", error)
+            job.on_step = None

@@ -141,7 +141,8 @@ class Stream(StreamingResponse):
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._job = Job(order.calls[0], Previews(engine, previews, put) if previews else None)
+        wanted = previews and getattr(engine.engine, "steps", 0)
+        self._job = Job(order.calls[0], Previews(engine, previews, put) if wanted else None)
         self._job.result.add_done_callback(lambda _: put(None))
         submit(engine, [self._job])
         super().__init__(self._lines(), media_type="text/event-stream")

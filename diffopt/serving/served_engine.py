@@ -42,11 +42,18 @@ class Servable(Protocol):
         """The fewest and the most requests of one run."""
 
     @property
+    def steps(self) -> int:
+        """The steps of a run, after which `on_step` is called."""
+
+    @property
     def serve(self) -> Serve:
         """Runs several requests."""
 
     def check(self, **arguments: Any) -> None:
         """Raise what a call would, without running it."""
+
+    def cancel(self) -> None:
+        """End the run after the step that it is in."""
 
     def converts(self, output_type: str) -> bool:
         """Tell whether the result can be had as this."""
@@ -108,9 +115,12 @@ class ServedEngine:
         self._width, self._height = _expect_servable(engine)
         self.size = f"{self._width}x{self._height}"
         self.created = int(engine.path.stat().st_mtime) if engine.path.is_file() else 0
-        has_steps = bool(getattr(engine, "steps", 0))
-        batching = _batching(engine, settings)
-        self.batcher = Batcher(engine.serve, batching, has_steps=has_steps, observe=observe)
+        self.batcher = Batcher(
+            engine.serve,
+            _batching(engine, settings),
+            end=getattr(engine, "cancel", lambda: None),
+            observe=observe,
+        )
 
     @property
     def schema(self) -> Mapping[str, Any]:

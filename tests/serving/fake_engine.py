@@ -65,6 +65,7 @@ class FakeEngine:
         self.host = FakeHost(default if schema is None else schema, draws)
         self.runs: list[list[dict[str, Any]]] = []
         self.ended = 0
+        self.cancels = 0
         self.gate = threading.Event()
         self.gate.set()
 
@@ -86,14 +87,20 @@ class FakeEngine:
     def digest(self) -> str:
         return "0123"
 
+    def cancel(self) -> None:
+        self.cancels += 1
+
     def serve(self, requests: Sequence[Mapping[str, Any]], *, on_step: Any = None) -> list[Any]:
+        cancels = self.cancels
         self.runs.append([dict(request) for request in requests])
         if any(request.get("prompt") == "fail" for request in requests):
             raise RuntimeError("out of luck")
         for index in range(1, self.steps + 1):
             self.gate.wait(10)
             time.sleep(self.seconds / self.steps)
-            if on_step is not None and on_step(FakeStep(index, self.steps, len(requests))) is False:
+            if on_step is not None:
+                on_step(FakeStep(index, self.steps, len(requests)))
+            if self.cancels != cancels:
                 self.ended += 1
                 raise Cancelled(f"cancelled after step {index} of {self.steps}")
         return [SimpleNamespace(images=[picture(request.get("seed", 0))]) for request in requests]

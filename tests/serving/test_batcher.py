@@ -20,7 +20,7 @@ def batcher(engine: FakeEngine, **batching: Any) -> Batcher:
     return Batcher(
         engine.serve,
         Batching(**{"low": low, "high": high, "wait": 0.05, **batching}),
-        has_steps=True,
+        end=engine.cancel,
     )
 
 
@@ -196,6 +196,21 @@ def test_closing_finishes_what_was_taken() -> None:
         queue.submit(jobs(1))
     assert results(waiting) == [0, 1, 2]
     wait_until(lambda: queue.is_idle)
+
+
+def test_only_runs_that_someone_looks_at_are_watched() -> None:
+    watched: list[bool] = []
+
+    def serve(requests: Sequence[Any], on_step: Any = None) -> list[Any]:
+        watched.append(on_step is not None)
+        return list(requests)
+
+    queue = Batcher(serve, Batching(1, 2, 0.05))
+    for waiting in (jobs(1), [*jobs(1), Job({}, lambda step, place: None)]):
+        queue.submit(waiting)
+        for job in waiting:
+            job.result.result(5)
+    assert watched == [False, True]
 
 
 def test_aborting_ends_the_run_and_refuses_what_waits() -> None:
