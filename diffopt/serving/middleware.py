@@ -34,7 +34,7 @@ class Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 499  # where the client goes before there is an answer
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -44,6 +44,9 @@ class Measured:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
         finally:
             # A path that the caller makes up would be a new row for each.
             path = getattr(scope.get("route"), "path", "other")

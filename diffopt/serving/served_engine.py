@@ -135,7 +135,7 @@ class ServedEngine:
             "target": self.engine.manifest["target"],
             "passes": self.engine.manifest["passes"],
             "size": self.size,
-            "arguments": sorted(self.engine.host.inputs()),
+            "arguments": sorted(self.engine.host.inputs() - {"generator"}),
             "endpoint": "/v1/images/" + ("edits" if "image" in self.schema else "generations"),
             "batch": [batching.low, batching.high],
         }

@@ -426,11 +426,15 @@ def test_metrics() -> None:
         generate(server, n=3)
         post(server, n=0)
         httpx.get(server.url + "/nothing/here")
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        wait_until(lambda: 'status="499"' in metrics(server))
         lines = metrics(server).splitlines()
     expected = [
         'diffopt_requests_total{path="/v1/images/generations",status="200"} 1.0',
         'diffopt_requests_total{path="/v1/images/generations",status="400"} 1.0',
         'diffopt_requests_total{path="other",status="404"} 1.0',
+        'diffopt_requests_total{path="other",status="499"} 1.0',
         'diffopt_request_seconds_count{path="/v1/images/generations"} 2.0',
         'diffopt_images_total{model="fake"} 3.0',
         'diffopt_batch_size_bucket{le="2.0",model="fake"} 0.0',

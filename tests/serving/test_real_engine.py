@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import numpy as np
 import openai
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import diffopt
 from diffopt.engine import picture_record
 from tests.serving.fake_engine import Served, served
+from tests.serving.test_hostile_requests import BODIES, JSON, refused
 from tests.zoo import CASES
 
 PROMPTS = ("ankle boot", "dress", "sneaker", "coat", "bag", "sandal", "shirt", "trouser")
@@ -146,6 +150,37 @@ def test_errors_are_those_of_the_client(client: openai.OpenAI, server: Served) -
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="use generations"):
         client.images.edit(prompt="dress", image=io.BytesIO(b"x"))
+
+
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+def test_hostile_bodies(server: Served, body: bytes) -> None:
+    url = server.url + "/v1/images/generations"
+    refused(httpx.post(url, content=body, headers=JSON))
+
+
+VALUES: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+def test_any_argument_of_any_value(engine: Any, server: Served) -> None:
+    """The engine's own and others, of any type: an image or a refusal."""
+    host = engine.host
+    names = sorted({*host.schema, *host.defaults, "self", "on_step", "eta", "target_size", ""})
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=2))
+    def run(more: dict[str, Any]) -> None:
+        body = {"prompt": "x", **more}
+        response = httpx.post(
+            server.url + "/v1/images/generations", content=json.dumps(body), headers=JSON
+        )
+        if response.status_code != 200:
+            refused(response)
+
+    run()
 
 
 def picture(seed: int, mode: str = "RGB") -> Image.Image:
