@@ -347,6 +347,16 @@ class Engine:
         """Tell whether the result can be had as this `output_type`."""
         return self._outer.converts(output_type)
 
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the flat outputs for flat inputs; others than `inputs` are a `DiffoptError`."""
+        self._file.archive.expect_unchanged()
+        return self._executor.run(self._flat_inputs.checked(tensors))
+
+    def verify(self) -> None:
+        """Raise a `DiffoptError` for a damaged file, or infinite outputs for the sample inputs."""
+        self._file.archive.verify()
+        self._outer.expect_finite(self.run, str(self.path))
+
     def check(self, /, **arguments: Any) -> None:
         """Raise the `DiffoptError` that a call with these arguments would, without running it."""
         self._outer.prepare(**arguments)
@@ -358,16 +368,6 @@ class Engine:
     def digest(self) -> str:
         """Return a hash of the manifest, and so of everything in the file."""
         return self._file.digest()
-
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the flat outputs for flat inputs; others than `inputs` are a `DiffoptError`."""
-        self._file.archive.expect_unchanged()
-        return self._executor.run(self._flat_inputs.checked(tensors))
-
-    def verify(self) -> None:
-        """Raise a `DiffoptError` for a damaged file, or infinite outputs for the sample inputs."""
-        self._file.archive.verify()
-        self._outer.expect_finite(self.run, str(self.path))
 
     def __reduce__(self) -> Any:
         """Pickle the path of the file: another process maps it, too."""
