@@ -159,7 +159,8 @@ class Batcher:
 
     def _end_if_gone(self) -> None:
         """End the run that nobody waits for; under the lock, so that it is not the next one."""
-        if self._running and all(job.is_gone for job in self._running):
+        unfinished = [job for job in self._running if not job.result.done()]
+        if unfinished and all(job.is_gone for job in self._running):
             self._end()
 
     def _work(self) -> None:

@@ -162,6 +162,16 @@ def test_a_run_goes_on_for_one_who_stays() -> None:
     assert engine.ended == 0
 
 
+def test_what_is_done_is_not_ended() -> None:
+    engine = FakeEngine((1, 2))
+    queue = batcher(engine)
+    (job,) = jobs(1)
+    job.result.add_done_callback(lambda _: queue.cancel([job]))
+    queue.submit([job])
+    wait_until(lambda: engine.runs and queue.is_idle)
+    assert engine.cancels == 0
+
+
 def test_the_fault_of_one_is_not_that_of_others() -> None:
     engine = FakeEngine((1, 4))
     queue = batcher(engine)

@@ -19,6 +19,7 @@ from PIL import Image
 
 import diffopt
 from diffopt.engine import picture_record
+from diffopt.serving.batcher import Batcher, Batching, Job
 from tests.serving.fake_engine import Served, served
 from tests.serving.test_hostile_requests import BODIES, JSON, refused
 from tests.zoo import CASES
@@ -150,6 +151,27 @@ def test_errors_are_those_of_the_client(client: openai.OpenAI, server: Served) -
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="use generations"):
         client.images.edit(prompt="dress", image=io.BytesIO(b"x"))
+
+
+@pytest.mark.skipif(not hasattr(diffopt.Engine, "cancel"), reason="needs Engine.cancel")
+def test_a_run_that_nobody_waits_for_ends_after_its_step(engine: Any) -> None:
+    taken: list[int] = []
+    queue = Batcher(engine.serve, Batching(1, 4), end=engine.cancel)
+
+    def leave(step: Any, place: int) -> None:
+        taken.append(step.index)
+        queue.cancel([job])
+
+    job = Job({"prompt": "dress", "seed": 1, "output_type": "pil"}, leave)
+    queue.submit([job])
+    with pytest.raises(diffopt.Cancelled, match="after step 1 of 3"):
+        job.result.result(10)
+    assert taken == [1]
+    again = Job(job.arguments)
+    queue.submit([again])
+    alone = engine(**job.arguments).images[0]
+    assert distance(again.result.result(10).images[0], alone) == 0
+    queue.close()
 
 
 @pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
