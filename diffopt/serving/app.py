@@ -170,7 +170,8 @@ async def file(service: Serviced, name: str) -> Response:
     found = service.files.get(name)
     if found is None:
         raise ApiError(404, "there is no such file, or no longer")
-    headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+    age = f"private, max-age={service.settings.file_seconds:.0f}"
+    headers = {"Cache-Control": age, "X-Content-Type-Options": "nosniff"}
     return Response(found.data, media_type=found.media_type, headers=headers)
 
 

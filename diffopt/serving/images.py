@@ -14,7 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from diffopt.serving.batcher import Job
+from diffopt.serving.batcher import Job, Refused
 from diffopt.serving.middleware import answer
 from diffopt.serving.picture_files import PictureFiles
 from diffopt.serving.protocol import (
@@ -77,7 +77,7 @@ def submit(engine: ServedEngine, jobs: list[Job]) -> None:
     """Queue jobs; an `ApiError` where there is no place."""
     try:
         engine.batcher.submit(jobs)
-    except Exception as error:
+    except Refused as error:
         raise failure(error) from error
 
 
