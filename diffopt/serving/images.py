@@ -25,7 +25,8 @@ from diffopt.serving.protocol import (
     ImagesResponse,
     Usage,
 )
-from diffopt.serving.served_engine import Order, ServedEngine, failure
+from diffopt.serving.refusals import failure
+from diffopt.serving.served_engine import Order, ServedEngine
 
 T = TypeVar("T")
 EventName = Literal["image_generation", "image_edit"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,14 +11,14 @@ from typing import Any, Protocol
 from PIL import Image
 
 from diffopt.engine import picture_record
-from diffopt.errors import Cancelled, DiffoptError
-from diffopt.host.guards import Mismatch
+from diffopt.errors import DiffoptError
 from diffopt.host.inputs import Host
 from diffopt.host.outputs import first_output, pictures_in
 from diffopt.host.plain_arguments import as_traced
 from diffopt.serving import picture_codec
-from diffopt.serving.batcher import Batcher, Batching, Refused, Serve, log
+from diffopt.serving.batcher import Batcher, Batching, Serve
 from diffopt.serving.protocol import ApiError, EditRequest, ImageRequest
+from diffopt.serving.refusals import refusal
 from diffopt.serving.settings import Settings
 
 TEXTS = ("prompt", "negative_prompt")
@@ -248,27 +247,6 @@ class ServedEngine:
             return [arguments if seed is None else {**arguments, "seed": seed}]
         first = secrets.randbelow(1 << 32) if seed is None else seed
         return [host.seeded(arguments, first + k) for k in range(count)]
-
-
-def refusal(error: DiffoptError, names: Sequence[str] | set[str] | Mapping[str, Any]) -> ApiError:
-    """Return the answer for what an engine refuses, in its words; it names one of the arguments."""
-    match = re.match(r"(?:missing argument ')?(\w+)", error.message)
-    param = match[1] if match and match[1] in names else None
-    return ApiError(400, error.message, param=param)
-
-
-def failure(error: BaseException) -> ApiError:
-    """Return the answer for a run that failed."""
-    if isinstance(error, Refused):
-        answer = ApiError(503, str(error), code="overloaded")
-        answer.headers = {"Retry-After": str(error.retry_after)}
-        return answer
-    if isinstance(error, Mismatch):  # what only a run can see, of the arguments still
-        return refusal(error, ())
-    if isinstance(error, Cancelled):
-        return ApiError(503, "the server is shutting down")
-    log.error("a run failed", exc_info=error)
-    return ApiError(500, "the engine failed; the server's log has the reason")
 
 
 def _expect_servable(engine: Servable) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from diffopt.errors import Cancelled, DiffoptError
+from diffopt.host.guards import Mismatch
 from diffopt.serving import server
 from diffopt.serving.app import Service
 from diffopt.serving.settings import Settings
@@ -45,7 +46,10 @@ class FakeStep:
 
 
 class FakeEngine:
-    """Makes a picture of one colour, its seed; `prompt="fail"` fails, `"refuse"` is refused."""
+    """Makes a picture of one colour, its seed; `prompt="fail"` fails, `"refuse"` is refused.
+
+    `"long"` is refused by the run, which is the first to see what is wrong with it.
+    """
 
     def __init__(
         self,
@@ -95,6 +99,8 @@ class FakeEngine:
         self.runs.append([dict(request) for request in requests])
         if any(request.get("prompt") == "fail" for request in requests):
             raise RuntimeError("out of luck")
+        if any(request.get("prompt") == "long" for request in requests):
+            raise Mismatch("prompt: has more tokens than the traced one")
         for index in range(1, self.steps + 1):
             self.gate.wait(10)
             time.sleep(self.seconds / self.steps)

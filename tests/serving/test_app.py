@@ -284,6 +284,11 @@ def test_a_run_that_fails_is_a_500_without_details(server: Served) -> None:
     assert message == "the engine failed; the server's log has the reason"
 
 
+def test_what_only_a_run_can_see_is_refused_all_the_same(server: Served) -> None:
+    told = refusal(post(server, prompt="long"))
+    assert told == ("prompt: has more tokens than the traced one", "prompt")
+
+
 def test_an_engine_without_a_prompt() -> None:
     with served(FakeEngine(schema={})) as server:
         assert len(post(server, seed=1).json()["data"]) == 1
