@@ -5,6 +5,7 @@
 # make bench   the benchmarks behind docs/benchmarks.md; make bench-caching: docs/caching.md;
 #              make bench-quantization: docs/quantization.md
 #              make bench-pruning: docs/pruning.md; make bench-real: docs/real-sizes.md, an hour
+#              make bench-serving: docs/serving.json
 #
 # Another environment than .venv, and another torch: make VENV=/path/to/venv TORCH=2.14.1 test
 
@@ -14,7 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := examples/models/fashion-sd
 
-.PHONY: venv demo test test-quick test-capture lint bench bench-caching bench-quantization bench-pruning bench-real clean
+.PHONY: venv demo test test-quick test-capture lint bench bench-caching bench-quantization bench-pruning bench-real bench-serving clean
 
 venv: $(VENV)/.installed
 
@@ -64,6 +65,9 @@ bench-pruning: venv
 bench-real: venv
 	$(BIN)/python -m examples.real_sizes.models sd15 build/sd15
 	$(BIN)/python -m examples.real_sizes.bench build/sd15
+
+bench-serving: venv
+	$(BIN)/python -m examples.serving.load
 
 clean:
 	rm -rf build dist *.egg-info fashion.engine boots.png

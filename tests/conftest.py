@@ -29,6 +29,8 @@ SLOW = (
     *("examples/test_pruning", "lowering/test_onnx"),
     *("training/test_distill", "cli/test_bench", "cli/test_main", "transforms/test_drop_guidance"),
     *("transforms/test_outline_steps", "targets/test_onnxruntime", "cli/test_compare"),
+    *("serving/test_real_engine", "examples/test_serving", "cli/test_serve"),
+    *("serving/test_hostile_requests", "serving/test_app"),
     *("ir/test_program", "ir/test_call_tags", "caching/test_prior_noise"),
 )
 ORDER = {name: place for place, name in enumerate(SLOW)}

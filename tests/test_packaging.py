@@ -69,7 +69,8 @@ def test_the_wheel_has_every_module(tmp_path: Path) -> None:
         for package in PROJECT["tool"]["setuptools"]["packages"]
         for path in (ROOT / folder_of(package)).glob("*.py")
     }
-    assert names == ours | {"diffopt/py.typed", "diffopt/targets/devices.toml"}
+    data = {"diffopt/py.typed", "diffopt/serving/page.html", "diffopt/targets/devices.toml"}
+    assert names == ours | data
 
 
 def test_the_torch_that_make_installs_is_one_that_the_package_allows() -> None:

@@ -15,9 +15,11 @@ from diffopt.capture.module_state import pipeline_digests
 from diffopt.cli import load_model, timing
 from diffopt.cli import output as show
 from diffopt.cli.flags import BenchFlags
-from diffopt.cli.image_files import as_tensors, first_output
-from diffopt.cli.run import load_file, provenance, spread, traced_arguments
+from diffopt.cli.image_files import as_tensors
+from diffopt.cli.run import load_file, provenance, traced_arguments
 from diffopt.errors import DiffoptError
+from diffopt.host.outputs import first_output
+from diffopt.host.plain_arguments import as_traced
 from diffopt.ir.program import Program
 
 MODES = {"eager": None, "compile": "default", "max-autotune": "max-autotune"}
@@ -57,7 +59,7 @@ def run(flags: BenchFlags, arguments: Mapping[str, Any]) -> None:
 def _engine(engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Sampler:
     """Return the engine as a contender that makes `batch` images with these arguments."""
     count = _list_length(engine)
-    call = {**spread(engine, arguments), **as_tensors(engine)}
+    call = {**as_traced(engine.host, arguments), **as_tensors(engine)}
 
     def sampler(seed: int) -> Tensor:
         calls = [engine.host.seeded(call, seed + k) for k in range(0, batch, count)]
@@ -95,7 +97,7 @@ def _compare_weights(file: Path, engine: Any, source: str, pipe: Any) -> None:
 
 def _original(pipe: Any, engine: Any, arguments: Mapping[str, Any], batch: int) -> timing.Sampler:
     """Return the original pipeline as a contender, with the arguments of the traced call."""
-    call = {**traced_arguments(engine), **spread(engine, arguments), **as_tensors(engine)}
+    call = {**traced_arguments(engine), **as_traced(engine.host, arguments), **as_tensors(engine)}
     for name in ("prompt", "negative_prompt", "class_labels"):
         value = call.get(name)
         if (

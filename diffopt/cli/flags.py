@@ -298,3 +298,60 @@ class SensitivityFlags:
     settings: Settings = None
     steps: Steps = None
     as_json: Json = False
+
+
+@dataclass(frozen=True)
+class ServeFlags:
+    """The flags of `diffopt serve`."""
+
+    engines: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE…", help="The .engine files, which requests call by name."),
+    ]
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the bearer token is that clients must have; or in DIFFOPT_TOKEN.",
+        ),
+    ] = None
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most images of one run; by default as the engine allows."),
+    ] = None
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, help="How long an image waits for others to join its run.")
+    ] = 10.0
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="How many images may wait for an engine; then 503.")
+    ] = 64
+    max_images: Annotated[int, typer.Option(min=1, help="The largest n of a request.")] = 10
+    max_prompt: Annotated[int, typer.Option(min=1, help="The most characters of a text.")] = 32_000
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="The largest request.")] = 1.0
+    max_upload_mb: Annotated[
+        float, typer.Option(min=0.001, help="The largest request with pictures.")
+    ] = 16.0
+    body_seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long a client may take to send a request.")
+    ] = 30.0
+    file_seconds: Annotated[
+        float, typer.Option(min=1, help="How long a picture can be had by its URL.")
+    ] = 3600.0
+    max_files_mb: Annotated[
+        float, typer.Option(min=1, help="The memory of the pictures that have URLs.")
+    ] = 256.0
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="After SIGTERM, the time for what was accepted.")
+    ] = 30.0
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="Run on eager instead of what they were built for."),
+    ] = None
+    trusted_key: TrustedKeys = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load the engines, print the configuration, end.")
+    ] = False

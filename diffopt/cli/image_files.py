@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffopt.engine import picture_record
 from diffopt.errors import DiffoptError, first_line
+from diffopt.host.outputs import pictures_in
 from diffopt.storage.temporary import replacing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -31,16 +33,6 @@ def output_type(path: Path) -> str:
 def as_tensors(loaded: Any) -> dict[str, str]:
     """Return the arguments of a call whose result is tensors, of an engine or program."""
     return {"output_type": "pt"} if loaded.converts("pt") else {}
-
-
-def first_output(result: Any) -> Any:
-    """Return the main entry of a result: `.images`, `.frames`, `.audios` or else the first."""
-    for name in ("images", "frames", "audios", "sample"):
-        if hasattr(result, name):
-            return getattr(result, name)
-    if isinstance(result, dict):
-        return next(iter(result.values()))
-    return result[0] if isinstance(result, list | tuple) else result
 
 
 def grid(images: Sequence[Image.Image], gap: int = 2) -> Image.Image:
@@ -82,17 +74,25 @@ def columns(
     return sheet
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, atomically."""
+def save_picture(
+    picture: Image.Image, path: Path, told: picture_record.Record | None = None
+) -> None:
+    """Write a picture, atomically; a PNG file with what made it, where that is told."""
     kind = Image.registered_extensions()[path.suffix]
-    _replace(path, lambda file: picture.save(file, kind))
+    more = {"pnginfo": picture_record.as_text(told)} if told and path.suffix == ".png" else {}
+    _replace(path, lambda file: picture.save(file, kind, **more))
 
 
-def save(results: Sequence[Any], path: Path, number: int) -> int:
-    """Write the first `number` items of results to one file, atomically; return their count."""
+def save(
+    results: Sequence[Any], path: Path, number: int, told: picture_record.Record | None = None
+) -> int:
+    """Write the first `number` items of results to one file, atomically; return their count.
+
+    A PNG file has what made them, where that is `told`.
+    """
     if path.suffix in PICTURES:
-        pictures = [image for result in results for image in _pictures(result)][:number]
-        save_picture(grid(pictures), path)
+        pictures = [image for result in results for image in pictures_in(result)][:number]
+        save_picture(grid(pictures), path, told)
         return len(pictures)
     tensors = torch.cat([torch.as_tensor(result) for result in results])[:number]
     if path.suffix == ".npy":
@@ -100,14 +100,6 @@ def save(results: Sequence[Any], path: Path, number: int) -> int:
     else:
         _replace(path, lambda file: torch.save(tensors, file))
     return len(tensors)
-
-
-def _pictures(result: Any) -> list[Image.Image]:
-    if isinstance(result, Image.Image):
-        return [result]
-    if not isinstance(result, list | tuple):
-        raise DiffoptError("this model returns no pictures; write to a .pt or .npy file")
-    return [image for item in result for image in _pictures(item)]
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -12,7 +12,7 @@ from diffopt.analysis import weight_memory
 from diffopt.cli import heatmap, image_files
 from diffopt.cli import output as show
 from diffopt.core import Record
-from diffopt.engine import engine
+from diffopt.engine import engine, picture_record
 from diffopt.engine.engine_file import EngineFile
 from diffopt.errors import DiffoptError, VerifyError, printable
 from diffopt.ir import call_tags
@@ -44,6 +44,16 @@ def graph_text(program: Program, name: str) -> str:
     if name not in graphs:
         raise DiffoptError(f"there is no component '{name}'{suggest(name, graphs)}")
     return format_graph(graphs[name])
+
+
+def print_record(file: str, as_json: bool) -> None:
+    """Print what made a picture."""
+    told = picture_record.read(file)
+    if as_json:
+        show.print_json(told)
+        return
+    for name, value in told.items():
+        print(printable(f"{name}: {value}"))
 
 
 def save_picture(program: Program, output: Path) -> None:

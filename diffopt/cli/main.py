@@ -21,6 +21,7 @@ from diffopt.cli.flags import (
     OptimizeFlags,
     RunFlags,
     SensitivityFlags,
+    ServeFlags,
     Stats,
     TraceFlags,
     TrustedKeys,
@@ -154,6 +155,19 @@ def run(flags: RunFlags) -> None:
 
 
 @app.command(
+    epilog="diffopt serve out.engine --port 8000\n\n"
+    "diffopt serve many.engine edits.engine --max-wait-ms 20 --token-file token.txt\n\n"
+    "diffopt serve out.engine --dry-run"
+)
+@with_flags(ServeFlags)
+def serve(flags: ServeFlags) -> None:
+    """Serve engines over HTTP, as OpenAI's image API."""
+    from diffopt.cli import serve as serve_command
+
+    serve_command.run(flags)
+
+
+@app.command(
     epilog="diffopt bench out.engine --against eager,compile\n\n"
     "diffopt bench fast.engine --against eager,exact.engine --rounds 20 --json"
 )
@@ -188,10 +202,14 @@ def compare(flags: CompareFlags) -> None:
     epilog="diffopt inspect fashion.program\n\ndiffopt inspect out.engine --json\n\n"
     "diffopt inspect cached.program --picture heat.png\n\n"
     "diffopt inspect pruned.program --stats\n\n"
-    "diffopt inspect fashion.program --target h100"
+    "diffopt inspect fashion.program --target h100\n\n"
+    "diffopt inspect boot.png  # the prompt, the seed, the engine"
 )
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help=f"An .engine file, or {MODEL_HELP}")],
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help=f"An .engine file, a .png of ours, or {MODEL_HELP}"),
+    ],
     graph: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Print this component's graph ('program': the outer)."),
@@ -215,11 +233,14 @@ def inspect(
     stats: Stats = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a program or an engine consists of, and what each step calls."""
+    """Show what a program or an engine consists of, what each step calls, or what made a PNG."""
     from diffopt.cli import image_files
     from diffopt.cli import inspect as inspect_command
     from diffopt.lowering.target import parse_hardware
 
+    if file.endswith(".png"):
+        inspect_command.print_record(file, as_json)
+        return
     hardware = None if target is None else parse_hardware(target)
     if picture is not None:
         _expect(picture, *image_files.PICTURES)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffopt.cli import image_files
 from diffopt.cli.flags import RunFlags
 from diffopt.core import Progress
-from diffopt.engine import engine
+from diffopt.engine import engine, picture_record
 from diffopt.engine.steps import OnStep, Step
 from diffopt.errors import DiffoptError, first_line
+from diffopt.host.outputs import first_output
+from diffopt.host.plain_arguments import as_traced
 from diffopt.ir.program import Program
 
 
@@ -45,25 +45,6 @@ def provenance(loaded: Any) -> Mapping[str, Any]:
     return vars(loaded) if isinstance(loaded, Program) else loaded.manifest
 
 
-def spread(loaded: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments as the traced call had them: a tensor for numbers, a list for one value.
-
-    The command line has no tensors, and a single value stands for each image.
-    """
-    return {
-        name: _as_traced(value, loaded.host.schema.get(name, {}))
-        for name, value in arguments.items()
-    }
-
-
-def _as_traced(value: Any, traced: Mapping[str, Any]) -> Any:
-    if "list" in traced and not isinstance(value, list):
-        return [value] * len(traced["list"])
-    if "tensor" in traced and isinstance(value, (int, float, list)):
-        return torch.tensor(value, dtype=getattr(torch, traced["tensor"][0]))
-    return value
-
-
 def sample(
     loaded: Any, arguments: Mapping[str, Any], seed: int | None, number: int, progress: Progress
 ) -> list[Any]:
@@ -82,7 +63,7 @@ def sample(
             " the same; leave -n out"
         )
     first = seed or 0
-    call = spread(loaded, arguments)
+    call = as_traced(loaded.host, arguments)
     results: list[Any] = []
     done = 0
     while done < number:
@@ -90,7 +71,7 @@ def sample(
         count = min(high, max(low, number - done))
         calls = [loaded.host.seeded(call, first + done + k) for k in range(count)]
         for result in _served(loaded, calls, _Steps(progress, done, count, number)):
-            results.append(image_files.first_output(result))
+            results.append(first_output(result))
         done = sum(map(len, results))
     return results
 
@@ -136,5 +117,7 @@ def run(flags: RunFlags, arguments: Mapping[str, Any], seed: int | None, progres
     if kind == "pil":
         arguments["output_type"] = kind
     results = sample(loaded, arguments, seed, flags.number, progress)
-    written = image_files.save(results, flags.output, flags.number)
+    first = {"seed": seed or 0} if loaded.host.takes_seed() else {}
+    told = picture_record.record(loaded, arguments | first, images=flags.number)
+    written = image_files.save(results, flags.output, flags.number, told)
     return f"{written} {'image' if kind == 'pil' else 'item'}{'s' if written != 1 else ''}"

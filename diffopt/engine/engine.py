@@ -347,7 +347,7 @@ class Engine:
         """Run the engine as the pipeline was called, and return what the pipeline returns.
 
         Args:
-            on_step: Called with a `Step` (see `engine.steps`) after each step of sampling; False ends the run.
+            on_step: Called with a `steps.Step` after each step of sampling; False ends the run.
             **arguments: Those of the pipeline's call: `prompt`, `generator`, `latents`, …; `seed`
                 stands for a generator; `output_type` is "pil", "np" or "pt". diffusers'
                 `callback_on_step_end` is called with the engine in place of the pipeline.
@@ -387,18 +387,14 @@ class Engine:
         """Tell whether the result can be had as this `output_type`."""
         return self._outer.converts(output_type)
 
-    def run(
-        self, tensors: Sequence[Tensor], *, on_step: OnStep | None = None
-    ) -> list[Tensor]:
+    def run(self, tensors: Sequence[Tensor], *, on_step: OnStep | None = None) -> list[Tensor]:
         """Return the flat outputs for flat inputs; others than `inputs` are a `DiffoptError`.
 
         `on_step` is called as in a call of the engine.
         """
         return self._run(tensors, on_step, self._cancels)
 
-    def _run(
-        self, tensors: Sequence[Tensor], on_step: OnStep | None, cancels: int
-    ) -> list[Tensor]:
+    def _run(self, tensors: Sequence[Tensor], on_step: OnStep | None, cancels: int) -> list[Tensor]:
         """Run the graph; calls that began before the last of `cancels` end."""
         if on_step is not None and not self._boundaries:
             raise DiffoptError(
@@ -423,6 +419,18 @@ class Engine:
         """Raise a `DiffoptError` for a damaged file, or infinite outputs for the sample inputs."""
         self._file.archive.verify()
         self._outer.expect_finite(self.run, str(self.path))
+
+    def check(self, /, **arguments: Any) -> None:
+        """Raise the `DiffoptError` that a call with these arguments would, without running it."""
+        self._outer.prepare(**arguments)
+
+    def picture_sizes(self) -> list[tuple[int, int]]:
+        """Return the width and height of each picture that a call returns."""
+        return self._outer.picture_sizes()
+
+    def digest(self) -> str:
+        """Return a hash of the manifest, and so of everything in the file."""
+        return self._file.digest()
 
     def __reduce__(self) -> Any:
         """Pickle the path of the file: another process maps it, too."""

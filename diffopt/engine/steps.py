@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,12 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffopt.errors import Cancelled, DiffoptError
+from diffopt.host.outputs import first_output, pictures_in
 from diffopt.ir.batching import per_request
 from diffopt.ir.step_boundaries import Boundary
 from diffopt.lowering.executor import Pause
-
-if TYPE_CHECKING:
-    from diffopt.engine.engine import Engine
 
 OnStep = Callable[["Step"], object]
 """Called after each step of sampling; False ends the run."""
@@ -90,15 +88,25 @@ class Step:
         return f"<Step {self.index} of {self.total}, {self.seconds:.2f} s>"
 
 
+class Decoder(Protocol):
+    """What previews ask of an engine."""
+
+    @property
+    def batch(self) -> tuple[int, int] | None:
+        """The fewest and the most requests of one run."""
+
+    def picture_sizes(self) -> list[tuple[int, int]]:
+        """Return the size of each picture that a call returns."""
+
+    def pack(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the flat outputs of a request as the pipeline returns them."""
+
+
 class Preview:
-    """Makes pictures of latents, and keeps the linear map between the two.
+    """Makes pictures of latents, and keeps the linear map between the two."""
 
-    Attributes:
-        engine: What makes them.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Decoder) -> None:
+        self._engine = engine
         self._size = (0, 0)
         self._map: Tensor | None = None
 
@@ -107,26 +115,17 @@ class Preview:
         latents = pause.latents
         if how == "linear" and self._map is not None and latents is not None:
             return _colours(_positions(latents, self._size), self._map)
+        if not self._engine.picture_sizes():
+            raise DiffoptError("this engine returns no pictures, so there are no previews of them")
         outputs = pause.finish()
         if outputs is None or latents is None:
             raise DiffoptError(UNKNOWN)
-        results = [self.engine.pack(each) for each in per_request(outputs, self.engine.batch)]
-        pictures = [picture for result in results for picture in _pictures(result)]
-        if not pictures:
-            raise DiffoptError("this engine returns no pictures, so there are no previews of them")
+        results = [self._engine.pack(each) for each in per_request(outputs, self._engine.batch)]
+        pictures = [picture for each in results for picture in pictures_in(first_output(each))]
         if how == "linear":
             self._size = pictures[0].size
             self._map = _fitted(_positions(latents, self._size), pictures)
         return pictures
-
-
-def _pictures(result: Any) -> Iterator[Image.Image]:
-    """Yield the pictures in what a pipeline returns."""
-    if isinstance(result, Image.Image):
-        yield result
-    elif isinstance(result, (Mapping, list, tuple)):
-        for item in result.values() if isinstance(result, Mapping) else result:
-            yield from _pictures(item)
 
 
 def _positions(latents: Tensor, size: tuple[int, int]) -> Tensor:
@@ -175,7 +174,7 @@ def _with_one(positions: Tensor) -> Tensor:
     return torch.cat([positions, torch.ones_like(positions[..., :1])], -1)
 
 
-def from_callback(engine: Engine, arguments: dict[str, Any]) -> OnStep | None:
+def from_callback(engine: object, arguments: dict[str, Any]) -> OnStep | None:
     """Take diffusers' callback out of a call's arguments; return it as a function of a `Step`.
 
     It is called with the engine in place of the pipeline.

@@ -7,6 +7,7 @@ random draws, pictures, numbers, tensors that are arguments themselves. The step
 
 import dataclasses
 import difflib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -437,6 +438,10 @@ class Host:
         `generator=torch.Generator().manual_seed(seed)`, or for one generator an image (seed,
         seed + 1, …) where the program was traced with a list of them.
         """
+        with _PREPARING:
+            return self._prepare(arguments)
+
+    def _prepare(self, arguments: Mapping[str, Any]) -> list[Tensor]:
         call = CallArguments(self, dict(arguments))
         for array_read in self.array_reads:
             array_read.check(call.arguments)
@@ -533,6 +538,9 @@ class Host:
         host.array_reads = [ArrayRead(*row) for row in data.get("array_reads", ())]
         return host
 
+
+_PREPARING = threading.RLock()
+"""Tokenizers of transformers raise where two threads use one at once."""
 
 _UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, MemoryError)
 """What torch and numpy raise for arguments of which they make no tensor."""

@@ -1,6 +1,7 @@
 """Host-side packing: from a graph's flat outputs to what the pipeline returns."""
 
 import dataclasses
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,6 +166,41 @@ def _parts(data: Any) -> Iterator[tuple[str, int, int]]:
             yield kind, value, 0
         elif kind in ("array", "image"):
             yield kind, value[0], len(value) - 1
+
+
+def picture_sizes(data: Any, values: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the width and height of each picture in a result of this structure.
+
+    Args:
+        data: The structure; see `pack`.
+        values: The flat outputs, or fake ones of their types.
+    """
+    sizes: list[tuple[int, int]] = []
+    for kind, index, indexed in _parts(data):
+        if _is_image(values, kind, index, indexed):
+            shape = list(values[index].shape[indexed:])
+            height, width = shape[-2:] if kind == "tensor" else shape[-3:-1]
+            sizes += [(width, height)] * math.prod(shape[:-3])
+    return sizes
+
+
+def first_output(result: Any) -> Any:
+    """Return the main entry of a result: `.images`, `.frames`, `.audios` or else the first."""
+    for name in ("images", "frames", "audios", "sample"):
+        if hasattr(result, name):
+            return getattr(result, name)
+    if isinstance(result, dict):
+        return next(iter(result.values()))
+    return result[0] if isinstance(result, list | tuple) else result
+
+
+def pictures_in(output: Any) -> list[Image.Image]:
+    """Return the pictures in the main entry of a result; a `DiffoptError` if it is no picture."""
+    if isinstance(output, Image.Image):
+        return [output]
+    if not isinstance(output, list | tuple):
+        raise DiffoptError("this model returns no pictures; write to a .pt or .npy file")
+    return [image for item in output for image in pictures_in(item)]
 
 
 def to_images(array: np.ndarray, output_type: str) -> Any:

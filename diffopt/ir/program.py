@@ -20,7 +20,7 @@ from diffopt.errors import DiffoptError, VerifyError, expect_path
 from diffopt.host.arguments import leaves
 from diffopt.host.guards import Guards, Mismatch, mismatch
 from diffopt.host.inputs import Computed, Host
-from diffopt.host.outputs import expect_convertible, pack
+from diffopt.host.outputs import expect_convertible, pack, picture_sizes
 from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
 from diffopt.ir import graph as g
 from diffopt.ir.flat_inputs import FlatInputs
@@ -128,7 +128,7 @@ class Program:
         self.variants = [*self.variants[1 - MAX_VARIANTS :], variant]
         return variant, variant.prepare(**arguments)
 
-    def prepare(self, **arguments: Any) -> list[Tensor]:
+    def prepare(self, /, **arguments: Any) -> list[Tensor]:
         """Return the flat inputs for a call with these arguments: those of one request.
 
         Where that raises, the generators' states are restored.
@@ -186,9 +186,16 @@ class Program:
         traced = self.host.traced_output_type()
         if output_type == traced:
             return
+        expect_convertible(self.host.output, self._output_types(), traced, output_type)
+
+    def picture_sizes(self) -> list[tuple[int, int]]:
+        """Return the width and height of each picture that a call returns."""
+        return picture_sizes(self.host.output, self._output_types())
+
+    def _output_types(self) -> list[Tensor]:
+        """Return the fake flat outputs of one request."""
         types = [node.meta["val"] for node in g.outputs(self.root)]
-        values = [value[0] if self.batch else value for value in types]
-        expect_convertible(self.host.output, values, traced, output_type)
+        return [value[0] if self.batch else value for value in types]
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Execute the graph on flat inputs, and return its flat outputs."""

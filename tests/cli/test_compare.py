@@ -15,9 +15,9 @@ import diffopt as compiler
 from diffopt.capture.trace import trace_function
 from diffopt.cli import compare as compare_command
 from diffopt.cli import image_files, image_metrics
-from diffopt.cli.image_files import first_output
 from diffopt.core.equivalence import difference
 from diffopt.engine.engine import build
+from diffopt.host.outputs import first_output
 from diffopt.ir.program import Program
 from tests.command import Run
 from tests.zoo import CASES

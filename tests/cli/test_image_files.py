@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffopt.cli import image_files
 from diffopt.errors import DiffoptError
+from diffopt.host.outputs import first_output
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_grid(count: int, columns: int, rows: int) -> None:
     ],
 )
 def test_first_output(result: object, first: object) -> None:
-    assert image_files.first_output(result) == first
+    assert first_output(result) == first
 
 
 def test_several_calls_become_one_file(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Engines behind HTTP: OpenAI's image API, requests batched as they come."""
