@@ -360,7 +360,7 @@ class LibraryFunction:
             constants: Further arguments, the same in every call (see `load_time_graph`).
         """
         self._strides = strides
-        self._constants = list(constants)
+        self.constants = list(constants)
         self._run, weights = library
         weakref.finalize(self, _release, weights).atexit = False
 
@@ -371,7 +371,7 @@ class LibraryFunction:
                 tensors[index] = tensors[index].contiguous()
             elif tensors[index].stride() != stride:
                 tensors[index] = with_strides(tensors[index], stride)
-        return self._run(tensors + self._constants)
+        return self._run(tensors + self.constants)
 
 
 def component_function(

@@ -8,7 +8,7 @@ A device alone stands for the lowering with the name of its kind: `cuda`, `cpu`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -110,6 +110,8 @@ class Target:
         input_devices: The types of torch's devices on which inputs of a run may be.
         is_native: Whether engines hold more than graphs: code for the machine, or files that
             libraries of others read.
+        reads_weights: Whether what it loads reads the engine's weights; otherwise they are in its
+            kernels, even where the engine keeps them too.
         device: The device to build for; empty where none was named.
     """
 
@@ -117,6 +119,7 @@ class Target:
     kinds: ClassVar[tuple[str, ...]] = ("cpu",)
     input_devices: ClassVar[tuple[str, ...]] = ("cpu",)
     is_native: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = True
 
     device: str = field(default="", kw_only=True, metadata={"written": False})
 
@@ -147,6 +150,21 @@ class Target:
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Return a function for every component of an engine."""
         raise NotImplementedError
+
+    def reload(
+        self,
+        engine: EngineContents,
+        bodies: Mapping[str, ComponentFunction],
+        changed: Set[str],
+    ) -> dict[str, ComponentFunction]:
+        """Return the functions of all components once weights have changed in place.
+
+        Args:
+            engine: The engine.
+            bodies: What `load`, or this, has returned before.
+            changed: The keys of the tensors that hold something else now.
+        """
+        return self.load(engine)
 
     def executor(self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction]) -> Executor:
         """Return the executor of the outer graph, which calls the components."""

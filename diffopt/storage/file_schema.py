@@ -343,6 +343,31 @@ class LengthRow(TypedDict):
     axes: Annotated[list[tuple[Count, Count, StrictInt]], Field(min_length=1)]
 
 
+# Where a tensor comes from (see `ir.weight_origins`); texts are keys of tensors.
+OriginKinds = TypedDict(  # noqa: UP013
+    "OriginKinds",
+    {
+        "weight": tuple[Line, list[Count]],
+        "constant": list[Count],
+        "scaled": "tuple[Origin, Line]",
+        "product": "tuple[Origin, Line]",
+        "sum": "list[Origin]",
+        "joined": "list[Origin]",
+    },
+    total=False,
+)
+Origin = TypeAliasType("Origin", "Annotated[OriginKinds, OneKind]")
+
+
+@with_config(_CLOSED)
+class Origins(TypedDict):
+    """The names of the pipeline's weights, those closed by pass, and each tensor's origin."""
+
+    weights: list[Line]
+    closed: dict[Line, list[Line]]
+    tensors: dict[Line, Origin]
+
+
 @with_config(_CLOSED)
 class ProgramRow(TypedDict):
     """`program.json`; see `ir.program.Program`."""
@@ -359,6 +384,7 @@ class ProgramRow(TypedDict):
     batch: NotRequired[tuple[Count, Count] | None]
     check: NotRequired[Line]
     lengths: NotRequired[list[LengthRow]]
+    origins: NotRequired[Origins]
 
 
 def _calls(data: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from diffopt.ir import graph as g
-from diffopt.ir import qdq
+from diffopt.ir import qdq, weight_origins
 from diffopt.ir.aliasing import storage_owner
 from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.nodes import is_pure, is_pure_graph, replace_node
@@ -42,9 +42,11 @@ def fold_constants(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip:
             folded[node] = None
     with torch.no_grad():
         values = Interpreter(gm, [n for n in constant if n in folded]).values()
+    sources = {node: _sources(gm, node) for node in values}
     for node, tensor in values.items():
         # A slice of a larger temporary would keep all of its memory.
         tensor = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        weight_origins.record_computed(tensor, sources[node])
         with gm.graph.inserting_before(node):
             result = g.get_attr(gm, f"constant_{node.name}", tensor)
         if "module" in node.meta:
@@ -83,6 +85,17 @@ def _is_kept(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> b
     return False
 
 
+def _sources(gm: fx.GraphModule, node: fx.Node) -> list[Tensor]:
+    """Return the stored tensors that a node is computed from, those of components that it calls."""
+    tensors = []
+    for each in g.ancestors([node]):
+        if each.op == "get_attr":
+            tensors.append(g.attribute(gm, str(each.target)))
+        elif each.op == "call_module":
+            tensors += [t for _, t in g.named_tensors(g.attribute(gm, str(each.target)))]
+    return tensors
+
+
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> Any:
     """Return the value of a constant node."""
     with torch.no_grad():
@@ -105,6 +118,7 @@ def share_equal_constants(program: Program, keys: dict[int, tuple[Tensor, Any]])
                 keys[id(tensor)] = tensor, _content(tensor)
             same = first.setdefault(keys[id(tensor)][1], tensor)
             if same is not tensor:
+                weight_origins.record_computed(same, (same, tensor))
                 gm._buffers[name] = same
                 count += 1
     return count

@@ -1,0 +1,196 @@
+"""Low-rank adapters (LoRA) of a loaded engine: they change its weights in place, and are taken off.
+
+An engine's tensors are the pipeline's weights, or were made of them by passes. How they change with
+the pipeline's weights is in the file (see `ir.weight_origins`), and a LoRA's change goes the same
+way. Of weights for which that is not known, layers are refused by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.engine.engine_file import EngineFile
+from diffopt.engine.lora_files import Layer, Names, read
+from diffopt.errors import DiffoptError
+from diffopt.ir import weight_origins
+
+log = logging.getLogger("diffopt")
+
+
+@dataclass(eq=False)
+class _Lora:
+    """A LoRA that is loaded, and the layers that change each weight of the pipeline."""
+
+    path: str
+    scale: float
+    layers: Mapping[str, list[Layer]]
+
+
+class Loras:
+    """The adapters of a loaded engine.
+
+    Args:
+        file: The engine, whose tensors are changed in place.
+    """
+
+    def __init__(self, file: EngineFile) -> None:
+        self._file = file
+        self._loras: dict[str, _Lora] = {}
+        self._before: dict[str, Tensor] = {}
+        data = file.program_json().get("origins")
+        if data is None:
+            raise DiffoptError(
+                f"{file.path}: does not say which weights of the pipeline it has, as engines of"
+                " earlier versions and of functions do not; build it again from the pipeline"
+            )
+        with file.archive.making("member program.json"):
+            self._origins = self._read(data["tensors"])
+        self._closed = {name: by for by, names in data["closed"].items() for name in names}
+        self._names = Names(data["weights"])
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._followers: dict[str, list[str]] = {}
+        for key, origin in self._origins.items():
+            for weight in weight_origins.weights(origin):
+                self._shapes[weight.name] = weight.shape
+                self._followers.setdefault(weight.name, []).append(key)
+
+    def _read(self, rows: Mapping[str, Any]) -> dict[str, weight_origins.Origin]:
+        tensors = self._file.tensors
+        origins = {k: weight_origins.from_json(row, tensors) for k, row in rows.items()}
+        for key, origin in origins.items():
+            shape = tuple(tensors[key].shape)
+            if weight_origins.shape_of(origin) != shape or not tensors[key].is_floating_point():
+                raise ValueError(f"{key!r} of the shape {list(shape)} comes from another")
+        return origins
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scale of each LoRA by name, in the order in which they were loaded."""
+        return {name: lora.scale for name, lora in self._loras.items()}
+
+    @property
+    def arguments(self) -> list[tuple[str, float, str]]:
+        """What to call `load` with for the same adapters."""
+        return [(lora.path, lora.scale, name) for name, lora in self._loras.items()]
+
+    def load(self, path: str | os.PathLike[str], scale: float, name: str | None) -> set[str]:
+        """Add a LoRA; return the keys of the tensors that it has changed.
+
+        A file that does not fit as a whole is a `DiffoptError`, and changes nothing.
+        """
+        name = Path(path).stem if name is None else name
+        if name in self._loras:
+            raise DiffoptError(f"a LoRA '{name}' is loaded already: give this one another name")
+        layers = self._matched(path, read(path))
+        self._loras[name] = _Lora(os.path.abspath(path), _number(scale), layers)
+        return self._apply(layers)
+
+    def set_scale(self, name: str, scale: float) -> set[str]:
+        """Change the scale of a LoRA; return the keys of the tensors that it has changed."""
+        lora = self._find(name)
+        lora.scale = _number(scale)
+        return self._apply(lora.layers)
+
+    def unload(self, name: str | None) -> set[str]:
+        """Take off a LoRA, or all; return the keys of the tensors that have changed."""
+        taken = [name] if name is not None else list(self._loras)
+        layers = {weight for each in taken for weight in self._find(each).layers}
+        for each in taken:
+            del self._loras[each]
+        return self._apply(layers)
+
+    def _find(self, name: str) -> _Lora:
+        if name not in self._loras:
+            known = ", ".join(self._loras) or "none"
+            raise DiffoptError(f"there is no LoRA '{name}'; loaded: {known}")
+        return self._loras[name]
+
+    def _matched(
+        self, path: str | os.PathLike[str], layers: Iterable[Layer]
+    ) -> dict[str, list[Layer]]:
+        """Return the layers by the weight of the pipeline that they change."""
+        found: dict[str, list[Layer]] = {}
+        unknown, closed, misfits, unread = [], [], [], []
+        for layer in layers:
+            weight = self._names.find(layer.key)
+            if weight is None:
+                unknown.append(layer.key)
+            elif weight in self._closed:
+                closed.append(weight)
+            elif weight not in self._shapes:
+                unread.append(weight)
+            elif reason := layer.misfit(self._shapes[weight]):
+                misfits.append(reason)
+            else:
+                found.setdefault(weight, []).append(layer)
+        if unknown:
+            raise DiffoptError(
+                f"{path}: {_some(unknown)}: the engine's pipeline has no such layers"
+            )
+        if closed:
+            raise DiffoptError(
+                f"{path}: changes {_some(closed)}, of which {self._closed[closed[0]]} has computed"
+                " something else: build an engine without that, or fuse the LoRA into the pipeline"
+                " and build it again"
+            )
+        if misfits:
+            raise DiffoptError(f"{path}: {misfits[0]}")
+        if not found:
+            raise DiffoptError(f"{path}: changes {_some(unread)}, which the engine never reads")
+        if unread:
+            log.warning("%s changes %s, which the engine never reads", path, _some(unread))
+        return found
+
+    def _apply(self, changed: Iterable[str]) -> set[str]:
+        """Compute the tensors anew that follow from weights of the pipeline; return their keys."""
+        keys = {key for weight in changed for key in self._followers[weight]}
+        used = {weight for lora in self._loras.values() for weight in lora.layers}
+        with torch.no_grad():
+            for key in keys:
+                origin, tensor = self._origins[key], self._file.tensors[key]
+                before = self._before.setdefault(key, tensor.clone())
+                names = {weight.name for weight in weight_origins.weights(origin)} & used
+                if names:
+                    tensor.copy_(self._changed(before, origin, names))
+                else:
+                    tensor.copy_(self._before.pop(key))
+        return keys
+
+    def _changed(self, before: Tensor, origin: weight_origins.Origin, names: set[str]) -> Tensor:
+        """Return a tensor with the changes of all adapters, which is to be rounded once."""
+        dtype = torch.promote_types(before.dtype, torch.float32)
+        changes = {name: self._change(name, dtype) for name in names}
+        change = weight_origins.change(origin, changes)
+        return before if change is None else before.to(dtype) + change
+
+    def _change(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return how all adapters together change a weight of the pipeline."""
+        changes = (
+            layer.change(self._shapes[name], dtype).mul_(lora.scale)
+            for lora in self._loras.values()
+            for layer in lora.layers.get(name, ())
+        )
+        first = next(changes)
+        for other in changes:
+            first += other
+        return first
+
+
+def _number(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale != scale:
+        raise DiffoptError(f"scale={scale!r}: must be a number")
+    return float(scale)
+
+
+def _some(names: list[str]) -> str:
+    """Return the first few of some names, and how many there are."""
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
