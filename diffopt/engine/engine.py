@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from diffopt.engine.engine_file import FORMAT, KERNELS, KIND, EngineFile, is_component
 from diffopt.engine.lora import Loras
@@ -370,7 +370,7 @@ class Engine:
                 f" LoRA; see `diffopt targets {self.target.name}`, or fuse it into the pipeline and"
                 " build the engine again"
             )
-        return Loras(self._file)
+        return Loras(self._file, self._computed)
 
     @property
     def loras(self) -> dict[str, float]:
@@ -405,8 +405,16 @@ class Engine:
         """Take off a LoRA, or all; without any, each weight has the bits that it had before."""
         self._follow(self._loras.unload(name))
 
+    def _computed(self, graph: fx.GraphModule) -> Tensor:
+        """Return the result of an outer graph without inputs."""
+        return self.target.executor(graph, self._bodies).run([])[0]
+
     def _follow(self, changed: set[str]) -> None:
-        """Load again what was made of tensors that have changed in place."""
+        """Load again what was made of weights that have changed in place, and of constants."""
+        self._reload(changed)
+        self._reload(self._loras.refresh())
+
+    def _reload(self, changed: set[str]) -> None:
         if not changed:
             return
         data = self._file.program_json()

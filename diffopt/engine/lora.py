@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt.engine.computed_constants import ComputedConstant, Run
 from diffopt.engine.engine_file import EngineFile
-from diffopt.engine.lora_files import Layer, Names, read
+from diffopt.engine.lora_files import Layer, read
+from diffopt.engine.lora_names import Names
 from diffopt.errors import DiffoptError
-from diffopt.ir import weight_origins
+from diffopt.ir import serialize, weight_origins
+from diffopt.ir.program import CONSTANT
 
 log = logging.getLogger("diffopt")
 
 
 @dataclass(eq=False)
 class _Lora:
-    """A LoRA that is loaded, and the layers that change each weight of the pipeline."""
+    """A LoRA that is loaded, and the layer that changes each weight of the pipeline."""
 
     path: str
     scale: float
-    layers: Mapping[str, list[Layer]]
+    layers: Mapping[str, Layer]
 
 
 class Loras:
@@ -39,13 +42,16 @@ class Loras:
 
     Args:
         file: The engine, whose tensors are changed in place.
+        run: Runs a graph that calls its components.
     """
 
-    def __init__(self, file: EngineFile) -> None:
-        self._file = file
+    def __init__(self, file: EngineFile, run: Run) -> None:
+        self._file, self._run = file, run
         self._loras: dict[str, _Lora] = {}
         self._before: dict[str, Tensor] = {}
-        data = file.program_json().get("origins")
+        self._stale: set[str] = set()
+        program = file.program_json()
+        data = program.get("origins")
         if data is None:
             raise DiffoptError(
                 f"{file.path}: does not say which weights of the pipeline it has, as engines of"
@@ -53,6 +59,7 @@ class Loras:
             )
         with file.archive.making("member program.json"):
             self._origins = self._read(data["tensors"])
+            self._constants = self._read_constants(data["computed"], program["graphs"])
         self._closed = {name: by for by, names in data["closed"].items() for name in names}
         self._names = Names(data["weights"])
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -70,6 +77,18 @@ class Loras:
             if weight_origins.shape_of(origin) != shape or not tensors[key].is_floating_point():
                 raise ValueError(f"{key!r} of the shape {list(shape)} comes from another")
         return origins
+
+    def _read_constants(
+        self, rows: Mapping[str, list[str]], graphs: Mapping[str, Any]
+    ) -> dict[str, ComputedConstant]:
+        constants = {}
+        for number, (key, names) in enumerate(rows.items()):
+            data = graphs[f"{CONSTANT}{number})"]
+            tensors = {n: self._file.tensors[k] for n, (k, _, _) in data["tensors"].items()}
+            graph = serialize.graph_from_json(data["nodes"], "constant", tensors, {})
+            tensor = self._file.tensors[key]
+            constants[key] = ComputedConstant(tensor, frozenset(names), graph, graphs)
+        return constants
 
     @property
     def scales(self) -> dict[str, float]:
@@ -90,6 +109,7 @@ class Loras:
         if name in self._loras:
             raise DiffoptError(f"a LoRA '{name}' is loaded already: give this one another name")
         layers = self._matched(path, read(path))
+        self._expect_computable(path, layers)
         self._loras[name] = _Lora(os.path.abspath(path), _number(scale), layers)
         return self._apply(layers)
 
@@ -113,11 +133,9 @@ class Loras:
             raise DiffoptError(f"there is no LoRA '{name}'; loaded: {known}")
         return self._loras[name]
 
-    def _matched(
-        self, path: str | os.PathLike[str], layers: Iterable[Layer]
-    ) -> dict[str, list[Layer]]:
+    def _matched(self, path: str | os.PathLike[str], layers: Iterable[Layer]) -> dict[str, Layer]:
         """Return the layers by the weight of the pipeline that they change."""
-        found: dict[str, list[Layer]] = {}
+        found: dict[str, Layer] = {}
         unknown, closed, misfits, unread = [], [], [], []
         for layer in layers:
             weight = self._names.find(layer.key)
@@ -129,8 +147,10 @@ class Loras:
                 unread.append(weight)
             elif reason := layer.misfit(self._shapes[weight]):
                 misfits.append(reason)
+            elif weight in found:
+                misfits.append(f"{found[weight].key} and {layer.key} are the same layer")
             else:
-                found.setdefault(weight, []).append(layer)
+                found[weight] = layer
         if unknown:
             raise DiffoptError(
                 f"{path}: {_some(unknown)}: the engine's pipeline has no such layers"
@@ -149,8 +169,36 @@ class Loras:
             log.warning("%s changes %s, which the engine never reads", path, _some(unread))
         return found
 
-    def _apply(self, changed: Iterable[str]) -> set[str]:
+    def _expect_computable(self, path: str | os.PathLike[str], changed: Collection[str]) -> None:
+        """Raise a `DiffoptError` where a constant depends on weights, and nobody knows how."""
+        for constant in self._constants.values():
+            names = sorted(constant.names.intersection(changed))
+            if names and not constant.is_found(self._run):
+                raise DiffoptError(
+                    f"{path}: changes {_some(names)}, of which a constant was computed that the"
+                    " engine cannot compute again, as of a bound prompt: make the prompt an input,"
+                    " or fuse the LoRA into the pipeline, and build it again"
+                )
+
+    def refresh(self) -> set[str]:
+        """Compute constants anew, once components have the changed weights; return their keys."""
+        keys, self._stale = self._stale, set()
+        used = {weight for lora in self._loras.values() for weight in lora.layers}
+        with torch.no_grad():
+            for key in keys:
+                constant = self._constants[key]
+                self._before.setdefault(key, constant.tensor.clone())
+                if constant.names.isdisjoint(used):
+                    constant.tensor.copy_(self._before.pop(key))
+                else:
+                    constant.compute(self._run)
+        return keys
+
+    def _apply(self, changed: Collection[str]) -> set[str]:
         """Compute the tensors anew that follow from weights of the pipeline; return their keys."""
+        for key, constant in self._constants.items():
+            if not constant.names.isdisjoint(changed):
+                self._stale.add(key)
         keys = {key for weight in changed for key in self._followers[weight]}
         used = {weight for lora in self._loras.values() for weight in lora.layers}
         with torch.no_grad():
@@ -173,15 +221,10 @@ class Loras:
 
     def _change(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return how all adapters together change a weight of the pipeline."""
-        changes = (
-            layer.change(self._shapes[name], dtype).mul_(lora.scale)
-            for lora in self._loras.values()
-            for layer in lora.layers.get(name, ())
-        )
-        first = next(changes)
-        for other in changes:
-            first += other
-        return first
+        loras = [lora for lora in self._loras.values() if name in lora.layers]
+        shape = self._shapes[name]
+        first, *rest = (lora.layers[name].change(shape, dtype) * lora.scale for lora in loras)
+        return sum(rest, first)
 
 
 def _number(scale: float) -> float:

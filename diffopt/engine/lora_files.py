@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ _PART = re.compile(
 _ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
 # Of attention processors in earlier versions of diffusers.
 _PROCESSOR = re.compile(r"\.processor\.(to_[a-z]+(?:_proj)?)_lora\.")
-_KOHYA = re.compile(r"lora_(?P<network>unet|transformer|te[1-9]?)_(?P<rest>.+)")
 _KINDS = {
     "lora_magnitude_vector": "DoRA",
     "dora_scale": "DoRA",
@@ -196,47 +195,3 @@ def _layers(file: Path, tensors: Mapping[str, Tensor], settings: _Settings) -> l
     if not layers:
         raise DiffoptError(f"{file}: has no LoRA")
     return layers
-
-
-class Names:
-    """The weights of a pipeline, by the names that adapters have for their layers.
-
-    Args:
-        weights: Names of components, a dot, and the weight's own.
-    """
-
-    def __init__(self, weights: Collection[str]) -> None:
-        self._components = {name.partition(".")[0] for name in weights}
-        self._weights = {}
-        for name in weights:
-            component, _, rest = name.partition(".")
-            # PEFT keeps a layer that has an adapter inside of the adapter.
-            layer = rest.removesuffix(".weight").removesuffix(".base_layer")
-            if rest.endswith(".weight"):
-                self._weights[component, layer.replace(".", "_")] = name
-
-    def find(self, layer: str) -> str | None:
-        """Return the one weight that an adapter's layer stands for; None for none or several."""
-        components, rest = self._split(layer)
-        flat = rest.replace(".", "_")
-        # transformers had a text encoder's layers within a `text_model`, and has not any more.
-        inner = flat.removeprefix("text_model_")
-        for text in (flat, inner, f"text_model_{inner}"):
-            found = [self._weights.get((component, text)) for component in sorted(components)]
-            names = [name for name in found if name is not None]
-            if names:
-                return names[0] if len(names) == 1 else None
-        return None
-
-    def _split(self, layer: str) -> tuple[Collection[str], str]:
-        """Return the components that a layer may be of, and its name there."""
-        if match := _KOHYA.fullmatch(layer):
-            network = match["network"]
-            number = network.removeprefix("te").strip("1")
-            text = f"text_encoder_{number}" if number else "text_encoder"
-            names = ("unet", "transformer") if not network.startswith("te") else (text,)
-            return self._components.intersection(names), match["rest"]
-        component, _, rest = layer.partition(".")
-        if component in self._components:
-            return (component,), rest
-        return self._components, layer

@@ -36,6 +36,11 @@ log = logging.getLogger("diffopt")
 
 FORMAT = 1
 
+CONSTANT = "(constant "
+"""How names begin of graphs that compute what is stored; a number and a bracket follow."""
+
+_NO_ORIGINS: dict[str, Any] = {"weights": [], "closed": {}, "tensors": {}, "computed": {}}
+
 ORIGIN = "origin/"
 """The prefix of keys of tensors that no graph has, but where weights come from."""
 
@@ -405,6 +410,8 @@ class Program:
         bodies = self.graphs
         if self.guards:
             bodies["(guards)"] = self.guards.body
+        recipes = self._recipes() if self.pipeline_weights else {}
+        bodies |= {f"{CONSTANT}{i})": recipe.graph for i, recipe in enumerate(recipes.values())}
         for number, computed in enumerate(self.host.computed):
             bodies[f"(computed {number})"] = computed.body
         for name, gm in bodies.items():
@@ -418,7 +425,7 @@ class Program:
             serialize.expect_allowed(gm)
             graphs[name] = {"nodes": serialize.graph_to_json(gm), "tensors": table}
         tensors.update({f"sample/{i}": t.detach() for i, t in enumerate(self.sample)})
-        origins = self._origins(keys, tensors) if self.pipeline_weights else None
+        origins = self._origins(keys, tensors, recipes) if self.pipeline_weights else None
         data = {
             "format": FORMAT,
             "graphs": graphs,
@@ -441,10 +448,26 @@ class Program:
         }
         return data, tensors, assets
 
-    def _origins(self, keys: dict[int, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def _recipes(self) -> dict[int, weight_origins.Computed]:
+        """Return of each tensor that calls of components would compute how, by identity."""
+        result = {}
+        for identity, tensor in self.weights().items():
+            origin = weight_origins.origin_of(tensor)
+            if isinstance(origin, weight_origins.Computed):
+                called = {n.target for n in origin.graph.graph.find_nodes(op="call_module")}
+                if called <= self.components.keys():
+                    result[identity] = origin
+        return result
+
+    def _origins(
+        self,
+        keys: dict[int, str],
+        tensors: dict[str, Tensor],
+        recipes: dict[int, weight_origins.Computed],
+    ) -> dict[str, Any]:
         """Return where the stored tensors come from, as JSON; add what that takes to `tensors`.
 
-        `keys` has the key of each stored tensor by identity.
+        `keys` has the key of each stored tensor by identity, `recipes` the graphs that are stored.
         """
         keys = dict(keys)
         closed = dict(self.closed)
@@ -458,14 +481,23 @@ class Program:
 
         for identity, tensor in self.weights().items():
             origin = weight_origins.origin_of(tensor)
-            for name in sorted(weight_origins.unknown_names(origin)):
+            unknown = weight_origins.unknown_names(origin)
+            if isinstance(origin, weight_origins.Computed) and identity not in recipes:
+                unknown |= origin.names
+            for name in sorted(unknown):
                 closed.setdefault(name, "a pass")
             if weight_origins.weights(origin):
                 rows[keys[identity]] = weight_origins.to_json(origin, key_of)
         by_pass: dict[str, list[str]] = {}
         for name, text in sorted(closed.items()):
             by_pass.setdefault(text, []).append(name)
-        return {"weights": self.pipeline_weights, "closed": by_pass, "tensors": rows}
+        computed = {keys[i]: sorted(recipe.names) for i, recipe in recipes.items()}
+        return {
+            "weights": self.pipeline_weights,
+            "closed": by_pass,
+            "tensors": rows,
+            "computed": computed,
+        }
 
     @staticmethod
     def from_members(
@@ -497,16 +529,15 @@ class Program:
             Computed(bodies.pop(f"(computed {number})"), inputs)
             for number, inputs in enumerate(data.get("computed", ()))
         ]
+        origins = data.get("origins") or _NO_ORIGINS
+        recipes = [bodies.pop(f"{CONSTANT}{i})") for i in range(len(origins["computed"]))]
         root = serialize.graph_from_json(graphs[""]["nodes"], "program", table(graphs[""]), bodies)
         files: dict[str, dict[str, bytes]] = {}
         for path, content in assets.items():
             component, _, file = path.partition("/")
             files.setdefault(component, {})[file] = content
         sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
-        origins = data.get("origins") or {"weights": [], "closed": {}, "tensors": {}}
-        for key in origins["tensors"].keys() & shared.keys():
-            origin = weight_origins.from_json(origins["tensors"][key], tensors)
-            weight_origins.record(shared[key], origin)
+        _record_origins(origins, recipes, shared, tensors)
         host = Host.from_json(data["host"], files)
         host.computed = computed
         made, taken = sum(step.count for step in host.steps), len(g.placeholders(root))
@@ -556,6 +587,30 @@ class Program:
             program = Program.from_members(data, tensors, assets)
         program.file = file
         return program
+
+
+def _record_origins(
+    origins: Mapping[str, Any],
+    recipes: Sequence[fx.GraphModule],
+    shared: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Say where the tensors of a file come from.
+
+    Args:
+        origins: Of `Program.to_members`.
+        recipes: The graphs of what is computed.
+        shared: The graphs' tensors by key.
+        tensors: All that are stored.
+    """
+    for (key, names), recipe in zip(origins["computed"].items(), recipes, strict=True):
+        if key in shared:
+            shape = tuple(shared[key].shape)
+            origin = weight_origins.Computed(frozenset(names), shape, recipe)
+            weight_origins.record(shared[key], origin)
+    for key in origins["tensors"].keys() & shared.keys():
+        row = weight_origins.from_json(origins["tensors"][key], tensors)
+        weight_origins.record(shared[key], row)
 
 
 def _placed(tensor: Tensor, stride: Sequence[int]) -> Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 Shape = tuple[int, ...]
@@ -80,7 +80,21 @@ class Unknown:
     shape: Shape
 
 
-Origin = Weight | Scaled | Product | Sum | Joined | Constant | Unknown
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """What calls of components compute of constants, and so of these weights of the pipeline.
+
+    `graph` does that as an outer graph does, with the names of components and no inputs. Passes
+    change components and not it; so whether it still gives the tensor has to be tried.
+    """
+
+    names: frozenset[str]
+    shape: Shape
+    graph: fx.GraphModule
+
+
+Origin = Weight | Scaled | Product | Sum | Joined | Constant | Unknown | Computed
+Leaf = Weight | Constant | Unknown | Computed
 
 _origins = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
 
@@ -112,6 +126,14 @@ def unknown(sources: Iterable[Tensor], shape: Sequence[int]) -> Origin:
     return Unknown(names, tuple(shape)) if names else Constant(tuple(shape))
 
 
+def merge(tensor: Tensor, other: Tensor) -> None:
+    """Say that a tensor also takes the place of another, which holds the same."""
+    one, two = origin_of(tensor), origin_of(other)
+    is_same = isinstance(one, Computed) and isinstance(two, Computed) and one.names == two.names
+    if not is_same:
+        record_computed(tensor, (tensor, other))
+
+
 def scaled(origin: Origin, factor: Tensor) -> Origin:
     """Return the origin of what is multiplied by a tensor that broadcasts to it."""
     return origin if isinstance(origin, Constant) else Scaled(origin, factor)
@@ -139,7 +161,7 @@ def joined(parts: Sequence[Origin]) -> Origin:
 
 def shape_of(origin: Origin) -> Shape:
     """Return the shape of the tensor."""
-    if isinstance(origin, Weight | Constant | Unknown):
+    if isinstance(origin, Leaf):
         return origin.shape
     if isinstance(origin, Scaled):
         return shape_of(origin.of)
@@ -151,9 +173,9 @@ def shape_of(origin: Origin) -> Shape:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def leaves(origin: Origin) -> list[Weight | Constant | Unknown]:
+def leaves(origin: Origin) -> list[Leaf]:
     """Return what an origin consists of, from left to right."""
-    if isinstance(origin, Weight | Constant | Unknown):
+    if isinstance(origin, Leaf):
         return [origin]
     parts = origin.parts if isinstance(origin, Sum | Joined) else (origin.of,)
     return [leaf for part in parts for leaf in leaves(part)]
@@ -171,7 +193,8 @@ def unknown_names(origin: Origin) -> set[str]:
 
 def every_name(origin: Origin) -> set[str]:
     """Return the names of all weights that the tensor depends on."""
-    return unknown_names(origin) | {weight.name for weight in weights(origin)}
+    computed = {n for leaf in leaves(origin) if isinstance(leaf, Computed) for n in leaf.names}
+    return unknown_names(origin) | computed | {weight.name for weight in weights(origin)}
 
 
 def change(origin: Origin, changes: Mapping[str, Tensor]) -> Tensor | None:
@@ -183,7 +206,7 @@ def change(origin: Origin, changes: Mapping[str, Tensor]) -> Tensor | None:
     """
     if isinstance(origin, Weight):
         return changes.get(origin.name)
-    if isinstance(origin, Constant | Unknown):
+    if isinstance(origin, Constant | Unknown | Computed):
         return None
     if isinstance(origin, Scaled | Product):
         inner = change(origin.of, changes)
@@ -210,11 +233,12 @@ def change(origin: Origin, changes: Mapping[str, Tensor]) -> Tensor | None:
 def to_json(origin: Origin, key_of: Callable[[Tensor], str]) -> dict[str, Any]:
     """Return an origin as JSON; `key_of` returns the key under which a tensor is stored.
 
-    What is unknown depends on closed weights alone, and is written as a constant.
+    What is unknown depends on closed weights alone, and is written as a constant; what is computed
+    by components is that only as a whole (see `Program.to_members`).
     """
     if isinstance(origin, Weight):
         return {"weight": [origin.name, list(origin.shape)]}
-    if isinstance(origin, Constant | Unknown):
+    if isinstance(origin, Constant | Unknown | Computed):
         return {"constant": list(origin.shape)}
     if isinstance(origin, Scaled):
         return {"scaled": [to_json(origin.of, key_of), key_of(origin.factor)]}
@@ -235,7 +259,8 @@ def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Origin:
         inner, tensor = from_json(value[0], tensors), tensors[value[1]]
         shape = shape_of(inner)
         if kind == "scaled":
-            if torch.broadcast_shapes(tensor.shape, shape) != shape:
+            sizes = zip(tensor.shape, shape, strict=False)
+            if tensor.dim() != len(shape) or any(size not in (1, full) for size, full in sizes):
                 raise ValueError(f"a factor of shape {list(tensor.shape)} for {list(shape)}")
             return Scaled(inner, tensor)
         if tuple(tensor.shape) != shape[1:2] or not shape[1:2]:

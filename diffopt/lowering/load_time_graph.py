@@ -96,7 +96,9 @@ def rerun_setup(
     """
     tensors = {name: engine.weight(*source) for name, source in data["sources"].items()}
     gm = serialize.graph_from_json(data["nodes"], "setup", tensors, {}, find_any)
-    keys = {name: engine.graphs[c]["tensors"][part][0] for name, (c, part) in data["sources"].items()}
+    keys = {
+        name: engine.graphs[c]["tensors"][part][0] for name, (c, part) in data["sources"].items()
+    }
     reads = [n for n in gm.graph.find_nodes(op="get_attr") if keys[str(n.target)] in changed]
     following = g.descendants(reads)
     results = g.outputs(gm)

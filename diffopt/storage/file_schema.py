@@ -361,11 +361,15 @@ Origin = TypeAliasType("Origin", "Annotated[OriginKinds, OneKind]")
 
 @with_config(_CLOSED)
 class Origins(TypedDict):
-    """The names of the pipeline's weights, those closed by pass, and each tensor's origin."""
+    """Of the pipeline's weights: the names, those closed by pass, and what follows from which.
+
+    A tensor that is computed has a graph, "(constant 0)" and so on in this order.
+    """
 
     weights: list[Line]
     closed: dict[Line, list[Line]]
     tensors: dict[Line, Origin]
+    computed: dict[Line, list[Line]]
 
 
 @with_config(_CLOSED)
@@ -394,7 +398,8 @@ def _calls(data: Any) -> Any:
         raise ValueError("has no outer graph")
     for name, graph in graphs.items():
         called = {row["target"] for row in graph["nodes"] if row["op"] == "call_module"}
-        known = {each for each in graphs if each[:1] not in ("", "(")} if not name else set()
+        calls = not name or name.startswith("(constant ")
+        known = {each for each in graphs if each[:1] not in ("", "(")} if calls else set()
         for missing in sorted(called - known):
             raise ValueError(f"graph {name!r} calls {missing!r}, which is no component")
     return data
