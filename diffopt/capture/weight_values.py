@@ -144,7 +144,7 @@ class WeightValues:
         """
         names = {_place(tensor): name for name, tensor in named_weights(self.modules)}
         for place, alias in self._live.items():
-            if place in names:
+            if place in names and alias.is_floating_point():
                 weight = weight_origins.Weight(names[place], tuple(alias.shape))
                 weight_origins.record(alias, weight)
         written = frozenset(names[place] for place in self._copied if place in names)

@@ -13,10 +13,13 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
 from diffopt.ir import serialize
+
+aten = torch.ops.aten
 
 Run = Callable[[fx.GraphModule], Tensor]
 """Returns the result of an outer graph without inputs."""
@@ -40,11 +43,25 @@ class ComputedConstant:
         names: frozenset[str],
         graph: fx.GraphModule,
         components: Mapping[str, Any],
+        requests: int | None,
     ) -> None:
-        """Take a graph as it was; `components` has the JSON of those that the engine has now."""
+        """Take a graph as it was when the tensor was computed.
+
+        Args:
+            tensor: The stored tensor.
+            names: The weights of the pipeline that it depends on.
+            graph: The graph.
+            components: The JSON of those that the engine has now.
+            requests: How many requests they serve at least, in a dimension in front; None: one, and
+                there is no such dimension.
+        """
         self.tensor, self.names = tensor, names
         self._graph, self._components = graph, components
+        self._skipped = 0 if requests is None else 1
         self._is_found: bool | None = None
+        if requests is not None:
+            for call in list(self._calls()):
+                _serve(call, requests)
 
     def is_found(self, run: Run) -> bool:
         """Tell whether it is known how to compute it; found out the first time, by running it."""
@@ -80,13 +97,14 @@ class ComputedConstant:
         results = tuple(map(serialize.decode_value, outputs))
         items = [user for user in call.users if user.target is operator.getitem]
         choices = [
-            [i for i, result in enumerate(results) if _type(result) == _type(item.meta["val"])]
+            [i for i, result in enumerate(results) if self._is_like(result, item.meta["val"])]
             for item in items
         ]
         given = call.args
         call.meta["val"] = results
         for arguments in itertools.combinations(given, len(formals)):
-            if [_type(n.meta["val"]) for n in g.nodes_in(arguments)] != [*map(_type, formals)]:
+            values = [n.meta["val"] for n in g.nodes_in(arguments)]
+            if len(values) != len(formals) or not all(map(self._is_like, values, formals)):
                 continue
             call.args = arguments
             for chosen in itertools.product(*choices):
@@ -95,6 +113,23 @@ class ComputedConstant:
                 yield from self._variants(rest)
         call.args = given
 
+    def _is_like(self, one: Any, other: Any) -> bool:
+        """Compare types and shapes, for any number of requests."""
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+            return False
+        shapes = one.shape[self._skipped :], other.shape[self._skipped :]
+        return one.dtype == other.dtype and one.dim() == other.dim() and shapes[0] == shapes[1]
 
-def _type(value: Any) -> Any:
-    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else None
+
+def _serve(call: fx.Node, requests: int) -> None:
+    """Let a call be of as many requests, all the same, and take the result of the first."""
+    graph = call.graph
+    with graph.inserting_before(call):
+        call.args = tuple(g.call(graph, aten.stack.default, [n] * requests) for n in call.args)
+    for item in list(call.users):
+        value = item.meta["val"]
+        item.meta["val"] = g.fake(torch.empty([requests, *value.shape], dtype=value.dtype))
+        with graph.inserting_after(item):
+            first = g.call(graph, aten.select.int, item, 0, 0)
+        item.replace_all_uses_with(first)
+        first.args = (item, 0, 0)

@@ -59,7 +59,8 @@ class Loras:
             )
         with file.archive.making("member program.json"):
             self._origins = self._read(data["tensors"])
-            self._constants = self._read_constants(data["computed"], program["graphs"])
+            low, _ = program.get("batch") or (None, None)
+            self._constants = self._read_constants(data["computed"], program["graphs"], low)
         self._closed = {name: by for by, names in data["closed"].items() for name in names}
         self._names = Names(data["weights"])
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -79,7 +80,7 @@ class Loras:
         return origins
 
     def _read_constants(
-        self, rows: Mapping[str, list[str]], graphs: Mapping[str, Any]
+        self, rows: Mapping[str, list[str]], graphs: Mapping[str, Any], requests: int | None
     ) -> dict[str, ComputedConstant]:
         constants = {}
         for number, (key, names) in enumerate(rows.items()):
@@ -87,7 +88,7 @@ class Loras:
             tensors = {n: self._file.tensors[k] for n, (k, _, _) in data["tensors"].items()}
             graph = serialize.graph_from_json(data["nodes"], "constant", tensors, {})
             tensor = self._file.tensors[key]
-            constants[key] = ComputedConstant(tensor, frozenset(names), graph, graphs)
+            constants[key] = ComputedConstant(tensor, frozenset(names), graph, graphs, requests)
         return constants
 
     @property

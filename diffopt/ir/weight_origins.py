@@ -96,7 +96,7 @@ class Computed:
 Origin = Weight | Scaled | Product | Sum | Joined | Constant | Unknown | Computed
 Leaf = Weight | Constant | Unknown | Computed
 
-_origins = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+_origins = WeakIdKeyDictionary()
 
 
 def record(tensor: Tensor, origin: Origin) -> None:

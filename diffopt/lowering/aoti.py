@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
@@ -339,8 +340,10 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def _release(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.set_()  # type: ignore[call-overload]
+    # Whenever Python searches for garbage: what is traced just then would have it in its graph.
+    with _disable_current_modes():
+        for tensor in tensors:
+            tensor.set_()  # type: ignore[call-overload]
 
 
 class LibraryFunction:

@@ -214,8 +214,9 @@ def _new_weights(
     """Return a layer's new weights, of which `new` has those that layers share."""
     key = _key(gm, fold, layer)
     if key not in new:
-        weight, bias = old = layer_weights(gm, layer)  # type: ignore[misc]
-        change = fold.change()
+        old = layer_weights(gm, layer)
+        assert old is not None
+        (weight, bias), change = old, fold.change()
         new[key] = _rounded(change.apply(weight.detach().double(), double(bias)), weight)
         change.record(old, new[key])
     return new[key]
