@@ -176,10 +176,11 @@ class Cpu(Target):
             data = json.loads(bytes(engine.members[_SETUP]))
             new = load_time_graph.rerun_setup(data, engine, changed)
         result = dict(bodies)
-        for name, graph in engine.graphs.items():
-            function, packed = bodies[name], new.get(name, {})
+        reading = engine.reading(changed)
+        for name, function in bodies.items():
+            packed = new.get(name, {})
             assert isinstance(function, aoti.LibraryFunction)
-            if packed or any(key in changed for key, _, _ in graph["tensors"].values()):
+            if packed or name in reading:
                 constants = [packed.get(i, t) for i, t in enumerate(function.constants)]
                 result[name] = self._load(name, engine, constants)
         return result

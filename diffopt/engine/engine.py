@@ -411,17 +411,19 @@ class Engine:
 
     def _follow(self, changed: set[str]) -> None:
         """Load again what was made of weights that have changed in place, and of constants."""
-        self._reload(changed)
-        self._reload(self._loras.refresh())
+        data = self._file.program_json() if changed else {}
+        self._reload(data, changed)
+        self._reload(data, self._loras.refresh())
 
-    def _reload(self, changed: set[str]) -> None:
+    def _reload(self, data: Mapping[str, Any], changed: set[str]) -> None:
         if not changed:
             return
-        data = self._file.program_json()
         outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
         if not changed.isdisjoint(key for key, _, _ in outer[""]["tensors"].values()):
             self._outer.root = self._file.program({**data, "graphs": outer}).root
-        self._bodies = self.target.reload(self._file.contents(data), self._bodies, changed)
+        contents = self._file.contents(data)
+        if any(contents.reading(changed)):
+            self._bodies = self.target.reload(contents, self._bodies, changed)
         self._executor = self.target.executor(self._outer.root, self._bodies)
         vars(self).pop("program", None)
 

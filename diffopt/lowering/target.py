@@ -93,6 +93,11 @@ class EngineContents:
     tensors: Mapping[str, Tensor]
     program: Any
 
+    def reading(self, keys: Set[str]) -> list[str]:
+        """Return the components that have any of these tensors."""
+        graphs = self.graphs.items()
+        return [n for n, graph in graphs if any(k in keys for k, _, _ in graph["tensors"].values())]
+
     def weight(self, component: str, name: str) -> Tensor:
         """Return a component's weight, with the strides of the trace."""
         key, stride, _ = self.graphs[component]["tensors"][name]
