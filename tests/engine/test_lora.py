@@ -18,8 +18,10 @@ from torch import Tensor
 from diffopt.capture.trace import Session
 from diffopt.core import Pipeline
 from diffopt.engine.engine import Engine, build
+from diffopt.engine.lora_names import Names
 from diffopt.errors import DiffoptError
 from diffopt.ir.program import Program
+from tests.command import Run
 from tests.zoo import CASES, call, generator, traced
 
 EXACT = "unroll,hoist,simplify,fuse"
@@ -366,6 +368,77 @@ def test_a_folder_of_peft_has_its_configuration(
         assert got.shape == wanted.shape
         assert scale > 0.2
     engine.unload_lora()
+
+
+def test_names_of_stability_are_those_of_diffusers() -> None:
+    weights = [f"{name}.{key}" for name, key in _unet_weights("sdxl")]
+    names = Names(weights)
+    for stability, diffusers in {
+        "input_blocks_0_0": "conv_in",
+        "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+        "input_blocks_2_0_op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks_3_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+        "input_blocks_3_1_proj_in": "down_blocks.1.attentions.0.proj_in",
+        "middle_block_0_emb_layers_1": "mid_block.resnets.0.time_emb_proj",
+        "middle_block_1_proj_out": "mid_block.attentions.0.proj_out",
+        "middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
+        "output_blocks_1_1_transformer_blocks_0_attn1_to_q": (
+            "up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+        ),
+        "output_blocks_1_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks_2_0_in_layers_2": "up_blocks.1.resnets.0.conv1",
+        "time_embed_2": "time_embedding.linear_2",
+        "label_emb_0_0": "add_embedding.linear_1",
+        "out_2": "conv_out",
+    }.items():
+        assert names.find(f"lora_unet_{stability}") == f"unet.{diffusers}.weight", stability
+
+
+def _unet_weights(case: str) -> list[tuple[str, str]]:
+    return [("unet", key) for key, _ in CASES[case].build().unet.named_parameters()]
+
+
+def test_a_layer_may_be_of_two_networks() -> None:
+    names = Names(["a.x.weight", "b.x.weight", "b.y.weight"])
+    assert names.find("x") is None
+    assert names.find("a.x") == "a.x.weight"
+    assert names.find("base.y") is None
+    assert names.find("y") == "b.y.weight"
+
+
+def test_layers_that_the_engine_never_reads(
+    engine: Engine, style: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = {
+        "vae.encoder.conv_in.lora_A.weight": torch.ones(1, 3, 3, 3),
+        "vae.encoder.conv_in.lora_B.weight": torch.ones(8, 1, 1, 1),
+    }
+    save_file(encoder, tmp_path / "x.safetensors")
+    assert refusal(engine, tmp_path / "x.safetensors") == (
+        "FILE: changes vae.encoder.conv_in.weight, which the engine never reads"
+    )
+    save_file(Adapter().tensors("sd") | encoder, tmp_path / "x.safetensors")
+    engine.load_lora(tmp_path / "x.safetensors")
+    engine.unload_lora()
+    assert "changes vae.encoder.conv_in.weight, which the engine never reads" in caplog.text
+
+
+def test_the_command_line(diffopt: Run, engine: Engine, style: Path, tmp_path: Path) -> None:
+    words = ("run", engine.path, "-o", "x.pt", "--prompt", "a red cat", "--set", "output_type=pt")
+    assert diffopt(*words, "--lora", f"{style}:0.5", "--lora", style).code == 0
+    (got,) = torch.load(tmp_path / "x.pt").unsqueeze(0)
+    engine.load_lora(style, 0.5, name="a")
+    engine.load_lora(style, 1.0, name="b")
+    wanted = engine(prompt="a red cat", seed=0, output_type="pt").images
+    engine.unload_lora()
+    assert torch.equal(got.reshape(wanted.shape), wanted)
+    missing = diffopt(*words, "--lora", "no:0.5")
+    assert (missing.code, missing.err) == (2, "diffopt: error: no: no such file\n")
+    engine.program.save(tmp_path / "x.program")
+    refused = diffopt("run", "x.program", *words[2:], "--lora", style)
+    assert refused.err == (
+        f"diffopt: error: --lora {style}: a program takes no LoRA; build an engine of it\n"
+    )
 
 
 # What is refused
