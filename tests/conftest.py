@@ -27,7 +27,13 @@ SLOW = (
     *("targets/test_tensorrt", "examples/test_quantization", "zoo/test_zoo"),
     *("passes/test_low_rank", "passes/test_cast", "lowering/test_cuda_gemm"),
     *("examples/test_pruning", "lowering/test_onnx"),
-    *("training/test_distill", "cli/test_bench", "cli/test_main", "transforms/test_drop_guidance"),
+    *(
+        "engine/test_lora",
+        "training/test_distill",
+        "cli/test_bench",
+        "cli/test_main",
+        "transforms/test_drop_guidance",
+    ),
     *("transforms/test_outline_steps", "targets/test_onnxruntime", "cli/test_compare"),
     *("ir/test_program", "ir/test_call_tags", "caching/test_prior_noise"),
 )

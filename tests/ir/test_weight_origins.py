@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffopt import trace
 from diffopt.core import Context, Pass, Pipeline
 from diffopt.ir import weight_origins as origins
 from diffopt.ir.program import Program
@@ -108,6 +109,24 @@ def closed(passes: str) -> dict[str, str]:
 def test_exact_passes_leave_all_layers_open(passes: str) -> None:
     assert traced("sd").closed == {}
     assert not [name for name in closed(passes) if ".norm" not in name and "_norm" not in name]
+
+
+class Scaled:
+    """A pipeline that reads a weight itself, besides what its network does."""
+
+    def __init__(self) -> None:
+        self.components = {"net": nn.Linear(3, 3)}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        net = self.components["net"]
+        y: Tensor = net(x) * net.weight.abs().max() + net.bias.detach()
+        return y
+
+
+def test_a_weight_of_which_the_pipeline_computes_a_constant_is_closed() -> None:
+    with torch.no_grad():
+        program = trace(Scaled(), x=torch.rand(2, 3))
+    assert program.closed == {"net.weight": "the capture", "net.bias": "the capture"}
 
 
 def test_what_depends_on_the_timestep_alone_is_closed() -> None:
