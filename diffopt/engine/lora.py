@@ -188,7 +188,8 @@ class Loras:
         with torch.no_grad():
             for key in keys:
                 constant = self._constants[key]
-                self._before.setdefault(key, constant.tensor.clone())
+                if key not in self._before:
+                    self._before[key] = constant.tensor.clone()
                 if constant.names.isdisjoint(used):
                     constant.tensor.copy_(self._before.pop(key))
                 else:
@@ -205,26 +206,25 @@ class Loras:
         with torch.no_grad():
             for key in keys:
                 origin, tensor = self._origins[key], self._file.tensors[key]
-                before = self._before.setdefault(key, tensor.clone())
+                if key not in self._before:
+                    self._before[key] = tensor.clone()
                 names = {weight.name for weight in weight_origins.weights(origin)} & used
                 if names:
-                    tensor.copy_(self._changed(before, origin, names))
+                    dtype = torch.promote_types(tensor.dtype, torch.float32)
+                    changes = {name: self._change(name, dtype) for name in names}
+                    change = weight_origins.change(origin, changes)
+                    assert change is not None
+                    # Rounded once, when it is copied.
+                    tensor.copy_(self._before[key].to(dtype, copy=True).add_(change))
                 else:
                     tensor.copy_(self._before.pop(key))
         return keys
-
-    def _changed(self, before: Tensor, origin: weight_origins.Origin, names: set[str]) -> Tensor:
-        """Return a tensor with the changes of all adapters, which is to be rounded once."""
-        dtype = torch.promote_types(before.dtype, torch.float32)
-        changes = {name: self._change(name, dtype) for name in names}
-        change = weight_origins.change(origin, changes)
-        return before if change is None else before.to(dtype) + change
 
     def _change(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return how all adapters together change a weight of the pipeline."""
         loras = [lora for lora in self._loras.values() if name in lora.layers]
         shape = self._shapes[name]
-        first, *rest = (lora.layers[name].change(shape, dtype) * lora.scale for lora in loras)
+        first, *rest = (lora.layers[name].change(shape, dtype, lora.scale) for lora in loras)
         return sum(rest, first)
 
 

@@ -71,10 +71,10 @@ class Layer:
             return 1.0
         return self.alpha / (math.sqrt(rank) if self.is_root else rank)
 
-    def change(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the change of a weight of this shape at a scale of 1."""
-        product = self.up.to(dtype).flatten(1) @ self.down.to(dtype).flatten(1)
-        return product.reshape(shape).mul_(self.scale)
+    def change(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> Tensor:
+        """Return the change of a weight of this shape at a scale."""
+        up, down = self.up.to(dtype).flatten(1), self.down.to(dtype).flatten(1)
+        return (up * (self.scale * scale) @ down).reshape(shape)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Say why it is no adapter of a weight of this shape, None if it is one."""
