@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -163,6 +163,27 @@ class Cpu(Target):
             data = json.loads(bytes(engine.members[_SETUP]))
             constants = load_time_graph.run_setup(data, engine.weight)
         return {name: self._load(name, engine, constants.get(name, [])) for name in engine.graphs}
+
+    def reload(
+        self,
+        engine: EngineContents,
+        bodies: Mapping[str, ComponentFunction],
+        changed: Set[str],
+    ) -> dict[str, ComponentFunction]:
+        """Pack again what follows from the changed weights, and open their libraries again."""
+        new: dict[str, dict[int, Tensor]] = {}
+        if _SETUP in engine.members:
+            data = json.loads(bytes(engine.members[_SETUP]))
+            new = load_time_graph.rerun_setup(data, engine, changed)
+        result = dict(bodies)
+        reading = engine.reading(changed)
+        for name, function in bodies.items():
+            packed = new.get(name, {})
+            assert isinstance(function, aoti.LibraryFunction)
+            if packed or name in reading:
+                constants = [packed.get(i, t) for i, t in enumerate(function.constants)]
+                result[name] = self._load(name, engine, constants)
+        return result
 
     def _load(
         self, name: str, engine: EngineContents, constants: list[Tensor]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,9 @@ class Openvino(ThreadedTarget):
 
         options = openvino_models.options(self.threads or torch.get_num_threads())
         bodies: dict[str, ComponentFunction] = {}
-        for name, row in json.loads(bytes(engine.members[_TABLE])).items():
+        table = json.loads(bytes(engine.members[_TABLE]))
+        for name in engine.graphs:
+            row = table[name]
             files = {kind: engine.members[f"{name}.{kind}"] for kind in ("xml", "bin")}
             values = {
                 key: weight_value(engine, name, attribute)
@@ -104,6 +106,16 @@ class Openvino(ThreadedTarget):
             except DiffoptError as error:
                 raise DiffoptError(f"{name}: {error.message}; use another target") from error
         return bodies
+
+    def reload(
+        self,
+        engine: EngineContents,
+        bodies: Mapping[str, ComponentFunction],
+        changed: Set[str],
+    ) -> dict[str, ComponentFunction]:
+        """Compile the models again that have changed weights."""
+        graphs = {name: engine.graphs[name] for name in engine.reading(changed)}
+        return {**bodies, **self.load(replace(engine, graphs=graphs))}
 
     def _openvino_device(self) -> str:
         """Return OpenVINO's name of the device."""

@@ -68,6 +68,7 @@ class Tensorrt(Target):
 
     kinds: ClassVar[tuple[str, ...]] = ("cuda",)
     input_devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    reads_weights: ClassVar[bool] = False
 
     builder: Literal["auto", "tensorrt", "tensorrt-rtx"] = option(
         "auto", "the package to build with; auto: tensorrt if it can here, else tensorrt-rtx"

@@ -50,6 +50,7 @@ class TorchTensorrt(Deferred):
     """Compile for NVIDIA GPUs with TensorRT, and with AOTInductor what TensorRT lacks."""
 
     embeds_weights: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = False
 
     level: int | None = option(
         None, "how long to search for faster kernels, from 0 to 5; none: TensorRT's own default"

@@ -83,6 +83,13 @@ class Recorder(TorchDispatchMode):
         self.storages: dict[int, StorageValue] = {}
         self.owners: dict[int, Tensor] = {}
         self.keep: list[Tensor] = []
+        self._weight_storages = {
+            storage_of(t): name
+            for name, t in named_weights(weights.modules)
+            if type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta
+        }
+        self.used_weights: set[str] = set()
+        """Names of the weights of which the pipeline has computed constants."""
         self.constants: dict[Any, str] = {}
         self._lent: dict[int, dict[Any, str]] = {}
         self.escapes: list[tuple[np.ndarray, fx.Node, Location]] = []
@@ -143,6 +150,7 @@ class Recorder(TorchDispatchMode):
             value = self.weights.value(tensor)
             return self._get(g.add_attribute(self.root, self._weight_names[id(tensor)], value))
         value = tensor.detach()
+        self._use([value])
         if tensor.numel() * tensor.element_size() > _MAX_COPY:
             lent = self._lent.setdefault(storage_of(value), {})
             key = layout_of(value), value.dtype
@@ -158,6 +166,11 @@ class Recorder(TorchDispatchMode):
             name = f"constant_{len(self.constants)}" if self.constants else "constant"
             self.constants[known] = g.register(self.root, name, value)
         return self._get(self.constants[known])
+
+    def _use(self, tensors: list[Tensor]) -> None:
+        """Note that values of these tensors, maybe weights or views of them, become constants."""
+        names = {self._weight_storages.get(storage_of(tensor)) for tensor in tensors}
+        self.used_weights.update(name for name in names if name is not None)
 
     def _before_write(self, tensor: Tensor) -> None:
         """Keep what weights and constants in the memory of a tensor hold, before it is written."""
@@ -305,6 +318,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs).zero_()
         key = self._counter.next(location()) if is_read(func) else None
         if not tracked:
+            if not _is_copy(func):
+                self._use(tensors)
             return func(*args, **kwargs)
         if key is not None:
             return self._read(func, args, kwargs, tracked, key)
@@ -478,6 +493,12 @@ class Recorder(TorchDispatchMode):
         self.keep.append(tensor)
         self.escapes.append((array, self.value(tensor), location()))
         return self.sources.output(array, len(self.escapes) - 1)
+
+
+def _is_copy(func: Any) -> bool:
+    """Tell whether an operator computes nothing: a view, a copy, a comparison of two tensors."""
+    is_view = any(result.alias_info for result in func._schema.returns)
+    return is_view or func in (aten.clone.default, aten.equal.default)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -295,6 +295,8 @@ class Session:
             digests=dict(self.digests),
             retrace=self._retrace(arguments),
             borrowed=self.component_calls.weights.seal(),
+            pipeline_weights=self.component_calls.weights.record_origins(),
+            closed=dict.fromkeys(sorted(recorder.used_weights), "the capture"),
         )
         if tried:
             self._challenge(program, arguments, final, recorder)

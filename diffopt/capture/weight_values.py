@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffopt.capture.storage_views import layout_of, storage_of
+from diffopt.ir import weight_origins
 from diffopt.storage.weight_digests import Sealed, digest
 
 
@@ -41,6 +42,7 @@ class WeightValues:
         self._before: dict[Hashable, str] = {}
         self._live: dict[Hashable, Tensor] = {}
         self._copies: dict[Hashable, Tensor] = {}
+        self._copied: set[Hashable] = set()
         self._backups: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._storages: set[int] = set()
         self._changing: set[Hashable] = set()
@@ -117,6 +119,7 @@ class WeightValues:
         if self._before.get(place) != content or storage_of(tensor) in self._changing:
             known, key = self._copies, self.key(tensor)
             alias = alias.clone(memory_format=torch.preserve_format)
+            self._copied.add(place)
         if key not in known:
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             known[key] = torch.nn.Parameter(alias, requires_grad=False) if is_parameter else alias
@@ -130,6 +133,24 @@ class WeightValues:
             for place, alias in self._live.items()
             if place in names
         }
+
+    def record_origins(self) -> list[str]:
+        """Say of each tensor that `value` has returned which weight of the pipeline it is.
+
+        Of a copy, which holds what the pipeline has written, nobody knows.
+
+        Returns:
+            The names of all weights.
+        """
+        names = {_place(tensor): name for name, tensor in named_weights(self.modules)}
+        for place, alias in self._live.items():
+            if place in names and alias.is_floating_point():
+                weight = weight_origins.Weight(names[place], tuple(alias.shape))
+                weight_origins.record(alias, weight)
+        written = frozenset(names[place] for place in self._copied if place in names)
+        for copy in self._copies.values():
+            weight_origins.record(copy, weight_origins.Unknown(written, tuple(copy.shape)))
+        return sorted(names.values())
 
     def _digest(self, tensor: Tensor) -> str:
         place = _place(tensor)

@@ -209,6 +209,14 @@ class RunFlags:
         typer.Option("--target", "-t", help="Run it on eager instead of what it was built for."),
     ] = None
     trusted_key: TrustedKeys = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="A LoRA to add to the engine's weights, a .safetensors file or its folder;"
+            " repeatable.",
+        ),
+    ] = None
     settings: Settings = None
 
 

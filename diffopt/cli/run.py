@@ -35,6 +35,23 @@ def load_file(
     return Program.load(path, trusted_keys=trusted_keys)
 
 
+def load_loras(loaded: Any, texts: Sequence[str]) -> None:
+    """Add LoRAs, each `FILE` or `FILE:SCALE`, to what `load_file` returned."""
+    if texts and not isinstance(loaded, engine.Engine):
+        raise DiffoptError(f"--lora {texts[0]}: a program takes no LoRA; build an engine of it")
+    for number, text in enumerate(texts):
+        loaded.load_lora(*_lora(text), str(number))
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """Return the path and the scale of a LoRA; a colon may be the path's own."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def traced_arguments(loaded: Any) -> dict[str, Any]:
     """Return the plain arguments of the call that an engine or program was traced with."""
     return dict(loaded.host.call)
@@ -113,6 +130,7 @@ def run(flags: RunFlags, arguments: Mapping[str, Any], seed: int | None, progres
     """Sample images, one seed after another, and write them; return their number as text."""
     kind = image_files.output_type(flags.output)  # before loading: a wrong name costs nothing
     loaded = load_file(flags.engine, flags.target, flags.trusted_key)
+    load_loras(loaded, flags.lora or ())
     arguments = {**arguments, **image_files.as_tensors(loaded)}
     if kind == "pil":
         arguments["output_type"] = kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -14,6 +15,8 @@ from diffopt.core.equivalence import Snapshot, difference, enforce_bounds
 from diffopt.core.pass_base import Context, Pass
 from diffopt.core.record import Record, Size
 from diffopt.errors import DiffoptError, ToleranceError, expect_type
+from diffopt.ir import weight_origins
+from diffopt.ir.nodes import weight_uses
 from diffopt.ir.program import Program
 from diffopt.progress import Progress, silent
 
@@ -161,6 +164,7 @@ def _apply(
     started = time.perf_counter()
     step.run(program, ctx)
     program.refresh()
+    _close_weights(before.program, program, str(step))
     seconds = time.perf_counter() - started
     verify = options.get("verify", True)
     if verify:
@@ -194,6 +198,32 @@ def _apply(
         enforce_bounds(step, record, before, ctx.budget)
     program.history.append(asdict(record))
     return after, record
+
+
+def _close_weights(before: Program, after: Program, by: str) -> None:
+    """Note of which of the pipeline's weights a pass has computed tensors, and did not say how.
+
+    That is what the tensors' origins say. Of those without one nobody knows what they were made of:
+    of weights which are used less often than before, if of any.
+    """
+    known, now = before.weights(), after.weights()
+    closed = {
+        n for t in now.values() for n in weight_origins.unknown_names(weight_origins.origin_of(t))
+    }
+    if any(i not in known and not weight_origins.is_recorded(t) for i, t in now.items()):
+        uses = _uses(after)
+        closed |= {name for name, count in _uses(before).items() if uses[name] < count}
+    for name in sorted(closed):
+        after.closed.setdefault(name, by)
+
+
+def _uses(program: Program) -> Counter[str]:
+    """Return how often each of the pipeline's weights is used, itself or what was made of it."""
+    counts, stored = Counter[str](), program.weights()
+    for identity, count in weight_uses(program).items():
+        for name in weight_origins.every_name(weight_origins.origin_of(stored[identity])):
+            counts[name] += count
+    return counts
 
 
 def _last(program: Program) -> str | None:

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from diffopt.engine.engine_file import FORMAT, KERNELS, KIND, EngineFile, is_component
+from diffopt.engine.lora import Loras
 from diffopt.engine.steps import CALLBACK, OnStep, Preview, Watcher, from_callback
 from diffopt.errors import Cancelled, DiffoptError, expect_path, expect_type
 from diffopt.host.inputs import Host
 from diffopt.ir import graph as g
 from diffopt.ir.flat_inputs import FlatInputs
 from diffopt.ir.printing import format_type
-from diffopt.ir.program import Program
+from diffopt.ir.program import ORIGIN, Program
 from diffopt.ir.step_boundaries import Boundary, mark, step_boundaries
 from diffopt.lowering import legality
 from diffopt.lowering.target import EngineContents, Lowered, Target, parse_target
@@ -170,7 +171,8 @@ def _members(saved: _Saved, lowered: Lowered) -> dict[str, container.Buffers]:
         used |= {
             data["graphs"][name]["tensors"][part][0] for name, part in lowered.load_time_weights
         }
-        tensors = {k: t for k, t in tensors.items() if k in used or k.startswith("sample/")}
+        kept = ("sample/", ORIGIN)
+        tensors = {k: t for k, t in tensors.items() if k in used or k.startswith(kept)}
     kernels = {KERNELS + name: [content] for name, content in lowered.members.items()}
     return {
         "program.json": [program_file.encoded(data)],
@@ -248,11 +250,19 @@ def load(
     )
 
 
-def _reloaded(path: str, target: str, manifest: str, options: Mapping[str, Any]) -> Engine:
-    """Return an engine in another process, of the same file."""
+def _reloaded(
+    path: str,
+    target: str,
+    manifest: str,
+    options: Mapping[str, Any],
+    loras: Sequence[tuple[str, float, str]] = (),
+) -> Engine:
+    """Return an engine in another process, of the same file and with the same adapters."""
     engine = Engine(path, target=target, **options)
     if engine._file.digest() != manifest:
         raise DiffoptError(f"{path}: is another file than the engine that was pickled")
+    for lora in loras:
+        engine.load_lora(*lora)
     return engine
 
 
@@ -297,15 +307,18 @@ class Engine:
         outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
         self._outer = self._file.program({**data, "graphs": outer})
         self._boundaries = [Boundary(**row) for row in self.manifest.get("steps", ())]
-        with self._file.archive.making(f"member {container.MANIFEST}"):
-            mark(self._outer.root, self._boundaries)
         self._preview = Preview(self)
         self._lock = threading.RLock()
         self._cancels = 0
-        bodies = self.target.load(self._file.contents(data))
-        self._executor = self.target.executor(self._outer.root, bodies)
+        self._mark_steps()
+        self._bodies = self.target.load(self._file.contents(data))
+        self._executor = self.target.executor(self._outer.root, self._bodies)
         root, devices = self._outer.root, self.target.input_devices
         self._flat_inputs = FlatInputs(root, self._outer.batch, self._outer.lengths, devices)
+
+    def _mark_steps(self) -> None:
+        with self._file.archive.making(f"member {container.MANIFEST}"):
+            mark(self._outer.root, self._boundaries)
 
     @functools.cached_property
     def program(self) -> Program:
@@ -415,6 +428,75 @@ class Engine:
             watcher = Watcher(self._preview, self._boundaries, on_step, is_cancelled)
             return self._executor.run(checked, watcher)
 
+    @functools.cached_property
+    def _loras(self) -> Loras:
+        if self.manifest["holds_weights"] or not self.target.reads_weights:
+            raise DiffoptError(
+                f"{self.path}: target {self.target} has the weights in its kernels, and so takes no"
+                f" LoRA; see `diffopt targets {self.target.name}`, or fuse it into the pipeline and"
+                " build the engine again"
+            )
+        return Loras(self._file, self._computed)
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The scale of each loaded LoRA by name, in the order in which they were loaded."""
+        return self._loras.scales if "_loras" in vars(self) else {}
+
+    def load_lora(
+        self, path: str | os.PathLike[str], scale: float = 1.0, name: str | None = None
+    ) -> None:
+        """Add a LoRA's change to the weights, in this process and not in the file.
+
+        Several add up. Nothing is compiled; what the target makes of weights on loading is made
+        again.
+
+        Args:
+            path: A safetensors file with the names of diffusers, PEFT or kohya, or the folder of
+                one that diffusers or PEFT has saved.
+            scale: What its change is multiplied by.
+            name: By which to change it later; None: the file's, without its suffix.
+
+        Raises:
+            DiffoptError: It changes what this engine cannot change. Nothing is changed then.
+        """
+        expect_path("path", path)
+        with self._lock:
+            self._follow(self._loras.load(path, scale, name))
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change what the change of a loaded LoRA is multiplied by."""
+        with self._lock:
+            self._follow(self._loras.set_scale(name, scale))
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take off a LoRA, or all; without any, each weight has the bits that it had before."""
+        with self._lock:
+            self._follow(self._loras.unload(name))
+
+    def _computed(self, graph: fx.GraphModule) -> Tensor:
+        """Return the result of an outer graph without inputs."""
+        return self.target.executor(graph, self._bodies).run([])[0]
+
+    def _follow(self, changed: set[str]) -> None:
+        """Load again what was made of weights that have changed in place, and of constants."""
+        data = self._file.program_json() if changed else {}
+        self._reload(data, changed)
+        self._reload(data, self._loras.refresh())
+
+    def _reload(self, data: Mapping[str, Any], changed: set[str]) -> None:
+        if not changed:
+            return
+        outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
+        if not changed.isdisjoint(key for key, _, _ in outer[""]["tensors"].values()):
+            self._outer.root = self._file.program({**data, "graphs": outer}).root
+            self._mark_steps()
+        contents = self._file.contents(data)
+        if any(contents.reading(changed)):
+            self._bodies = self.target.reload(contents, self._bodies, changed)
+        self._executor = self.target.executor(self._outer.root, self._bodies)
+        vars(self).pop("program", None)
+
     def verify(self) -> None:
         """Raise a `DiffoptError` for a damaged file, or infinite outputs for the sample inputs."""
         self._file.archive.verify()
@@ -433,9 +515,10 @@ class Engine:
         return self._file.digest()
 
     def __reduce__(self) -> Any:
-        """Pickle the path of the file: another process maps it, too."""
+        """Pickle the path of the file, which another process maps, too, and those of adapters."""
         arguments = os.path.abspath(self.path), str(self.target), self._file.digest()
-        return _reloaded, (*arguments, self._options)
+        loras = self._loras.arguments if self.loras else []
+        return _reloaded, (*arguments, self._options, loras)
 
     def __repr__(self) -> str:
         size = sum(self.parts.values())

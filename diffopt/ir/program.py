@@ -21,7 +21,7 @@ from diffopt.host.arguments import leaves
 from diffopt.host.guards import Guards, Mismatch, mismatch
 from diffopt.host.inputs import Computed, Host
 from diffopt.host.outputs import expect_convertible, pack, picture_sizes
-from diffopt.ir import batching, call_tags, dynamic_sizes, serialize
+from diffopt.ir import batching, call_tags, dynamic_sizes, serialize, weight_origins
 from diffopt.ir import graph as g
 from diffopt.ir.flat_inputs import FlatInputs
 from diffopt.ir.flops import graph_flops
@@ -35,6 +35,14 @@ from diffopt.storage.weight_digests import Sealed
 log = logging.getLogger("diffopt")
 
 FORMAT = 1
+
+CONSTANT = "(constant "
+"""How names begin of graphs that compute what is stored; a number and a bracket follow."""
+
+_NO_ORIGINS: dict[str, Any] = {"weights": [], "closed": {}, "tensors": {}, "computed": {}}
+
+ORIGIN = "origin/"
+"""The prefix of keys of tensors that no graph has, but where weights come from."""
 
 _MAX_SPREAD = 64
 """How many times more elements than it has a stored tensor may be spread over."""
@@ -62,6 +70,9 @@ class Program:
         check: How the capture was compared with the pipeline, as a sentence; empty: nobody knows.
         retrace: Capture again with other arguments; None where the pipeline is not at hand.
         borrowed: Weights whose memory is the pipeline's, by name.
+        pipeline_weights: The names of all weights of the pipeline's modules.
+        closed: Those of them whose change cannot be followed any more, since other tensors were
+            computed of them, and which pass did that; see `weight_origins`.
         file: The file whose memory the weights are; None for a program that was traced here.
         variants: Programs for other numbers of tokens, captured by calls.
     """
@@ -79,6 +90,8 @@ class Program:
     check: str = ""
     retrace: Callable[..., "Program"] | None = None
     borrowed: dict[str, Sealed] = dataclasses.field(default_factory=dict)
+    pipeline_weights: list[str] = dataclasses.field(default_factory=list)
+    closed: dict[str, str] = dataclasses.field(default_factory=dict)
     file: container.Archive | None = None
     variants: list["Program"] = dataclasses.field(default_factory=list, init=False)
 
@@ -316,6 +329,7 @@ class Program:
             history=list(self.history),
             digests=dict(self.digests),
             lengths=list(self.lengths),
+            closed=dict(self.closed),
         )
 
     def add_component(self, name: str, body: fx.GraphModule) -> str:
@@ -403,6 +417,8 @@ class Program:
         bodies = self.graphs
         if self.guards:
             bodies["(guards)"] = self.guards.body
+        recipes = self._recipes() if self.pipeline_weights else {}
+        bodies |= {f"{CONSTANT}{i})": recipe.graph for i, recipe in enumerate(recipes.values())}
         for number, computed in enumerate(self.host.computed):
             bodies[f"(computed {number})"] = computed.body
         for name, gm in bodies.items():
@@ -416,6 +432,7 @@ class Program:
             serialize.expect_allowed(gm)
             graphs[name] = {"nodes": serialize.graph_to_json(gm), "tensors": table}
         tensors.update({f"sample/{i}": t.detach() for i, t in enumerate(self.sample)})
+        origins = self._origins(keys, tensors, recipes) if self.pipeline_weights else None
         data = {
             "format": FORMAT,
             "graphs": graphs,
@@ -431,11 +448,63 @@ class Program:
             "check": self.check,
             "batch": self.batch,
             "lengths": [dataclasses.asdict(length) for length in self.lengths],
+            **({"origins": origins} if origins else {}),
         }
         assets = {
             f"{name}/{file}": b for name, fs in self.host.assets.items() for file, b in fs.items()
         }
         return data, tensors, assets
+
+    def _recipes(self) -> dict[int, weight_origins.Computed]:
+        """Return of each tensor that calls of components would compute how, by identity."""
+        result = {}
+        for identity, tensor in self.weights().items():
+            origin = weight_origins.origin_of(tensor)
+            if isinstance(origin, weight_origins.Computed):
+                called = {n.target for n in origin.graph.graph.find_nodes(op="call_module")}
+                if called <= self.components.keys():
+                    result[identity] = origin
+        return result
+
+    def _origins(
+        self,
+        keys: dict[int, str],
+        tensors: dict[str, Tensor],
+        recipes: dict[int, weight_origins.Computed],
+    ) -> dict[str, Any]:
+        """Return where the stored tensors come from, as JSON; add what that takes to `tensors`.
+
+        `keys` has the key of each stored tensor by identity, `recipes` the graphs that are stored.
+        """
+        keys = dict(keys)
+        closed = dict(self.closed)
+        rows = {}
+
+        def key_of(tensor: Tensor) -> str:
+            if id(tensor) not in keys:
+                keys[id(tensor)] = f"{ORIGIN}{len(keys)}"
+                tensors[keys[id(tensor)]] = tensor
+            return keys[id(tensor)]
+
+        for identity, tensor in self.weights().items():
+            origin = weight_origins.origin_of(tensor)
+            unknown = weight_origins.unknown_names(origin)
+            if isinstance(origin, weight_origins.Computed) and identity not in recipes:
+                unknown |= origin.names
+            for name in sorted(unknown):
+                closed.setdefault(name, "a pass")
+            if weight_origins.weights(origin):
+                rows[keys[identity]] = weight_origins.to_json(origin, key_of)
+        by_pass: dict[str, list[str]] = {}
+        for name, text in sorted(closed.items()):
+            by_pass.setdefault(text, []).append(name)
+        computed = {keys[i]: sorted(recipe.names) for i, recipe in recipes.items()}
+        return {
+            "weights": self.pipeline_weights,
+            "closed": by_pass,
+            "tensors": rows,
+            "computed": computed,
+        }
 
     @staticmethod
     def from_members(
@@ -467,12 +536,15 @@ class Program:
             Computed(bodies.pop(f"(computed {number})"), inputs)
             for number, inputs in enumerate(data.get("computed", ()))
         ]
+        origins = data.get("origins") or _NO_ORIGINS
+        recipes = [bodies.pop(f"{CONSTANT}{i})") for i in range(len(origins["computed"]))]
         root = serialize.graph_from_json(graphs[""]["nodes"], "program", table(graphs[""]), bodies)
         files: dict[str, dict[str, bytes]] = {}
         for path, content in assets.items():
             component, _, file = path.partition("/")
             files.setdefault(component, {})[file] = content
         sample = [tensors[f"sample/{i}"] for i in range(data["samples"])]
+        _record_origins(origins, recipes, shared, tensors)
         host = Host.from_json(data["host"], files)
         host.computed = computed
         made, taken = sum(step.count for step in host.steps), len(g.placeholders(root))
@@ -489,6 +561,8 @@ class Program:
             batch=tuple(data["batch"]) if data.get("batch") else None,
             check=data.get("check", ""),
             lengths=[dynamic_sizes.Length.from_json(row) for row in data.get("lengths", ())],
+            pipeline_weights=origins["weights"],
+            closed={name: text for text, names in origins["closed"].items() for name in names},
         )
 
     def save(self, path: str | os.PathLike[str], compress: int | None = None) -> None:
@@ -520,6 +594,30 @@ class Program:
             program = Program.from_members(data, tensors, assets)
         program.file = file
         return program
+
+
+def _record_origins(
+    origins: Mapping[str, Any],
+    recipes: Sequence[fx.GraphModule],
+    shared: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Say where the tensors of a file come from.
+
+    Args:
+        origins: Of `Program.to_members`.
+        recipes: The graphs of what is computed.
+        shared: The graphs' tensors by key.
+        tensors: All that are stored.
+    """
+    for (key, names), recipe in zip(origins["computed"].items(), recipes, strict=True):
+        if key in shared:
+            shape = tuple(shared[key].shape)
+            origin = weight_origins.Computed(frozenset(names), shape, recipe)
+            weight_origins.record(shared[key], origin)
+    for key in origins["tensors"].keys() & shared.keys():
+        row = weight_origins.from_json(origins["tensors"][key], tensors)
+        weight_origins.record(shared[key], row)
 
 
 def _placed(tensor: Tensor, stride: Sequence[int]) -> Tensor:

@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
@@ -339,8 +340,10 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def _release(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.set_()  # type: ignore[call-overload]
+    # Whenever Python searches for garbage: what is traced just then would have it in its graph.
+    with _disable_current_modes():
+        for tensor in tensors:
+            tensor.set_()  # type: ignore[call-overload]
 
 
 class LibraryFunction:
@@ -360,7 +363,7 @@ class LibraryFunction:
             constants: Further arguments, the same in every call (see `load_time_graph`).
         """
         self._strides = strides
-        self._constants = list(constants)
+        self.constants = list(constants)
         self._run, weights = library
         weakref.finalize(self, _release, weights).atexit = False
 
@@ -371,7 +374,7 @@ class LibraryFunction:
                 tensors[index] = tensors[index].contiguous()
             elif tensors[index].stride() != stride:
                 tensors[index] = with_strides(tensors[index], stride)
-        return self._run(tensors + self._constants)
+        return self._run(tensors + self.constants)
 
 
 def component_function(

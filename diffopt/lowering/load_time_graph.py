@@ -17,7 +17,7 @@ weight's value.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +28,12 @@ from diffopt.ir import graph as g
 from diffopt.ir import qdq, serialize
 from diffopt.ir.allowed_operators import find_any
 from diffopt.ir.cse import eliminate_common_subexpressions
+from diffopt.ir.interpreter import Interpreter
 from diffopt.ir.nodes import is_pure
 from diffopt.ir.propagation import propagate_layouts
 from diffopt.ir.strides import restore_outputs
 from diffopt.lowering.executor import set_device
+from diffopt.lowering.target import EngineContents
 
 aten = torch.ops.aten
 
@@ -77,6 +79,35 @@ def run_setup(
     with torch.no_grad():
         results = gm(*[])
     return {name: [results[i] for i in own] for name, own in data["takes"].items()}
+
+
+def rerun_setup(
+    data: Mapping[str, Any], engine: EngineContents, changed: Set[str]
+) -> dict[str, dict[int, Tensor]]:
+    """Run what follows from some tensors of an engine, which have changed.
+
+    Args:
+        data: The setup.
+        engine: The engine.
+        changed: The keys of the tensors.
+
+    Returns:
+        For each component those of its further arguments that are others now, by position.
+    """
+    tensors = {name: engine.weight(*source) for name, source in data["sources"].items()}
+    gm = serialize.graph_from_json(data["nodes"], "setup", tensors, {}, find_any)
+    keys = {
+        name: engine.graphs[c]["tensors"][part][0] for name, (c, part) in data["sources"].items()
+    }
+    reads = [n for n in gm.graph.find_nodes(op="get_attr") if keys[str(n.target)] in changed]
+    following = g.descendants(reads)
+    results = g.outputs(gm)
+    with torch.no_grad():
+        values = Interpreter(gm, [node for node in results if node in following]).values()
+    return {
+        name: {at: values[results[i]] for at, i in enumerate(own) if results[i] in values}
+        for name, own in data["takes"].items()
+    }
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ A device alone stands for the lowering with the name of its kind: `cuda`, `cpu`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -93,6 +93,11 @@ class EngineContents:
     tensors: Mapping[str, Tensor]
     program: Any
 
+    def reading(self, keys: Set[str]) -> list[str]:
+        """Return the components that have any of these tensors."""
+        graphs = self.graphs.items()
+        return [n for n, graph in graphs if any(k in keys for k, _, _ in graph["tensors"].values())]
+
     def weight(self, component: str, name: str) -> Tensor:
         """Return a component's weight, with the strides of the trace."""
         key, stride, _ = self.graphs[component]["tensors"][name]
@@ -110,6 +115,8 @@ class Target:
         input_devices: The types of torch's devices on which inputs of a run may be.
         is_native: Whether engines hold more than graphs: code for the machine, or files that
             libraries of others read.
+        reads_weights: Whether what it loads reads the engine's weights; otherwise they are in its
+            kernels, even where the engine keeps them too.
         device: The device to build for; empty where none was named.
     """
 
@@ -117,6 +124,7 @@ class Target:
     kinds: ClassVar[tuple[str, ...]] = ("cpu",)
     input_devices: ClassVar[tuple[str, ...]] = ("cpu",)
     is_native: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = True
 
     device: str = field(default="", kw_only=True, metadata={"written": False})
 
@@ -147,6 +155,21 @@ class Target:
     def load(self, engine: EngineContents) -> dict[str, ComponentFunction]:
         """Return a function for every component of an engine."""
         raise NotImplementedError
+
+    def reload(
+        self,
+        engine: EngineContents,
+        bodies: Mapping[str, ComponentFunction],
+        changed: Set[str],
+    ) -> dict[str, ComponentFunction]:
+        """Return the functions of all components once weights have changed in place.
+
+        Args:
+            engine: The engine.
+            bodies: What `load`, or this, has returned before.
+            changed: The keys of the tensors that hold something else now.
+        """
+        return self.load(engine)
 
     def executor(self, root: fx.GraphModule, bodies: Mapping[str, ComponentFunction]) -> Executor:
         """Return the executor of the outer graph, which calls the components."""

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from diffopt.analysis.dtype_regions import DtypePlan, is_float
 from diffopt.ir import graph as g
+from diffopt.ir import weight_origins
 from diffopt.ir.nodes import args, is_call, stored_tensor
 from diffopt.ir.program import Program
 from diffopt.ir.propagation import infer_or_reshape
@@ -50,6 +51,7 @@ class LowWeights:
                 limit = torch.finfo(self.low).max
                 finite = tensor.isfinite() & ~new.isfinite()
                 new = torch.where(finite, new.clamp(-limit, limit), new)
+            weight_origins.record(new, weight_origins.origin_of(tensor))
             self._converted[id(tensor)] = tensor, new
         return self._converted[id(tensor)][1]
 

@@ -344,6 +344,35 @@ class LengthRow(TypedDict):
     axes: Annotated[list[tuple[Count, Count, StrictInt]], Field(min_length=1)]
 
 
+# Where a tensor comes from (see `ir.weight_origins`); texts are keys of tensors.
+OriginKinds = TypedDict(  # noqa: UP013
+    "OriginKinds",
+    {
+        "weight": tuple[Line, list[Count]],
+        "constant": list[Count],
+        "scaled": "tuple[Origin, Line]",
+        "product": "tuple[Origin, Line]",
+        "sum": "list[Origin]",
+        "joined": "list[Origin]",
+    },
+    total=False,
+)
+Origin = TypeAliasType("Origin", "Annotated[OriginKinds, OneKind]")
+
+
+@with_config(_CLOSED)
+class Origins(TypedDict):
+    """Of the pipeline's weights: the names, those closed by pass, and what follows from which.
+
+    A tensor that is computed has a graph, "(constant 0)" and so on in this order.
+    """
+
+    weights: list[Line]
+    closed: dict[Line, list[Line]]
+    tensors: dict[Line, Origin]
+    computed: dict[Line, list[Line]]
+
+
 @with_config(_CLOSED)
 class BoundaryRow(TypedDict):
     """See `ir.step_boundaries.Boundary`."""
@@ -369,6 +398,7 @@ class ProgramRow(TypedDict):
     batch: NotRequired[tuple[Count, Count] | None]
     check: NotRequired[Line]
     lengths: NotRequired[list[LengthRow]]
+    origins: NotRequired[Origins]
 
 
 def _calls(data: Any) -> Any:
@@ -378,7 +408,8 @@ def _calls(data: Any) -> Any:
         raise ValueError("has no outer graph")
     for name, graph in graphs.items():
         called = {row["target"] for row in graph["nodes"] if row["op"] == "call_module"}
-        known = {each for each in graphs if each[:1] not in ("", "(")} if not name else set()
+        calls = not name or name.startswith("(constant ")
+        known = {each for each in graphs if each[:1] not in ("", "(")} if calls else set()
         for missing in sorted(called - known):
             raise ValueError(f"graph {name!r} calls {missing!r}, which is no component")
     return data

@@ -9,10 +9,10 @@ from torch import Tensor, fx
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from diffopt.ir import graph as g
-from diffopt.ir import qdq
+from diffopt.ir import qdq, weight_origins
 from diffopt.ir.aliasing import storage_owner
 from diffopt.ir.interpreter import Interpreter
-from diffopt.ir.nodes import is_pure, is_pure_graph, replace_node
+from diffopt.ir.nodes import is_pure, is_pure_graph, replace_node, stored_tensor
 from diffopt.ir.program import Program
 
 Skip = Callable[[fx.Node, str], None]
@@ -42,9 +42,11 @@ def fold_constants(gm: fx.GraphModule, max_bytes: int, keep: set[fx.Node], skip:
             folded[node] = None
     with torch.no_grad():
         values = Interpreter(gm, [n for n in constant if n in folded]).values()
+    origins = {node: _origin(gm, node) for node in values}
     for node, tensor in values.items():
         # A slice of a larger temporary would keep all of its memory.
         tensor = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        weight_origins.record(tensor, origins[node])
         with gm.graph.inserting_before(node):
             result = g.get_attr(gm, f"constant_{node.name}", tensor)
         if "module" in node.meta:
@@ -83,6 +85,46 @@ def _is_kept(gm: fx.GraphModule, node: fx.Node, max_bytes: int, skip: Skip) -> b
     return False
 
 
+def _origin(gm: fx.GraphModule, node: fx.Node) -> weight_origins.Origin:
+    """Return where the value of a constant node comes from."""
+    above = g.ancestors([node])
+    stored = [g.attribute(gm, str(n.target)) for n in above if n.op == "get_attr"]
+    origins = [weight_origins.origin_of(tensor) for tensor in stored]
+    bodies = [g.attribute(gm, str(n.target)) for n in above if n.op == "call_module"]
+    inner = [tensor for body in bodies for _, tensor in g.named_tensors(body)]
+    shape = tuple(node.meta["val"].shape)
+    result = weight_origins.unknown([*stored, *inner], shape)
+    # Weights that are read here, and not in components, may be replaced: what then?
+    is_of_calls = all(isinstance(origin, _OF_CALLS) for origin in origins)
+    if not isinstance(result, weight_origins.Unknown) or not is_of_calls:
+        return result
+    graph = _recipe(gm, [n for n in gm.graph.nodes if n in above])
+    return weight_origins.Computed(result.names, shape, graph)
+
+
+_OF_CALLS = weight_origins.Computed | weight_origins.Constant
+
+
+def _recipe(gm: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:
+    """Return a graph of nodes, the last of which is its result, that names components."""
+    recipe, env = g.new_body("constant"), dict[fx.Node, fx.Node]()
+    for node in nodes:
+        tensor = stored_tensor(gm, node)
+        origin = None if tensor is None else weight_origins.origin_of(tensor)
+        if isinstance(origin, weight_origins.Computed):
+            inner = dict[fx.Node, fx.Node]()
+            parts = [n for n in origin.graph.graph.nodes if n.op != "output"]
+            g.copy_nodes(parts, origin.graph, recipe, inner)
+            env[node] = inner[g.outputs(origin.graph)[0]]
+        elif node.op == "call_module":
+            env[node] = recipe.graph.node_copy(node, env.__getitem__)
+        else:
+            g.copy_nodes([node], gm, recipe, env)
+    recipe.graph.output((env[nodes[-1]],))
+    g.set_outputs(recipe, [env[nodes[-1]]])
+    return recipe
+
+
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> Any:
     """Return the value of a constant node."""
     with torch.no_grad():
@@ -105,6 +147,7 @@ def share_equal_constants(program: Program, keys: dict[int, tuple[Tensor, Any]])
                 keys[id(tensor)] = tensor, _content(tensor)
             same = first.setdefault(keys[id(tensor)][1], tensor)
             if same is not tensor:
+                weight_origins.merge(same, tensor)
                 gm._buffers[name] = same
                 count += 1
     return count

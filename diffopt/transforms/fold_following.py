@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir import qdq
+from diffopt.ir import qdq, weight_origins
 from diffopt.ir.matcher import Pattern, Var, any_of, named, through
 from diffopt.ir.nodes import args, is_call, replace_node, same_layout, stored_tensor
 from diffopt.ir.op_sets import REARRANGEMENTS
@@ -22,8 +22,8 @@ from diffopt.transforms.weight_folding import (
     PLUS,
     PRECISE,
     TIMES,
+    Affine,
     Fold,
-    Weights,
     channel_axis,
     factor_of,
     number_or_constant,
@@ -66,19 +66,18 @@ def find_scale(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
         return None
     tensor = stored_tensor(gm, constant)
     key = (node.target, type(constant), constant if tensor is None else id(tensor))
-    weights = partial(_changed, node.target, channels)
-    return Fold(name, node, (layer,), weights, key, partial(replace_node, new=value))
+    change = partial(_changed, node.target, channels, tensor)
+    return Fold(name, node, (layer,), change, key, partial(replace_node, new=value))
 
 
-def _changed(target: Any, constant: Tensor, weight: Tensor, bias: Tensor | None) -> Weights:
-    """Return c W and c b, or W and b + c."""
+def _changed(target: Any, constant: Tensor, source: Tensor | None) -> Affine:
+    """Return that W and b become c W and c b, or W and b + c."""
     if target in TIMES:
-        column = constant.reshape(-1, *[1] * (weight.dim() - 1))
-        times = TIMES[target]
-        return times(weight, column), None if bias is None else times(bias, constant)
-    if bias is None:
-        bias = weight.new_zeros(len(weight))
-    return weight, PLUS[target](bias, constant)
+        scale = TIMES[target](torch.ones_like(constant), constant)
+        return Affine(output_scale=scale, sources=(source,))
+    return Affine(
+        output_shift=PLUS[target](torch.zeros_like(constant), constant), sources=(source,)
+    )
 
 
 def combine_scales(gm: fx.GraphModule) -> int:
@@ -101,7 +100,9 @@ def combine_scales(gm: fx.GraphModule) -> int:
             factor: Any = scale
             if outer.stored or inner.stored:
                 # Constants stay constants: steps that differ in them alone have equal graphs.
-                factor = g.get_attr(gm, "scale", torch.tensor(scale, dtype=dtype))
+                product = torch.tensor(scale, dtype=dtype)
+                weight_origins.record_computed(product, _stored(gm, node, outer.source))
+                factor = g.get_attr(gm, "scale", product)
             single = g.call(gm.graph, aten.mul.Tensor, inner.source, factor, like=node)
         if same_layout(single, node):
             replace_node(node, single)
@@ -109,3 +110,9 @@ def combine_scales(gm: fx.GraphModule) -> int:
         else:
             gm.graph.erase_node(single)
     return count
+
+
+def _stored(gm: fx.GraphModule, *nodes: fx.Node) -> list[Tensor]:
+    """Return the stored tensors among the arguments of nodes."""
+    tensors = [stored_tensor(gm, n) for node in nodes for n in node.all_input_nodes]
+    return [tensor for tensor in tensors if tensor is not None]

@@ -18,6 +18,7 @@ from diffopt.ir.nodes import args, conv_geometry, replace_node, same_layout
 from diffopt.transforms import canonicalize
 from diffopt.transforms.weight_folding import (
     LINEAR,
+    Affine,
     Fold,
     Weights,
     double,
@@ -73,7 +74,8 @@ def find_lora(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
         return None
     pairs = [pair for layer in layers[1:] if (pair := layer_weights(gm, layer)) is not None]
     scale, _ = _scaled(match["branch"])
-    merged = partial(_merged, pairs, scale)
+    shape = args(base)[1].meta["val"].shape
+    merged = partial(_merged, pairs, scale, tuple(shape))
     key = (*map(id, chain(*pairs)), scale)
     return Fold(name, node, (base,), merged, key, partial(replace_node, new=base))
 
@@ -91,12 +93,14 @@ def _is_low_rank(base: fx.Node, first: fx.Node, second: fx.Node) -> bool:
     return is_of_pixels and conv_geometry(first) == sizes and groups == 1
 
 
-def _merged(pairs: list[Weights], scale: float, weight: Tensor, bias: Tensor | None) -> Weights:
-    """Return W + s B A and b + s (B a + c)."""
+def _merged(pairs: list[Weights], scale: float, shape: tuple[int, ...]) -> Affine:
+    """Return that W becomes W + s B A, and b becomes b + s (B a + c)."""
     (down, a), (up, c) = [(w.detach().double(), double(b)) for w, b in pairs]
     up = up.flatten(1)
-    low_rank = (up @ down.flatten(1)).reshape(weight.shape)
+    low_rank = (up @ down.flatten(1)).reshape(shape)
     shift = (0 if a is None else up @ a) + (0 if c is None else c)
-    if isinstance(shift, Tensor):
-        bias = scale * shift + (0 if bias is None else bias)
-    return weight + scale * low_rank, bias
+    return Affine(
+        weight_shift=scale * low_rank,
+        output_shift=scale * shift if isinstance(shift, Tensor) else None,
+        sources=tuple(chain(*pairs)),
+    )

@@ -21,9 +21,9 @@ from diffopt.transforms.weight_folding import (
     PLUS,
     PRECISE,
     TIMES,
+    Affine,
     Fold,
     Skip,
-    Weights,
     channel_axis,
     double,
     fold_all,
@@ -80,7 +80,7 @@ def _find(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
     constants = (_of_norm if norm else _of_product)(gm, match, *axes)
     if constants is None:
         return None
-    scale, shift, key = constants
+    scale, shift, sources, key = constants
     layers = tuple(layer for layer, _ in readers)
     for layer in (layer for layer in layers if layer.target is not LINEAR):
         _, padding, _, groups = conv_geometry(layer)
@@ -88,7 +88,9 @@ def _find(gm: fx.GraphModule, name: str, node: fx.Node) -> Fold | None:
         if groups != 1 or (shift is not None and any(padding)):
             return None
     remove = _without_weights if norm else partial(replace_node, new=match["x"])
-    return Fold(name, node, layers, partial(_changed, scale, shift), (node.target, *key), remove)
+    # W (s x + t) + b = (W s) x + (W t + b)
+    change = partial(Affine, input_scale=scale, input_shift=shift, sources=sources)
+    return Fold(name, node, layers, change, (node.target, *key), remove)
 
 
 def _readers(node: fx.Node) -> list[tuple[fx.Node, int]]:
@@ -113,8 +115,8 @@ def _readers(node: fx.Node) -> list[tuple[fx.Node, int]]:
     return readers
 
 
-Constants = tuple[Tensor | None, Tensor | None, tuple[Any, ...]]
-"""Scale, shift, and what tells them apart."""
+Constants = tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...], tuple[Any, ...]]
+"""Scale, shift, the stored tensors that have them, and what tells them apart."""
 
 
 def _of_norm(gm: fx.GraphModule, match: Match, axis: int) -> Constants | None:
@@ -124,7 +126,7 @@ def _of_norm(gm: fx.GraphModule, match: Match, axis: int) -> Constants | None:
     weight, bias = (stored_tensor(gm, match.values.get(name)) for name in ("weight", "bias"))
     if (weight is None and bias is None) or (not is_group and len(match["sizes"]) != 1):
         return None
-    return double(weight), double(bias), (id(weight), id(bias))
+    return double(weight), double(bias), (weight, bias), (id(weight), id(bias))
 
 
 def _of_product(gm: fx.GraphModule, match: Match, axis: int) -> Constants | None:
@@ -135,20 +137,8 @@ def _of_product(gm: fx.GraphModule, match: Match, axis: int) -> Constants | None
     tensor = stored_tensor(gm, c)
     key = (type(c), c) if tensor is None else (Tensor, id(tensor))
     if node.target in TIMES:
-        return TIMES[node.target](torch.ones_like(constant), constant), None, key
-    return None, PLUS[node.target](torch.zeros_like(constant), constant), key
-
-
-def _changed(
-    scale: Tensor | None, shift: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> Weights:
-    """Return W s and W t + b."""
-    if shift is not None:
-        inputs = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-        bias = inputs @ shift.expand(inputs.shape[1]) + (0 if bias is None else bias)
-    if scale is not None:
-        weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 2))
-    return weight, bias
+        return TIMES[node.target](torch.ones_like(constant), constant), None, (tensor,), key
+    return None, PLUS[node.target](torch.zeros_like(constant), constant), (tensor,), key
 
 
 def _without_weights(norm: fx.Node) -> None:

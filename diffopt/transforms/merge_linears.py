@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
-from diffopt.ir import qdq
+from diffopt.ir import qdq, weight_origins
 from diffopt.ir.cse import eliminate_common_subexpressions
 from diffopt.ir.matcher import Pattern, Var, constant, constant_or_none
 from diffopt.ir.nodes import args, replace_node, stored_tensor, weight_uses
@@ -150,7 +150,10 @@ def _merge(program: Program, chunk: list[list[_Linear]]) -> None:
 
 
 def _parameter(parts: Sequence[Tensor]) -> Tensor:
-    return torch.nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=False)
+    whole = torch.cat([part.detach() for part in parts])
+    result = torch.nn.Parameter(whole, requires_grad=False)
+    weight_origins.record(result, weight_origins.joined([*map(weight_origins.origin_of, parts)]))
+    return result
 
 
 def _merge_nodes(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from diffopt.ir import graph as g
+from diffopt.ir import weight_origins
 from diffopt.ir.matcher import Pattern, Var, any_of, condition, constant_or_none, is_stored
 from diffopt.ir.nodes import args, replace_node, stored_tensor, weight_uses
 from diffopt.ir.op_sets import CONVOLUTIONS
@@ -44,6 +45,78 @@ Weights = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
+class Affine:
+    """What a fold makes of a layer's weight W and bias b: c W s + V, and c b + W t + a.
+
+    All is in float64; None: left out.
+
+    Attributes:
+        output_scale: c, one number, or one for each output.
+        output_shift: a, one number, or one for each output.
+        input_scale: s, one number, or one for each input.
+        input_shift: t, one number, or one for each input.
+        weight_shift: V, of the shape of the weight.
+        sources: What these were computed from.
+    """
+
+    output_scale: Tensor | None = None
+    output_shift: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_shift: Tensor | None = None
+    weight_shift: Tensor | None = None
+    sources: tuple[Tensor | None, ...] = ()
+
+    def apply(self, weight: Tensor, bias: Tensor | None) -> Weights:
+        """Return the new weight and bias of those that a layer has, all in float64."""
+        terms = [] if bias is None else [self._scaled(bias)]
+        if self.input_shift is not None:
+            inputs = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+            terms.append(inputs @ self._vector(weight))
+        if self.output_shift is not None:
+            terms.append(weight.new_zeros(len(weight)) + self.output_shift)
+        for factor in self._factors(weight):
+            weight = weight * factor
+        if self.weight_shift is not None:
+            weight = weight + self.weight_shift
+        return weight, sum(terms[1:], terms[0]) if terms else None
+
+    def record(self, old: Weights, new: Weights) -> None:
+        """Say where the new weight and bias come from, of those that a layer had."""
+        (weight, bias), (new_weight, new_bias) = old, new
+        known = [source for source in self.sources if source is not None]
+        origin, rest = weight_origins.origin_of(weight), weight_origins.unknown
+        scaled = origin
+        for factor in self._factors(weight):
+            scaled = weight_origins.scaled(scaled, factor)
+        weight_origins.record(
+            new_weight, weight_origins.total([scaled, rest(known, new_weight.shape)])
+        )
+        if new_bias is None:
+            return
+        terms = [rest(known, new_bias.shape)]
+        if bias is not None:
+            of_bias = weight_origins.origin_of(bias)
+            scale = self.output_scale
+            terms.append(of_bias if scale is None else weight_origins.scaled(of_bias, scale))
+        if self.input_shift is not None:
+            terms.append(weight_origins.product(origin, self._vector(weight)))
+        weight_origins.record(new_bias, weight_origins.total(terms))
+
+    def _scaled(self, bias: Tensor) -> Tensor:
+        return bias if self.output_scale is None else self.output_scale * bias
+
+    def _vector(self, weight: Tensor) -> Tensor:
+        assert self.input_shift is not None
+        return self.input_shift.expand(weight.shape[1])
+
+    def _factors(self, weight: Tensor) -> list[Tensor]:
+        """Return the scales as tensors that broadcast to a weight."""
+        ones = [1] * (weight.dim() - 2)
+        scales = (self.output_scale, (-1, 1)), (self.input_scale, (1, -1))
+        return [s.reshape(*shape, *ones) for s, shape in scales if s is not None]
+
+
+@dataclass(frozen=True, eq=False)
 class Fold:
     """An operator that is not needed if some layers have other weights.
 
@@ -51,15 +124,15 @@ class Fold:
         graph: Name of the graph.
         node: The operator.
         layers: Linear layers and convolutions.
-        weights: Returns a layer's new weight and bias, of those that it has, all in float64.
-        key: Equal for folds for which `weights` returns the same.
+        change: Returns what to make of the layers' weights.
+        key: Equal for folds for which `change` returns the same.
         remove: Replaces the operator by what it is computed from, or by a cheaper one.
     """
 
     graph: str
     node: fx.Node
     layers: tuple[fx.Node, ...]
-    weights: Callable[[Tensor, Tensor | None], Weights]
+    change: Callable[[], Affine]
     key: tuple[Any, ...]
     remove: Callable[[fx.Node], None]
 
@@ -141,8 +214,11 @@ def _new_weights(
     """Return a layer's new weights, of which `new` has those that layers share."""
     key = _key(gm, fold, layer)
     if key not in new:
-        old, bias = layer_weights(gm, layer)  # type: ignore[misc]
-        new[key] = _rounded(fold.weights(old.detach().double(), double(bias)), old)
+        old = layer_weights(gm, layer)
+        assert old is not None
+        (weight, bias), change = old, fold.change()
+        new[key] = _rounded(change.apply(weight.detach().double(), double(bias)), weight)
+        change.record(old, new[key])
     return new[key]
 
 

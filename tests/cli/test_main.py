@@ -406,10 +406,10 @@ def test_wrong_values_are_one_line(
 def test_what_kernels_refuse_is_one_line(
     diffopt: Run, engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(*_: object) -> None:
+    def run(*_: object, **__: object) -> None:
         raise IndexError("index out of range in self\nand more")
 
-    monkeypatch.setattr("diffopt.engine.engine.Engine.run", run)
+    monkeypatch.setattr("diffopt.lowering.executor.SlotExecutor.run", run)
     done = diffopt("run", engine, "-o", "a.png")
     assert (done.code, done.err) == (
         2,
