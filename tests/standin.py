@@ -17,7 +17,9 @@ def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def stream(name: str) -> Any:
         return SimpleNamespace(
-            wait_stream=lambda other: log.append(f"{name} waits for {other.name}"), name=name
+            wait_stream=lambda other: log.append(f"{name} waits for {other.name}"),
+            synchronize=lambda: log.append(f"{name} is done"),
+            name=name,
         )
 
     @contextmanager

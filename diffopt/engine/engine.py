@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -307,7 +308,7 @@ class Engine:
         outer = {name: graph for name, graph in data["graphs"].items() if not is_component(name)}
         self._outer = self._file.program({**data, "graphs": outer})
         self._boundaries = [Boundary(**row) for row in self.manifest.get("steps", ())]
-        self._preview = Preview(self)
+        self._preview = Preview(weakref.proxy(self))  # no cycle: memory is freed at once
         self._lock = threading.RLock()
         self._cancels = 0
         self._mark_steps()
@@ -436,7 +437,8 @@ class Engine:
                 f" LoRA; see `diffopt targets {self.target.name}`, or fuse it into the pipeline and"
                 " build the engine again"
             )
-        return Loras(self._file, self._computed)
+        engine = weakref.proxy(self)
+        return Loras(self._file, lambda graph: engine._computed(graph))
 
     @property
     def loras(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ way. Of weights for which that is not known, layers are refused by name.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -229,8 +230,8 @@ class Loras:
 
 
 def _number(scale: float) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale != scale:
-        raise DiffoptError(f"scale={scale!r}: must be a number")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise DiffoptError(f"scale={scale!r}: must be a finite number")
     return float(scale)
 
 

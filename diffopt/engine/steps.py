@@ -235,6 +235,7 @@ class Watcher:
         """
         told = None
         if self._on_step is not None:
+            pause.wait()
             told = self._on_step(Step(self._preview, pause, self._boundaries, self._began))
         if told is False or self._is_cancelled():
             raise Cancelled(f"cancelled after step {pause.index} of {len(self._boundaries)}")

@@ -81,7 +81,7 @@ class CudaExecutor:
     def run(self, tensors: Sequence[Tensor], watch: Watch | None = None) -> list[Tensor]:
         """Return the outputs for flat inputs: on the GPU if all inputs are, else on the CPU.
 
-        `watch` is called when a step is done on the GPU, which then waits for it.
+        `watch` is called when a step has been given to the GPU.
         """
         caller = torch.cuda.current_stream()
         self._stream.wait_stream(caller)
@@ -97,7 +97,7 @@ class CudaExecutor:
 
     def _watched(self, tensors: list[Tensor], watch: Watch) -> list[Tensor]:
         def done(pause: Pause) -> None:
-            self._stream.synchronize()
+            pause.wait = self._stream.synchronize
             watch(pause)
 
         return self._executor.run(tensors, done)

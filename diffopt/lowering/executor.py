@@ -25,9 +25,11 @@ class Pause:
 
     Attributes:
         index: How many steps have run.
+        wait: Waits until they are done, where that is on another device.
     """
 
     def __init__(self, executor: SlotExecutor, values: list[Any], index: int) -> None:
+        self.wait: Callable[[], object] = lambda: None
         self._executor = executor
         self._values = values
         self._slot = executor.latents[index - 1]

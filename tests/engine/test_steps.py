@@ -1,6 +1,8 @@
 """Engines between their steps: progress, latents as diffusers has them, previews, ends, threads."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,7 +217,21 @@ def test_previews_are_the_decoded_picture_and_then_a_linear_one(engine: Engine) 
         engine(seed=0, on_step=lambda step: step.previews("big"))
 
 
-def test_an_engine_of_one_step_and_an_old_one_say_so(tmp_path: Path) -> None:
+def test_an_engine_is_freed_when_nothing_refers_to_it(tmp_path: Path) -> None:
+    engine = build(traced("sd"), "eager", tmp_path / "x.engine")
+    engine(seed=0, on_step=lambda step: bool(step.previews()))
+    with pytest.raises(DiffoptError):
+        engine.load_lora(tmp_path)
+    alive = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_an_engine_of_one_step_says_so(tmp_path: Path) -> None:
     pipe = sampler.Sampler()
     program: Program = diffopt.trace(pipe, latents=torch.zeros(2, 8), steps=1, check=False)
     engine = build(program, "eager", tmp_path / "x.engine")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -46,6 +47,20 @@ def test_a_run_is_on_one_stream_of_its_own(said: list[str]) -> None:
         "caller waits for own",
         "kept for caller",
     ]
+
+
+def test_a_watched_run_waits_for_the_gpu_where_somebody_looks(said: list[str]) -> None:
+    class Stepwise(Doubling):
+        def run(self, tensors: Sequence[Tensor], watch: Any = None) -> list[Tensor]:
+            watch(SimpleNamespace())
+            return super().run(tensors)
+
+    executor = CudaExecutor(cast(SlotExecutor, Stepwise(said)), record=True)
+    executor.run([torch.ones(2)], lambda pause: None)
+    assert "own is done" not in said
+    executor.run([torch.ones(2)], lambda pause: pause.wait())
+    assert said.count("own is done") == 1
+    assert "captured" not in said
 
 
 @pytest.fixture
