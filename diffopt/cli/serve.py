@@ -22,7 +22,7 @@ VARIABLE = "DIFFOPT_TOKEN"
 def run(flags: ServeFlags) -> None:
     """Serve engines until a signal; or print what would be served."""
     optional.check("fastapi", "uvicorn", "prometheus_client", "python_multipart", extra="serve")
-    from diffopt.serving import server
+    from diffopt.serving import engine_thread, server
     from diffopt.serving.app import Service
 
     names = names_of(flags.engines)
@@ -31,8 +31,10 @@ def run(flags: ServeFlags) -> None:
     engines: dict[str, Servable] = {}
     for name, path in names.items():
         with show.progress(f"loading {path}"):
-            engines[name] = engine.load(path, target=flags.target, trusted_keys=flags.trusted_key)
-    service = Service(engines, settings)
+            engines[name] = engine_thread.call(
+                engine.load, path, target=flags.target, trusted_keys=flags.trusted_key
+            )
+    service = Service(engines, settings, engine_thread.call)
     if flags.dry_run:
         models = {name: served.about() for name, served in service.engines.items()}
         where = {"host": flags.host, "port": flags.port, "token": token is not None}

@@ -26,7 +26,7 @@ from diffopt.serving.protocol import (
     ModelData,
     ModelList,
 )
-from diffopt.serving.served_engine import Servable, ServedEngine
+from diffopt.serving.served_engine import Call, Servable, ServedEngine, directly
 from diffopt.serving.settings import Settings
 
 EDITS = "/v1/images/edits"
@@ -50,15 +50,27 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 class Service:
     """The engines of a server, and what their requests share."""
 
-    def __init__(self, engines: Mapping[str, Servable], settings: Settings) -> None:
-        """Start a queue for each engine; one that cannot be served is a `DiffoptError`."""
+    def __init__(
+        self,
+        engines: Mapping[str, Servable],
+        settings: Settings,
+        call: Call = directly,
+    ) -> None:
+        """Start a queue for each engine; one that cannot be served is a `DiffoptError`.
+
+        Args:
+            engines: By the names that requests call them by.
+            settings: What the server allows.
+            call: Calls the engines; see `engine_thread.call`.
+        """
         self.settings = settings
         self.metrics = Metrics()
         self.files = PictureFiles(settings.file_seconds, int(settings.max_files_mb * _MB))
         self.is_draining = False
         self.engines: dict[str, ServedEngine] = {}
         for name, engine in engines.items():
-            served = ServedEngine(name, engine, settings, self.metrics.observer(name))
+            observe = self.metrics.observer(name)
+            served = ServedEngine(name, engine, settings, observe, call)
             self.engines[name] = served
             self.metrics.watch_queue(name, served.batcher.count_waiting)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,15 @@ from diffopt.serving.settings import Settings
 TEXTS = ("prompt", "negative_prompt")
 MASKS = ("mask_image", "mask")
 """What pipelines call the mask."""
+
+
+Call = Callable[..., Any]
+"""Calls a function with arguments, perhaps in another thread, and returns its result."""
+
+
+def directly(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Call a function in this thread."""
+    return function(*args, **named)
 
 
 class Servable(Protocol):
@@ -99,6 +109,7 @@ class ServedEngine:
         engine: Servable,
         settings: Settings,
         observe: Callable[[int, float], None] = lambda images, seconds: None,
+        call: Call = directly,
     ) -> None:
         """Check that the engine can be served; if not, that is a `DiffoptError`.
 
@@ -107,6 +118,7 @@ class ServedEngine:
             engine: The engine.
             settings: What the server allows.
             observe: Called with the images of each run and its seconds.
+            call: Calls the engine; see `engine_thread.call`.
         """
         self.name = name
         self.engine = engine
@@ -115,7 +127,7 @@ class ServedEngine:
         self.size = f"{self._width}x{self._height}"
         self.created = int(engine.path.stat().st_mtime) if engine.path.is_file() else 0
         self.batcher = Batcher(
-            engine.serve,
+            partial(call, engine.serve),
             _batching(engine, settings),
             end=engine.cancel,
             observe=observe,
