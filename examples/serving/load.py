@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -125,7 +126,8 @@ def main() -> None:
                     after = batch_sizes(address)
                     images, runs = (after[name] - before[name] for name in ("images", "runs"))
                     rows.append({"way": way, **row, "images a run": images / runs})
-    facts = {"target": options.target, "steps": options.steps, "machine": platform.processor()}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    facts = {"target": options.target, "steps": options.steps, "machine": machine}
     options.output.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
     print(table(rows))
 
