@@ -109,6 +109,21 @@ class _Cuts:
         uses = {node: [self._place[user] for user in node.users] for node in self._nodes}
         self._last_use = {node: max(places, default=-1) for node, places in uses.items()}
         self._variant = g.descendants(calls)
+        self._live = self._live_at_calls()
+
+    def _live_at_calls(self) -> dict[int, list[fx.Node]]:
+        """Return what is computed up to each call of a component, and read behind it."""
+        live: dict[fx.Node, None] = {}
+        found = {}
+        for index, node in enumerate(self._nodes):
+            for read in node.all_input_nodes:
+                if self._last_use[read] == index:
+                    del live[read]
+            if self._last_use[node] > index:
+                live[node] = None
+            if node.op == "call_module":
+                found[index] = list(live)
+        return found
 
     def last(self, calls: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
         """Return the node behind which the last step ends, and the one value that it leaves.
@@ -145,11 +160,18 @@ class _Cuts:
         end = start + 1
         while end + 1 < len(self._nodes) and self._nodes[end].op != "call_module":
             end += 1
-        return [(at, self._crossing(at, end)) for at in range(start, end)]
+        return [(at, self._crossing(start, at, end)) for at in range(start, end)]
 
-    def _crossing(self, at: int, end: int) -> list[fx.Node]:
-        """Return what is computed up to a place and read behind it, of what steps change."""
-        live = (n for n in self._nodes[: at + 1] if self._last_use[n] > at)
+    def _crossing(self, start: int, at: int, end: int) -> list[fx.Node]:
+        """Return what is computed up to a place and read behind it, of what steps change.
+
+        Args:
+            start: The place of the last call before it.
+            at: The place.
+            end: That of the next call.
+        """
+        nodes = [*self._live[start], *self._nodes[start + 1 : at + 1]]
+        live = (n for n in nodes if self._last_use[n] > at)
         return [n for n in live if n in self._variant or self._becomes_variant(n, end)]
 
     def _becomes_variant(self, node: fx.Node, end: int) -> bool:
