@@ -177,7 +177,7 @@ def _with_one(positions: Tensor) -> Tensor:
 def from_callback(engine: object, arguments: dict[str, Any]) -> OnStep | None:
     """Take diffusers' callback out of a call's arguments; return it as a function of a `Step`.
 
-    It is called with the engine in place of the pipeline.
+    It is called with the engine in place of the pipeline, of which it can set nothing.
 
     Raises:
         DiffoptError: It asks for other tensors than the latents.
@@ -195,12 +195,32 @@ def from_callback(engine: object, arguments: dict[str, Any]) -> OnStep | None:
 
     def call(step: Step) -> None:
         tensors = {name: step.latents for name in names}
-        result = callback(engine, step.index - 1, step.timestep, tensors)
-        changed = result.get("latents") if names and isinstance(result, Mapping) else None
-        if changed is not None and changed is not tensors["latents"]:
+        result = callback(_Unchangeable(engine), step.index - 1, step.timestep, tensors)
+        returned = dict(result) if isinstance(result, Mapping) else {}
+        changed = returned.pop("latents", None)
+        if returned:
+            others = ", ".join(map(repr, returned))
+            raise DiffoptError(f"{CALLBACK} returned {others}: an engine takes latents alone")
+        if changed is not None and changed is not tensors.get("latents"):
             step.latents = changed
 
     return call
+
+
+class _Unchangeable:
+    """An engine for diffusers' callbacks, which set attributes of pipelines that it has none of."""
+
+    def __init__(self, engine: object) -> None:
+        vars(self)["_engine"] = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_engine"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise DiffoptError(
+            f"{CALLBACK} sets {name}, which an engine does not read: to end a run call cancel(), or"
+            " return False from on_step"
+        )
 
 
 class Watcher:

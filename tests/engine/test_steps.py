@@ -141,6 +141,41 @@ def test_diffusers_callback_looks_and_changes(engine: Engine) -> None:
         engine(seed=0, callback_on_step_end=halve, on_step=print)
 
 
+def test_what_a_callback_changes_besides_latents_is_refused(engine: Engine) -> None:
+    def interrupt(
+        pipe: Any, index: int, timestep: float, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        pipe._interrupt = True
+        return tensors
+
+    with pytest.raises(DiffoptError, match="sets _interrupt, which an engine does not read"):
+        engine(seed=0, callback_on_step_end=interrupt)
+    with pytest.raises(DiffoptError, match="returned 'prompt_embeds'"):
+        engine(seed=0, callback_on_step_end=lambda *_: {"prompt_embeds": torch.zeros(1)})
+
+
+def test_latents_are_taken_from_a_callback_that_did_not_ask_for_them(engine: Engine) -> None:
+    shape = (1, 4, 8, 8)
+    results = [
+        engine(
+            seed=seed,
+            callback_on_step_end=lambda *_: {"latents": torch.zeros(shape)},
+            callback_on_step_end_tensor_inputs=[],
+        )
+        for seed in (0, 1)
+    ]
+    assert np.array_equal(results[0]["images"], results[1]["images"])
+
+
+def test_a_callback_can_end_the_run(engine: Engine) -> None:
+    def end(pipe: Any, index: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe.cancel()
+        return tensors
+
+    with pytest.raises(Cancelled):
+        engine(seed=0, callback_on_step_end=end)
+
+
 def test_a_run_ends_where_it_is_told_to_and_the_next_one_does_not(engine: Engine) -> None:
     expected = engine(seed=0)["images"]
     seen: list[int] = []
