@@ -104,8 +104,8 @@ class SlotExecutor:
             if "step_end" in node.meta:
                 ends.append(len(steps))
                 self.latents.append(slots.get(node.meta["step_end"]))
-        self._steps = _with_frees(steps, never_freed)
-        self._sections = [self._steps[a:b] for a, b in itertools.pairwise([0, *ends, len(steps)])]
+        steps = _with_frees(steps, never_freed)
+        self._sections = [steps[a:b] for a, b in itertools.pairwise([0, *ends, len(steps)])]
 
     def _step(
         self, node: fx.Node, slots: Mapping[fx.Node, int], bodies: Mapping[str, ComponentFunction]
@@ -127,14 +127,10 @@ class SlotExecutor:
         """Return the outputs for flat inputs; `watch` is called after each step."""
         values = self._constants.copy()
         values[: self._inputs] = tensors
-        if watch is None:
-            _execute(self._steps, values)
-        else:
-            *sections, last = self._sections
-            for index, section in enumerate(sections, 1):
-                _execute(section, values)
+        for index, section in enumerate(self._sections, 1):
+            _execute(section, values)
+            if watch is not None and index < len(self._sections):
                 watch(Pause(self, values, index))
-            _execute(last, values)
         return [values[i] for i in self._outputs]
 
     def finish(self, values: Sequence[Any], latents: Tensor) -> list[Tensor] | None:

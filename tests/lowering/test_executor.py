@@ -95,7 +95,8 @@ def test_a_value_is_dropped_after_its_last_use() -> None:
     for _ in range(3):
         value = g.call(root.graph, aten.neg.default, value)
     finish(root, [value])
-    assert [dead for *_, dead in SlotExecutor(root, {})._steps] == [(0,), (1,), (2,)]
+    (steps,) = SlotExecutor(root, {})._sections
+    assert [dead for *_, dead in steps] == [(0,), (1,), (2,)]
 
 
 def test_the_outer_graph_computes_on_the_device_that_it_is_for() -> None:
